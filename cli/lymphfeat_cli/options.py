@@ -1,0 +1,179 @@
+"""Options and output shared by the commands.
+
+--cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict
+--device, --threads                           extract, fit-head, endtoend, predict
+--seed                                        extract, fit-head, endtoend, synth
+--json, --quiet                               every command
+--force                                       every command that writes
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lymphfeat.progress import Progress as ProgressCall
+from lymphfeat.progress import silent
+
+if TYPE_CHECKING:
+    from lymphfeat.cohort import Cohort
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+COHORT_VARIABLE = "LYMPHFEAT_COHORT"
+CACHE_VARIABLE = "LYMPHFEAT_CACHE"
+
+
+def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+cohort_options = _stack(
+    click.option(
+        "--cohort",
+        type=click.Path(path_type=Path),
+        envvar=COHORT_VARIABLE,
+        help="Cohort folder (challenge layout, or table + one image folder per id). "
+        f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
+    ),
+    click.option(
+        "--table",
+        type=click.Path(path_type=Path),
+        help="The cohort's CSV, when it does not lie in the cohort folder.",
+    ),
+    click.option(
+        "--allow-missing",
+        is_flag=True,
+        help="Leave out patients without images and images without a table row (they are named).",
+    ),
+    click.option(
+        "--reference-date",
+        type=click.DateTime(["%Y-%m-%d"]),
+        default="2021-01-01",
+        show_default=True,
+        help="Age is counted from the date of birth to this day.",
+    ),
+)
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU when there is one.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]"
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all randomness."
+)
+force_option = click.option("--force", is_flag=True, help="Overwrite what is already there.")
+output_options = _stack(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+)
+
+
+def cache_path(name: str) -> Path:
+    """Return where `name` lies by default: under $LYMPHFEAT_CACHE, else ./cache."""
+    return Path(os.environ.get(CACHE_VARIABLE, "cache")) / name
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on stderr."""
+    click.echo(text, err=True)
+
+
+def load_cohort(
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    quiet: bool,
+) -> "Cohort":
+    """Load the named cohort, or render (once) and load the built-in synthetic one, saying so."""
+    from lymphfeat.cohort import Cohort
+
+    if cohort is None:
+        from lymphfeat.synthetic import SyntheticSettings, write_synthetic_cohort
+
+        cohort = cache_path("synthetic")
+        note(
+            f"No cohort named (--cohort, {COHORT_VARIABLE}): "
+            f"using the built-in synthetic cohort in {cohort}."
+        )
+        if not (cohort / "truth.csv").exists():
+            with progress_bar("rendering cells", quiet) as progress:
+                write_synthetic_cohort(SyntheticSettings(), cohort, progress=progress)
+    return Cohort.load(
+        cohort,
+        table=table,
+        allow_missing=allow_missing,
+        reference_date=_as_date(reference_date),
+    )
+
+
+def _as_date(moment: datetime) -> date:
+    return moment.date()
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
+    """Draw progress on stderr; nothing at all with -q or when stderr is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task(title, total=None, text="")
+
+        def call(done: int, total: int, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, text=text)
+
+        yield call
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on stdout, whole also when stdout is a file."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(table)
+
+
+def show_json(result: Mapping[str, object]) -> None:
+    """Print a result for machines."""
+    click.echo(json.dumps(result, indent=2, default=str))
