@@ -1,0 +1,105 @@
+"""One cell of a clinical table -> its value: nothing is guessed, nothing of a spelling survives.
+
+Each parser takes the cell's text without surrounding spaces, never a missing one, and raises
+ValueError with the reason and the remedy; whoever reads the table adds file, row and column.
+"""
+
+import math
+import re
+from datetime import date
+
+MISSING = frozenset({"", "na", "n/a", "nan", "null"})
+UNKNOWN = -1
+MAX_AGE = 120
+DAYS_PER_YEAR = 365.25
+
+# METHOD §6: the separator alone tells the convention, so no date is ever ambiguous.
+DATE_FORMS = {
+    "M/D/YYYY": re.compile(r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})", re.ASCII),
+    "DD-MM-YYYY": re.compile(r"(?P<d>\d\d)-(?P<m>\d\d)-(?P<y>\d{4})", re.ASCII),
+    "YYYY-MM-DD": re.compile(r"(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)(?:[ T]00:00:00)?", re.ASCII),
+}
+_LIKE_A_DATE = re.compile(
+    r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}([ T]\d.*)?|\d{1,2}[ -][A-Za-z]{3,9}[ -]\d{2,4}", re.ASCII
+)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_GENDERS = {"f": "F", "female": "F", "m": "M", "male": "M"}
+
+
+def is_missing(text: str) -> bool:
+    """Tell whether a cell stands for no value."""
+    return text.lower() in MISSING
+
+
+def date_form(text: str) -> str | None:
+    """Name the convention in which a date is written, None for any other text."""
+    return next((form for form, pattern in DATE_FORMS.items() if pattern.fullmatch(text)), None)
+
+
+def looks_like_date(text: str) -> bool:
+    """Tell whether a cell is some date, also in a form that `parse_date` refuses."""
+    return _LIKE_A_DATE.fullmatch(text) is not None
+
+
+def parse_date(text: str) -> date:
+    """Read M/D/YYYY (with `/`), DD-MM-YYYY (with `-`) or YYYY-MM-DD (METHOD §6)."""
+    form = date_form(text)
+    if form is None:
+        raise ValueError(f"must be {', '.join(DATE_FORMS)} or empty; got {text!r}")
+    match = DATE_FORMS[form].fullmatch(text)
+    assert match is not None
+    try:
+        return date(int(match["y"]), int(match["m"]), int(match["d"]))
+    except ValueError:
+        raise ValueError(f"{text!r} is no date when read as {form}; write YYYY-MM-DD") from None
+
+
+def parse_age(text: str, reference_date: date) -> float:
+    """Read a date of birth as the age in years on `reference_date`, in [0, 120]."""
+    age = (reference_date - parse_date(text)).days / DAYS_PER_YEAR
+    if not 0 <= age <= MAX_AGE:
+        raise ValueError(
+            f"must lie in the {MAX_AGE} years before the reference date {reference_date}; "
+            f"got {text!r}; mend it or choose another --reference-date"
+        )
+    return age
+
+
+def parse_gender(text: str) -> str:
+    """Read F or M, in either case or written out."""
+    try:
+        return _GENDERS[text.lower()]
+    except KeyError:
+        raise ValueError(
+            f"must be F, M or empty; got {text!r}; under another column name any text may stand"
+        ) from None
+
+
+def parse_label(text: str) -> int:
+    """Read 1 (tumoral), 0 (reactive) or -1 (unknown); `1.0` is 1."""
+    if _NUMBER.fullmatch(text) and float(text) in (-1.0, 0.0, 1.0):
+        return int(float(text))
+    raise ValueError(f"must be 1 (tumoral), 0 (reactive), or -1 or empty (unknown); got {text!r}")
+
+
+def parse_split(text: str) -> str:
+    """Read `train` or `test`, in either case."""
+    if text.lower() not in ("train", "test"):
+        raise ValueError(f"must be train, test or empty; got {text!r}")
+    return text.lower()
+
+
+def parse_number(text: str) -> float:
+    """Read a finite decimal number with a point."""
+    value = float(text) if _NUMBER.fullmatch(text) else math.inf
+    if math.isinf(value):
+        raise ValueError(f"must be a number with a decimal point, or empty; got {text!r}")
+    return value
+
+
+def parse_count(text: str) -> float:
+    """Read a lymphocyte count, a number above 0 because models take its logarithm."""
+    value = parse_number(text)
+    if value <= 0:
+        raise ValueError(f"must be above 0, or empty; got {text!r}")
+    return value

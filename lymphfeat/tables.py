@@ -1,0 +1,445 @@
+"""CSV files -> one row a patient: which files are tables, their cells read, repeated rows compared.
+
+* Cells are text until a parser of `clinical` reads them: a type-guessing reader would swap day and
+  month, and turn the id 007 into 7.
+* All files are read into one list of rows before any column is parsed, so that a column means the
+  same in every file.
+* A mistake names file, row (as a spreadsheet counts: the header is row 1) and column; all mistakes
+  of a kind are raised at once.
+"""
+
+import csv
+import io
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+
+from lymphfeat import clinical
+from lymphfeat.errors import CohortError
+
+Value = float | int | str | None
+
+MAIN_TABLE = "clinical_annotation.csv"
+TABLE_SPLITS = {
+    "trainset_true.csv": "train",
+    "trainset_data.csv": "train",
+    "train_data.csv": "train",
+    "testset_data.csv": "test",
+    "test_data.csv": "test",
+}
+KNOWN_COLUMNS = ("id", "label", "split", "gender", "dob", "age", "lymph_count")
+SHOWN_MISTAKES = 8
+
+
+def complain(what: str, mistakes: Sequence[str], remedy: str) -> NoReturn:
+    """Raise one CohortError for all mistakes of a kind."""
+    raise CohortError(f"{what}: {name_some(mistakes, '; ')}. {remedy}")
+
+
+def name_some(items: Sequence[str], separator: str = ", ", shown: int = SHOWN_MISTAKES) -> str:
+    """Join the first items, and count the rest."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(items[:shown]) + more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One patient as one file has it: column -> text, without surrounding spaces."""
+
+    path: Path
+    number: int  # as a spreadsheet counts: the header is row 1
+    cells: dict[str, str]
+
+    @property
+    def where(self) -> str:
+        """Name file and row."""
+        return f"{self.path} row {self.number}"
+
+    @property
+    def id(self) -> str:
+        """Return the patient's id."""
+        return self.cells["id"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClinicalTable:
+    """What the CSV files of a cohort say."""
+
+    frame: pd.DataFrame  # index "id" in file order; "label" int64, "split" str or None, covariates
+    submission_ids: tuple[str, ...]  # the label -1 ids, in the order of the test file
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """The parsed columns of all rows, one value a row."""
+
+    values: dict[str, list[Value]] = field(default_factory=dict)
+    texts: set[str] = field(default_factory=set)  # names of the categorical columns
+    notes: list[str] = field(default_factory=list)
+
+
+def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
+    """Read CSV files that together, or each again, hold one row a patient (METHOD §6)."""
+    notes: list[str] = []
+    rows = [row for path in paths for row in read_rows(path, notes)]
+    _check_ids(rows)
+    columns = _parse_columns(rows, reference_date)
+    frame = _join(rows, columns)
+    if all("label" not in row.cells for row in rows):
+        notes.append("labels: no column `label`, every patient is unlabelled (-1)")
+    return ClinicalTable(
+        frame=frame,
+        submission_ids=_submission_order(rows, frame),
+        notes=(*notes, *columns.notes, *_repeat_notes(rows)),
+    )
+
+
+# --- which files are tables -------------------------------------------------------------------
+
+
+def choose_tables(root: Path, candidates: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Choose among the CSV files under `root` those that hold the patients, and note the others."""
+    headers = {path: _peek_columns(path) for path in candidates if not _is_beside(path)}
+    known = [path for path in headers if _rank(path) < len(_ORDER)]
+    labelled = [path for path, header in headers.items() if {"id", "label"} <= header]
+    others = [path for path in labelled if path not in known]
+    if not known and not others:
+        others = [path for path, header in headers.items() if "id" in header]
+    chosen = sorted(known, key=lambda path: (_rank(path), path)) + others
+    if not chosen:
+        raise CohortError(
+            f"{root} has no table: a CSV with the columns `id` and `label` (and, if you like, "
+            f"`split` and covariates), or {MAIN_TABLE}, must lie in it; "
+            f"{_found(root, candidates)}name one elsewhere with --table."
+        )
+    if others and len(chosen) > 1:
+        complain(
+            f"{root} has several tables",
+            [str(path.relative_to(root)) for path in chosen],
+            "Say which holds the cohort with --table, or move the others away.",
+        )
+    ignored = [str(path.relative_to(root)) for path in candidates if path not in chosen]
+    return chosen, [f"{name}: not the cohort's table, not read" for name in ignored]
+
+
+_ORDER = (MAIN_TABLE, *TABLE_SPLITS)
+
+
+def _rank(path: Path) -> int:
+    name = path.name.lower()
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+
+def _is_beside(path: Path) -> bool:
+    """Submissions hold predictions and truth files hold what nobody may train on: no tables."""
+    return "submission" in path.name.lower() or path.name.lower() == "truth.csv"
+
+
+def _found(root: Path, candidates: Sequence[Path]) -> str:
+    names = [str(path.relative_to(root)) for path in candidates]
+    return f"found only {name_some(names)}; " if names else ""
+
+
+def _peek_columns(path: Path) -> set[str]:
+    """Read a header's known columns; none of a file that is no CSV, whatever it is."""
+    with path.open("rb") as stream:
+        start = stream.read(65_536)
+    try:
+        lines = _decode(start, errors="ignore").splitlines()
+        header = next((line for line in lines if line.strip() and not _SEP_LINE.match(line)), "")
+        return set(_column_names(next(csv.reader([header], delimiter=_delimiter(lines)), [])))
+    except (UnicodeError, csv.Error):
+        return set()
+
+
+# --- one file -> rows -------------------------------------------------------------------------
+
+_SEP_LINE = re.compile(r"\s*sep=(.)\s*$", re.IGNORECASE)  # a spreadsheet's hint at the delimiter
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+_ROW_NUMBERS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
+
+
+def read_rows(path: Path, notes: list[str]) -> list[Row]:
+    """Read a CSV file (comma, semicolon or tab; UTF-8 or UTF-16) and append its quirks to `notes`.
+
+    Raises CohortError for what is no CSV table, has no column `id`, or names a column twice.
+    """
+    records, delimiter = _read_records(path)
+    if not records:
+        raise CohortError(f"{path} is empty; a header and one row a patient must stand in it.")
+    header = _column_names(records[0][1])
+    _check_header(path, header)
+    if any(not name for name in header):
+        notes.append(f"{path.name}: the column without a name holds row numbers, not read")
+    if delimiter == ";":
+        notes.append(f"{path.name}: separated by semicolons, a comma in a number is decimal")
+    if any(cell != cell.strip() for _, cells in records for cell in cells):
+        notes.append(f"{path.name}: spaces round values removed")
+    _check_widths(path, len(header), records[1:])
+    rows = [Row(path=path, number=n, cells=_cells(header, c, delimiter)) for n, c in records[1:]]
+    if not rows:
+        raise CohortError(f"{path} has a header but no patient; one row a patient must follow it.")
+    split = TABLE_SPLITS.get(path.name.lower())
+    for row in rows if split else ():
+        row.cells.setdefault("split", str(split))
+    return rows
+
+
+def _read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
+    """Return (row number, cells) for every row that is not blank, and the delimiter."""
+    try:
+        text = _decode(path.read_bytes())
+    except UnicodeError:
+        raise CohortError(f"{path} is not UTF-8 text; save it as `CSV UTF-8`.") from None
+    except OSError as error:
+        raise CohortError(f"{path} cannot be read: {error.strerror}.") from None
+    delimiter = _delimiter(text.splitlines())
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        numbered = list(enumerate(reader, start=1))
+    except csv.Error as error:
+        raise CohortError(
+            f"{path} line {reader.line_num} is not CSV ({error}); look for a quote left open."
+        ) from None
+    if numbered and _SEP_LINE.match(delimiter.join(numbered[0][1])):
+        numbered = numbered[1:]
+    return [(n, cells) for n, cells in numbered if any(cell.strip() for cell in cells)], delimiter
+
+
+def _decode(data: bytes, errors: str = "strict") -> str:
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf16 else "utf-8-sig", errors)
+
+
+def _delimiter(lines: Iterable[str]) -> str:
+    header = next((line for line in lines if line.strip()), "")
+    hint = _SEP_LINE.match(header)
+    return hint[1] if hint else max(",;\t", key=header.count)
+
+
+def _column_names(cells: Iterable[str]) -> list[str]:
+    """Lower the case of known columns only; what a spreadsheet or pandas leaves unnamed is ''."""
+    names = [cell.strip() for cell in cells]
+    names = ["" if _ROW_NUMBERS.fullmatch(name) else name for name in names]
+    return [name.lower() if name.lower() in KNOWN_COLUMNS else name for name in names]
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    if "id" not in header:
+        found = name_some([name or "(no name)" for name in header])
+        raise CohortError(f"{path} row 1 must name a column `id`; got {found}.")
+    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+    if twice:
+        complain(f"{path} row 1 names columns twice", twice, "Keep one of each.")
+
+
+def _check_widths(path: Path, width: int, records: Sequence[tuple[int, list[str]]]) -> None:
+    wrong = [
+        f"row {number} has {len(cells)}"
+        for number, cells in records
+        if len(cells) < width or any(cell.strip() for cell in cells[width:])
+    ]
+    if wrong:
+        complain(
+            f"{path}: the header has {width} cells, other rows have not",
+            wrong,
+            "Put a value with a comma in it in quotes, and write every cell.",
+        )
+
+
+def _cells(header: Sequence[str], cells: Sequence[str], delimiter: str) -> dict[str, str]:
+    named = {n: c.strip() for n, c in zip(header, cells, strict=False) if n}
+    named["id"] = unicodedata.normalize("NFC", named["id"])
+    if delimiter == ";":
+        return {n: _decimal_point(c) if n != "id" else c for n, c in named.items()}
+    return named
+
+
+def _decimal_point(text: str) -> str:
+    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
+
+
+# --- rows -> parsed columns -------------------------------------------------------------------
+
+
+def _check_ids(rows: Sequence[Row]) -> None:
+    nameless = [row.where for row in rows if not row.id]
+    if nameless:
+        complain("patients without an id", nameless, "Write the id, or delete the row.")
+    first: dict[tuple[Path, str], Row] = {}
+    repeats = [
+        f"{row.id} in {row.where} and row {first[row.path, row.id].number}"
+        for row in rows
+        if first.setdefault((row.path, row.id), row) is not row
+    ]
+    if repeats:
+        complain("ids occur twice", repeats, "A table must have one row a patient; keep one.")
+
+
+def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
+    columns = _Columns()
+    names = dict.fromkeys(name for row in rows for name in row.cells)
+    if {"age", "dob"} <= set(names):
+        raise CohortError(f"{rows[0].path} has columns `dob` and `age`; keep one: both give age.")
+    columns.values["label"] = _parse(rows, "label", clinical.parse_label, missing=clinical.UNKNOWN)
+    columns.values["split"] = _parse(rows, "split", clinical.parse_split, missing=None)
+    for name in names:
+        if name not in ("id", "label", "split"):
+            _parse_covariate(rows, name, reference_date, columns)
+    return columns
+
+
+def _parse_covariate(
+    rows: Sequence[Row], name: str, reference_date: date, columns: _Columns
+) -> None:
+    texts = [t for row in rows if not clinical.is_missing(t := row.cells.get(name, ""))]
+    if name == "dob":
+        parse_age = partial(clinical.parse_age, reference_date=reference_date)
+        columns.values[name] = _parse(rows, name, parse_age)
+        columns.notes.append(_date_note(texts, reference_date))
+    elif name == "gender":
+        columns.values[name] = _parse(rows, name, clinical.parse_gender, missing=None)
+        columns.texts.add(name)
+        columns.notes.extend(_gender_notes(texts))
+    elif name == "lymph_count":
+        columns.values[name] = _parse(rows, name, clinical.parse_count)
+    elif not texts:
+        columns.notes.append(f"column {name}: empty, left out")
+    elif any(map(clinical.looks_like_date, texts)):
+        columns.notes.append(f"column {name}: holds dates, left out (only dob is read as a date)")
+    elif _is_numeric(texts):
+        columns.values[name] = _parse(rows, name, clinical.parse_number)
+    else:
+        columns.values[name] = _parse(rows, name, str, missing=None)
+        columns.texts.add(name)
+
+
+def _parse(
+    rows: Sequence[Row],
+    name: str,
+    parse: Callable[[str], Value],
+    missing: Value = math.nan,
+) -> list[Value]:
+    values: list[Value] = []
+    mistakes: list[str] = []
+    for row in rows:
+        text = row.cells.get(name, "")
+        try:
+            values.append(missing if clinical.is_missing(text) else parse(text))
+        except ValueError as error:
+            mistakes.append(f"{row.where} ({row.id}), column {name}: {error}")
+    if mistakes:
+        complain("values that cannot be read", mistakes, "Mend them in the table.")
+    return values
+
+
+def _is_numeric(texts: Sequence[str]) -> bool:
+    """A column is numeric when most of its cells are: the rest are mistakes, not categories."""
+    return 2 * sum(map(_is_number, texts)) > len(texts)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        clinical.parse_number(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _date_note(texts: Sequence[str], reference_date: date) -> str:
+    forms = Counter(clinical.date_form(text) for text in texts)
+    told = ", ".join(f"{count} as {form}" for form, count in forms.items()) or "none given"
+    return f"dob: read {told}; becomes the age in years on {reference_date}"
+
+
+def _gender_notes(texts: Sequence[str]) -> list[str]:
+    odd = Counter(text for text in texts if text not in ("F", "M"))
+    return [
+        f"gender: {count} cell(s) {text!r} read as {clinical.parse_gender(text)}"
+        for text, count in odd.items()
+    ]
+
+
+# --- rows that repeat a patient ---------------------------------------------------------------
+
+
+def _join(rows: Sequence[Row], columns: _Columns) -> pd.DataFrame:
+    """Merge each patient's rows; a column that a file lacks comes from the next that has it."""
+    groups = _group(rows)
+    _check_agreement(rows, groups, columns)
+    frame = pd.DataFrame(index=pd.Index(list(groups), name="id", dtype="str"))
+    for name, values in columns.values.items():
+        merged = [_merge(rows, group, name, values) for group in groups.values()]
+        frame["age" if name == "dob" else name] = _series(name, merged, frame.index, columns)
+    return frame
+
+
+def _series(
+    name: str, values: list[Value], index: "pd.Index[str]", columns: _Columns
+) -> "pd.Series[float]":
+    if name == "gender":
+        return pd.Series(pd.Categorical(values, categories=["F", "M"]), index=index)
+    if name in columns.texts:
+        return pd.Series(pd.Categorical(values), index=index)
+    dtype = {"label": "int64", "split": "object"}.get(name, "float64")
+    return pd.Series(values, index=index, dtype=dtype)
+
+
+def _group(rows: Sequence[Row]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.id, []).append(index)
+    return groups
+
+
+def _merge(rows: Sequence[Row], group: Sequence[int], name: str, values: list[Value]) -> Value:
+    has = [index for index in group if name in rows[index].cells]
+    return values[(has or group)[0]]
+
+
+def _check_agreement(rows: Sequence[Row], groups: dict[str, list[int]], columns: _Columns) -> None:
+    conflicts = []
+    for group in groups.values():
+        for name, values in columns.values.items():
+            has = [index for index in group if name in rows[index].cells]
+            for other in has[1:]:
+                if not _same(values[has[0]], values[other]):
+                    conflicts.append(_conflict(rows[has[0]], rows[other], name))
+    if conflicts:
+        complain("tables disagree", conflicts, "Mend one, or choose one with --table.")
+
+
+def _same(a: Value, b: Value) -> bool:
+    return a == b or (a != a and b != b)  # a missing number is not equal to itself
+
+
+def _conflict(a: Row, b: Row, name: str) -> str:
+    return f"{a.id}, column {name}: {a.cells[name]!r} in {a.where}, {b.cells[name]!r} in {b.where}"
+
+
+def _repeat_notes(rows: Sequence[Row]) -> list[str]:
+    paths = list(dict.fromkeys(row.path for row in rows))
+    seen: set[str] = set()
+    notes = []
+    for path in paths:
+        ids = {row.id for row in rows if row.path == path}
+        if len(paths) > 1:
+            notes.append(f"{path.name}: {len(ids - seen)} patients, {len(ids & seen)} as before")
+        seen |= ids
+    return notes
+
+
+def _submission_order(rows: Sequence[Row], frame: pd.DataFrame) -> tuple[str, ...]:
+    unknown = set(frame.index[frame["label"] == clinical.UNKNOWN])
+    first = [row.id for row in rows if TABLE_SPLITS.get(row.path.name.lower()) == "test"]
+    return tuple(dict.fromkeys(id for id in [*first, *frame.index] if id in unknown))
