@@ -1,0 +1,258 @@
+"""Backbones: any timm model as a map from normalised crops to spatial feature maps, and weights."""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.images import VIEWS, Normalization
+
+_SHOWN_KEYS = 5
+
+
+class Backbone(nn.Module):
+    """A timm model whose forward gives feature maps.
+
+    Convolutional models give theirs as they are; of a transformer's tokens the prefix (class,
+    register) tokens are dropped and the rest laid out on their grid.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.channels = int(model.num_features)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images (N, 3, H, W) to feature maps (N, C, h, w)."""
+        features: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        if features.ndim == 3:  # (N, tokens, C)
+            prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+            h, w = self.model.patch_embed.grid_size  # type: ignore[union-attr, misc]
+            return features[:, prefix:].transpose(1, 2).reshape(len(images), -1, h, w)
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return features.permute(0, 3, 1, 2)  # (N, C, h, w)
+        return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedWeights:
+    """What was loaded into a backbone."""
+
+    source: str  # none, imagenet, bloodcells, or the file's name
+    sha256: str  # of the weights as they stand in the backbone
+
+
+def build_backbone(
+    name: str,
+    *,
+    weights: str = "none",
+    seed: int = 0,
+    image_size: int = 112,
+    output_stride: int | None = None,
+) -> tuple[Backbone, LoadedWeights]:
+    """Build a timm backbone with spatial maps and load its weights.
+
+    `weights` is "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
+    cache) or a path to a .safetensors or .pth file with timm's keys, whose classifier is dropped.
+    Raises SettingsError for an unknown or unsuitable backbone, WeightsError for weights that do
+    not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # timm initialises from the global generator
+        model = _create_model(name, image_size, output_stride, pretrained=weights == "imagenet")
+    backbone = Backbone(model, name).eval()
+    _check_spatial(backbone, image_size)
+    if weights not in ("none", "imagenet"):
+        load_weights(backbone, Path(weights))
+    source = weights if weights in ("none", "imagenet") else Path(weights).name
+    return backbone, LoadedWeights(source=source, sha256=weights_sha256(model))
+
+
+def _create_model(
+    name: str, image_size: int, output_stride: int | None, *, pretrained: bool
+) -> nn.Module:
+    if name not in timm.list_models():
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them."
+        raise SettingsError(f"backbone (={name}) must be a timm model; {hint}")
+    options: dict[str, Any] = {"num_classes": 0}
+    if output_stride is not None:
+        options["output_stride"] = output_stride
+    try:
+        return _create_sized(name, image_size, pretrained, options)
+    except (TypeError, NotImplementedError, AssertionError) as error:
+        raise SettingsError(
+            f"backbone (={name}) cannot be built with output_stride (={output_stride}) "
+            f"and image size {image_size}: {error}."
+        ) from None
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise WeightsError(
+            f"weights (=imagenet) of {name} could not be loaded ({_first_line(error)}); "
+            "without a network use --weights PATH or --weights none."
+        ) from None
+
+
+def _create_sized(
+    name: str, image_size: int, pretrained: bool, options: Mapping[str, Any]
+) -> nn.Module:
+    # Transformers are built for one image size; convolutional models know no such argument.
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, img_size=image_size, **options
+        )
+    except TypeError:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_spatial(backbone: Backbone, image_size: int) -> None:
+    try:
+        with torch.inference_mode():
+            shape = backbone(torch.zeros(1, 3, image_size, image_size)).shape
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise SettingsError(
+            f"backbone (={backbone.name}) must give spatial maps at crop {image_size}; "
+            f"it failed: {_first_line(error)}."
+        ) from None
+    if len(shape) != 4:
+        raise SettingsError(
+            f"backbone (={backbone.name}) must give spatial maps (N, C, h, w); got {tuple(shape)}."
+        )
+    # A few models (EfficientNet-style heads) report the classifier's width instead of the map's.
+    backbone.channels = int(shape[1])
+
+
+def load_weights(backbone: Backbone, path: Path) -> None:
+    """Load a weights file with timm's keys; the classifier in it is dropped.
+
+    Raises WeightsError when the file cannot be read, or names the missing, unexpected and
+    ill-shaped keys.
+    """
+    state = _without_classifier(read_weights(path), backbone.model)
+    expected = backbone.model.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    reshaped = sorted(
+        key for key in set(state) & set(expected) if state[key].shape != expected[key].shape
+    )
+    problems = [
+        f"{len(keys)} {kind} ({_shorten(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped))
+        if keys
+    ]
+    if problems:
+        raise WeightsError(
+            f"{path}: keys must be those of timm's {backbone.name}; got {'; '.join(problems)}. "
+            "Choose the --backbone these weights were trained for."
+        )
+    backbone.model.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors or .pth file as float32 (integers stay integers)."""
+    if not path.is_file():
+        raise WeightsError(
+            f"weights (={path}) must be none, imagenet or an existing file; got no such file."
+        )
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # each format fails in its own ways; all mean the same to the user
+        raise WeightsError(
+            f"{path}: cannot be read as weights ({_first_line(error)}); "
+            "it must be a .safetensors file or a .pth state dict."
+        ) from None
+    for wrapper in ("state_dict", "model"):  # how training scripts commonly wrap a state dict
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{path}: must hold a state dict of tensors; got {type(content)}.")
+    return {
+        key: value.float() if value.is_floating_point() else value for key, value in content.items()
+    }
+
+
+def _without_classifier(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    config = getattr(model, "pretrained_cfg", {}) or {}
+    classifier = config.get("classifier", ())
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    prefixes = tuple(f"{name}." for name in names)
+    return {key: value for key, value in state.items() if not key.startswith(prefixes or "\0")}
+
+
+def _shorten(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f", … {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash a module's weights: names, shapes and values, independent of file format."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def normalize(pixels: Tensor, normalization: Normalization) -> Tensor:
+    """Turn uint8 pixels (N, 3, H, W) into the float input of a backbone, on their device."""
+    mean = torch.tensor(normalization.mean, device=pixels.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(normalization.std, device=pixels.device).view(1, 3, 1, 1) * 255
+    return pixels.to(torch.float32).sub_(mean).div_(std)  # (N, 3, H, W)
+
+
+def flip_view(images: Tensor, view: str) -> Tensor:
+    """Return the augmented copy called `view` (identity, hflip, vflip, both) of (…, H, W)."""
+    dims = {"identity": (), "hflip": (-1,), "vflip": (-2,), "both": (-2, -1)}[view]
+    return images.flip(dims) if dims else images
+
+
+def parse_views(count: int) -> tuple[str, ...]:
+    """Return the first `count` views in their order."""
+    if not 1 <= count <= len(VIEWS):
+        raise SettingsError(f"views (={count}) must be 1 to {len(VIEWS)}: {', '.join(VIEWS)}.")
+    return VIEWS[:count]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Turn auto, cpu or cuda into a device that is there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device (=cuda) must be there; got none. Use --device cpu or auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether bfloat16 is computed in hardware: tensor cores, or AVX512-bf16 and newer."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn auto, float32 or bfloat16 into a dtype; auto is bfloat16 where hardware has it."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise SettingsError(f"precision (={name}) must be auto, float32 or bfloat16.")
+    return torch.float32 if name == "float32" else torch.bfloat16

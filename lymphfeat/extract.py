@@ -1,0 +1,233 @@
+"""Extraction: a cohort's images through a frozen backbone into a feature store."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.backbones import (
+    Backbone,
+    LoadedWeights,
+    build_backbone,
+    choose_device,
+    choose_precision,
+    flip_view,
+    normalize,
+    parse_views,
+)
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import StoreError
+from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import ExtractSettings
+from lymphfeat.store import (
+    FORMAT_VERSION,
+    FeatureSet,
+    FeatureStore,
+    MapShape,
+    StoreWriter,
+    cohort_fingerprint,
+    differing_fields,
+    discard,
+)
+
+
+def extract(
+    cohort: Cohort,
+    out: Path,
+    settings: ExtractSettings,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> FeatureStore:
+    """Write the feature maps of all of a cohort's images to the store `out` and open it.
+
+    A complete store of the same recipe is left as it is; an unfinished one is finished and ends
+    with the same bytes as an uninterrupted run. Raises StoreError when a store of another recipe
+    is there and `force` is not set; CohortError for an image that cannot be read.
+    """
+    device = choose_device(settings.device)
+    with cpu_threads(settings.threads):
+        backbone, weights = build_backbone(
+            settings.backbone.backbone,
+            weights=settings.backbone.weights,
+            seed=settings.backbone.weights_seed,
+            image_size=settings.backbone.crop,
+            output_stride=settings.backbone.output_stride,
+        )
+        dtype = choose_precision(settings.precision, device)
+        recipe = make_recipe(cohort, settings, weights, dtype, device)
+        if force:
+            discard(out)
+        elif out.exists():
+            return _reuse(out, recipe)
+        encoder = MapEncoder(
+            backbone,
+            normalization=find_normalization(settings.backbone.normalization),
+            views=parse_views(settings.views),
+            dtype=dtype,
+            device=device,
+        )
+        _extract_rows(cohort, out, settings, recipe, weights, encoder, progress)
+    return FeatureStore.open(out)
+
+
+def make_recipe(
+    cohort: Cohort,
+    settings: ExtractSettings,
+    weights: LoadedWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Collect all that determines a store's bytes."""
+    return {
+        "backbone": settings.backbone.backbone,
+        "output_stride": settings.backbone.output_stride,
+        "weights": weights.source,
+        "weights_sha256": weights.sha256,
+        "crop": settings.backbone.crop,
+        "normalization": asdict(find_normalization(settings.backbone.normalization)),
+        "views": list(parse_views(settings.views)),
+        "precision": str(dtype).removeprefix("torch."),
+        "batch_size": settings.batch_size,
+        "device": device.type,
+        "versions": {
+            "format": FORMAT_VERSION,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+        "cohort": cohort_fingerprint(cohort),
+    }
+
+
+def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
+    store = FeatureStore.open(out)
+    # Through JSON, as the store's own recipe went.
+    differences = differing_fields(recipe, store.recipe)
+    if differences:
+        raise StoreError(
+            f"{out}: a store of another recipe is there: {'; '.join(differences)}. "
+            "Choose another --out, or overwrite it with --force."
+        )
+    return store
+
+
+def _extract_rows(
+    cohort: Cohort,
+    out: Path,
+    settings: ExtractSettings,
+    recipe: dict[str, Any],
+    weights: LoadedWeights,
+    encoder: "MapEncoder",
+    progress: Progress,
+) -> None:
+    paths = [path for images in cohort.images for path in images]
+    feature_set = FeatureSet(
+        name="frozen", backbone=settings.backbone.backbone, weights_sha256=weights.sha256
+    )
+    with StoreWriter(
+        out,
+        recipe=recipe,
+        cohort=cohort,
+        shape=encoder.map_shape(settings.backbone.crop),
+        feature_sets=[feature_set],
+    ) as writer:
+        starts = [
+            start
+            for start in range(0, len(paths), settings.batch_size)
+            if not writer.finished(start, min(start + settings.batch_size, len(paths)))
+        ]
+        blocks = [(start, paths[start : start + settings.batch_size]) for start in starts]
+        done = len(paths) - sum(len(block) for _, block in blocks)
+        meter = RateMeter(progress, done, len(paths))
+        for start, crops in _decoded_blocks(blocks, settings):
+            maps = encoder.encode(np.stack([crop.pixels for crop in crops]))
+            writer.write(
+                start, {"frozen": maps}, np.array([crop.crc32 for crop in crops], np.uint32)
+            )
+            meter.add(len(crops))
+        writer.finish()
+
+
+def _decoded_blocks(
+    blocks: Sequence[tuple[int, Sequence[Path]]], settings: ExtractSettings
+) -> Iterator[tuple[int, list[Crop]]]:
+    crops = stream_crops(
+        [path for _, block in blocks for path in block],
+        settings.backbone.crop,
+        threads=settings.threads or torch.get_num_threads(),
+        ahead=4 * settings.batch_size,
+    )
+    for start, block in blocks:
+        yield start, [next(crops) for _ in block]
+
+
+class MapEncoder:
+    """Turns decoded crops into feature maps of every view."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        normalization: Normalization,
+        views: tuple[str, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._backbone = backbone.eval().to(device, memory_format=torch.channels_last)
+        self._normalization = normalization
+        self._views = views
+        self._dtype = dtype
+        self._device = device
+
+    def map_shape(self, crop: int) -> MapShape:
+        """Return the shape of what `encode` gives for one crop."""
+        _, views, *size = self.encode(np.zeros((1, 3, crop, crop), np.uint8)).shape
+        return MapShape(views=views, channels=size[0], height=size[1], width=size[2])
+
+    @torch.inference_mode()
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode crops (n, 3, H, W) as feature maps (n, V, C, h, w)."""
+        images = normalize(torch.from_numpy(pixels).to(self._device), self._normalization)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = [self._encode_view(flip_view(images, view)) for view in self._views]
+        return torch.stack(maps, dim=1).cpu().numpy()
+
+    def _encode_view(self, images: Tensor) -> Tensor:
+        low = self._dtype != torch.float32
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
+            maps: Tensor = self._backbone(images)  # (n, C, h, w)
+        return maps.float().contiguous()
+
+
+class RateMeter:
+    """Adds images per second to progress."""
+
+    def __init__(self, progress: Progress, done: int, total: int) -> None:
+        self._progress, self._done, self._total = progress, done, total
+        self._first, self._start = done, time.perf_counter()
+        progress(done, total)
+
+    def add(self, n: int) -> None:
+        self._done += n
+        rate = (self._done - self._first) / (time.perf_counter() - self._start)
+        self._progress(self._done, self._total, f"{rate:.0f} images/s")
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads for a while; None leaves torch's own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

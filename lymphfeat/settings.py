@@ -1,0 +1,143 @@
+"""Every setting and its default, as frozen values that are checked when they are made."""
+
+from dataclasses import dataclass, field
+
+from lymphfeat.errors import SettingsError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise SettingsError with `message` unless `condition` holds."""
+    if not condition:
+        raise SettingsError(message)
+
+
+def _require_at_least(value: float | None, least: float, name: str) -> None:
+    require(value is None or value >= least, f"{name} (={value}) must be at least {least:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings:
+    """Which backbone sees what: together with the weights' hash, what a feature map depends on."""
+
+    backbone: str = "resnet18"
+    weights: str = "none"  # none | imagenet | a .safetensors or .pth file
+    crop: int = 112  # pixels, about the image's centre (report §4.1)
+    normalization: str = "imagenet"  # or "challenge" (METHOD §3)
+    output_stride: int | None = None  # 8, 16 or 32; None is the backbone's own
+    weights_seed: int = 0  # initialises weights "none"
+
+    def __post_init__(self) -> None:
+        _require_at_least(self.crop, 8, "crop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings:
+    """How images become a feature store."""
+
+    backbone: BackboneSettings = field(default_factory=BackboneSettings)
+    views: int = 1  # identity, hflip, vflip, both: the first so many
+    precision: str = "auto"  # auto | float32 | bfloat16
+    batch_size: int = 64  # images; part of the recipe, for rounding may depend on it
+    device: str = "auto"
+    threads: int | None = None  # None is all cores
+
+    def __post_init__(self) -> None:
+        _require_at_least(self.batch_size, 1, "batch_size")
+        _require_at_least(self.threads, 1, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """One head: a linear scorer and an aggregator, and how it is trained (METHOD §2).
+
+    k counts instances of `unit`; with `k_percent` it is max(k_min, ceil(k_percent / 100 · n)) for
+    learning and for the patient probability alike, and never more than the patient has.
+    """
+
+    agg: str = "topk"
+    unit: str = ""  # "pixel" | "image"; "" is the aggregator's own
+    k_train: int = 1
+    k_agg: int = 10
+    k_percent: float | None = None
+    k_min: int = 1
+    reduce: str = "mean"  # "mean" | "max" of the selected instances' probabilities
+    loss: str = "instance"  # ranking family: "instance", or "bag" (mean of the selected logits)
+    temperature: float = 1.0  # lse
+    momentum: float = 0.1  # bnsigmoid's running statistics
+    lr: float = 0.01
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("k_train", "k_agg", "k_min"):
+            _require_at_least(getattr(self, name), 1, name)
+        require(
+            self.k_percent is None or 0 < self.k_percent <= 100,
+            f"k_percent (={self.k_percent}) must lie in (0, 100].",
+        )
+        _require_one_of(self.unit, ("", "pixel", "image"), "unit")
+        _require_one_of(self.reduce, ("mean", "max"), "reduce")
+        _require_one_of(self.loss, ("instance", "bag"), "loss")
+        require(self.temperature > 0, f"temperature (={self.temperature}) must be above 0.")
+        require(0 < self.momentum <= 1, f"momentum (={self.momentum}) must lie in (0, 1].")
+        require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
+        _require_at_least(self.weight_decay, 0, "weight_decay")
+
+
+def _require_one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
+    shown = ", ".join(option or '""' for option in allowed)
+    require(value in allowed, f"{name} (={value}) must be one of {shown}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How heads are fitted on a store and measured (METHOD §3–4)."""
+
+    protocol: str = "honest"  # or "report"
+    seeds: int = 10  # runs under "report", repeats of k-fold under "honest"
+    folds: int = 5
+    epochs: int = 40
+    batch_size: int = 16  # patients (weighted family) or instances (ranking family)
+    seed: int = 0  # the first of the seeds
+    precision: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of(self.protocol, ("honest", "report"), "protocol")
+        for name in ("seeds", "epochs", "batch_size"):
+            _require_at_least(getattr(self, name), 1, name)
+        # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
+        _require_at_least(self.folds, 3, "folds")
+        _require_at_least(self.threads, 1, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSettings:
+    """How a head and its backbone are trained together (report §4, METHOD §3)."""
+
+    backbone: BackboneSettings = field(default_factory=BackboneSettings)
+    head: HeadSettings = field(default_factory=lambda: HeadSettings(agg="bnsigmoid", lr=1e-4))
+    epochs: int = 40
+    batch_size: int = 16  # patients (weighted family) or images (ranking family)
+    images_per_patient: int | None = None  # drawn anew at every step; None is all
+    max_forward_size: int = 512  # images a chunk without gradients
+    max_backward_size: int = 512  # images that get gradients in one step
+    gradient: str = "subset"  # "subset" (report, pseudo-code 2) or "exact"
+    frozen_batchnorm: bool = False  # keep the backbone's batch-norm statistics as loaded
+    no_grad_batchnorm: str = "train"  # batch-norm in the chunks without gradients: train | eval
+    head_lr: float | None = None  # None is the head's lr for all
+    flips: bool = True
+    validation: float = 0.0  # share of labelled patients held out to draw the curves
+    tta: bool = False  # predict the mean over the four flips
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_forward_size", "max_backward_size"):
+            _require_at_least(getattr(self, name), 1, name)
+        _require_at_least(self.images_per_patient, 1, "images_per_patient")
+        _require_one_of(self.gradient, ("subset", "exact"), "gradient")
+        _require_one_of(self.no_grad_batchnorm, ("train", "eval"), "no_grad_batchnorm")
+        require(0 <= self.validation < 1, f"validation (={self.validation}) must lie in [0, 1).")

@@ -1,0 +1,511 @@
+"""The feature store: one HDF5 file with a spatial feature map per image (DESIGN §4). No torch.
+
+- Readers map the file (`numpy.memmap` at the dataset's offset), so processes share one page cache
+  and a store larger than memory streams; hence features are contiguous and uncompressed.
+- Writing survives kill -9. All HDF5 metadata is written first, into a temporary sibling, which is
+  closed; rows then go in place through memmaps, so no HDF5 structure is ever half written. A
+  journal beside it names the finished blocks of rows with their checksums. At the end every block
+  is read back and compared, the store is marked complete and renamed.
+- The journal is locked with flock while a process writes: the lock dies with its process.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import StoreError
+
+FORMAT = "lymphfeat"
+FORMAT_VERSION = 1
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+Recipe = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet:
+    """What is known of the feature maps under one name of a store."""
+
+    name: str  # "frozen", or the split's id for weights fine-tuned on that split
+    backbone: str
+    weights_sha256: str
+    trained_on: tuple[str, ...] = ()  # patients whose LABELS the weights have seen
+    split: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapShape:
+    """Size of one image's entry: views, channels, height, width."""
+
+    views: int
+    channels: int
+    height: int
+    width: int
+
+    def rows(self, n: int) -> tuple[int, int, int, int, int]:
+        return n, self.views, self.channels, self.height, self.width
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Hash a recipe; equal recipes give equal hashes whatever their key order."""
+    return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
+
+
+def _canonical(recipe: Recipe) -> str:
+    return json.dumps(recipe, sort_keys=True)
+
+
+def cohort_fingerprint(cohort: Cohort) -> dict[str, Any]:
+    """Describe a cohort for a recipe: its size, and a hash of its table, names and file sizes."""
+    digest = hashlib.sha256(cohort.table.to_csv().encode())
+    for paths in cohort.images:
+        for path in paths:
+            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+    return {
+        "patients": len(cohort.table),
+        "images": int(cohort.offsets[-1]),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def differing_fields(ours: Recipe, theirs: Recipe, prefix: str = "") -> list[str]:
+    """Name the fields in which two recipes differ, with both values."""
+    lines = []
+    for key in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differing_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} is {_shown(b)} there, {_shown(a)} now")
+    return lines
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class StoreWriter:
+    """Writes a store block by block; opened anew with an equal recipe, it goes on where it was.
+
+    A block is a range of rows [start, stop); blocks may be written in any order, each once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        recipe: Recipe,
+        cohort: Cohort,
+        shape: MapShape,
+        feature_sets: Sequence[FeatureSet],
+    ) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.journal_path = path.with_name(path.name + ".journal")
+        self._recipe = recipe
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = _lock(self.journal_path)
+        try:
+            self._blocks = self._resume()
+            if self._blocks is None:
+                self._blocks = {}
+                self._start(cohort, shape, feature_sets)
+            self._maps: dict[str, NDArray[Any]] = {
+                name: _map(self.partial, name, "r+") for name in _row_names(self.partial)
+            }
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._journal.close()
+
+    def _resume(self) -> dict[tuple[int, int], dict[str, int]] | None:
+        """Return the finished blocks of an earlier try with an equal recipe; None to start anew."""
+        lines = self._journal.read().splitlines()
+        if not lines or not self.partial.exists():
+            return None
+        header = _parse_line(lines[0])
+        if header is None:  # killed while writing the very first line
+            return None
+        differences = differing_fields(self._recipe, header["recipe"])
+        if differences:
+            raise StoreError(
+                f"{self.partial}: an unfinished store of another recipe is there: "
+                f"{'; '.join(differences)}. Finish it with its own options, choose another "
+                "--out, or start over with --force."
+            )
+        blocks = {}
+        for line in lines[1:]:
+            entry = _parse_line(line)
+            if entry is not None:  # a torn last line is a block not finished
+                blocks[(entry["start"], entry["stop"])] = entry["crc32"]
+        return blocks
+
+    def _start(self, cohort: Cohort, shape: MapShape, feature_sets: Sequence[FeatureSet]) -> None:
+        self._journal.seek(0)
+        self._journal.truncate()
+        self.partial.unlink(missing_ok=True)
+        _create(self.partial, self._recipe, cohort, shape, feature_sets)
+        _fsync(self.partial)
+        self._append({"recipe": self._recipe})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self._journal.seek(0, os.SEEK_END)
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def finished(self, start: int, stop: int) -> bool:
+        """Say whether an earlier try has written this block."""
+        assert self._blocks is not None
+        return (start, stop) in self._blocks
+
+    def write(
+        self,
+        start: int,
+        features: Mapping[str, NDArray[np.float32]],
+        crc32: NDArray[np.uint32],
+    ) -> None:
+        """Write the rows from `start` on of every feature set, and the image files' checksums.
+
+        `features` maps a set's name to (n, V, C, h, w); `crc32` is (n,). Raises StoreError when
+        float16 cannot hold a value.
+        """
+        stop = start + len(crc32)
+        rows: dict[str, NDArray[Any]] = {"images/crc32": crc32}
+        for name, maps in features.items():
+            rows[f"features/{name}"] = _to_float16(maps, name, start)
+            rows[f"pooled/{name}"] = rows[f"features/{name}"].mean((3, 4), dtype=np.float32)
+        checksums = {}
+        for name, values in rows.items():
+            self._maps[name][start:stop] = values
+            checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
+        _fsync(self.partial)  # rows are on the disk before the journal says so
+        self._append({"start": start, "stop": stop, "crc32": checksums})
+        assert self._blocks is not None
+        self._blocks[(start, stop)] = checksums
+
+    def finish(self) -> None:
+        """Verify every block against the journal, mark the store complete and publish it."""
+        self._check_whole()
+        self._maps.clear()
+        with h5py.File(self.partial, "r+") as file:
+            file.attrs.modify("complete", np.uint8(1))
+        _fsync(self.partial)
+        self.partial.replace(self.path)
+        _fsync(self.path.parent)
+        self.journal_path.unlink()
+
+    def _check_whole(self) -> None:
+        assert self._blocks is not None
+        expected, n = 0, len(self._maps["images/crc32"])
+        for (start, stop), checksums in sorted(self._blocks.items()):
+            if start != expected:
+                break
+            expected = stop
+            for name, crc32 in checksums.items():
+                if zlib.crc32(self._maps[name][start:stop].tobytes()) != crc32:
+                    raise StoreError(
+                        f"{self.partial}: rows {start}:{stop} of /{name} read back differently "
+                        "than they were written; check the disk, then start over with --force."
+                    )
+        if expected != n:
+            raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
+
+
+def discard(path: Path) -> None:
+    """Remove a store and what is left of an unfinished one beside it."""
+    for suffix in ("", ".partial", ".journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StoreError(
+            f"{path}: another process is writing this store; wait for it or choose another --out."
+        ) from None
+    file.seek(0)
+    return file
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.float16]:
+    largest = np.abs(maps).max(axis=tuple(range(1, maps.ndim)))  # (n,)
+    bad = np.flatnonzero(~(largest <= FLOAT16_MAX))  # catches NaN too
+    if len(bad):
+        raise StoreError(
+            f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
+            f"most {FLOAT16_MAX:.0f} (float16); check the weights, or use --precision float32."
+        )
+    return maps.astype(np.float16)
+
+
+def _create(
+    path: Path,
+    recipe: Recipe,
+    cohort: Cohort,
+    shape: MapShape,
+    feature_sets: Sequence[FeatureSet],
+) -> None:
+    n = int(cohort.offsets[-1])
+    with h5py.File(path, "w", libver=("v108", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["recipe"] = _canonical(recipe)
+        file.attrs["recipe_sha256"] = recipe_sha256(recipe)
+        file.attrs["complete"] = np.uint8(0)
+        _write_patients(file.create_group("patients"), cohort)
+        images = file.create_group("images")
+        _write_strings(images, "name", [path.name for paths in cohort.images for path in paths])
+        _allocate(images, "crc32", (n,), np.uint32)
+        for feature_set in feature_sets:
+            features = _allocate(
+                file.require_group("features"), feature_set.name, shape.rows(n), np.float16
+            )
+            features.attrs["backbone"] = feature_set.backbone
+            features.attrs["weights_sha256"] = feature_set.weights_sha256
+            features.attrs["split"] = feature_set.split
+            # A dataset of its own: an attribute is limited to 64 kB.
+            _write_strings(
+                file.require_group("trained_on"), feature_set.name, feature_set.trained_on
+            )
+            pooled = (n, shape.views, shape.channels)
+            _allocate(file.require_group("pooled"), feature_set.name, pooled, np.float32)
+
+
+def _write_patients(group: h5py.Group, cohort: Cohort) -> None:
+    _write_strings(group, "id", cohort.ids)
+    group["label"] = cohort.labels.astype(np.int8)
+    group["offsets"] = cohort.offsets.astype(np.int64)
+    _write_strings(group, "split", cohort.table["split"])
+    covariates = group.create_group("covariates")
+    for name in cohort.covariates:
+        column = cohort.table[name]
+        if pd.api.types.is_numeric_dtype(column):
+            covariates[name] = column.to_numpy(np.float64, na_value=np.nan)
+        else:
+            _write_strings(covariates, name, column.fillna("").astype(str))
+    group.attrs["submission_ids"] = json.dumps(cohort.submission_ids)
+
+
+def _write_strings(group: h5py.Group, name: str, values: Sequence[str] | pd.Series) -> None:
+    # Fixed length: the heap of variable-length strings depends on the order of writes.
+    encoded = np.array([str(value).encode() for value in values] or [b""], dtype="S")
+    dtype = h5py.string_dtype("utf-8", max(encoded.dtype.itemsize, 1))
+    group.create_dataset(name, data=encoded[: len(values)].astype(dtype))
+
+
+def _allocate(
+    group: h5py.Group, name: str, shape: tuple[int, ...], dtype: type[np.generic]
+) -> h5py.Dataset:
+    """Reserve a contiguous dataset on disk without writing its values."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(np.dtype(dtype))
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, properties))
+
+
+def _row_names(path: Path) -> list[str]:
+    """Name the datasets that have one row an image and are written in place."""
+    with h5py.File(path, "r") as file:
+        names = [f"{group}/{name}" for group in ("features", "pooled") for name in file[group]]
+    return ["images/crc32", *names]
+
+
+def _map(path: Path, name: str, mode: Any) -> NDArray[Any]:
+    """Map a contiguous dataset of the file; `mode` as numpy.memmap's."""
+    with h5py.File(path, "r") as file:
+        dataset = file[name]
+        offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
+    if offset is None or path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
+        if mode == "r":
+            raise StoreError(
+                f"{path}: /{name} is cut short or not contiguous; extract it again with --force."
+            )
+        with path.open("r+b") as file:  # early allocation reserves space past the end of the file
+            file.truncate(offset + dtype.itemsize * int(np.prod(shape)))
+    return np.memmap(path, dtype=dtype, mode=mode, offset=offset, shape=shape)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStore:
+    """A complete store, opened for reading. Maps are memory-mapped: nothing is read until used."""
+
+    path: Path
+    recipe: Recipe
+    recipe_sha256: str
+    table: pd.DataFrame  # index "id"; "label", "split", then covariates, as in Cohort
+    offsets: NDArray[np.int64]  # (P + 1,) patient p's images are rows offsets[p]:offsets[p+1]
+    image_names: tuple[str, ...]  # (N,)
+    crc32: NDArray[np.uint32]  # (N,)
+    feature_sets: Mapping[str, FeatureSet]
+    shape: MapShape
+    submission_ids: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "FeatureStore":
+        """Open a complete store; raises StoreError, saying what to do, for anything else."""
+        path = Path(path)
+        with _open_hdf5(path) as file:
+            _check_format(file, path)
+            sets = {name: _read_feature_set(file, name) for name in file["features"]}
+            first = file["features"][next(iter(sets))]
+            return cls(
+                path=path,
+                recipe=json.loads(file.attrs["recipe"]),
+                recipe_sha256=str(file.attrs["recipe_sha256"]),
+                table=_read_patients(file["patients"]),
+                offsets=file["patients/offsets"][:],
+                image_names=tuple(_read_strings(file["images/name"])),
+                crc32=file["images/crc32"][:],
+                feature_sets=sets,
+                shape=MapShape(
+                    views=first.shape[1],
+                    channels=first.shape[2],
+                    height=first.shape[3],
+                    width=first.shape[4],
+                ),
+                submission_ids=tuple(json.loads(file["patients"].attrs["submission_ids"])),
+            )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self.table.index)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.table["label"].to_numpy(np.int64)
+
+    @property
+    def n_images(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @property
+    def covariates(self) -> tuple[str, ...]:
+        return tuple(self.table.columns[2:])
+
+    def features(self, name: str = "frozen") -> NDArray[np.float16]:
+        """Map the feature maps called `name`, (N, V, C, h, w), read-only."""
+        return _map(self.path, f"features/{self._known(name)}", "r")
+
+    def pooled(self, name: str = "frozen") -> NDArray[np.float32]:
+        """Map the average-pooled features called `name`, (N, V, C), read-only."""
+        return _map(self.path, f"pooled/{self._known(name)}", "r")
+
+    def _known(self, name: str) -> str:
+        if name not in self.feature_sets:
+            raise StoreError(
+                f"{self.path}: features (={name}) must be one of {', '.join(self.feature_sets)}."
+            )
+        return name
+
+
+@contextmanager
+def _open_hdf5(path: Path) -> Iterator[h5py.File]:
+    if not path.is_file():
+        unfinished = path.with_name(path.name + ".partial").exists()
+        hint = (
+            "an unfinished one is beside it: run the same `lymphfeat extract` again"
+            if unfinished
+            else "make it with `lymphfeat extract`"
+        )
+        raise StoreError(f"store (={path}) must be an existing file; {hint}.")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise StoreError(f"{path}: is not a readable HDF5 file ({error}).") from None
+    with file:
+        yield file
+
+
+def _check_format(file: h5py.File, path: Path) -> None:
+    if file.attrs.get("format") != FORMAT:
+        raise StoreError(f"{path}: is an HDF5 file but no lymphfeat feature store.")
+    version = int(file.attrs["format_version"])
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: format_version (={version}) must be at most {FORMAT_VERSION}; "
+            "update lymphfeat to read it."
+        )
+    if not file.attrs["complete"]:
+        raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
+
+
+def _read_strings(dataset: h5py.Dataset) -> list[str]:
+    return [value.decode() for value in dataset[:]]
+
+
+def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
+    attributes = file["features"][name].attrs
+    return FeatureSet(
+        name=name,
+        backbone=str(attributes["backbone"]),
+        weights_sha256=str(attributes["weights_sha256"]),
+        trained_on=tuple(_read_strings(file["trained_on"][name])),
+        split=str(attributes["split"]),
+    )
+
+
+def _read_patients(group: h5py.Group) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {"label": group["label"][:].astype(np.int64), "split": _read_strings(group["split"])},
+        index=pd.Index(_read_strings(group["id"]), name="id"),
+    )
+    for name, column in group["covariates"].items():
+        if column.dtype.kind == "f":
+            table[name] = column[:]
+        else:
+            table[name] = [value or None for value in _read_strings(column)]
+    return table
