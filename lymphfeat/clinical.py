@@ -36,6 +36,12 @@ def date_form(text: str) -> str | None:
     return next((form for form, pattern in DATE_FORMS.items() if pattern.fullmatch(text)), None)
 
 
+def is_ambiguous_date(text: str) -> bool:
+    """Tell whether a DD-MM-YYYY date is another day when read month first, as guessers do."""
+    match = DATE_FORMS["DD-MM-YYYY"].fullmatch(text)
+    return match is not None and int(match["d"]) <= 12 and match["d"] != match["m"]
+
+
 def looks_like_date(text: str) -> bool:
     """Tell whether a cell is some date, also in a form that `parse_date` refuses."""
     return _LIKE_A_DATE.fullmatch(text) is not None

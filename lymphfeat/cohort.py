@@ -18,7 +18,8 @@ import pandas as pd
 
 from lymphfeat.clinical import UNKNOWN
 from lymphfeat.errors import CohortError
-from lymphfeat.tables import choose_tables, complain, name_some, read_tables
+from lymphfeat.rows import complain, name_some
+from lymphfeat.tables import choose_tables, read_tables
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 REFERENCE_DATE = date(2021, 1, 1)

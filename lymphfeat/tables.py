@@ -8,23 +8,19 @@
   of a kind are raised at once.
 """
 
-import csv
-import io
 import math
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 
 from lymphfeat import clinical
 from lymphfeat.errors import CohortError
+from lymphfeat.rows import Row, complain, name_some, peek_columns, read_rows
 
 Value = float | int | str | None
 
@@ -36,38 +32,6 @@ TABLE_SPLITS = {
     "testset_data.csv": "test",
     "test_data.csv": "test",
 }
-KNOWN_COLUMNS = ("id", "label", "split", "gender", "dob", "age", "lymph_count")
-SHOWN_MISTAKES = 8
-
-
-def complain(what: str, mistakes: Sequence[str], remedy: str) -> NoReturn:
-    """Raise one CohortError for all mistakes of a kind."""
-    raise CohortError(f"{what}: {name_some(mistakes, '; ')}. {remedy}")
-
-
-def name_some(items: Sequence[str], separator: str = ", ", shown: int = SHOWN_MISTAKES) -> str:
-    """Join the first items, and count the rest."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return separator.join(items[:shown]) + more
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One patient as one file has it: column -> text, without surrounding spaces."""
-
-    path: Path
-    number: int  # as a spreadsheet counts: the header is row 1
-    cells: dict[str, str]
-
-    @property
-    def where(self) -> str:
-        """Name file and row."""
-        return f"{self.path} row {self.number}"
-
-    @property
-    def id(self) -> str:
-        """Return the patient's id."""
-        return self.cells["id"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +56,9 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
     """Read CSV files that together, or each again, hold one row a patient (METHOD §6)."""
     notes: list[str] = []
     rows = [row for path in paths for row in read_rows(path, notes)]
+    for row in rows:
+        if split := TABLE_SPLITS.get(row.path.name.lower()):
+            row.cells.setdefault("split", split)
     _check_ids(rows)
     columns = _parse_columns(rows, reference_date)
     frame = _join(rows, columns)
@@ -109,7 +76,7 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
 
 def choose_tables(root: Path, candidates: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Choose among the CSV files under `root` those that hold the patients, and note the others."""
-    headers = {path: _peek_columns(path) for path in candidates if not _is_beside(path)}
+    headers = {path: peek_columns(path) for path in candidates if not _is_beside(path)}
     known = [path for path in headers if _rank(path) < len(_ORDER)]
     labelled = [path for path, header in headers.items() if {"id", "label"} <= header]
     others = [path for path in labelled if path not in known]
@@ -148,125 +115,6 @@ def _is_beside(path: Path) -> bool:
 def _found(root: Path, candidates: Sequence[Path]) -> str:
     names = [str(path.relative_to(root)) for path in candidates]
     return f"found only {name_some(names)}; " if names else ""
-
-
-def _peek_columns(path: Path) -> set[str]:
-    """Read a header's known columns; none of a file that is no CSV, whatever it is."""
-    with path.open("rb") as stream:
-        start = stream.read(65_536)
-    try:
-        lines = _decode(start, errors="ignore").splitlines()
-        header = next((line for line in lines if line.strip() and not _SEP_LINE.match(line)), "")
-        return set(_column_names(next(csv.reader([header], delimiter=_delimiter(lines)), [])))
-    except (UnicodeError, csv.Error):
-        return set()
-
-
-# --- one file -> rows -------------------------------------------------------------------------
-
-_SEP_LINE = re.compile(r"\s*sep=(.)\s*$", re.IGNORECASE)  # a spreadsheet's hint at the delimiter
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-_ROW_NUMBERS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
-
-
-def read_rows(path: Path, notes: list[str]) -> list[Row]:
-    """Read a CSV file (comma, semicolon or tab; UTF-8 or UTF-16) and append its quirks to `notes`.
-
-    Raises CohortError for what is no CSV table, has no column `id`, or names a column twice.
-    """
-    records, delimiter = _read_records(path)
-    if not records:
-        raise CohortError(f"{path} is empty; a header and one row a patient must stand in it.")
-    header = _column_names(records[0][1])
-    _check_header(path, header)
-    if any(not name for name in header):
-        notes.append(f"{path.name}: the column without a name holds row numbers, not read")
-    if delimiter == ";":
-        notes.append(f"{path.name}: separated by semicolons, a comma in a number is decimal")
-    if any(cell != cell.strip() for _, cells in records for cell in cells):
-        notes.append(f"{path.name}: spaces round values removed")
-    _check_widths(path, len(header), records[1:])
-    rows = [Row(path=path, number=n, cells=_cells(header, c, delimiter)) for n, c in records[1:]]
-    if not rows:
-        raise CohortError(f"{path} has a header but no patient; one row a patient must follow it.")
-    split = TABLE_SPLITS.get(path.name.lower())
-    for row in rows if split else ():
-        row.cells.setdefault("split", str(split))
-    return rows
-
-
-def _read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
-    """Return (row number, cells) for every row that is not blank, and the delimiter."""
-    try:
-        text = _decode(path.read_bytes())
-    except UnicodeError:
-        raise CohortError(f"{path} is not UTF-8 text; save it as `CSV UTF-8`.") from None
-    except OSError as error:
-        raise CohortError(f"{path} cannot be read: {error.strerror}.") from None
-    delimiter = _delimiter(text.splitlines())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        numbered = list(enumerate(reader, start=1))
-    except csv.Error as error:
-        raise CohortError(
-            f"{path} line {reader.line_num} is not CSV ({error}); look for a quote left open."
-        ) from None
-    if numbered and _SEP_LINE.match(delimiter.join(numbered[0][1])):
-        numbered = numbered[1:]
-    return [(n, cells) for n, cells in numbered if any(cell.strip() for cell in cells)], delimiter
-
-
-def _decode(data: bytes, errors: str = "strict") -> str:
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return data.decode("utf-16" if utf16 else "utf-8-sig", errors)
-
-
-def _delimiter(lines: Iterable[str]) -> str:
-    header = next((line for line in lines if line.strip()), "")
-    hint = _SEP_LINE.match(header)
-    return hint[1] if hint else max(",;\t", key=header.count)
-
-
-def _column_names(cells: Iterable[str]) -> list[str]:
-    """Lower the case of known columns only; what a spreadsheet or pandas leaves unnamed is ''."""
-    names = [cell.strip() for cell in cells]
-    names = ["" if _ROW_NUMBERS.fullmatch(name) else name for name in names]
-    return [name.lower() if name.lower() in KNOWN_COLUMNS else name for name in names]
-
-
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    if "id" not in header:
-        found = name_some([name or "(no name)" for name in header])
-        raise CohortError(f"{path} row 1 must name a column `id`; got {found}.")
-    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
-    if twice:
-        complain(f"{path} row 1 names columns twice", twice, "Keep one of each.")
-
-
-def _check_widths(path: Path, width: int, records: Sequence[tuple[int, list[str]]]) -> None:
-    wrong = [
-        f"row {number} has {len(cells)}"
-        for number, cells in records
-        if len(cells) < width or any(cell.strip() for cell in cells[width:])
-    ]
-    if wrong:
-        complain(
-            f"{path}: the header has {width} cells, other rows have not",
-            wrong,
-            "Put a value with a comma in it in quotes, and write every cell.",
-        )
-
-
-def _cells(header: Sequence[str], cells: Sequence[str], delimiter: str) -> dict[str, str]:
-    named = {n: c.strip() for n, c in zip(header, cells, strict=False) if n}
-    named["id"] = unicodedata.normalize("NFC", named["id"])
-    if delimiter == ";":
-        return {n: _decimal_point(c) if n != "id" else c for n, c in named.items()}
-    return named
-
-
-def _decimal_point(text: str) -> str:
-    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
 
 
 # --- rows -> parsed columns -------------------------------------------------------------------
@@ -359,7 +207,9 @@ def _is_number(text: str) -> bool:
 def _date_note(texts: Sequence[str], reference_date: date) -> str:
     forms = Counter(clinical.date_form(text) for text in texts)
     told = ", ".join(f"{count} as {form}" for form, count in forms.items()) or "none given"
-    return f"dob: read {told}; becomes the age in years on {reference_date}"
+    swapped = sum(map(clinical.is_ambiguous_date, texts))
+    guess = f" ({swapped} would be misread by guessing)" if swapped else ""
+    return f"dob: read {told}{guess}; becomes the age in years on {reference_date}"
 
 
 def _gender_notes(texts: Sequence[str]) -> list[str]:

@@ -1,0 +1,160 @@
+"""`lymphfeat audit`: read a cohort and say what is in it, what is odd, and what leaks."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+
+from lymphfeat_cli.options import (
+    cohort_options,
+    force_option,
+    load_cohort,
+    note,
+    output_options,
+    progress_bar,
+    show_json,
+    show_table,
+)
+
+if TYPE_CHECKING:
+    from lymphfeat.audit import Attribute, Audit, Copies, Fault
+    from lymphfeat.shortcuts import Predictor
+
+LISTED = 12  # entries of a kind shown; --json and --out have them all
+
+
+@click.command(
+    "audit",
+    epilog="Example: lymphfeat audit --cohort data/lymphocytosis --out audit.json. "
+    "Findings do not fail the command (exit 0); a cohort that cannot be read does (exit 2).",
+)
+@cohort_options
+@click.option(
+    "--crop",
+    type=click.IntRange(1),
+    default=112,
+    show_default=True,
+    help="Images with a side below it, in pixels, are reported.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write everything found to this JSON file as well.",
+)
+@force_option
+@output_options
+def command(
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    crop: int,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read a cohort and say what is in it, what is odd, and what leaks.
+
+    Counts patients and images, tells how each quirk of the files was resolved, names unreadable,
+    too small and duplicated images, and measures how far bag size and each attribute alone
+    predict the label.
+    """
+    _check_out(out, force)
+    from lymphfeat.audit import audit_cohort
+
+    loaded = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    with progress_bar("decoding images", quiet) as progress:
+        audit = audit_cohort(loaded, crop=crop, progress=progress)
+    if out is not None:
+        audit.save(out)
+        note(f"Wrote {out}.")
+    if as_json:
+        show_json(audit.to_dict())
+    else:
+        _show(audit)
+
+
+def _check_out(out: Path | None, force: bool) -> None:
+    if out is not None and out.exists() and not force:
+        raise click.UsageError(f"{out} exists; choose another --out, or overwrite with --force.")
+    if out is not None and not out.parent.is_dir():
+        raise click.UsageError(f"folder {out.parent} of --out does not exist; make it first.")
+
+
+def _show(audit: "Audit") -> None:
+    click.echo(f"{audit.root}: {audit.patients} patients, {audit.images} images\n")
+    _show_groups(audit)
+    if audit.attributes:
+        columns = ["attribute", "missing", "min", "median", "max", "values"]
+        show_table("Clinical attributes", columns, [_range(a) for a in audit.attributes])
+    if audit.predictors:
+        columns = ["alone", "patients", "AUC", "95 % interval", "tumoral is"]
+        rows = [_power(predictor) for predictor in audit.predictors]
+        show_table("How far each alone predicts the label", columns, rows)
+    _show_lines("Read as", audit.quirks, listed=len(audit.quirks))
+    _show_lines("Unreadable images", [_fault(fault) for fault in audit.unreadable])
+    crop = f"Images smaller than the crop ({audit.crop} px)"
+    _show_lines(crop, [_fault(fault) for fault in audit.too_small])
+    _show_lines("Images shared by different patients", [_copy(copy) for copy in audit.shared])
+    _show_lines("Images repeated within a patient", [_copy(copy) for copy in audit.repeated])
+    _show_lines("Findings", audit.findings)
+    click.echo(f"Verdict: {audit.verdict}.")
+
+
+def _show_groups(audit: "Audit") -> None:
+    from lymphfeat.audit import LABEL_NAMES
+
+    rows = [
+        (g.split, LABEL_NAMES[g.label], g.label, g.patients, g.images, g.fewest, g.median, g.most)
+        for g in audit.groups
+    ]
+    columns = ["split", "is", "label", "patients", "images", "fewest", "median", "most"]
+    show_table("Patients, and images a patient", columns, rows)
+    for title, counts in (("formats", audit.formats), ("sizes", audit.sizes)):
+        told = [f"{name}: {count}" for name, count in counts.items()]
+        click.echo(f"Image {title}: {', '.join(_shortened(told)) or 'none readable'}")
+    click.echo()
+
+
+def _range(attribute: "Attribute") -> list[str]:
+    numbers = (attribute.minimum, attribute.median, attribute.maximum)
+    told = ["" if number is None else f"{number:.4g}" for number in numbers]
+    counts = [f"{escape(value)} {count}" for value, count in (attribute.counts or {}).items()]
+    return [escape(attribute.name), str(attribute.missing), *told, ", ".join(_shortened(counts, 6))]
+
+
+def _power(predictor: "Predictor") -> list[str]:
+    category = f" {escape(predictor.category)}" if predictor.category else ""
+    return [
+        escape(predictor.name),
+        str(predictor.patients),
+        f"{predictor.auc:.3f}",
+        f"{predictor.low:.3f} to {predictor.high:.3f}",
+        f"{predictor.tumoral_is}{category}",
+    ]
+
+
+def _fault(fault: "Fault") -> str:
+    return f"{fault.path}: {fault.reason}"
+
+
+def _copy(copies: "Copies") -> str:
+    who = ", ".join(
+        f"{patient} ({label})"
+        for patient, label in zip(copies.patients, copies.labels, strict=True)
+    )
+    return f"{who}: {copies.images} image(s), such as {' = '.join(copies.example)}"
+
+
+def _show_lines(title: str, lines: Sequence[str], listed: int = LISTED) -> None:
+    if lines:
+        click.echo("\n".join([title, *(f"  {line}" for line in _shortened(lines, listed)), ""]))
+
+
+def _shortened(lines: Sequence[str], listed: int = LISTED) -> list[str]:
+    more = len(lines) - listed
+    return [*lines[:listed], *([f"… and {more} more (all with --json)"] if more > 0 else [])]
