@@ -182,7 +182,8 @@ class MapEncoder:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._backbone = backbone.eval().to(device, memory_format=torch.channels_last)
+        backbone = backbone.eval().to(device)
+        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._normalization = normalization
         self._views = views
         self._dtype = dtype

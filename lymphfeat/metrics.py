@@ -1,0 +1,119 @@
+"""Metrics of patient probabilities against labels, for many heads at once (METHOD §4).
+
+Arrays are (..., P): the last axis is patients, those before it heads, epochs, whatever else.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+
+def sensitivity_specificity(
+    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
+) -> tuple[Floats, Floats]:
+    """Return the shares of tumoral patients called so and of reactive ones not: (...), (...).
+
+    A patient is called tumoral when its probability is ABOVE the threshold (report §3.1). Without
+    patients of a class its share is NaN.
+    """
+    called = probabilities > np.asarray(threshold)[..., None]
+    with np.errstate(invalid="ignore"):
+        sensitivity = (called & (labels == 1)).sum(-1) / np.float64((labels == 1).sum())
+        specificity = (~called & (labels == 0)).sum(-1) / np.float64((labels == 0).sum())
+    return sensitivity, specificity
+
+
+def balanced_accuracy(
+    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
+) -> Floats:
+    """Return (sensitivity + specificity) / 2 (report §2.2): (...)."""
+    sensitivity, specificity = sensitivity_specificity(probabilities, labels, threshold)
+    return (sensitivity + specificity) / 2
+
+
+def roc_auc(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return the chance that a tumoral patient outranks a reactive one, ties half: (...)."""
+    positive = labels == 1
+    n_positive, n_negative = positive.sum(), (labels == 0).sum()
+    if not n_positive or not n_negative:
+        return np.full(probabilities.shape[:-1], np.nan)
+    ranks = stats.rankdata(probabilities[..., (labels == 0) | positive], axis=-1)
+    positive = positive[(labels == 0) | positive]
+    surplus = ranks[..., positive].sum(-1) - n_positive * (n_positive + 1) / 2
+    return np.asarray(surplus / (n_positive * n_negative))
+
+
+def log_loss(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return the mean negative log likelihood: (...); probabilities are kept 1e-7 from 0 and 1."""
+    kept = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    return -np.where(labels == 1, np.log(kept), np.log1p(-kept)).mean(-1)
+
+
+def brier_score(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return the mean squared distance to the label: (...)."""
+    return ((probabilities - labels) ** 2).mean(-1)
+
+
+def choose_threshold(probabilities: Floats, labels: NDArray[np.int64]) -> float:
+    """Return the threshold of the best balanced accuracy: of several, the one nearest to .5.
+
+    `probabilities` (P,) must be out of fold. Candidates lie half-way between neighbours.
+    """
+    values = np.unique(probabilities)
+    candidates = np.concatenate([[values[0] / 2], (values[:-1] + values[1:]) / 2])
+    scores = balanced_accuracy(
+        np.broadcast_to(probabilities, (len(candidates), len(probabilities))), labels, candidates
+    )
+    best = candidates[scores >= scores.max() - 1e-12]
+    return float(best[np.abs(best - 0.5).argmin()])
+
+
+def oracle_balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+    """Return the best balanced accuracy over 100 thresholds, chosen ON these patients: (...).
+
+    Optimistic by construction; it is what the report's top-k rows are (METHOD §4).
+    """
+    best = np.zeros(probabilities.shape[:-1])
+    for threshold in np.linspace(0, 0.99, 100):
+        np.maximum(best, balanced_accuracy(probabilities, labels, threshold), out=best)
+    return best
+
+
+def all_metrics(
+    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
+) -> dict[str, Floats]:
+    """Return every metric of a table, each (...)."""
+    sensitivity, specificity = sensitivity_specificity(probabilities, labels, threshold)
+    return {
+        "ba": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "auc": roc_auc(probabilities, labels),
+        "log_loss": log_loss(probabilities, labels),
+        "brier": brier_score(probabilities, labels),
+    }
+
+
+METRICS = ("ba", "sensitivity", "specificity", "auc", "log_loss", "brier")
+
+
+def t_half_width(values: Floats, variance_factor: float | None = None) -> float:
+    """Return half of the 95 % t interval of the mean of `values` (n,).
+
+    `variance_factor` multiplies the sample variance in place of 1 / n: 1 / n + n_test / n_train is
+    the Nadeau–Bengio correction for overlapping training sets (Machine Learning 52, 2003).
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    factor = 1 / n if variance_factor is None else variance_factor
+    return float(stats.t.ppf(0.975, n - 1) * np.sqrt(factor * values.var(ddof=1)))
+
+
+def describe(values: Mapping[str, Floats]) -> dict[str, float]:
+    """Return the mean of each named array, NaN left out."""
+    return {name: float(np.nanmean(array)) for name, array in values.items()}
