@@ -336,8 +336,8 @@ def _findings(audit: Audit) -> Iterator[str]:
     if audit.unreadable:
         yield f"broken: {len(audit.unreadable)} unreadable image(s); restore or remove them"
     if audit.too_small:
-        count = len(audit.too_small)
-        yield f"broken: {count} image(s) smaller than the crop (={audit.crop}); choose a smaller"
+        told = f"{len(audit.too_small)} image(s) smaller than the crop (={audit.crop})"
+        yield f"broken: {told}; restore them or choose a smaller crop"
     yield from _leaks(audit.shared)
     if audit.repeated:
         count = sum(copies.images for copies in audit.repeated)

@@ -276,21 +276,16 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
     """Name patients without images and images without a patient; return them as notes."""
     absent = [id for id in ids if id not in found.images]
     orphans = [f"{folder} ({count} images)" for folder, count in found.orphans.items()]
-    lines = [
-        *([f"{len(absent)} patient(s) without images: {name_some(absent)}"] if absent else []),
-        *(
-            [f"{len(orphans)} image folder(s) without table row: {name_some(orphans)}"]
-            * bool(orphans)
-        ),
-    ]
+    kinds = {"patient(s) without images": absent, "image folder(s) without table row": orphans}
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    told = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
     if len(absent) == len(ids):
-        raise CohortError(
-            f"no patient of the table has images under {root}; each must have a folder named "
-            f"exactly as its id. {'; '.join(lines)}."
-        )
-    if lines and not allow_missing:
-        complain(f"{root}", lines, "Add or rename them, or leave them out with --allow-missing.")
-    return [f"{line}; left out" for line in lines]
+        what = f"no patient of the table has images under {root}"
+        complain(what, told, "Each must have a folder named exactly as its id.")
+    if told and not allow_missing:
+        remedy = "Add or rename them, or leave them out with --allow-missing."
+        complain(str(root), told, remedy)
+    return [f"left out {len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items()]
 
 
 def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:

@@ -64,12 +64,13 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     header = _column_names(records[0][1])
     _check_header(path, header)
     if any(not name for name in header):
-        notes.append(f"{path.name}: the column without a name holds row numbers, not read")
+        notes.append(f"{path.name}: the column without a name holds row numbers or nothing, unread")
     if delimiter == ";":
         notes.append(f"{path.name}: separated by semicolons, a comma in a number is decimal")
     if any(cell != cell.strip() for _, cells in records for cell in cells):
         notes.append(f"{path.name}: spaces round values removed")
     _check_widths(path, len(header), records[1:])
+    _check_nameless(path, header, records[1:])
     rows = [Row(path=path, number=n, cells=_cells(header, c, delimiter)) for n, c in records[1:]]
     if not rows:
         raise CohortError(f"{path} has a header but no patient; one row a patient must follow it.")
@@ -85,7 +86,9 @@ def _read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
     except OSError as error:
         raise CohortError(f"{path} cannot be read: {error.strerror}.") from None
     delimiter = _delimiter(text.splitlines())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
     try:
         numbered = list(enumerate(reader, start=1))
     except csv.Error as error:
@@ -136,6 +139,20 @@ def _check_widths(path: Path, width: int, records: Sequence[tuple[int, list[str]
             wrong,
             "Put a value with a comma in it in quotes, and write every cell.",
         )
+
+
+def _check_nameless(
+    path: Path, header: Sequence[str], records: Sequence[tuple[int, list[str]]]
+) -> None:
+    """Let a column without a name pass only as row numbers: anything else is lost by mistake."""
+    lost = [
+        f"row {number} {cell!r}"
+        for number, cells in records
+        for name, cell in zip(header, cells, strict=False)
+        if not name and not re.fullmatch(r"\s*[0-9]*\s*", cell)
+    ]
+    if lost:
+        complain(f"{path} row 1 has a column without a name, but with values", lost, "Name it.")
 
 
 def _cells(header: Sequence[str], cells: Sequence[str], delimiter: str) -> dict[str, str]:

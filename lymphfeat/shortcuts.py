@@ -39,11 +39,11 @@ class Predictor:
     def finding(self) -> str | None:
         """One line when this is a leak or a shortcut; clinical attributes may well predict."""
         told = f"(AUC {self.auc:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f})"
-        if self.low > ALMOST_THE_LABEL:
-            return f"leak: {self.name} alone all but gives the label {told}; is it known before?"
-        if self.low > 0.5 and self.role != "covariate":
-            return f"shortcut: {self.name} alone predicts the label {told}; a model may learn it"
-        return None
+        if self.role != "covariate":
+            line = f"shortcut: {self.name} alone predicts the label {told}; a model may learn it"
+            return line if self.low > 0.5 else None
+        line = f"leak: {self.name} alone all but gives the label {told}; is it known beforehand?"
+        return line if self.low > ALMOST_THE_LABEL else None
 
 
 def find_predictors(cohort: Cohort, storage: pd.DataFrame) -> tuple[Predictor, ...]:

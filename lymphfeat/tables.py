@@ -10,7 +10,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -150,15 +150,17 @@ def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
 def _parse_covariate(
     rows: Sequence[Row], name: str, reference_date: date, columns: _Columns
 ) -> None:
-    texts = [t for row in rows if not clinical.is_missing(t := row.cells.get(name, ""))]
+    given = [row for row in rows if not clinical.is_missing(row.cells.get(name, ""))]
+    texts = [row.cells[name] for row in given]
+    first = {row.id: row.cells[name] for row in reversed(given)}  # for notes: a patient once
     if name == "dob":
         parse_age = partial(clinical.parse_age, reference_date=reference_date)
         columns.values[name] = _parse(rows, name, parse_age)
-        columns.notes.append(_date_note(texts, reference_date))
+        columns.notes.append(_date_note(first.values(), reference_date))
     elif name == "gender":
         columns.values[name] = _parse(rows, name, clinical.parse_gender, missing=None)
         columns.texts.add(name)
-        columns.notes.extend(_gender_notes(texts))
+        columns.notes.extend(_gender_notes(first.values()))
     elif name == "lymph_count":
         columns.values[name] = _parse(rows, name, clinical.parse_count)
     elif not texts:
@@ -204,15 +206,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _date_note(texts: Sequence[str], reference_date: date) -> str:
+def _date_note(texts: Collection[str], reference_date: date) -> str:
     forms = Counter(clinical.date_form(text) for text in texts)
-    told = ", ".join(f"{count} as {form}" for form, count in forms.items()) or "none given"
+    told = ", ".join(f"{count} as {form}" for form, count in forms.most_common()) or "none given"
     swapped = sum(map(clinical.is_ambiguous_date, texts))
     guess = f" ({swapped} would be misread by guessing)" if swapped else ""
     return f"dob: read {told}{guess}; becomes the age in years on {reference_date}"
 
 
-def _gender_notes(texts: Sequence[str]) -> list[str]:
+def _gender_notes(texts: Collection[str]) -> list[str]:
     odd = Counter(text for text in texts if text not in ("F", "M"))
     return [
         f"gender: {count} cell(s) {text!r} read as {clinical.parse_gender(text)}"
@@ -283,8 +285,10 @@ def _repeat_notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     for path in paths:
         ids = {row.id for row in rows if row.path == path}
+        count = len(ids & seen)
         if len(paths) > 1:
-            notes.append(f"{path.name}: {len(ids - seen)} patients, {len(ids & seen)} as before")
+            repeats = f", {count} of them repeat an earlier table and agree" if count else ""
+            notes.append(f"{path.name}: {len(ids)} patients{repeats}")
         seen |= ids
     return notes
 

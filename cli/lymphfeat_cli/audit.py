@@ -143,11 +143,9 @@ def _fault(fault: "Fault") -> str:
 
 
 def _copy(copies: "Copies") -> str:
-    who = ", ".join(
-        f"{patient} ({label})"
-        for patient, label in zip(copies.patients, copies.labels, strict=True)
-    )
-    return f"{who}: {copies.images} image(s), such as {' = '.join(copies.example)}"
+    pairs = zip(copies.patients, copies.labels, strict=True)
+    who = ", ".join(_shortened([f"{patient} ({label})" for patient, label in pairs]))
+    return f"{who}: {copies.images} image(s), such as {' = '.join(_shortened(copies.example, 4))}"
 
 
 def _show_lines(title: str, lines: Sequence[str], listed: int = LISTED) -> None:
