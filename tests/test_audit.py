@@ -77,6 +77,20 @@ def test_formats_and_sizes_are_counted(tmp_path: Path) -> None:
     assert result.sizes == {"16x16": 7, "20x30": 1}
 
 
+def test_images_that_make_the_decoder_warn_are_read(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    palette = Image.new("P", (16, 16), 3)
+    palette.putpalette([7] * 768)
+    palette.save(tmp_path / "a" / "palette.png", transparency=b"\x00\x40\x80\xff")
+    with (
+        Image.open(tmp_path / "a" / "palette.png") as image,
+        pytest.warns(UserWarning, match="(?i)transparency"),
+    ):
+        image.convert("RGB")
+    result = audit(tmp_path)
+    assert (result.unreadable, result.formats["PNG P"]) == ((), 1)
+
+
 # --- faults -----------------------------------------------------------------------------------
 
 

@@ -139,6 +139,14 @@ def test_dates_that_would_have_to_be_guessed_are_refused(text: str) -> None:
         clinical.parse_date(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "ambiguous"),
+    [("05-03-1950", True), ("05-05-1950", False), ("25-03-1950", False), ("5/3/1950", False)],
+)
+def test_which_dates_a_guess_would_misread(text: str, ambiguous: bool) -> None:
+    assert clinical.is_ambiguous_date(text) is ambiguous
+
+
 def test_the_spelling_of_dates_leaves_no_trace(tmp_path: Path) -> None:
     days = [date(1950, 1, 1) + timedelta(days=37 * k) for k in range(6)]
     spellings: list[Callable[[date], str]] = [
@@ -188,23 +196,57 @@ def test_own_cohort_as_a_european_spreadsheet_writes_it(tmp_path: Path) -> None:
 
 
 def test_utf16_tabs_and_accents_taken_apart(tmp_path: Path) -> None:
-    table = "id\tlabel", "\u00c9lodie\t1", "Zo\u00eb\t0"
-    write_text(tmp_path / "cohort.csv", *table, encoding="utf-16")
-    write_bags(tmp_path, {unicodedata.normalize("NFD", "\u00c9lodie"): 1, "Zo\u00eb": 1})
+    apart = [unicodedata.normalize("NFD", name) for name in ("\u00c9lodie", "Zo\u00eb")]
+    write_text(
+        tmp_path / "cohort.csv", "id\tlabel", "\u00c9lodie\t1", f"{apart[1]}\t0", encoding="utf-16"
+    )
+    write_bags(tmp_path, {apart[0]: 1, "Zo\u00eb": 1})
     assert Cohort.load(tmp_path).ids == ("Zo\u00eb", "\u00c9lodie")
 
 
 def test_every_image_format_is_found_and_sorted_and_other_files_named(tmp_path: Path) -> None:
     write_own(tmp_path, "id,label", "P1,1", bags={})
-    for number, name in enumerate(["c.TIFF", "a.jpg", "b.PNG", "e.bmp", "sub/d.tif", "f.JPEG"]):
+    for number, name in enumerate(["c.TIFF", "a.jpg", "b.PNG", "e.bmp", "d/d.tif", "f.JPEG"]):
         write_image(tmp_path / "P1" / name, number)
     write_text(tmp_path / "P1" / "Thumbs.db", "x")
     write_image(tmp_path / "overview.png", 9)
     cohort = Cohort.load(tmp_path)
     names = [path.name for path in cohort.images[0]]
-    assert names == ["a.jpg", "b.PNG", "c.TIFF", "e.bmp", "f.JPEG", "d.tif"]
+    assert names == ["a.jpg", "b.PNG", "c.TIFF", "d.tif", "e.bmp", "f.JPEG"]
     assert "1 other file(s) or folder(s) not read: Thumbs.db" in cohort.notes
     assert any("outside any patient's folder not read: overview.png" in n for n in cohort.notes)
+
+
+def test_images_beside_the_patients_folders_are_named_not_refused(tmp_path: Path) -> None:
+    write_own(tmp_path, "id,label", "P1,1", bags={"set/train/P1": 1})
+    write_image(tmp_path / "set" / "train" / "overview.png", 9)
+    (note,) = Cohort.load(tmp_path).notes
+    assert note.endswith(f"not read: {Path('set', 'train', 'overview.png')}")
+
+
+def test_a_comma_is_decimal_in_numbers_not_in_ids(tmp_path: Path) -> None:
+    write_text(tmp_path / "cohort.csv", "id;label;x", "1,5;1;2,5")
+    write_bags(tmp_path, {"1,5": 1})
+    table = Cohort.load(tmp_path).table
+    assert table["x"].to_dict() == {"1,5": 2.5}
+
+
+def test_a_number_among_texts_is_a_category(tmp_path: Path) -> None:
+    write_own(tmp_path, "id,label,ward", "P1,1,A", "P2,1,1", "P3,0,B")
+    assert Cohort.load(tmp_path).table["ward"].tolist() == ["A", "1", "B"]
+
+
+def test_a_column_of_one_table_only_is_taken_from_it(tmp_path: Path) -> None:
+    write_challenge(tmp_path)
+    lines = ("id,label,crp", "P2,0,7", "P9,1,")
+    write_text(tmp_path / "trainset" / "trainset_true.csv", *lines)
+    crp = Cohort.load(tmp_path).table["crp"]
+    assert crp.dropna().to_dict() == {"P2": 7.0}
+
+
+def test_the_innermost_folder_tells_the_split(tmp_path: Path) -> None:
+    write_own(tmp_path, "id,label", "P1,-1", bags={"test/trainset/P1": 1})
+    assert Cohort.load(tmp_path).table["split"].tolist() == ["train"]
 
 
 def test_no_image_is_opened(tmp_path: Path) -> None:
