@@ -183,7 +183,7 @@ class MapEncoder:
         device: torch.device,
     ) -> None:
         backbone = backbone.eval().to(device)
-        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._backbone = backbone.to(memory_format=torch.channels_last)
         self._normalization = normalization
         self._views = views
         self._dtype = dtype

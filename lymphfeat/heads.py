@@ -5,7 +5,7 @@ Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATO
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +27,74 @@ class Aggregator:
     unit: str  # the unit counted by default
     about: str
     bottom: bool = False  # ranking family: do the lowest instances count too
-    # Weighted family: (stack, logits (M, H), bags) -> patient logits (B, H), while training.
-    patient_logit: "Callable[[HeadStack, Tensor, Bags], Tensor] | None" = None
-    # Weighted family: (stack, logits (M, H), bags) -> weights (M, H), each bag's adding up to 1.
-    weights: "Callable[[HeadStack, Tensor, Bags], Tensor] | None" = None
+    # Weighted family: (state, logits (M, H), bags) -> patient logits (B, H), while training.
+    patient_logit: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
+    # Weighted family: (state, logits (M, H), bags) -> weights (M, H), each bag's adding up to 1.
+    weights: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
+
+
+@dataclass(frozen=True)
+class AggregatorState:
+    """What the aggregators of H heads know beside the logits; every tensor is (H,)."""
+
+    gamma: Tensor  # bnsigmoid, trained
+    beta: Tensor  # bnsigmoid, trained
+    running_mean: Tensor  # bnsigmoid, followed
+    running_var: Tensor  # bnsigmoid, followed
+    temperature: Tensor  # lse
+    momentum: Tensor  # of the running statistics
+    training: bool = False
+
+    @classmethod
+    def fresh(cls, settings: Sequence[HeadSettings], device: torch.device) -> "AggregatorState":
+        n = len(settings)
+        return cls(
+            gamma=torch.ones(n, device=device),
+            beta=torch.zeros(n, device=device),
+            running_mean=torch.zeros(n, device=device),
+            running_var=torch.ones(n, device=device),
+            temperature=torch.tensor([s.temperature for s in settings], device=device),
+            momentum=torch.tensor([s.momentum for s in settings], device=device),
+        )
+
+    def columns(self, columns: "slice | Tensor") -> "AggregatorState":
+        """Take some heads; a slice shares memory, so that running statistics stay followed."""
+        tensors = {
+            field.name: getattr(self, field.name)[columns]
+            for field in fields(self)
+            if field.name != "training"
+        }
+        return replace(self, **tensors)
 
 
 class HeadStack(nn.Module):
-    """H heads of one aggregator side by side: weights (H, C) and what else each one learns."""
+    """H heads of one aggregator side by side: scorers (H, C) and what their aggregators learn."""
 
     running_mean: Tensor
     running_var: Tensor
-    temperature: Tensor
 
     def __init__(self, settings: Sequence[HeadSettings], weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        heads = len(settings)
         self.settings = tuple(settings)
         self.aggregator = AGGREGATORS[settings[0].agg]
         self.weight = nn.Parameter(weight)  # (H, C)
         self.bias = nn.Parameter(bias)  # (H,)
-        # bnsigmoid (METHOD §2 B); unused, so without gradient, elsewhere
-        self.gamma = nn.Parameter(torch.ones(heads))
-        self.beta = nn.Parameter(torch.zeros(heads))
-        self.register_buffer("running_mean", torch.zeros(heads))
-        self.register_buffer("running_var", torch.ones(heads))
-        self.register_buffer("temperature", torch.tensor([s.temperature for s in settings]))
+        state = AggregatorState.fresh(settings, weight.device)
+        self.gamma = nn.Parameter(state.gamma)
+        self.beta = nn.Parameter(state.beta)
+        self.register_buffer("running_mean", state.running_mean)
+        self.register_buffer("running_var", state.running_var)
+
+    @property
+    def state(self) -> AggregatorState:
+        return replace(
+            AggregatorState.fresh(self.settings, self.weight.device),
+            gamma=self.gamma,
+            beta=self.beta,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            training=self.training,
+        )
 
     def logits(self, features: Tensor) -> Tensor:
         """Score instances: features (M, C) -> logits (M, H)."""
@@ -61,12 +103,12 @@ class HeadStack(nn.Module):
     def patient_logit(self, logits: Tensor, bags: Bags) -> Tensor:
         """Aggregate instance logits (M, H) to patient logits (B, H); the weighted family only."""
         assert self.aggregator.patient_logit is not None
-        return self.aggregator.patient_logit(self, logits, bags)
+        return self.aggregator.patient_logit(self.state, logits, bags)
 
     def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
         """Return how much each instance counts for its patient: (M, H), bags adding up to 1."""
         if self.aggregator.weights is not None:
-            return self.aggregator.weights(self, logits, bags)
+            return self.aggregator.weights(self.state, logits, bags)
         first = self.settings[0]
         k = effective_k(bags.sizes, first.k_agg, first.k_percent, first.k_min)
         mask = ranking.selected_mask(Ranking.of(logits, bags), k, bottom=self.aggregator.bottom)
@@ -93,54 +135,53 @@ def bag_loss_selection(settings: HeadSettings, logits: Tensor, bags: Bags) -> Te
     return bags.sum(torch.where(mask, logits, 0)) / k[:, None]
 
 
-# --- the weighted family on a stack ---------------------------------------------------------------
+# --- the weighted family on a state ---------------------------------------------------------------
 
 
-def _mean_logit(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
+def _mean_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
     return bags.mean(logits)
 
 
-def _mean_weights(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
+def _mean_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
     return weighted.mean_weights(logits, bags)
 
 
-def _max_logit(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
+def _max_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
     return logits.gather(0, bags.argmax(logits))
 
 
-def _max_weights(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
+def _max_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
     return weighted.max_weights(logits, bags)
 
 
-def _lse_logit(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.lse_logit(logits, bags, stack.temperature)
+def _lse_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    return weighted.lse_logit(logits, bags, state.temperature)
 
 
-def _lse_weights(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.lse_weights(logits, bags, stack.temperature)
+def _lse_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    return weighted.lse_weights(logits, bags, state.temperature)
 
 
-def _bnsigmoid_logit(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.weighted_logit(logits, _bnsigmoid_weights(stack, logits, bags), bags)
+def _bnsigmoid_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    return weighted.weighted_logit(logits, _bnsigmoid_weights(state, logits, bags), bags)
 
 
-def _bnsigmoid_weights(stack: HeadStack, logits: Tensor, bags: Bags) -> Tensor:
-    if stack.training:
+def _bnsigmoid_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    if state.training:
         statistics = weighted.moments(logits)
-        update_running(stack, statistics)
+        update_running(state, statistics)
     else:
-        statistics = weighted.Moments(stack.running_mean, stack.running_var)
+        statistics = weighted.Moments(state.running_mean, state.running_var)
     return weighted.bnsigmoid_weights(
-        logits, bags, gamma=stack.gamma, beta=stack.beta, statistics=statistics
+        logits, bags, gamma=state.gamma, beta=state.beta, statistics=statistics
     )
 
 
 @torch.no_grad()
-def update_running(stack: HeadStack, statistics: weighted.Moments) -> None:
-    """Move the running statistics towards a batch's by each head's momentum."""
-    momentum = stack.running_mean.new_tensor([settings.momentum for settings in stack.settings])
-    stack.running_mean.lerp_(statistics.mean, momentum)
-    stack.running_var.lerp_(statistics.variance, momentum)
+def update_running(state: AggregatorState, statistics: weighted.Moments) -> None:
+    """Move the running statistics towards a batch's by each head's momentum, in place."""
+    state.running_mean.lerp_(statistics.mean, state.momentum)
+    state.running_var.lerp_(statistics.variance, state.momentum)
 
 
 AGGREGATORS: dict[str, Aggregator] = {

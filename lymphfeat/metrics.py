@@ -50,12 +50,12 @@ def roc_auc(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
 def log_loss(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
     """Return the mean negative log likelihood: (...); probabilities are kept 1e-7 from 0 and 1."""
     kept = np.clip(probabilities, 1e-7, 1 - 1e-7)
-    return -np.where(labels == 1, np.log(kept), np.log1p(-kept)).mean(-1)
+    return np.asarray(-np.where(labels == 1, np.log(kept), np.log1p(-kept)).mean(-1))
 
 
 def brier_score(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
     """Return the mean squared distance to the label: (...)."""
-    return ((probabilities - labels) ** 2).mean(-1)
+    return np.asarray(((probabilities - labels) ** 2).mean(-1))
 
 
 def choose_threshold(probabilities: Floats, labels: NDArray[np.int64]) -> float:

@@ -1,4 +1,4 @@
-"""Patient-level splits: made, written, read. A split is two sets of patients and a seed. No torch."""
+"""Patient-level splits (training and validation patients, and a seed): made, written, read."""
 
 import json
 from collections.abc import Sequence
