@@ -23,7 +23,7 @@ _LIKE_A_DATE = re.compile(
     r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}([ T]\d.*)?|\d{1,2}[ -][A-Za-z]{3,9}[ -]\d{2,4}", re.ASCII
 )
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-_GENDERS = {"f": "F", "female": "F", "m": "M", "male": "M"}
+GENDERS = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
 
 def is_missing(text: str) -> bool:
@@ -74,7 +74,7 @@ def parse_age(text: str, reference_date: date) -> float:
 def parse_gender(text: str) -> str:
     """Read F or M, in either case or written out."""
     try:
-        return _GENDERS[text.lower()]
+        return GENDERS[text.lower()]
     except KeyError:
         raise ValueError(
             f"must be F, M or empty; got {text!r}; under another column name any text may stand"

@@ -128,7 +128,7 @@ def _measure(
     flipped = auc < 0.5
     auc = 1 - auc if flipped else auc
     low, high = auc - Z_95 * error, auc + Z_95 * error
-    if auc == 1:
+    if auc == 1 and error == 0:
         # No variance is seen. As if each patient of the smaller class had won one fair pairing.
         low = float(0.025 ** (1 / np.bincount(labels).min()))
     words = ("higher", "lower") if category is None else ("in", "not in")

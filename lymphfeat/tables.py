@@ -50,6 +50,7 @@ class _Columns:
     values: dict[str, list[Value]] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)  # names of the categorical columns
     notes: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)  # of all columns: raised together
 
 
 def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
@@ -139,11 +140,13 @@ def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
     names = dict.fromkeys(name for row in rows for name in row.cells)
     if {"age", "dob"} <= set(names):
         raise CohortError(f"{rows[0].path} has columns `dob` and `age`; keep one: both give age.")
-    columns.values["label"] = _parse(rows, "label", clinical.parse_label, missing=clinical.UNKNOWN)
-    columns.values["split"] = _parse(rows, "split", clinical.parse_split, missing=None)
+    _parse(rows, "label", clinical.parse_label, columns, missing=clinical.UNKNOWN)
+    _parse(rows, "split", clinical.parse_split, columns, missing=None)
     for name in names:
         if name not in ("id", "label", "split"):
             _parse_covariate(rows, name, reference_date, columns)
+    if columns.mistakes:
+        complain("values that cannot be read", columns.mistakes, "Mend them in the table.")
     return columns
 
 
@@ -155,22 +158,22 @@ def _parse_covariate(
     first = {row.id: row.cells[name] for row in reversed(given)}  # for notes: a patient once
     if name == "dob":
         parse_age = partial(clinical.parse_age, reference_date=reference_date)
-        columns.values[name] = _parse(rows, name, parse_age)
+        _parse(rows, name, parse_age, columns)
         columns.notes.append(_date_note(first.values(), reference_date))
     elif name == "gender":
-        columns.values[name] = _parse(rows, name, clinical.parse_gender, missing=None)
+        _parse(rows, name, clinical.parse_gender, columns, missing=None)
         columns.texts.add(name)
         columns.notes.extend(_gender_notes(first.values()))
     elif name == "lymph_count":
-        columns.values[name] = _parse(rows, name, clinical.parse_count)
+        _parse(rows, name, clinical.parse_count, columns)
     elif not texts:
         columns.notes.append(f"column {name}: empty, left out")
     elif any(map(clinical.looks_like_date, texts)):
         columns.notes.append(f"column {name}: holds dates, left out (only dob is read as a date)")
     elif _is_numeric(texts):
-        columns.values[name] = _parse(rows, name, clinical.parse_number)
+        _parse(rows, name, clinical.parse_number, columns)
     else:
-        columns.values[name] = _parse(rows, name, str, missing=None)
+        _parse(rows, name, str, columns, missing=None)
         columns.texts.add(name)
 
 
@@ -178,19 +181,17 @@ def _parse(
     rows: Sequence[Row],
     name: str,
     parse: Callable[[str], Value],
+    columns: _Columns,
     missing: Value = math.nan,
-) -> list[Value]:
-    values: list[Value] = []
-    mistakes: list[str] = []
+) -> None:
+    """Add one column's values, and what is wrong with any, to `columns`."""
+    values = columns.values.setdefault(name, [])
     for row in rows:
         text = row.cells.get(name, "")
         try:
             values.append(missing if clinical.is_missing(text) else parse(text))
         except ValueError as error:
-            mistakes.append(f"{row.where} ({row.id}), column {name}: {error}")
-    if mistakes:
-        complain("values that cannot be read", mistakes, "Mend them in the table.")
-    return values
+            columns.mistakes.append(f"{row.where} ({row.id}), column {name}: {error}")
 
 
 def _is_numeric(texts: Sequence[str]) -> bool:
@@ -216,10 +217,8 @@ def _date_note(texts: Collection[str], reference_date: date) -> str:
 
 def _gender_notes(texts: Collection[str]) -> list[str]:
     odd = Counter(text for text in texts if text not in ("F", "M"))
-    return [
-        f"gender: {count} cell(s) {text!r} read as {clinical.parse_gender(text)}"
-        for text, count in odd.items()
-    ]
+    told = {text: clinical.GENDERS.get(text.lower()) for text in odd}
+    return [f"gender: {odd[text]} cell(s) {text!r} read as {told[text]}" for text in odd]
 
 
 # --- rows that repeat a patient ---------------------------------------------------------------

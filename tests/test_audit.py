@@ -304,7 +304,10 @@ def test_one_class_alone_predicts_nothing(tmp_path: Path) -> None:
 
 def test_one_patient_in_a_class_has_no_interval(tmp_path: Path) -> None:
     result = audit(write_patients(tmp_path, [(1, "2"), (0, "3"), (0, "1")], "x", [1, 1, 1]))
+    assert find(result, "x").auc == 0.5
     assert np.isnan([find(result, "x").low, find(result, "x").high]).all()
+    parted = audit(write_patients(tmp_path / "2", [(1, "9"), (0, "3"), (0, "1")], "x", [1, 1, 1]))
+    assert np.isnan([find(parted, "x").low, find(parted, "x").high]).all()
     text = json.dumps(result.to_dict(), allow_nan=False)
     assert json.loads(text)["predictors"][0]["low"] is None
 

@@ -373,6 +373,15 @@ def test_rows_are_counted_as_a_spreadsheet_does(tmp_path: Path) -> None:
         Cohort.load(tmp_path)
 
 
+def test_mistakes_of_all_columns_are_raised_together(tmp_path: Path) -> None:
+    header = "id,label,split,gender,dob,lymph_count"
+    write_own(tmp_path, header, "P1,7,x,y,25/12/1950,none", bags={"P1": 1})
+    with pytest.raises(CohortError) as caught:
+        Cohort.load(tmp_path)
+    for column in header.split(",")[1:]:
+        assert f"column {column}:" in str(caught.value)
+
+
 def test_many_mistakes_are_counted(tmp_path: Path) -> None:
     write_own(tmp_path, "id,label", *(f"P{k},x" for k in range(30)), bags={"P1": 1})
     with pytest.raises(CohortError, match=r"row 2 .*row 9 .* and 22 more"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.audit import Attribute, Audit, Copies, Fault
+    from lymphfeat.audit import Attribute, Audit, Copies, Fault, Group
     from lymphfeat.shortcuts import Predictor
 
 LISTED = 12  # entries of a kind shown; --json and --out have them all
@@ -109,7 +110,7 @@ def _show_groups(audit: "Audit") -> None:
     from lymphfeat.audit import LABEL_NAMES
 
     rows = [
-        (g.split, LABEL_NAMES[g.label], g.label, g.patients, g.images, g.fewest, g.median, g.most)
+        (g.split, LABEL_NAMES[g.label], g.label, g.patients, g.images, *_spread(g))
         for g in audit.groups
     ]
     columns = ["split", "is", "label", "patients", "images", "fewest", "median", "most"]
@@ -118,6 +119,10 @@ def _show_groups(audit: "Audit") -> None:
         told = [f"{name}: {count}" for name, count in counts.items()]
         click.echo(f"Image {title}: {', '.join(_shortened(told)) or 'none readable'}")
     click.echo()
+
+
+def _spread(group: "Group") -> tuple[str, ...]:
+    return tuple(f"{count:g}" for count in (group.fewest, group.median, group.most))
 
 
 def _range(attribute: "Attribute") -> list[str]:
@@ -133,7 +138,7 @@ def _power(predictor: "Predictor") -> list[str]:
         escape(predictor.name),
         str(predictor.patients),
         f"{predictor.auc:.3f}",
-        f"{predictor.low:.3f} to {predictor.high:.3f}",
+        "too few" if isnan(predictor.low) else f"{predictor.low:.3f} to {predictor.high:.3f}",
         f"{predictor.tumoral_is}{category}",
     ]
 
