@@ -1,0 +1,5 @@
+"""End-to-end training: a backbone and a head learn together (METHOD §3)."""
+
+from lymphfeat.endtoend.run import train_end_to_end
+
+__all__ = ["train_end_to_end"]

@@ -1,0 +1,48 @@
+"""How work is run: CPU threads, autocast, transfers to the device, and its rate."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lymphfeat.progress import Progress
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads for a while; None leaves torch's own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` where that is safe; float32 is left alone."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor without waiting for what the device is doing."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class RateMeter:
+    """Adds images per second to progress."""
+
+    def __init__(self, progress: Progress, total: int, text: str = "") -> None:
+        self._progress, self._total, self._text = progress, total, text
+        self._done, self._start = 0, time.perf_counter()
+        progress(0, total, text)
+
+    def add(self, n: int) -> None:
+        """Say that `n` more images are done."""
+        self._done += n
+        rate = self._done / (time.perf_counter() - self._start)
+        self._progress(self._done, self._total, f"{self._text} {rate:.0f} images/s".strip())

@@ -1,0 +1,55 @@
+"""Learning curves: one row an epoch, as CSV and as a figure."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from lymphfeat.metrics import all_metrics
+
+Row = Mapping[str, float]
+SHOWN_METRICS = ("ba", "auc", "log_loss")
+
+
+def metric_columns(
+    prefix: str, probability: NDArray[np.float32], labels: NDArray[np.int64], threshold: float
+) -> dict[str, float]:
+    """Return the metrics of patients as columns `<prefix>_<metric>`."""
+    metrics = all_metrics(probability.astype(np.float64), labels, threshold)
+    return {f"{prefix}_{name}": float(metrics[name]) for name in SHOWN_METRICS}
+
+
+def write_curves(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Draw losses, and balanced accuracies, over epochs as PNG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
+    named = {"train_ba": "training", "validation_ba": "validation"}
+    _draw(right, rows, named, "balanced accuracy")
+    right.set_ylim(0, 1.02)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], title: str) -> None:
+    epochs = [row["epoch"] for row in rows]
+    for column, name in columns.items():
+        if column in rows[0]:
+            axes.plot(epochs, [row[column] for row in rows], marker=".", label=name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

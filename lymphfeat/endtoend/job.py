@@ -1,0 +1,152 @@
+"""What one end-to-end training is: its patients, its initialised networks, its identity."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from sklearn.model_selection import train_test_split
+
+from lymphfeat import __version__
+from lymphfeat.backbones import LoadedWeights, build_backbone, choose_device, choose_precision
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.heads import HeadStack, initial_scorer
+from lymphfeat.images import find_normalization
+from lymphfeat.model import Model, ModelRecipe, TrainingFacts
+from lymphfeat.settings import EndToEndSettings
+from lymphfeat.store import cohort_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The labelled patients of a cohort."""
+
+    train: Cohort
+    validation: Cohort | None
+
+
+def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
+    """Take `settings.validation` of the labelled patients out of training, stratified.
+
+    Raises CohortError unless training patients of both classes remain.
+    """
+    labelled = cohort.labelled()
+    _check_classes(labelled)
+    if not settings.validation:
+        return Parts(train=labelled, validation=None)
+    try:
+        train, validation = train_test_split(
+            np.array(labelled.ids),
+            test_size=settings.validation,
+            stratify=labelled.labels,
+            random_state=settings.seed,
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"validation (={settings.validation}) must leave patients of both classes on both "
+            f"sides of {len(labelled.ids)} labelled ones ({error})."
+        ) from None
+    return Parts(train=labelled.select(train), validation=labelled.select(validation))
+
+
+def _check_classes(labelled: Cohort) -> None:
+    tumoral = int((labelled.labels == 1).sum())
+    reactive = int((labelled.labels == 0).sum())
+    if not tumoral or not reactive:
+        raise CohortError(
+            f"{labelled.root}: labelled patients must be of both classes to train on; got "
+            f"{tumoral} tumoral (label 1) and {reactive} reactive (label 0)."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training: an initialised model, its patients and its settings."""
+
+    model: Model
+    parts: Parts
+    settings: EndToEndSettings
+    generator: torch.Generator
+    device: torch.device
+    dtype: torch.dtype
+    identity: Mapping[str, Any]
+
+
+def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
+    """Initialise the networks of a training on `parts` of a cohort."""
+    device = choose_device(settings.device)
+    dtype = choose_precision(settings.precision, device)
+    backbone, weights = build_backbone(
+        settings.backbone.backbone,
+        weights=settings.backbone.weights,
+        seed=settings.backbone.weights_seed,
+        image_size=settings.backbone.crop,
+        output_stride=settings.backbone.output_stride,
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    weight, bias = initial_scorer(backbone.channels, generator)
+    fingerprint = cohort_fingerprint(cohort)
+    model = Model(
+        backbone,
+        HeadStack([settings.head], weight[None], bias[None]),
+        recipe=ModelRecipe(
+            backbone=settings.backbone.backbone,
+            output_stride=settings.backbone.output_stride,
+            crop=settings.backbone.crop,
+            normalization=find_normalization(settings.backbone.normalization),
+        ),
+        facts=_facts(parts, settings, weights, fingerprint),
+        tta=settings.tta,
+    )
+    return Job(
+        model=model,
+        parts=parts,
+        settings=settings,
+        generator=generator,
+        device=device,
+        dtype=dtype,
+        identity=_identity(settings, weights, fingerprint, dtype),
+    )
+
+
+def _facts(
+    parts: Parts,
+    settings: EndToEndSettings,
+    weights: LoadedWeights,
+    fingerprint: Mapping[str, Any],
+) -> TrainingFacts:
+    return TrainingFacts(
+        trained_on=parts.train.ids,
+        validated_on=parts.validation.ids if parts.validation else (),
+        cohort=fingerprint,
+        settings=asdict(settings),
+        epochs=settings.epochs,
+        seed=settings.seed,
+        initial_weights=weights.source,
+        initial_weights_sha256=weights.sha256,
+        versions={
+            "lymphfeat": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _identity(
+    settings: EndToEndSettings,
+    weights: LoadedWeights,
+    fingerprint: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Collect what training depends on; where it runs is free to change."""
+    fields = asdict(settings)
+    for name in ("device", "threads", "tta"):
+        del fields[name]
+    fields["backbone"]["weights"] = weights.sha256
+    fields["precision"] = str(dtype).removeprefix("torch.")
+    return {**fields, "cohort": dict(fingerprint)}

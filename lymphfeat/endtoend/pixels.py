@@ -1,0 +1,113 @@
+"""Crops decoded once and kept as bytes; normalised and flipped on the device, batch by batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lymphfeat.backbones import normalize
+from lymphfeat.cohort import Cohort
+from lymphfeat.compute import to_device
+from lymphfeat.images import Normalization, decode_crops
+from lymphfeat.progress import Progress, silent
+
+# Of a GPU's free memory; beyond it the crops stay in host memory and are copied batch by batch.
+_RESIDENT_SHARE = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Images to be seen in one go: rows of a `PixelCache`, and how each is flipped. On the CPU."""
+
+    rows: Tensor  # (n,) int64
+    flips: Tensor  # (n, 2) bool: left-right, upside-down
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, n: int) -> "ImageBatch":
+        """Keep the first n images."""
+        return ImageBatch(rows=self.rows[:n], flips=self.flips[:n])
+
+    def rest(self, n: int) -> "ImageBatch":
+        """Keep all but the first n images."""
+        return ImageBatch(rows=self.rows[n:], flips=self.flips[n:])
+
+    def chunks(self, size: int) -> list["ImageBatch"]:
+        """Cut into parts of at most `size`, as equal as can be, in order."""
+        count = -(-len(self) // size)
+        if not count:
+            return []
+        parts = zip(self.rows.tensor_split(count), self.flips.tensor_split(count), strict=True)
+        return [ImageBatch(rows=rows, flips=flips) for rows, flips in parts]
+
+
+class PixelCache:
+    """The crops of all images of a cohort, patient after patient."""
+
+    def __init__(self, pixels: Tensor, normalization: Normalization, device: torch.device) -> None:
+        """Take crops (N, 3, H, W) uint8; they move to the device if it has room for them."""
+        self.device = device
+        self._normalization = normalization
+        self._resident = _fits(pixels, device)
+        self._pixels = pixels.to(device) if self._resident else pixels
+
+    @classmethod
+    def decode(
+        cls,
+        cohort: Cohort,
+        crop: int,
+        normalization: Normalization,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> "PixelCache":
+        """Decode every image of a cohort."""
+        paths = [path for images in cohort.images for path in images]
+
+        def report(done: int, total: int, text: str = "") -> None:
+            progress(done, total, "decoding images")
+
+        pixels = decode_crops(paths, crop, threads=torch.get_num_threads(), progress=report)
+        return cls(torch.from_numpy(pixels), normalization, device)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, batch: ImageBatch) -> Tensor:
+        """Return the images of a batch, flipped and normalised: (n, 3, H, W) on the device."""
+        pixels = self._gather(batch.rows)
+        if batch.flips.any():
+            pixels = flip_each(pixels, to_device(batch.flips, self.device))
+        images = normalize(pixels, self._normalization)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self._resident:
+            return self._pixels[to_device(rows, self.device)]
+        return to_device(self._pixels[rows], self.device)
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return bool(pixels.nbytes < _RESIDENT_SHARE * free)
+
+
+def flip_each(images: Tensor, flips: Tensor) -> Tensor:
+    """Flip each of (n, C, H, W) left-right where flips (n, 2) says so, and upside-down likewise."""
+    for column, dim in ((0, -1), (1, -2)):
+        images = torch.where(flips[:, column, None, None, None], images.flip(dim), images)
+    return images
+
+
+def draw_flips(n: int, generator: torch.Generator, *, enabled: bool = True) -> Tensor:
+    """Draw whether to flip each of n images: (n, 2) bool, each with probability one half."""
+    if not enabled:
+        return torch.zeros(n, 2, dtype=torch.bool)
+    return torch.rand(n, 2, generator=generator) < 0.5
+
+
+def all_rows(n: int) -> ImageBatch:
+    """Return the batch of rows 0 to n - 1, none of them flipped."""
+    return ImageBatch(rows=torch.arange(n), flips=torch.zeros(n, 2, dtype=torch.bool))

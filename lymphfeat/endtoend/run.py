@@ -1,0 +1,126 @@
+"""A whole end-to-end run: cohort -> trained model, its predictions, curves and submission."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.compute import cpu_threads
+from lymphfeat.endtoend.checkpoint import Checkpoint
+from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
+from lymphfeat.endtoend.fitting import fit
+from lymphfeat.endtoend.job import Parts, hold_out, prepare
+from lymphfeat.endtoend.submission import HEADERS, write_submission
+from lymphfeat.errors import ModelError
+from lymphfeat.heads import resolve
+from lymphfeat.model import (
+    FACTS_FILE,
+    WEIGHTS_FILE,
+    Model,
+    Predictions,
+    patient_metrics,
+    replace_file,
+    write_table,
+)
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import EndToEndSettings
+
+OUTPUTS = (
+    FACTS_FILE,
+    WEIGHTS_FILE,
+    "predictions.csv",
+    "images.csv",
+    "submission.csv",
+    "curves.csv",
+    "curves.png",
+)
+
+
+def train_end_to_end(
+    cohort: Cohort,
+    settings: EndToEndSettings,
+    out: Path,
+    *,
+    force: bool = False,
+    submission_header: str = HEADERS[0],
+    progress: Progress = silent,
+) -> Model:
+    """Train on a cohort's labelled patients; write the model and all it predicts to folder `out`.
+
+    Writes model.safetensors, model.json, predictions.csv, images.csv, curves.csv, curves.png and,
+    when there are unlabelled patients, submission.csv. An interrupted run with the same settings
+    goes on from its last checkpoint and ends (on a CPU) with the same bits. Raises ModelError when
+    a finished model, or an unfinished one of other settings, is in `out` and `force` is not set;
+    CohortError unless patients of both classes are labelled.
+    """
+    settings = replace(settings, head=resolve(settings.head))
+    parts = hold_out(cohort, settings)
+    with cpu_threads(settings.threads):
+        job = prepare(cohort, parts, settings)
+        checkpoint = Checkpoint(out, job.identity)
+        _make_way(out, checkpoint, force=force)
+        history = fit(job, checkpoint, progress)
+        predictions = job.model.predict(
+            cohort, device=settings.device, precision=settings.precision, progress=progress
+        )
+    patients = _mark(predictions.patients, parts)
+    _note_metrics(job.model, patients)
+    _write(out, job.model, replace(predictions, patients=patients), history)
+    if cohort.submission_ids:
+        write_submission(patients, cohort.submission_ids, out / "submission.csv", submission_header)
+    checkpoint.remove()
+    return job.model
+
+
+def _make_way(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
+    """Refuse to touch another run's results, or remove them by force."""
+    if out.exists() and not out.is_dir():
+        raise ModelError(f"out (={out}) must be a folder; got a file. Choose another --out.")
+    if force:
+        _discard(out, checkpoint)
+    elif not checkpoint.path.exists() and (out / FACTS_FILE).exists():
+        raise ModelError(
+            f"{out}: a finished model is there; choose another --out, or train anew with --force."
+        )
+    checkpoint.read()
+
+
+def _discard(out: Path, checkpoint: Checkpoint) -> None:
+    """Remove results, and a checkpoint unless it is this very run's."""
+    try:
+        resumable = checkpoint.read() is not None
+    except ModelError:
+        resumable = False
+    if not resumable:
+        checkpoint.remove()
+    for name in OUTPUTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _mark(patients: pd.DataFrame, parts: Parts) -> pd.DataFrame:
+    """Add the column `split`: train, validation, or unlabelled."""
+    role = dict.fromkeys(parts.train.ids, "train")
+    if parts.validation is not None:
+        role |= dict.fromkeys(parts.validation.ids, "validation")
+    marked = patients.copy()
+    marked.insert(2, "split", [role.get(id, "unlabelled") for id in patients["id"]])
+    return marked
+
+
+def _note_metrics(model: Model, patients: pd.DataFrame) -> None:
+    metrics = {
+        str(split): patient_metrics(group, model.threshold)
+        for split, group in patients.groupby("split")
+        if split != "unlabelled"
+    }
+    model.facts = replace(model.facts, metrics=metrics)
+
+
+def _write(out: Path, model: Model, predictions: Predictions, history: list[Row]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(predictions.patients, out / "predictions.csv")
+    write_table(predictions.images, out / "images.csv")
+    replace_file(out / "curves.csv", lambda path: write_curves(history, path))
+    replace_file(out / "curves.png", lambda path: draw_curves(history, path))
+    model.save(out)
