@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lymphfeat.backbones import (
@@ -85,21 +86,36 @@ class Predictions:
     patients: pd.DataFrame
     images: pd.DataFrame
 
+    def save(self, patients: Path | None = None, images: Path | None = None) -> None:
+        """Write either table as CSV, whole or not at all."""
+        for table, path in ((self.patients, patients), (self.images, images)):
+            if path is not None:
+                replace_file(path, partial(_write_table, table))
+
+    @classmethod
+    def read(cls, patients: Path, images: Path) -> "Predictions":
+        """Read both tables back."""
+        labels: dict[str, Any] = {"id": str, "label": "Int64"}
+        return cls(
+            patients=pd.read_csv(
+                patients, dtype=labels, keep_default_na=False, na_values={"label": [""]}
+            ),
+            images=pd.read_csv(images, dtype={"patient": str, "image": str}, keep_default_na=False),
+        )
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, lineterminator="\n")
+
 
 def patient_metrics(patients: pd.DataFrame, threshold: float) -> dict[str, float | None]:
-    """Measure the labelled ones of predicted patients; None where a class is missing."""
-    known = patients[patients["label"].notna()]
-    labels = known["label"].to_numpy(np.int64)
-    metrics = all_metrics(known["probability"].to_numpy(np.float64), labels, threshold)
+    """Measure predicted patients, all labelled; None where a class is missing."""
+    labels = patients["label"].to_numpy(np.int64)
+    metrics = all_metrics(patients["probability"].to_numpy(np.float64), labels, threshold)
     values = {name: float(value) for name, value in metrics.items()}
-    return {"patients": len(known)} | {
+    return {"patients": len(patients)} | {
         name: value if math.isfinite(value) else None for name, value in values.items()
     }
-
-
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table of predictions as CSV, whole or not at all."""
-    replace_file(path, lambda partial: frame.to_csv(partial, index=False, lineterminator="\n"))
 
 
 class Model:
@@ -137,7 +153,7 @@ class Model:
             key: value.detach().cpu().contiguous()
             for key, value in _network(self.backbone, self.head).state_dict().items()
         }
-        replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
+        replace_file(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(tensors)))
         text = json.dumps(self._to_json(), indent=2)
         replace_file(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -194,6 +210,22 @@ class Model:
             logits = scorer.score(cohort, batch_size, progress)  # (V, N, U)
             return self._read_out(cohort, logits)
 
+    def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+        """Measure the labelled ones of predicted patients, by what the model knows of their ids.
+
+        The groups are "train" (their labels were learnt from: tells how well the model fits, not
+        how well it predicts), "validation" and "new".
+        """
+        known = patients[patients["label"].notna()]
+        role = dict.fromkeys(self.facts.trained_on, "train")
+        role |= dict.fromkeys(self.facts.validated_on, "validation")
+        groups = known["id"].map(lambda id: role.get(id, "new"))
+        return {
+            group: patient_metrics(known[groups == group], self.threshold)
+            for group in ("train", "validation", "new")
+            if (groups == group).any()
+        }
+
     def _read_out(self, cohort: Cohort, logits: Tensor) -> Predictions:
         images = Bags.of(cohort.n_images)
         read = [read_out(self.head, images, view) for view in logits]
@@ -213,9 +245,9 @@ def _network(backbone: Backbone, head: HeadStack) -> nn.ModuleDict:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name and rename it: it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
+    unfinished = path.with_name(path.name + ".partial")
+    write(unfinished)
+    unfinished.replace(path)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

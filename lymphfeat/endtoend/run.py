@@ -19,19 +19,19 @@ from lymphfeat.model import (
     WEIGHTS_FILE,
     Model,
     Predictions,
-    patient_metrics,
     replace_file,
-    write_table,
 )
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 
+PATIENTS_FILE, IMAGES_FILE = "predictions.csv", "images.csv"
+SUBMISSION_FILE = "submission.csv"
 OUTPUTS = (
     FACTS_FILE,
     WEIGHTS_FILE,
-    "predictions.csv",
-    "images.csv",
-    "submission.csv",
+    PATIENTS_FILE,
+    IMAGES_FILE,
+    SUBMISSION_FILE,
     "curves.csv",
     "curves.png",
 )
@@ -65,10 +65,10 @@ def train_end_to_end(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )
     patients = _mark(predictions.patients, parts)
-    _note_metrics(job.model, patients)
+    job.model.facts = replace(job.model.facts, metrics=job.model.measure(patients))
     _write(out, job.model, replace(predictions, patients=patients), history)
     if cohort.submission_ids:
-        write_submission(patients, cohort.submission_ids, out / "submission.csv", submission_header)
+        write_submission(patients, cohort.submission_ids, out / SUBMISSION_FILE, submission_header)
     checkpoint.remove()
     return job.model
 
@@ -108,19 +108,9 @@ def _mark(patients: pd.DataFrame, parts: Parts) -> pd.DataFrame:
     return marked
 
 
-def _note_metrics(model: Model, patients: pd.DataFrame) -> None:
-    metrics = {
-        str(split): patient_metrics(group, model.threshold)
-        for split, group in patients.groupby("split")
-        if split != "unlabelled"
-    }
-    model.facts = replace(model.facts, metrics=metrics)
-
-
 def _write(out: Path, model: Model, predictions: Predictions, history: list[Row]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_table(predictions.patients, out / "predictions.csv")
-    write_table(predictions.images, out / "images.csv")
+    predictions.save(out / PATIENTS_FILE, out / IMAGES_FILE)
     replace_file(out / "curves.csv", lambda path: write_curves(history, path))
     replace_file(out / "curves.png", lambda path: draw_curves(history, path))
     model.save(out)

@@ -1,0 +1,256 @@
+"""`lymphfeat endtoend`: cohort -> final model, trained through the backbone."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lymphfeat_cli.options import (
+    cohort_options,
+    device_option,
+    force_option,
+    load_cohort,
+    note,
+    output_options,
+    progress_bar,
+    seed_option,
+    show_json,
+    threads_option,
+)
+from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
+
+if TYPE_CHECKING:
+    from lymphfeat.model import Model
+
+
+@click.command(
+    "endtoend",
+    epilog="""\b
+Examples:
+  lymphfeat endtoend
+  lymphfeat endtoend --cohort DIR --weights resnet18.safetensors --validation 0.2
+  lymphfeat endtoend --cohort DIR --agg topk --k-train 5 --epochs 20 --out models/top5
+An interrupted training goes on when the same line is run again.""",
+)
+@cohort_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="models/endtoend",
+    show_default=True,
+    help="The model folder to write.",
+)
+@click.option(
+    "--agg",
+    default="bnsigmoid",
+    show_default=True,
+    help="top1, topk, topbottomk (trained on selected images), mean, max, lse, bnsigmoid "
+    "(trained on patients).",
+)
+@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--weights",
+    default="none",
+    show_default=True,
+    help="none (random), imagenet (timm's, needs a network) or a .safetensors/.pth file.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's step size.")
+@click.option("--head-lr", type=float, help="The head's own. [default: --lr]")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Patients (or, for top1, topk and topbottomk, selected images) a step.",
+)
+@click.option(
+    "--images-per-patient",
+    type=click.IntRange(1),
+    help="Draw so many of each patient's images anew at every step. [default: all]",
+)
+@click.option(
+    "--max-forward-size",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Images at a time without gradients: bounds memory.",
+)
+@click.option(
+    "--max-backward-size",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Images at a time with gradients: bounds memory.",
+)
+@click.option(
+    "--gradient",
+    type=click.Choice(["subset", "exact"]),
+    default="subset",
+    show_default=True,
+    help="Through a random --max-backward-size images of a step, or through all of them.",
+)
+@click.option(
+    "--no-grad-batchnorm",
+    type=click.Choice(["train", "eval"]),
+    default="train",
+    show_default=True,
+    help="Batch-norm of the images without gradients.",
+)
+@click.option("--freeze-batchnorm", is_flag=True, help="Keep batch-norm statistics as loaded.")
+@click.option(
+    "--flips/--no-flips", default=True, show_default=True, help="Random flips in training."
+)
+@click.option(
+    "--validation",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of labelled patients held out, for the curves.",
+)
+@click.option("--tta", is_flag=True, help="Predict the mean over the four flips.")
+@click.option("--unit", type=click.Choice(["pixel", "image"]), help="[default: the aggregator's]")
+@click.option("--k-train", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--k-agg", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--k-percent", type=float, help="k as a percentage of a patient's instances.")
+@click.option("--k-min", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--reduce", type=click.Choice(["mean", "max"]), default="mean", show_default=True)
+@click.option(
+    "--loss",
+    type=click.Choice(["instance", "bag"]),
+    default="instance",
+    show_default=True,
+    help="Of top1, topk and topbottomk.",
+)
+@click.option(
+    "--normalization",
+    type=click.Choice(["imagenet", "challenge"]),
+    default="imagenet",
+    show_default=True,
+    help="Channel constants; those the weights were trained with.",
+)
+@click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
+@click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="Dilated backbone.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto is bfloat16 where the processor computes it.",
+)
+@submission_header_option
+@truth_option
+@seed_option
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    out: Path,
+    submission_header: str,
+    truth: tuple[Path, ...],
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train backbone and head together; write the model, its predictions and a submission.
+
+    Trains on all labelled patients (less --validation), predicts every patient, and writes a
+    submission for the unlabelled ones.
+    """
+    from lymphfeat.endtoend import train_end_to_end
+    from lymphfeat.truth import Truth
+
+    settings = _settings(**options)
+    known = Truth.read(truth) if truth else None
+    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    with progress_bar("training", quiet) as progress:
+        model = train_end_to_end(
+            patients,
+            settings,
+            out,
+            force=force,
+            submission_header=submission_header,
+            progress=progress,
+        )
+    scores = _score(known, model, out)
+    if as_json:
+        show_json(_result(model, out) | ({"truth": scores} if known else {}))
+    else:
+        _show(model, out, scores)
+
+
+def _settings(
+    *,
+    backbone: str,
+    weights: str,
+    crop: int,
+    normalization: str,
+    output_stride: str | None,
+    unit: str | None,
+    freeze_batchnorm: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+
+    of_head = ("agg", "k_train", "k_agg", "k_percent", "k_min", "reduce", "loss", "lr")
+    head = {name: options.pop(name) for name in (*of_head, "weight_decay")}
+    return EndToEndSettings(
+        backbone=BackboneSettings(
+            backbone=backbone,
+            weights=weights,
+            crop=crop,
+            normalization=normalization,
+            output_stride=int(output_stride) if output_stride else None,
+            weights_seed=seed,
+        ),
+        head=HeadSettings(unit=unit or "", **head),
+        frozen_batchnorm=freeze_batchnorm,
+        seed=seed,
+        **options,
+    )
+
+
+def _score(known: Any, model: "Model", out: Path) -> dict[str, float]:
+    if known is None:
+        return {}
+    from lymphfeat.endtoend.run import IMAGES_FILE, PATIENTS_FILE
+    from lymphfeat.model import Predictions
+
+    written = Predictions.read(out / PATIENTS_FILE, out / IMAGES_FILE)
+    scores: dict[str, float] = known.score(written.images, written.patients, model.threshold)
+    return scores
+
+
+def _result(model: "Model", out: Path) -> dict[str, object]:
+    return {
+        "model": str(out),
+        "files": _files(out),
+        "threshold": model.threshold,
+        "threshold_from": model.threshold_from,
+        "metrics": model.facts.metrics,
+    }
+
+
+def _files(out: Path) -> list[str]:
+    from lymphfeat.endtoend.run import OUTPUTS
+
+    return [str(out / name) for name in OUTPUTS if (out / name).exists()]
+
+
+def _show(model: "Model", out: Path, scores: dict[str, float]) -> None:
+    show_metrics("Patients, as the final model predicts them", model.facts.metrics)
+    show_truth(scores)
+    click.echo(f"Threshold {model.threshold:g} ({model.threshold_from}).")
+    for path in _files(out):
+        click.echo(f"wrote {path}")
+    if not (out / "submission.csv").exists():
+        note("No submission written: the cohort has no unlabelled patient.")

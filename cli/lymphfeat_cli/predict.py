@@ -1,0 +1,162 @@
+"""`lymphfeat predict`: model + cohort -> predictions; labels not needed."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lymphfeat_cli.options import (
+    cohort_options,
+    device_option,
+    force_option,
+    load_cohort,
+    note,
+    output_options,
+    progress_bar,
+    show_json,
+    threads_option,
+)
+from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
+
+if TYPE_CHECKING:
+    from lymphfeat.model import Model, Predictions
+
+
+@click.command(
+    "predict",
+    epilog="""\b
+Examples:
+  lymphfeat predict --cohort DIR
+  lymphfeat predict --model models/endtoend --cohort DIR --out new.csv --images-out cells.csv
+A cohort to predict is a CSV with a column id, and a folder of images for each id.""",
+)
+@click.option(
+    "--model",
+    "folder",
+    type=click.Path(path_type=Path),
+    default="models/endtoend",
+    show_default=True,
+    help="A model folder, as `lymphfeat endtoend` writes it.",
+)
+@cohort_options
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="predictions.csv",
+    show_default=True,
+    help="A row for each patient.",
+)
+@click.option(
+    "--images-out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A row for each image: its logit, probability and weight in the decision.",
+)
+@click.option(
+    "--submission",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Hard 0/1 for the unlabelled patients.",
+)
+@submission_header_option
+@truth_option
+@click.option(
+    "--tta/--no-tta",
+    default=None,
+    help="Predict the mean over the four flips. [default: as the model was trained to]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
+)
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    folder: Path,
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    out: Path,
+    images_out: Path | None,
+    submission: Path | None,
+    submission_header: str,
+    truth: tuple[Path, ...],
+    tta: bool | None,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Predict patients from their images with a trained model.
+
+    Each patient is predicted from its own images alone. Where labels are known, the predictions
+    are measured, the patients the model was trained on apart.
+    """
+    files = [path for path in (out, images_out, submission) if path is not None]
+    _check_free(files, force)
+    from lymphfeat.endtoend.submission import write_submission
+    from lymphfeat.model import Model
+    from lymphfeat.truth import Truth
+
+    model = Model.load(folder)
+    known = Truth.read(truth) if truth else None
+    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    with progress_bar("predicting", quiet) as progress:
+        predictions = model.predict(
+            patients,
+            tta=tta,
+            device=device,
+            threads=threads,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    predictions.save(out, images_out)
+    if submission is not None and patients.submission_ids:
+        write_submission(
+            predictions.patients, patients.submission_ids, submission, submission_header
+        )
+    elif submission is not None:
+        files.remove(submission)
+        note("No submission written: the cohort has no unlabelled patient.")
+    scores = known.score(predictions.images, predictions.patients, model.threshold) if known else {}
+    if as_json:
+        show_json(_result(model, predictions, files) | ({"truth": scores} if known else {}))
+    else:
+        _show(model, predictions, files, scores)
+
+
+def _check_free(files: list[Path], force: bool) -> None:
+    for path in files:
+        if path.exists() and not force:
+            raise click.UsageError(f"{path} exists; choose another file, or overwrite by --force.")
+        if not path.parent.is_dir():
+            raise click.UsageError(f"folder {path.parent} does not exist; make it first.")
+
+
+def _result(model: "Model", predictions: "Predictions", files: list[Path]) -> dict[str, object]:
+    return {
+        "patients": len(predictions.patients),
+        "images": len(predictions.images),
+        "tumoral": int(predictions.patients["predicted"].sum()),
+        "threshold": model.threshold,
+        "metrics": model.measure(predictions.patients),
+        "files": [str(path) for path in files],
+    }
+
+
+def _show(
+    model: "Model", predictions: "Predictions", files: list[Path], scores: dict[str, float]
+) -> None:
+    patients = predictions.patients
+    click.echo(
+        f"{len(patients)} patients, {len(predictions.images)} images: "
+        f"{int(patients['predicted'].sum())} called tumoral "
+        f"(probability above {model.threshold:g})."
+    )
+    show_metrics("Labelled patients", model.measure(patients))
+    show_truth(scores)
+    for path in files:
+        click.echo(f"wrote {path}")

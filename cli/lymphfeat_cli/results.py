@@ -1,0 +1,69 @@
+"""What `endtoend` and `predict` show alike: metrics of patients, scores against a truth file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from lymphfeat_cli.options import show_table
+
+truth_option = click.option(
+    "--truth",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="CSV of what was hidden (ID,FILE,IS_WITNESS and/or ID,LABEL), to score against; repeat "
+    "for several. Never trained on.",
+)
+submission_header_option = click.option(
+    "--submission-header",
+    type=click.Choice(["Id,Predicted", "ID,LABEL"]),
+    default="Id,Predicted",
+    show_default=True,
+    help="Columns of the submission.",
+)
+
+_COLUMNS = {
+    "patients": "patients",
+    "ba": "BA",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "auc": "AUC",
+    "log_loss": "log loss",
+}
+_GROUPS = {
+    "train": "trained on (fit, not skill)",
+    "validation": "validation",
+    "new": "others",
+}
+
+
+def show_metrics(title: str, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Print a row for each group of labelled patients; nothing without any."""
+    rows = [
+        [_GROUPS.get(group, group), *(_number(values.get(name)) for name in _COLUMNS)]
+        for group, values in metrics.items()
+    ]
+    if rows:
+        show_table(title, ["", *_COLUMNS.values()], rows)
+
+
+def show_truth(scores: Mapping[str, float]) -> None:
+    """Print scores against a truth file; nothing without any."""
+    if "witness_auc" in scores:
+        click.echo(
+            f"Witness images: AUC of image scores {_number(scores['witness_auc'])} within patients "
+            f"who have any, {_number(scores['witness_auc_all'])} over all."
+        )
+    hidden = {
+        name.removeprefix("hidden_"): value
+        for name, value in scores.items()
+        if name.startswith("hidden_")
+    }
+    if hidden:
+        show_metrics("Against the labels that were hidden", {"unlabelled": hidden})
+
+
+def _number(value: float | None) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:.0f}" if float(value).is_integer() and value > 1 else f"{value:.3f}"
