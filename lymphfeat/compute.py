@@ -36,13 +36,14 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 class RateMeter:
     """Adds images per second to progress."""
 
-    def __init__(self, progress: Progress, total: int, text: str = "") -> None:
+    def __init__(self, progress: Progress, total: int, text: str = "", *, done: int = 0) -> None:
+        """Begin with `done` of `total` images finished earlier; they do not count in the rate."""
         self._progress, self._total, self._text = progress, total, text
-        self._done, self._start = 0, time.perf_counter()
-        progress(0, total, text)
+        self._first, self._done, self._start = done, done, time.perf_counter()
+        progress(done, total, text)
 
     def add(self, n: int) -> None:
         """Say that `n` more images are done."""
         self._done += n
-        rate = self._done / (time.perf_counter() - self._start)
+        rate = (self._done - self._first) / (time.perf_counter() - self._start)
         self._progress(self._done, self._total, f"{self._text} {rate:.0f} images/s".strip())

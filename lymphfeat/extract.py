@@ -1,8 +1,6 @@
 """Extraction: a cohort's images through a frozen backbone into a feature store."""
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from lymphfeat.backbones import (
     parse_views,
 )
 from lymphfeat.cohort import Cohort
+from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.errors import StoreError
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.progress import Progress, silent
@@ -147,7 +146,7 @@ def _extract_rows(
         ]
         blocks = [(start, paths[start : start + settings.batch_size]) for start in starts]
         done = len(paths) - sum(len(block) for _, block in blocks)
-        meter = RateMeter(progress, done, len(paths))
+        meter = RateMeter(progress, len(paths), done=done)
         for start, crops in _decoded_blocks(blocks, settings):
             maps = encoder.encode(np.stack([crop.pixels for crop in crops]))
             writer.write(
@@ -203,32 +202,6 @@ class MapEncoder:
         return torch.stack(maps, dim=1).cpu().numpy()
 
     def _encode_view(self, images: Tensor) -> Tensor:
-        low = self._dtype != torch.float32
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=low):
+        with autocast(self._device, self._dtype):
             maps: Tensor = self._backbone(images)  # (n, C, h, w)
         return maps.float().contiguous()
-
-
-class RateMeter:
-    """Adds images per second to progress."""
-
-    def __init__(self, progress: Progress, done: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, done, total
-        self._first, self._start = done, time.perf_counter()
-        progress(done, total)
-
-    def add(self, n: int) -> None:
-        self._done += n
-        rate = (self._done - self._first) / (time.perf_counter() - self._start)
-        self._progress(self._done, self._total, f"{rate:.0f} images/s")
-
-
-@contextmanager
-def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Compute with this many CPU threads for a while; None leaves torch's own choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

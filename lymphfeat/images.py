@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.progress import Progress, silent
@@ -79,7 +79,7 @@ def decode_crop(path: Path, crop: int) -> Crop:
                     f"(={crop}); choose a smaller --crop or remove the image."
                 )
             rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, CohortError):
             raise
         raise CohortError(

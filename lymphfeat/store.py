@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -419,6 +419,39 @@ class FeatureStore:
                 ),
                 submission_ids=tuple(json.loads(file["patients"].attrs["submission_ids"])),
             )
+
+    def verify(self) -> None:
+        """Read every feature map; raises StoreError, naming image and patient, for a damaged one.
+
+        A map that is whole averages to its pooled feature.
+        """
+        for name in self.feature_sets:
+            maps, pooled = self.features(name), self.pooled(name)
+            for patient, start, stop in zip(
+                self.ids, self.offsets[:-1], self.offsets[1:], strict=True
+            ):
+                averages = maps[start:stop].mean((3, 4), dtype=np.float32)
+                damaged = np.flatnonzero((averages != pooled[start:stop]).any((1, 2)))
+                if len(damaged):
+                    raise StoreError(
+                        f"{self.path}: /features/{name}, image "
+                        f"{self.image_names[start + damaged[0]]} of {patient}: map and pooled "
+                        "feature must agree; the file is damaged, extract it again with --force."
+                    )
+
+    def describe(self) -> dict[str, Any]:
+        """Say what the store is, for people and machines."""
+        return {
+            "path": str(self.path),
+            "patients": len(self.table),
+            "labelled": int((self.labels >= 0).sum()),
+            "images": len(self.image_names),
+            "features": list(self.feature_sets),
+            "shape": asdict(self.shape),
+            "bytes": self.path.stat().st_size,
+            "recipe_sha256": self.recipe_sha256,
+            "recipe": dict(self.recipe),
+        }
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -58,6 +58,18 @@ class FittedHeads:
     bias: NDArray[np.float32]  # (fits,)
     extras: dict[str, NDArray[np.float32]]  # gamma, beta, running_mean, running_var: (fits,)
 
+    def take(self, positions: Sequence[int]) -> "FittedHeads":
+        """Return some of the fits."""
+        index = list(positions)
+        return FittedHeads(
+            fits=tuple(self.fits[i] for i in index),
+            curves=self.curves[index],
+            losses=self.losses[index],
+            weight=self.weight[index],
+            bias=self.bias[index],
+            extras={name: values[index] for name, values in self.extras.items()},
+        )
+
 
 class Features:
     """A store's feature maps as matrices of instances, and their patients."""

@@ -1,0 +1,130 @@
+"""`lymphfeat extract`: cohort -> feature store."""
+
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from lymphfeat_cli.options import (
+    cache_path,
+    cohort_options,
+    device_option,
+    force_option,
+    load_cohort,
+    output_options,
+    progress_bar,
+    show_json,
+    threads_option,
+)
+
+
+@click.command(
+    "extract",
+    epilog="""\b
+Examples:
+  lymphfeat extract
+  lymphfeat extract --cohort DIR --weights resnet18.safetensors --views 4
+  lymphfeat extract --cohort DIR --backbone efficientnet_b0 --weights imagenet""",
+)
+@cohort_options
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The store to write. [default: cache/features.h5]",
+)
+@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--weights",
+    default="none",
+    show_default=True,
+    help="none (random), imagenet (timm's, needs a network) or a .safetensors/.pth file.",
+)
+@click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
+@click.option(
+    "--normalization",
+    type=click.Choice(["imagenet", "challenge"]),
+    default="imagenet",
+    show_default=True,
+    help="Channel constants; those the weights were trained with.",
+)
+@click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="Dilated backbone.")
+@click.option(
+    "--views",
+    type=click.IntRange(1, 4),
+    default=1,
+    show_default=True,
+    help="Stored copies of an image: identity, hflip, vflip, both.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto is bfloat16 where the processor computes it.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --weights none."
+)
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    out: Path | None,
+    backbone: str,
+    weights: str,
+    crop: int,
+    normalization: str,
+    output_stride: str | None,
+    views: int,
+    precision: str,
+    batch_size: int,
+    seed: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Dump one spatial feature map per image to an HDF5 feature store.
+
+    An interrupted extraction goes on where it was when the same line is run again; a finished one
+    of the same recipe is left as it is.
+    """
+    from lymphfeat.extract import extract
+    from lymphfeat.settings import BackboneSettings, ExtractSettings
+
+    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    settings = ExtractSettings(
+        backbone=BackboneSettings(
+            backbone=backbone,
+            weights=weights,
+            crop=crop,
+            normalization=normalization,
+            output_stride=int(output_stride) if output_stride else None,
+            weights_seed=seed,
+        ),
+        views=views,
+        precision=precision,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+    )
+    with progress_bar("extracting", quiet) as progress:
+        store = extract(
+            patients, out or cache_path("features.h5"), settings, force=force, progress=progress
+        )
+    if as_json:
+        show_json(store.describe())
+        return
+    shape = store.shape
+    click.echo(
+        f"{store.path}: {len(store.image_names)} images of {len(store.ids)} patients, "
+        f"{shape.views} view(s) of {shape.channels}×{shape.height}×{shape.width} ({backbone}, "
+        f"weights {store.recipe['weights']}, {store.recipe['precision']})"
+    )

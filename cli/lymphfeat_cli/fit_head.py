@@ -1,0 +1,263 @@
+"""`lymphfeat fit-head`: feature store -> every head over every split, and a table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lymphfeat_cli.options import (
+    cache_path,
+    device_option,
+    force_option,
+    output_options,
+    progress_bar,
+    seed_option,
+    show_json,
+    show_table,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lymphfeat.settings import FitSettings
+
+
+def _comma_list(convert: Callable[[str], float]) -> Callable[..., tuple[float, ...]]:
+    def callback(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+        try:
+            return tuple(convert(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            raise click.BadParameter(f"{value!r} must be numbers, separated by commas.") from None
+
+    return callback
+
+
+@click.command(
+    "fit-head",
+    epilog="""\b
+Examples:
+  lymphfeat fit-head --agg topk
+  lymphfeat fit-head --agg all --protocol report --seeds 10
+  lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2""",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Feature store of `lymphfeat extract`. [default: cache/features.h5]",
+)
+@click.option(
+    "--agg",
+    multiple=True,
+    default=("topk",),
+    show_default=True,
+    help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid; or all. Repeatable.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["pixel", "image"]),
+    help="What an instance is. [default: image for top…, pixel for the others]",
+)
+@click.option("--k-train", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--k-agg",
+    default="",
+    callback=_comma_list(int),
+    help="One or several, comma-separated. [default: 10; with all: 5,10]",
+)
+@click.option("--k-percent", type=float, help="k as a percentage of a patient's instances.")
+@click.option("--k-min", type=click.IntRange(1), default=1, show_default=True, help="Least k then.")
+@click.option(
+    "--reduce",
+    type=click.Choice(["mean", "max"]),
+    default="mean",
+    show_default=True,
+    help="Of the selected instances' probabilities.",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["instance", "bag"]),
+    default="instance",
+    show_default=True,
+    help="What the ranking family learns from.",
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of lse.")
+@click.option("--momentum", type=float, default=0.1, show_default=True, help="Of bnsigmoid.")
+@click.option(
+    "--lr", default="0.01", show_default=True, callback=_comma_list(float), help="One or several."
+)
+@click.option(
+    "--weight-decay",
+    default="0",
+    show_default=True,
+    callback=_comma_list(float),
+    help="One or several.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["honest", "report"]),
+    default="honest",
+    show_default=True,
+    help="honest: repeated stratified k-fold, thresholds from training patients. "
+    "report: halves, threshold .5, the ten best epochs (optimistic).",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Runs (report) or repeats of k-fold (honest).",
+)
+@click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--truth",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV (ID, FILE, IS_WITNESS): also measure how well each head finds the witness images.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--save", is_flag=True, help="Keep the heads' weights (heads.safetensors).")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder. [default: runs/<aggregators>-<protocol>, numbered when taken]",
+)
+@seed_option
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    store: Path | None,
+    agg: tuple[str, ...],
+    unit: str | None,
+    k_train: int,
+    k_agg: tuple[int, ...],
+    k_percent: float | None,
+    k_min: int,
+    reduce: str,
+    loss: str,
+    temperature: float,
+    momentum: float,
+    lr: tuple[float, ...],
+    weight_decay: tuple[float, ...],
+    protocol: str,
+    seeds: int,
+    folds: int,
+    epochs: int,
+    batch_size: int,
+    truth: Path | None,
+    precision: str,
+    save: bool,
+    out: Path | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fit MIL heads on cached feature maps, over all seeds and splits at once.
+
+    Prints one row a head, the best first, and writes a run folder: the table, every epoch, every
+    prediction, the splits and a figure.
+    """
+    from lymphfeat.fit import fit_head
+    from lymphfeat.heads import expand
+    from lymphfeat.settings import FitSettings, HeadSettings
+    from lymphfeat.store import FeatureStore
+
+    heads = [
+        head
+        for rate in lr
+        for decay in weight_decay
+        for head in expand(
+            agg,
+            HeadSettings(
+                unit=unit or "",
+                k_train=k_train,
+                k_percent=k_percent,
+                k_min=k_min,
+                reduce=reduce,
+                loss=loss,
+                temperature=temperature,
+                momentum=momentum,
+                lr=rate,
+                weight_decay=decay,
+            ),
+            k_agg,
+        )
+    ]
+    settings = FitSettings(
+        protocol=protocol,
+        seeds=seeds,
+        folds=folds,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        device=device,
+        threads=threads,
+    )
+    opened = FeatureStore.open(store or cache_path("features.h5"))
+    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(agg))}-{protocol}")
+    with progress_bar(f"fitting {len(heads)} heads", quiet) as progress:
+        run = fit_head(
+            opened,
+            heads,
+            settings,
+            folder,
+            truth=truth,
+            save=save,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        show_json({"folder": str(folder), "summary": run.outcome.summary.to_dict("records")})
+        return
+    _show(run.outcome.summary, settings)
+    click.echo("Wrote " + ", ".join(str(path) for path in run.files))
+
+
+def _free_folder(name: str) -> Path:
+    """Return runs/<name>, or the first of runs/<name>-2, -3, … that is not there yet."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
+    report = settings.protocol == "report"
+    columns = ["head", "BA ± 95 %", "sensitivity", "specificity", "AUC"]
+    names = ["sensitivity", "specificity", "auc"]
+    if report:
+        columns += ["± as published", "BA last epoch", "BA oracle (optimistic)"]
+        names += ["ba_half_width_published", "ba_last", "ba_oracle"]
+    if "witness_auc" in summary:
+        columns.append("cell AUC")
+        names.append("witness_auc")
+    rows = [
+        [
+            row["head"],
+            f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}",
+            *(f"{row[name]:.3f}" for name in names),
+        ]
+        for row in summary.to_dict("records")
+    ]
+    runs = int(summary["runs"].iloc[0])
+    title = (
+        f"report protocol: {runs} halves, threshold .5, mean of each run's 10 best epochs "
+        "(chosen on the patients measured: optimistic)"
+        if report
+        else f"honest protocol: {runs} fits ({settings.seeds} × {settings.folds}-fold), last "
+        "epoch, threshold from training patients"
+    )
+    show_table(title, columns, rows)

@@ -1,0 +1,39 @@
+"""`lymphfeat info`: what a store, a run or a model is, and whether it is whole."""
+
+from pathlib import Path
+
+import click
+
+from lymphfeat_cli.options import output_options, show_json
+
+
+@click.command(
+    "info",
+    epilog="""\b
+Examples:
+  lymphfeat info cache/features.h5
+  lymphfeat info runs/topk-honest
+  lymphfeat info models/endtoend --json""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@output_options
+def command(path: Path, as_json: bool, quiet: bool) -> None:
+    """Say what a feature store, a run folder or a model folder is, and whether it is whole."""
+    from lymphfeat.inspection import inspect
+
+    facts = inspect(path)
+    if as_json:
+        show_json(facts)
+        return
+    for line in _lines(facts):
+        click.echo(line)
+
+
+def _lines(facts: dict[str, object], indent: str = "") -> list[str]:
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return lines

@@ -1,0 +1,173 @@
+"""fit-head: every head on a feature store under a protocol, and the run folder it leaves."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from lymphfeat import __version__
+from lymphfeat.backbones import choose_device, choose_precision
+from lymphfeat.compute import cpu_threads
+from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.heads import head_name
+from lymphfeat.progress import Progress, silent
+from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.splits import write_splits
+from lymphfeat.store import FeatureStore
+from lymphfeat.summary_figure import draw_summary
+from lymphfeat.training import Features
+from lymphfeat.truth import Truth
+
+RUN_FORMAT = "lymphfeat-run"
+FEATURES = "frozen"
+RUN_FILES = (
+    "summary.png",
+    "summary.json",
+    "runs.csv",
+    "epochs.csv",
+    "predictions.csv",
+    "splits.json",
+    "config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder and what is in it."""
+
+    folder: Path
+    outcome: Outcome
+    files: tuple[Path, ...]
+
+
+def fit_head(
+    store: FeatureStore,
+    heads: Sequence[HeadSettings],
+    settings: FitSettings,
+    out: Path,
+    *,
+    truth: Path | None = None,
+    save: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Run:
+    """Fit heads on a store under a protocol and write the run folder `out` (DESIGN §6).
+
+    `truth` names witness images: the table then also says how well each head finds them. `save`
+    keeps the heads' weights. Raises SettingsError when a run is there already and `force` is not
+    set.
+    """
+    check_run_folder(out, force)
+    device = choose_device(settings.device)
+    witness = None if truth is None else _witnesses(store, truth)
+    with cpu_threads(settings.threads):
+        features = load_features(store, choose_precision(settings.precision, device), device)
+        outcome = run_protocol(
+            features,
+            store.ids,
+            store.labels,
+            heads,
+            settings,
+            trained_on=store.feature_sets[FEATURES].trained_on,
+            progress=progress,
+        )
+        if witness is not None:
+            patients = np.repeat(np.arange(len(store.ids)), store.n_images)
+            aucs = witness_aucs(outcome, features, patients, witness)
+            outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
+    return Run(folder=out, outcome=outcome, files=_write(outcome, store, settings, out, save))
+
+
+def load_features(store: FeatureStore, dtype: torch.dtype, device: torch.device) -> Features:
+    """Read a store's identity view for the head engine."""
+    return Features(
+        store.features(FEATURES)[:, 0],
+        store.pooled(FEATURES)[:, 0],
+        store.offsets,
+        store.ids,
+        store.labels,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def check_run_folder(out: Path, force: bool) -> None:
+    """Refuse to write over anything that is there, unless it is a run and `force` is set."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").is_file():
+        raise SettingsError(f"out (={out}) must be a new folder or a run; got something else.")
+    if not force:
+        raise SettingsError(f"out (={out}): a run is there. Choose another --out or use --force.")
+
+
+def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
+    """Return which of the store's images are witnesses: (N,)."""
+    images = Truth.read([path]).images
+    if images is None:
+        raise CohortError(f"{path}: columns must hold ID, FILE, IS_WITNESS to score images.")
+    known = images.set_index(["patient", "image"])["witness"]
+    names = pd.MultiIndex.from_arrays(
+        [np.repeat(store.ids, store.n_images), np.array(store.image_names)]
+    )
+    missing = names[~names.isin(known.index)]
+    if len(missing):
+        patient, image = missing[0]
+        raise CohortError(
+            f"{path}: must name every image of {store.path}; {len(missing)} are missing, the first "
+            f"is {image} of {patient}. Is it the truth of another cohort?"
+        )
+    return known.loc[names].to_numpy(bool)
+
+
+def _write(
+    outcome: Outcome, store: FeatureStore, settings: FitSettings, out: Path, save: bool
+) -> tuple[Path, ...]:
+    out.mkdir(parents=True, exist_ok=True)
+    summary = outcome.summary.to_dict("records")
+    config = {
+        "format": RUN_FORMAT,
+        "lymphfeat": __version__,
+        "torch": torch.__version__,
+        "settings": asdict(settings),
+        "heads": {head_name(head): asdict(head) for head in outcome.heads},
+        "store": {
+            "path": str(store.path),
+            "recipe_sha256": store.recipe_sha256,
+            "recipe": dict(store.recipe),
+        },
+    }
+    # The tables first and config.json last: with it the folder is a whole run.
+    outcome.epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
+    outcome.predictions.to_csv(out / "predictions.csv", index=False, float_format="%.6g")
+    outcome.runs.drop(columns="ba_best_epochs", errors="ignore").to_csv(
+        out / "runs.csv", index=False, float_format="%.6g"
+    )
+    write_splits(outcome.splits, out / "splits.json")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    draw_summary(outcome, settings, out / "summary.png")
+    if save:
+        save_file(_tensors(outcome), out / "heads.safetensors")
+    (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return tuple(out / name for name in [*RUN_FILES, *(["heads.safetensors"] if save else [])])
+
+
+def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
+    """Name every fit's weights `<head>/<split>/<tensor>`."""
+    fitted = outcome.fitted
+    tensors = {}
+    for i, fit in enumerate(fitted.fits):
+        prefix = f"{head_name(fit.head)}/{fit.split.id}"
+        tensors[f"{prefix}/weight"] = fitted.weight[i]
+        tensors[f"{prefix}/bias"] = fitted.bias[i : i + 1]
+        if fit.head.agg == "bnsigmoid":
+            for name, values in fitted.extras.items():
+                tensors[f"{prefix}/{name}"] = values[i : i + 1]
+    return tensors

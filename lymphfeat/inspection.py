@@ -1,0 +1,58 @@
+"""What a path holds: a feature store, a run or a model, and whether it is whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.fit import RUN_FILES
+from lymphfeat.model import FACTS_FILE, Model
+from lymphfeat.store import FeatureStore
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe what is at `path`; raises LymphfeatError when it is nothing of lymphfeat's.
+
+    A store's rows and a model's tensors are read and checked against their checksums.
+    """
+    if path.is_file() or path.suffix in (".h5", ".hdf5"):
+        store = FeatureStore.open(path)
+        store.verify()
+        return {"kind": "feature store", "whole": True, **store.describe()}
+    if not path.is_dir():
+        raise SettingsError(f"path (={path}) must be a feature store, a run or a model folder.")
+    if (path / FACTS_FILE).is_file():
+        return _describe_model(path)
+    if (path / "config.json").is_file():
+        return _describe_run(path)
+    raise SettingsError(
+        f"path (={path}) must hold {FACTS_FILE} (a model) or config.json (a run); got neither. "
+        "If what wrote it was interrupted, run it again."
+    )
+
+
+def _describe_model(path: Path) -> dict[str, Any]:
+    Model.load(path)  # refuses a model that is not whole
+    facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+    facts.get("training", {}).pop("trained_on", None)  # a long list of ids; in the file
+    return {"kind": "model", "whole": True, "path": str(path), **facts}
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise SettingsError(f"{path}: is a damaged run ({error}); fit it again.") from None
+    missing = [name for name in RUN_FILES if not (path / name).is_file()]
+    return {
+        "kind": "run",
+        "whole": not missing,
+        **({"missing": missing} if missing else {}),
+        "path": str(path),
+        "settings": config["settings"],
+        "store": config["store"]["path"],
+        "balanced accuracy": {
+            row["head"]: f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}" for row in summary
+        },
+    }
