@@ -1,0 +1,360 @@
+"""End-to-end training: what it learns, writes, repeats and resumes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lymphfeat.backbones import build_backbone
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import train_end_to_end
+from lymphfeat.endtoend.encoder import batchnorms
+from lymphfeat.endtoend.gradients import LossOf
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, all_rows
+from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches, settle_statistics
+from lymphfeat.errors import CohortError, ModelError, SettingsError
+from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
+from lymphfeat.images import NORMALIZATIONS
+from lymphfeat.model import Model, Predictions
+from lymphfeat.settings import EndToEndSettings, HeadSettings
+from tests.tiny import SIDE, tiny_settings, write_red_cohort
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_red_cohort(tmp_path_factory.mktemp("red")))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+
+
+# --- what a run writes ---------------------------------------------------------------------------
+
+
+def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "red"
+    model = train_end_to_end(cohort, tiny_settings(epochs=12), out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "curves.csv",
+        "curves.png",
+        "images.csv",
+        "model.json",
+        "model.safetensors",
+        "predictions.csv",
+        "submission.csv",
+    ]
+    assert model.facts.metrics["train"]["auc"] == 1
+    assert model.facts.trained_on == tuple(f"P{n}" for n in range(10))
+    assert (out / "submission.csv").read_text() == "Id,Predicted\nP10,0\nP11,1\n"
+    written = Predictions.read(out / "predictions.csv", out / "images.csv")
+    assert list(written.patients["split"]) == ["train"] * 10 + ["unlabelled"] * 2
+    again = Model.load(out).predict(cohort, device="cpu", threads=1)
+    np.testing.assert_array_equal(
+        again.patients["probability"], written.patients["probability"].astype(np.float32)
+    )
+    pd.testing.assert_frame_equal(again.images, written.images, check_dtype=False)
+    curves = pd.read_csv(out / "curves.csv")
+    assert list(curves["epoch"]) == list(range(1, 13))
+    assert curves["loss"].iloc[-1] < curves["loss"].iloc[0] / 2
+    assert json.loads((out / "model.json").read_text())["threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        tiny_settings("top1", epochs=16),
+        tiny_settings(epochs=8, gradient="exact", no_grad_batchnorm="eval", head_lr=0.01),
+        tiny_settings("mean", epochs=8, images_per_patient=2),
+    ],
+    ids=["top1", "exact", "drawn"],
+)
+def test_other_ways_learn_too(settings: EndToEndSettings, cohort: Cohort, tmp_path: Path) -> None:
+    model = train_end_to_end(cohort, settings, tmp_path)
+    assert (model.facts.metrics["train"]["auc"] or 0) > 0.9
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HeadSettings(agg="top1", unit="pixel", lr=1e-3),
+        HeadSettings(agg="topk", loss="bag", k_train=3, lr=1e-3),
+        HeadSettings(agg="topbottomk", k_percent=50, unit="pixel", loss="bag", lr=1e-3),
+        HeadSettings(agg="max", unit="image", lr=1e-3),
+        HeadSettings(agg="lse", lr=1e-3),
+    ],
+    ids=lambda head: f"{head.agg}-{head.loss}",
+)
+def test_every_head_trains(head: HeadSettings, cohort: Cohort, tmp_path: Path) -> None:
+    settings = tiny_settings(head=head, epochs=1, images_per_patient=3)
+    model = train_end_to_end(cohort, settings, tmp_path)
+    backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
+    before, after = backbone.state_dict(), model.backbone.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before if "weight" in key)
+
+
+def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> None:
+    model = train_end_to_end(cohort, tiny_settings(validation=0.4), tmp_path)
+    held_out = set(model.facts.validated_on)
+    assert len(held_out) == 4
+    assert held_out.isdisjoint(model.facts.trained_on)
+    assert cohort.select(held_out).labels.sum() == 2
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert set(predictions["id"][predictions["split"] == "validation"]) == held_out
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    assert {"train_ba", "validation_ba", "validation_log_loss"} <= set(curves.columns)
+    assert set(model.facts.metrics) == {"train", "validation"}
+
+
+def test_no_submission_without_unlabelled_patients(cohort: Cohort, tmp_path: Path) -> None:
+    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1), tmp_path)
+    assert not (tmp_path / "submission.csv").exists()
+
+
+def test_same_seed_same_weights(cohort: Cohort, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.manual_seed(len(name) + seed)  # the global generator has no say
+        train_end_to_end(cohort, tiny_settings(seed=seed), tmp_path / name)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "a", tmp_path / "c")
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def stop_after(epochs: int) -> Any:
+    """Return a progress callback that interrupts a training at the start of a later epoch."""
+
+    def progress(done: int, total: int, text: str = "") -> None:
+        if text.startswith(f"epoch {epochs + 1}/"):
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int = 1) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_end_to_end(cohort, settings, out, progress=stop_after(epochs))
+    assert (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("agg", ["bnsigmoid", "topk"])
+def test_interrupted_training_ends_with_the_same_bits(
+    agg: str, cohort: Cohort, tmp_path: Path
+) -> None:
+    settings = tiny_settings(agg, epochs=3, images_per_patient=2, validation=0.4)
+    train_end_to_end(cohort, settings, tmp_path / "whole")
+    interrupt(cohort, settings, tmp_path / "parts")
+    train_end_to_end(cohort, settings, tmp_path / "parts")
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    columns = ["epoch", "loss", "train_ba", "validation_auc"]
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "whole" / "curves.csv")[columns],
+        pd.read_csv(tmp_path / "parts" / "curves.csv")[columns],
+    )
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import train_end_to_end
+from tests.tiny import tiny_settings
+torch.set_num_threads(1)
+cohort = Cohort.load(sys.argv[1])
+train_end_to_end(cohort, tiny_settings(epochs=int(sys.argv[3])), Path(sys.argv[2]))
+"""
+
+
+def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path) -> None:
+    epochs = 30
+    out = tmp_path / "killed"
+    arguments = [sys.executable, "-c", KILLED, str(cohort.root), str(out), str(epochs)]
+    process = subprocess.Popen(arguments, cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.json").exists()
+    settings = tiny_settings(epochs=epochs)
+    seen: list[str] = []
+    train_end_to_end(cohort, settings, out, progress=lambda done, total, text="": seen.append(text))
+    assert not any(text.startswith("epoch 1/") for text in seen)
+    train_end_to_end(cohort, settings, tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
+
+
+def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_path: Path) -> None:
+    interrupt(cohort, tiny_settings(), tmp_path)
+    other = tiny_settings(seed=9, images_per_patient=3)
+    with pytest.raises(ModelError, match="images_per_patient is None there, 3 now; seed is 0") as e:
+        train_end_to_end(cohort, other, tmp_path)
+    assert "\n" not in str(e.value)
+    elsewhere = tmp_path / "elsewhere"
+    train_end_to_end(cohort, other, elsewhere)
+    train_end_to_end(cohort, other, tmp_path, force=True)
+    assert_same_weights(tmp_path, elsewhere)
+
+
+def test_a_damaged_checkpoint_is_named(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"nothing of use")
+    with pytest.raises(
+        ModelError, match=r"checkpoint.pt: cannot be read .* start over with --force"
+    ):
+        train_end_to_end(cohort, tiny_settings(), tmp_path)
+    train_end_to_end(cohort, tiny_settings(epochs=1), tmp_path, force=True)
+    assert (tmp_path / "model.json").exists()
+
+
+def test_a_finished_model_is_kept(cohort: Cohort, tmp_path: Path) -> None:
+    train_end_to_end(cohort, tiny_settings(epochs=1), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ModelError, match="a finished model is there; choose another --out"):
+        train_end_to_end(cohort, tiny_settings(epochs=1, seed=2), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1, seed=2), tmp_path, force=True)
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+    assert not (tmp_path / "submission.csv").exists()  # the old one would be another model's
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def test_one_class_only(cohort: Cohort, tmp_path: Path) -> None:
+    one = cohort.select(["P0", "P2", "P10"])
+    with pytest.raises(CohortError, match=r"both classes to train on; got 0 tumoral .* 2 reactive"):
+        train_end_to_end(one, tiny_settings(), tmp_path)
+    with pytest.raises(CohortError, match="got 0 tumoral"):
+        train_end_to_end(cohort.unlabelled(), tiny_settings(), tmp_path)
+
+
+def test_mistakes_are_named(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"validation \(=0.01\) must leave patients of both"):
+        train_end_to_end(cohort, tiny_settings(validation=0.01), tmp_path / "a")
+    with pytest.raises(SettingsError, match=r"agg \(=nose\) must be one of"):
+        train_end_to_end(cohort, tiny_settings("nose"), tmp_path / "b")
+    head = HeadSettings(agg="mean", lr=1e30)
+    with pytest.raises(SettingsError, match=r"lr \(=1e\+30\) must let the loss stay finite"):
+        train_end_to_end(cohort, tiny_settings(head=head, epochs=4), tmp_path / "c")
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="must be a folder; got a file"):
+        train_end_to_end(cohort, tiny_settings(), tmp_path / "file")
+
+
+# --- the loops -----------------------------------------------------------------------------------
+
+
+def make_trainer(settings: EndToEndSettings) -> Trainer:
+    generator = torch.Generator().manual_seed(5)
+    sizes = np.array([1, 4, 3, 5])
+    pixels = torch.randint(0, 256, (13, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
+    weight, bias = initial_scorer(backbone.channels, generator)
+    settings = replace(settings, head=resolve(settings.head))
+    return TRAINERS[AGGREGATORS[settings.head.agg].family](
+        backbone,
+        HeadStack([settings.head], 10 * weight[None], bias[None]),
+        PixelCache(pixels, NORMALIZATIONS["imagenet"], torch.device("cpu")),
+        sizes,
+        np.array([0, 1, 0, 1]),
+        settings,
+        dtype=torch.float32,
+        generator=generator,
+    )
+
+
+@pytest.mark.parametrize("loss", ["instance", "bag"])
+def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = HeadSettings(agg="topk", k_train=2, loss=loss)
+    trainer = make_trainer(tiny_settings(head=head, batch_size=16))
+    logits = trainer.encoder.score(trainer.head, all_rows(13), 5)[:, 0].tolist()
+    expected = []
+    for start, stop in ((0, 1), (1, 5), (5, 8), (8, 13)):
+        ranked = sorted(range(start, stop), key=lambda row: -logits[row])
+        expected += ranked[:2]
+    batches: list[ImageBatch] = []
+
+    def spy(batch: ImageBatch, loss_of: LossOf) -> torch.Tensor:
+        batches.append(batch)
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer, "step", spy)
+    result = trainer.run_epoch()
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(expected)
+    assert result.images == 13 + len(expected)
+    assert result.probability[0] == pytest.approx(1 / (1 + np.exp(-logits[0])), rel=1e-5)
+
+
+def test_scoring_is_in_eval_mode() -> None:
+    trainer = make_trainer(tiny_settings())
+    before = [b.clone() for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
+    together = trainer.encoder.score(trainer.head, all_rows(13), 13)
+    apart = trainer.encoder.score(trainer.head, all_rows(13), 2)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    after = [b for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_weighted_epoch_sees_each_patient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tiny_settings(batch_size=3))
+    rows: list[int] = []
+    plain = trainer.step
+
+    def spy(batch: ImageBatch, loss_of: LossOf) -> torch.Tensor:
+        rows.extend(batch.rows.tolist())
+        return plain(batch, loss_of)
+
+    monkeypatch.setattr(trainer, "step", spy)
+    result = trainer.run_epoch()
+    assert len(result.patients) == 3  # the fourth would be an incomplete batch
+    bags = {0: range(1), 1: range(1, 5), 2: range(5, 8), 3: range(8, 13)}
+    assert sorted(rows) == sorted(row for patient in result.patients for row in bags[patient])
+
+
+def test_images_are_drawn_anew() -> None:
+    trainer = make_trainer(tiny_settings(images_per_patient=2))
+    drawn = [trainer.draw(torch.tensor([3, 0])) for _ in range(20)]
+    assert all(bag.sizes.tolist() == [2, 1] for bag in drawn)
+    assert all(set(bag.rows[:2].tolist()) <= set(range(8, 13)) for bag in drawn)
+    assert len({tuple(bag.rows.tolist()) for bag in drawn}) > 5
+
+
+def test_settled_statistics_are_those_of_all_instances() -> None:
+    trainer = make_trainer(tiny_settings())
+    trainer.run_epoch()
+    settle_statistics(trainer)
+    logits = trainer.encoder.score(trainer.head, all_rows(13), 13).numpy()
+    assert float(trainer.head.running_mean) == pytest.approx(logits.mean(), rel=1e-4)
+    assert float(trainer.head.running_var) == pytest.approx(logits.var(), rel=1e-4)
+
+
+@given(n=st.integers(1, 60), size=st.integers(1, 20))
+def test_full_batches(n: int, size: int) -> None:
+    batches = list(full_batches(torch.arange(n), size))
+    assert batches
+    assert torch.cat(batches).tolist() == list(range(max(n // size * size, min(n, size))))
+    assert len(batches) == 1 or {len(batch) for batch in batches} == {size}

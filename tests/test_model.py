@@ -1,0 +1,259 @@
+"""The portable model: saved, loaded, damaged, applied."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lymphfeat.backbones import build_backbone, normalize
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import ModelError
+from lymphfeat.heads import HeadStack, resolve
+from lymphfeat.images import NORMALIZATIONS, decode_crop
+from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts
+from lymphfeat.settings import HeadSettings
+from tests.tiny import SIDE, write_red_cohort
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+AGGS = ["mean", "max", "lse", "bnsigmoid", "top1", "topk", "topbottomk"]
+
+
+def make_model(agg: str = "bnsigmoid", unit: str = "", k_agg: int = 2) -> Model:
+    backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
+    generator = torch.Generator().manual_seed(0)
+    weight = 20 * torch.randn(1, backbone.channels, generator=generator)
+    settings = resolve(HeadSettings(agg=agg, unit=unit, k_agg=k_agg))
+    head = HeadStack([settings], weight, torch.zeros(1))
+    head.running_mean.fill_(0.3)
+    head.running_var.fill_(0.1)
+    return Model(
+        backbone,
+        head,
+        recipe=ModelRecipe(
+            backbone="test_efficientnet",
+            output_stride=None,
+            crop=SIDE,
+            normalization=NORMALIZATIONS["challenge"],
+        ),
+        facts=TrainingFacts(trained_on=("P0", "P1"), validated_on=("P2",), epochs=3),
+    )
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Cohort:
+    return Cohort.load(write_red_cohort(tmp_path / "cohort", "01010??"))
+
+
+def reference_logits(model: Model, path: Path) -> torch.Tensor:
+    """Score one image by itself: (h · w,) pixel logits."""
+    pixels = torch.from_numpy(decode_crop(path, SIDE).pixels)[None]
+    with torch.no_grad():
+        maps = model.backbone(normalize(pixels, model.recipe.normalization))[0]  # (C, h, w)
+        scorer = model.head.weight[0].view(-1, 1, 1)
+        logits: torch.Tensor = (maps * scorer).sum(0) + model.head.bias[0]
+        return logits.flatten()
+
+
+@pytest.mark.parametrize("agg", AGGS)
+@pytest.mark.parametrize("unit", ["pixel", "image"])
+def test_predictions_against_image_by_image(agg: str, unit: str, cohort: Cohort) -> None:
+    model = make_model(agg, unit)
+    predictions = model.predict(cohort, batch_size=4)
+    images = predictions.images
+    assert images.groupby("patient")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    for patient, paths in zip(cohort.ids, cohort.images, strict=True):
+        mine = images[images["patient"] == patient]
+        assert list(mine["image"]) == [path.name for path in paths]
+        logits = torch.stack([reference_logits(model, path) for path in paths])  # (n, U)
+        expected = logits.mean(1).numpy()
+        np.testing.assert_allclose(mine["logit"], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(mine["probability"], 1 / (1 + np.exp(-expected)), rtol=1e-4)
+        if agg in ("mean", "bnsigmoid"):  # the weights shown are the weights that decide
+            _check_weighted(model, patient, logits, mine, predictions.patients, unit)
+    assert ((predictions.patients["probability"] > 0.5) == predictions.patients["predicted"]).all()
+
+
+def _check_weighted(
+    model: Model,
+    patient: str,
+    logits: torch.Tensor,
+    images: pd.DataFrame,
+    patients: pd.DataFrame,
+    unit: str,
+) -> None:
+    instances = logits if unit == "pixel" else logits.mean(1, keepdim=True)  # (n, U)
+    raw = torch.ones_like(instances)
+    if model.head_settings.agg == "bnsigmoid":
+        raw = ((instances - 0.3) / np.sqrt(0.1 + 1e-5)).sigmoid()
+    weights = raw / raw.sum()
+    np.testing.assert_allclose(images["weight"], weights.sum(1), rtol=1e-3, atol=1e-6)
+    probability = patients.set_index("id").loc[patient, "probability"]
+    assert probability == pytest.approx(float((weights * instances).sum().sigmoid()), rel=1e-4)
+
+
+def test_top1_reads_the_highest_image(cohort: Cohort) -> None:
+    predictions = make_model("top1").predict(cohort)
+    highest = predictions.images.groupby("patient")["probability"].max()
+    expected = highest[predictions.patients["id"]].to_numpy()
+    np.testing.assert_allclose(predictions.patients["probability"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("agg", ["bnsigmoid", "topk"])
+def test_a_patient_depends_on_no_other(agg: str, cohort: Cohort) -> None:
+    model = make_model(agg)
+    whole = model.predict(cohort, batch_size=3).patients.set_index("id")
+    for patient in cohort.ids:
+        alone = model.predict(cohort.select([patient])).patients
+        # to rounding: batches of other sizes add up in another order
+        assert alone["probability"][0] == pytest.approx(whole.loc[patient, "probability"], rel=1e-4)
+
+
+@pytest.mark.parametrize("agg", AGGS)
+def test_order_of_images_is_nothing(agg: str, cohort: Cohort) -> None:
+    model = make_model(agg)
+    forward = model.predict(cohort)
+    backward = model.predict(
+        replace(cohort, images=tuple(tuple(reversed(paths)) for paths in cohort.images))
+    )
+    np.testing.assert_allclose(
+        forward.patients["probability"], backward.patients["probability"], rtol=1e-5
+    )
+    keys = ["patient", "image"]
+    pd.testing.assert_frame_equal(
+        forward.images.sort_values(keys, ignore_index=True),
+        backward.images.sort_values(keys, ignore_index=True),
+        rtol=1e-3,
+    )
+
+
+def test_tta_is_the_mean_over_flips(cohort: Cohort) -> None:
+    model = make_model()
+    plain = model.predict(cohort).patients["probability"]
+    tta = model.predict(cohort, tta=True)
+    assert np.abs(plain - tta.patients["probability"]).max() > 1e-5
+    assert tta.images.groupby("patient")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    model.tta = True
+    pd.testing.assert_frame_equal(model.predict(cohort).patients, tta.patients)
+
+
+def test_labels_are_not_needed(cohort: Cohort) -> None:
+    unlabelled = replace(cohort, table=cohort.table.assign(label=-1))
+    model = make_model()
+    with_labels, without = model.predict(cohort).patients, model.predict(unlabelled).patients
+    assert without["label"].isna().all()
+    assert list(with_labels["label"].isna()) == [False] * 5 + [True] * 2
+    pd.testing.assert_series_equal(with_labels["probability"], without["probability"])
+
+
+def test_measure_keeps_training_patients_apart(cohort: Cohort) -> None:
+    model = make_model()
+    patients = model.predict(cohort).patients
+    patients["probability"] = [0.9, 0.1, 0.2, 0.7, 0.4, 0.9, 0.9]
+    measured = model.measure(patients)
+    assert {group: values["patients"] for group, values in measured.items()} == {
+        "train": 2,
+        "validation": 1,
+        "new": 2,
+    }
+    assert measured["train"]["auc"] == 0
+    assert measured["validation"]["auc"] is None
+    assert measured["new"]["ba"] == 1
+
+
+def test_save_and_load(tmp_path: Path, cohort: Cohort) -> None:
+    model = make_model("topk")
+    model.save(tmp_path / "a" / "model")
+    loaded = Model.load(tmp_path / "a" / "model")
+    assert sorted(path.name for path in (tmp_path / "a" / "model").iterdir()) == [
+        "model.json",
+        "model.safetensors",
+    ]
+    assert (loaded.recipe, loaded.facts, loaded.head_settings) == (
+        model.recipe,
+        model.facts,
+        model.head_settings,
+    )
+    pd.testing.assert_frame_equal(loaded.predict(cohort).images, model.predict(cohort).images)
+
+
+def test_predictions_are_read_as_written(tmp_path: Path, cohort: Cohort) -> None:
+    predictions = make_model().predict(cohort)
+    predictions.patients.loc[0, "id"] = "NA"  # an id like any other
+    predictions.save(tmp_path / "p.csv", tmp_path / "i.csv")
+    read = Predictions.read(tmp_path / "p.csv", tmp_path / "i.csv")
+    assert list(read.patients["id"]) == list(predictions.patients["id"])
+    assert list(read.patients["label"].isna()) == list(predictions.patients["label"].isna())
+    np.testing.assert_allclose(read.images["logit"], predictions.images["logit"], rtol=1e-6)
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _drop_facts(folder: Path) -> None:
+    (folder / "model.json").unlink()
+
+
+def _only_checkpoint(folder: Path) -> None:
+    _drop_facts(folder)
+    (folder / "checkpoint.pt").touch()
+
+
+def _drop_tensors(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _cut_tensors(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _other_tensors(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
+
+
+def _no_json(folder: Path) -> None:
+    (folder / "model.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_facts, "must be a folder with model.json; got none; make one with"),
+        (_only_checkpoint, "unfinished training is there: run the same"),
+        (_drop_tensors, r"model.safetensors: cannot be read as this model's tensors"),
+        (_cut_tensors, r"model.safetensors: cannot be read as this model's tensors"),
+        (_other_tensors, "tensors must be those model.json was written with; got others"),
+        (_no_json, "model.json: is not valid JSON"),
+        (lambda f: _edit(f, format="other"), "is JSON but no lymphfeat model"),
+        (
+            lambda f: _edit(f, format_version=99),
+            r"format_version \(=99\) must be at most 1; update",
+        ),
+        (lambda f: _edit(f, head={"agg": "mean", "nose": 1}), "model.json: is damaged .*nose"),
+        (lambda f: _edit(f, recipe={}), "model.json: is damaged"),
+        (lambda f: _edit(f, head={"agg": "nose"}), "model.json: is damaged"),
+    ],
+)
+def test_what_is_not_whole_is_refused(damage: object, message: str, tmp_path: Path) -> None:
+    make_model().save(tmp_path)
+    assert callable(damage)
+    damage(tmp_path)
+    with pytest.raises(ModelError, match=message) as caught:
+        Model.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_diverged_model_names_the_image(cohort: Cohort) -> None:
+    model = make_model()
+    model.head.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"P0/0.png: the model's score must be a finite number"):
+        model.predict(cohort)
