@@ -124,32 +124,33 @@ class Features:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Per split and channel, mean and standard deviation over its TRAINING patients' images.
+    """Per split and channel, mean and 1 / standard deviation over its TRAINING patients' images.
 
     A scorer is trained on standardised features and applied to raw ones: it is folded, (w / s,
-    b − w · m / s), so no aggregator knows of it and every head stays a 1×1 convolution.
+    b − w · m / s), so no aggregator knows of it and every head stays a 1×1 convolution. A channel
+    that never varies in training gets scale 0 and so weight 0: Adam would blow up the rounding
+    errors of its gradient.
     """
 
     mean: Tensor  # (H, C)
-    std: Tensor  # (H, C)
+    scale: Tensor  # (H, C)
 
     @classmethod
     def of(cls, features: Features, fits: Sequence[Fit]) -> "Scaling":
-        cache: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-        for fit in fits:
-            if fit.split.train not in cache:
-                cache[fit.split.train] = _moments(features, fit.split.train)
-        pairs = [cache[fit.split.train] for fit in fits]
-        return cls(torch.stack([mean for mean, _ in pairs]), torch.stack([std for _, std in pairs]))
+        moments = {train: _moments(features, train) for train in {fit.split.train for fit in fits}}
+        pairs = [moments[fit.split.train] for fit in fits]
+        return cls(
+            torch.stack([mean for mean, _ in pairs]), torch.stack([scale for _, scale in pairs])
+        )
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scorer (H, C), (H,) that gives the same logits on raw features."""
-        folded = weight / self.std
+        folded = weight * self.scale
         return folded, bias - (folded * self.mean).sum(1)
 
     def unfold_gradient(self, folded: Tensor, total: Tensor) -> Tensor:
         """Turn a gradient by the folded weight (H, C) into one by the weight; `total` (H,)."""
-        return (folded - total[:, None] * self.mean) / self.std
+        return (folded - total[:, None] * self.mean) * self.scale
 
 
 def _moments(features: Features, patients: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -159,8 +160,7 @@ def _moments(features: Features, patients: Sequence[str]) -> tuple[Tensor, Tenso
     ]
     images = torch.cat([features.images[part] for part in rows]).float()  # (n, C)
     std, mean = torch.std_mean(images, dim=0, correction=0)
-    # A channel that never varies carries nothing: leave it alone rather than divide by zero.
-    return mean, torch.where(std > 1e-6, std, 1.0)
+    return mean, torch.where(std > 1e-6, 1 / std.clamp(min=1e-6), 0.0)
 
 
 class StackedAdam:
@@ -480,7 +480,7 @@ class _Lane:
         self._batch_size = batch_size
         # Slices share memory with the trainer's tensors: a step here is seen by the evaluation.
         self._weight, self._bias = scorers.weight[columns], scorers.bias[columns]
-        self._scaling = Scaling(scorers.scaling.mean[columns], scorers.scaling.std[columns])
+        self._scaling = Scaling(scorers.scaling.mean[columns], scorers.scaling.scale[columns])
         self._state = replace(state.columns(columns), training=True)
         self._stacks = [
             (AGGREGATORS[fits[columns.start + stack.start].head.agg].patient_logit, stack)

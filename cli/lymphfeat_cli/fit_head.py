@@ -85,7 +85,7 @@ Examples:
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of lse.")
 @click.option("--momentum", type=float, default=0.1, show_default=True, help="Of bnsigmoid.")
 @click.option(
-    "--lr", default="0.01", show_default=True, callback=_comma_list(float), help="One or several."
+    "--lr", default="0.003", show_default=True, callback=_comma_list(float), help="One or several."
 )
 @click.option(
     "--weight-decay",

@@ -1,0 +1,271 @@
+"""Every aggregator against a slow, obvious reference on ragged bags, and their laws."""
+
+import math
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lymphfeat.aggregators.ranking import (
+    Ranking,
+    effective_k,
+    selected_mask,
+    selected_probability,
+)
+from lymphfeat.aggregators.weighted import (
+    Moments,
+    bnsigmoid_weights,
+    lse_logit,
+    lse_weights,
+    max_weights,
+    mean_weights,
+    moments,
+    weighted_logit,
+)
+from lymphfeat.bags import Bags
+from lymphfeat.heads import AGGREGATORS, HeadStack, expand, head_name, resolve
+from lymphfeat.settings import HeadSettings
+from tests import references
+
+# Few distinct values, so that ties are the rule; bags of 1 to 9, so that k > n happens.
+BAGS = st.lists(
+    st.lists(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.5, 2.0, 4.0]), min_size=1, max_size=9),
+    min_size=1,
+    max_size=6,
+)
+
+
+def stack(bags: list[list[float]], heads: int = 2) -> tuple[Tensor, Bags]:
+    """Lay bags out as logits (M, heads); the second head sees them negated."""
+    column = torch.tensor([x for bag in bags for x in bag])
+    logits = torch.stack([column * (1 - 2 * h) for h in range(heads)], dim=1)
+    return logits, Bags.of([len(bag) for bag in bags])
+
+
+def column(bags: list[list[float]], head: int) -> list[list[float]]:
+    return [[x * (1 - 2 * head) for x in bag] for bag in bags]
+
+
+@given(BAGS, st.integers(1, 12), st.booleans(), st.sampled_from(["mean", "max"]))
+def test_ranking_probability_is_the_reference(
+    bags: list[list[float]], k: int, bottom: bool, reduce: str
+) -> None:
+    logits, ragged = stack(bags)
+    ks = effective_k(ragged.sizes, k)
+    ranking = Ranking.of(logits, ragged)
+    fast = selected_probability(ranking, ks, bottom=bottom, reduce=reduce)
+    for head in range(2):
+        slow = [
+            references.ranking_probability(bag, min(k, len(bag)), bottom, reduce)
+            for bag in column(bags, head)
+        ]
+        np.testing.assert_allclose(fast[:, head].numpy(), slow, rtol=1e-5)
+
+
+@given(BAGS, st.integers(1, 12), st.booleans())
+def test_selection_breaks_ties_by_instance_order(
+    bags: list[list[float]], k: int, bottom: bool
+) -> None:
+    logits, ragged = stack(bags)
+    ranking = Ranking.of(logits, ragged)
+    mask = selected_mask(ranking, effective_k(ragged.sizes, k), bottom=bottom)
+    top = ranking.top(k)
+    for head in range(2):
+        start = 0
+        for b, bag in enumerate(column(bags, head)):
+            rows = torch.nonzero(mask[start : start + len(bag), head])[:, 0].tolist()
+            assert rows == references.selected(bag, min(k, len(bag)), bottom)
+            chosen = [row - start for row in top[b, head].tolist() if row < len(logits)]
+            assert chosen == references.ranked(bag)[:k]
+            start += len(bag)
+
+
+@given(
+    st.integers(1, 400),
+    st.decimals("0.1", "100", places=1),
+    st.integers(1, 30),
+)
+def test_percentage_k_is_exact(n: int, percent: Decimal, minimum: int) -> None:
+    fast = effective_k(torch.tensor([n]), 1, float(percent), minimum).item()
+    assert fast == references.effective_k(n, 1, str(percent), minimum)
+
+
+def test_percentage_k_is_not_pushed_up_by_rounding() -> None:
+    assert effective_k(torch.tensor([100, 33, 1]), 1, 7.0).tolist() == [7, 3, 1]
+
+
+@given(BAGS)
+def test_top_k_of_all_is_the_mean_probability(bags: list[list[float]]) -> None:
+    logits, ragged = stack(bags)
+    everything = selected_probability(Ranking.of(logits, ragged), ragged.sizes)
+    torch.testing.assert_close(everything, ragged.mean(logits.sigmoid()))
+
+
+@given(BAGS, st.floats(0.1, 4))
+def test_weighted_logits_are_the_reference(bags: list[list[float]], temperature: float) -> None:
+    logits, ragged = stack(bags)
+    r = torch.full((2,), temperature)
+    fast = {
+        "mean": weighted_logit(logits, mean_weights(logits, ragged), ragged),
+        "max": weighted_logit(logits, max_weights(logits, ragged), ragged),
+        "lse": lse_logit(logits, ragged, r),
+    }
+    for head in range(2):
+        own = column(bags, head)
+        slow = {
+            "mean": [references.mean_logit(bag) for bag in own],
+            "max": [references.max_logit(bag) for bag in own],
+            "lse": [references.lse_logit(bag, temperature) for bag in own],
+        }
+        for name, values in slow.items():
+            np.testing.assert_allclose(fast[name][:, head], values, rtol=1e-4, atol=1e-5)
+
+
+@given(BAGS, st.floats(-2, 2), st.floats(-1, 1))
+def test_bnsigmoid_is_the_reference(bags: list[list[float]], gamma: float, beta: float) -> None:
+    logits, ragged = stack(bags)
+    weights = bnsigmoid_weights(
+        logits,
+        ragged,
+        gamma=torch.full((2,), gamma),
+        beta=torch.full((2,), beta),
+        statistics=moments(logits),
+    )
+    fast = weighted_logit(logits, weights, ragged)
+    for head in range(2):
+        own = column(bags, head)
+        mean, variance = references.moments(own)
+        slow = [references.bnsigmoid_logit(bag, mean, variance, gamma, beta) for bag in own]
+        np.testing.assert_allclose(fast[:, head], slow, rtol=1e-3, atol=1e-4)
+
+
+def test_bnsigmoid_stops_gradients_through_the_weights_but_trains_gamma_and_beta() -> None:
+    logits, ragged = stack([[1.0, -2.0, 0.5], [3.0, 0.1]], heads=1)
+    logits.requires_grad_()
+    gamma, beta = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    weights = bnsigmoid_weights(logits, ragged, gamma=gamma, beta=beta, statistics=moments(logits))
+    torch.autograd.backward(weighted_logit(logits, weights, ragged).sum())
+    # d/dℓ Σ α ℓ is α itself only if no gradient passes through α (report §3.4).
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, weights.detach())
+    assert gamma.grad is not None
+    assert beta.grad is not None
+    assert gamma.grad.abs() > 1e-3
+    assert beta.grad.abs() > 1e-3
+
+
+def test_bnsigmoid_survives_logits_whose_weights_underflow() -> None:
+    logits, ragged = stack([[-1e4, -1e4, -1e4 + 50.0], [5.0]], heads=1)
+    statistics = Moments(torch.zeros(1), torch.ones(1))
+    weights = bnsigmoid_weights(
+        logits, ragged, gamma=torch.ones(1), beta=torch.zeros(1), statistics=statistics
+    )
+    torch.testing.assert_close(ragged.sum(weights), torch.ones(2, 1))
+
+
+@given(BAGS)
+def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
+    logits, ragged = stack(bags)
+    for name in AGGREGATORS:
+        head = _make_stack(name)
+        total = ragged.sum(head.instance_weights(logits[:, :1], ragged))
+        torch.testing.assert_close(total, torch.ones_like(total), msg=name)
+        assert (head.instance_weights(logits[:, :1], ragged) >= 0).all()
+
+
+@given(BAGS, st.integers(0, 1000))
+@settings(max_examples=40)
+def test_order_of_instances_and_of_patients_says_nothing(
+    bags: list[list[float]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(bags)).tolist()
+    shuffled = [rng.permutation(bags[b]).tolist() for b in order]
+    for name in AGGREGATORS:
+        head = _make_stack(name)
+        one = head.probability(*stack(bags, heads=1))
+        other = head.probability(*stack(shuffled, heads=1))
+        torch.testing.assert_close(one[order], other, msg=name)
+
+
+@given(BAGS)
+@settings(max_examples=40)
+def test_a_patient_scores_the_same_alone(bags: list[list[float]]) -> None:
+    for name in AGGREGATORS:
+        head = _make_stack(name)
+        together = head.probability(*stack(bags, heads=1))
+        alone = torch.cat([head.probability(*stack([bag], heads=1)) for bag in bags])
+        torch.testing.assert_close(together, alone, msg=name)
+
+
+def test_lse_runs_from_mean_to_max() -> None:
+    logits, ragged = stack([[0.0, 1.0, 3.0], [2.0]], heads=1)
+    low, high = (lse_logit(logits, ragged, torch.tensor([r])) for r in (1e-4, 200.0))
+    torch.testing.assert_close(low, ragged.mean(logits), atol=1e-2, rtol=0)
+    torch.testing.assert_close(high, torch.tensor([[3.0], [2.0]]), atol=1e-2, rtol=0)
+
+
+def test_lse_weights_are_the_gradient() -> None:
+    logits, ragged = stack([[0.0, 1.0, 3.0], [2.0, -1.0]], heads=1)
+    logits.requires_grad_()
+    r = torch.tensor([0.7])
+    torch.autograd.backward(lse_logit(logits, ragged, r).sum())
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, lse_weights(logits.detach(), ragged, r))
+
+
+def test_mean_over_pixels_is_mean_over_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(7, 5, 2, 3, generator=generator)  # (N, C, h, w)
+    head = HeadStack(
+        [resolve(HeadSettings(agg="mean"))], torch.randn(1, 5, generator=generator), torch.ones(1)
+    )
+    images = Bags.of([2, 4, 1])
+    by_pixel = head.probability(head.logits(maps.flatten(2).mT.reshape(-1, 5)), images.times(6))
+    by_image = head.probability(head.logits(maps.mean((2, 3))), images)
+    torch.testing.assert_close(by_pixel, by_image)
+
+
+def test_names_expand_as_documented() -> None:
+    names = [head_name(head) for head in expand(["all"], HeadSettings())]
+    assert names == [
+        "top1",
+        *("top5", "top10"),
+        *("topbottom5", "topbottom10"),
+        *("mean", "max", "lse", "bnsigmoid"),
+    ]
+    (topk,) = expand(["topk"], HeadSettings())
+    assert (topk.k_train, topk.k_agg, topk.reduce, topk.unit) == (1, 10, "mean", "image")
+    assert resolve(HeadSettings(agg="bnsigmoid")).unit == "pixel"
+    by_pixel = HeadSettings(agg="topk", unit="pixel", k_train=3)
+    assert head_name(by_pixel) == "top10 k_train=3 unit=pixel"
+
+
+def test_unknown_aggregator_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"agg \(=median\) must be one of top1, topk"):
+        expand(["median"], HeadSettings())
+
+
+def _make_stack(name: str) -> HeadStack:
+    head = HeadStack([resolve(HeadSettings(agg=name, k_agg=3))], torch.zeros(1, 1), torch.zeros(1))
+    head.running_mean.fill_(0.3)
+    head.running_var.fill_(2.0)
+    return head.eval()
+
+
+def test_running_statistics_follow_the_batches() -> None:
+    head = HeadStack(
+        [resolve(HeadSettings(agg="bnsigmoid", momentum=0.25))], torch.zeros(1, 1), torch.zeros(1)
+    )
+    logits, ragged = stack([[1.0, 3.0], [5.0]], heads=1)
+    head.train().patient_logit(logits, ragged)
+    mean, variance = references.moments([[1.0, 3.0], [5.0]])
+    assert math.isclose(head.running_mean.item(), 0.25 * mean, rel_tol=1e-6)
+    assert math.isclose(head.running_var.item(), 0.75 + 0.25 * variance, rel_tol=1e-6)
+    before = head.running_mean.clone()
+    head.eval().patient_logit(logits, ragged)
+    assert torch.equal(head.running_mean, before)

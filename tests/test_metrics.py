@@ -1,0 +1,82 @@
+"""Metrics against scikit-learn and slow references."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sk
+
+from lymphfeat.metrics import (
+    all_metrics,
+    balanced_accuracy,
+    choose_threshold,
+    oracle_balanced_accuracy,
+    roc_auc,
+    t_half_width,
+)
+
+LABELS = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
+PROBABILITIES = st.lists(
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5001, 0.75, 1.0]), min_size=9, max_size=9
+).map(np.array)
+
+
+@given(PROBABILITIES)
+def test_metrics_are_those_of_scikit_learn(probabilities: np.ndarray) -> None:
+    ours = all_metrics(probabilities, LABELS)
+    called = probabilities > 0.5
+    assert ours["ba"] == pytest.approx(sk.balanced_accuracy_score(LABELS, called))
+    assert ours["sensitivity"] == pytest.approx(sk.recall_score(LABELS, called))
+    assert ours["specificity"] == pytest.approx(sk.recall_score(LABELS, called, pos_label=0))
+    assert ours["auc"] == pytest.approx(sk.roc_auc_score(LABELS, probabilities))
+    assert ours["brier"] == pytest.approx(sk.brier_score_loss(LABELS, probabilities))
+    kept = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    assert ours["log_loss"] == pytest.approx(sk.log_loss(LABELS, kept))
+
+
+def test_many_heads_at_once_are_each_one() -> None:
+    rng = np.random.default_rng(0)
+    stacked = rng.random((3, 4, 9)).round(1)
+    together = all_metrics(stacked, LABELS)
+    for index in np.ndindex(3, 4):
+        alone = all_metrics(stacked[index], LABELS)
+        for name, value in alone.items():
+            assert together[name][index] == pytest.approx(value), name
+
+
+def test_auc_of_one_class_is_unknown() -> None:
+    assert np.isnan(roc_auc(np.array([0.1, 0.9]), np.array([1, 1])))
+
+
+@given(PROBABILITIES)
+def test_chosen_threshold_is_the_best_there_is(probabilities: np.ndarray) -> None:
+    chosen = choose_threshold(probabilities, LABELS)
+    best = max(
+        balanced_accuracy(probabilities, LABELS, threshold)
+        for threshold in [-0.01, *(np.unique(probabilities) + 1e-6)]
+        if threshold > 0
+    )
+    reached = balanced_accuracy(probabilities, LABELS, chosen)
+    assert reached >= best - 1e-12 or np.unique(probabilities)[0] == 0
+
+
+def test_of_equally_good_thresholds_the_one_nearest_to_a_half_is_taken() -> None:
+    probabilities = np.array([0.1, 0.2, 0.8, 0.9])
+    assert choose_threshold(probabilities, np.array([0, 0, 1, 1])) == pytest.approx(0.5)
+
+
+def test_oracle_is_never_below_the_honest_threshold() -> None:
+    probabilities = np.random.default_rng(1).random((20, 9))
+    assert (
+        oracle_balanced_accuracy(probabilities, LABELS) >= balanced_accuracy(probabilities, LABELS)
+    ).all()
+
+
+def test_t_interval_is_scipys() -> None:
+    values = np.array([0.7, 0.8, 0.75, 0.9])
+    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert t_half_width(values) == pytest.approx((high - low) / 2)
+    # Nadeau–Bengio widens it: 1/n + n_test/n_train in place of 1/n
+    factor = 1 / 4 + 0.25
+    assert t_half_width(values, factor) == pytest.approx((high - low) / 2 * np.sqrt(factor * 4))

@@ -1,0 +1,79 @@
+"""Patient-level splits: disjoint, covering, written and read back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.splits import (
+    Split,
+    kfold_splits,
+    read_splits,
+    report_splits,
+    write_splits,
+)
+
+IDS = [f"P{i}" for i in range(40)]
+LABELS = np.array([0, 1, 1, 0] * 10)
+
+
+def test_report_splits_are_the_published_halves() -> None:
+    splits = report_splits(IDS, LABELS, seeds=3, seed=7)
+    assert [split.seed for split in splits] == [7, 8, 9]
+    train, validation = train_test_split(IDS, test_size=0.5, random_state=8)
+    assert splits[1].train == tuple(train)
+    assert splits[1].validation == tuple(validation)
+
+
+@given(st.integers(3, 8), st.integers(1, 3), st.integers(0, 99))
+def test_every_patient_is_validated_once_a_repeat(folds: int, seeds: int, seed: int) -> None:
+    repeats = kfold_splits(IDS, LABELS, folds=folds, seeds=seeds, seed=seed)
+    assert len(repeats) == seeds
+    for repeat in repeats:
+        validated = [patient for split in repeat.outer for patient in split.validation]
+        assert sorted(validated) == sorted(IDS)
+        assert all(set(s.train) | set(s.validation) == set(IDS) for s in repeat.outer)
+
+
+def test_inner_splits_cover_the_training_patients_and_never_train_on_the_fold() -> None:
+    (repeat,) = kfold_splits(IDS, LABELS, folds=5, seeds=1)
+    for fold, outer in enumerate(repeat.outer):
+        inner = repeat.inner(fold)
+        assert len(inner) == 4
+        assert not any(set(split.train) & set(outer.validation) for split in inner)
+        covered = [p for split in inner for p in split.validation if p in outer.train]
+        assert sorted(covered) == sorted(outer.train)
+    assert len(repeat.pairs) == 10
+
+
+def test_folds_are_stratified() -> None:
+    (repeat,) = kfold_splits(IDS, LABELS, folds=5, seeds=1)
+    label = dict(zip(IDS, LABELS, strict=True))
+    assert {sum(label[p] for p in split.validation) for split in repeat.outer} == {4}
+
+
+def test_written_splits_read_back(tmp_path: Path) -> None:
+    splits = report_splits(IDS, LABELS, seeds=2)
+    write_splits(splits, tmp_path / "splits.json")
+    assert read_splits(tmp_path / "splits.json") == splits
+
+
+def test_foreign_split_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    path.write_text('{"a": {"train": ["P1"]}}')
+    with pytest.raises(SettingsError, match=r"splits\.json: must be a JSON file of splits"):
+        read_splits(path)
+
+
+def test_a_patient_on_both_sides_is_refused() -> None:
+    with pytest.raises(SettingsError, match="must not share patients; got P1 in both"):
+        Split(id="x", seed=0, repeat=0, train=("P1", "P2"), validation=("P1",))
+
+
+def test_too_few_patients_for_the_folds() -> None:
+    with pytest.raises(SettingsError, match=r"reactive patients \(=1\) must be at least 5"):
+        kfold_splits(IDS[:9], np.array([0] + [1] * 8), folds=5, seeds=1)
