@@ -11,7 +11,7 @@ from lymphfeat.endtoend.curves import Row, metric_columns
 from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.job import Job
 from lymphfeat.endtoend.pixels import PixelCache
-from lymphfeat.endtoend.training import TRAINERS, EpochResult, Trainer, evaluate, settle_statistics
+from lymphfeat.endtoend.training import TRAINERS, EpochResult, Trainer, evaluate
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads import AGGREGATORS
 from lymphfeat.progress import Progress, silent
@@ -43,7 +43,6 @@ def fit(job: Job, checkpoint: Checkpoint, progress: Progress = silent) -> list[R
         history.append(_run_epoch(job, trainer, held_out, history, progress))
         last = len(history) == settings.epochs
         checkpoint.write({"trainer": trainer.state(), "history": history}, last=last)
-    settle_statistics(trainer)
     model.backbone.eval()
     model.head.eval()
     return history

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lymphfeat.aggregators.ranking import Ranking, effective_k
-from lymphfeat.aggregators.weighted import moments
 from lymphfeat.backbones import Backbone
 from lymphfeat.bags import Bags
 from lymphfeat.compute import to_device
@@ -305,18 +304,3 @@ def evaluate(
     """Return the probabilities (P,) of the encoder's own patients, everything in eval mode."""
     logits = encoder.score(head, all_rows(int(sizes.sum())), chunk_size)  # (N, U)
     return read_out(head, Bags.of(sizes, logits.device), logits).probability.cpu().numpy()
-
-
-def settle_statistics(trainer: Trainer) -> None:
-    """Set bnsigmoid's running statistics to those of all training patients under final weights.
-
-    The running ones trail behind weights that move, and were taken with batch-norm in training
-    mode; evaluation uses neither.
-    """
-    if trainer.head.settings[0].agg != "bnsigmoid":
-        return
-    rows = all_rows(int(trainer.sizes.sum()))
-    logits = trainer.encoder.score(trainer.head, rows, trainer.settings.max_forward_size)
-    statistics = moments(logits.reshape(-1, 1))
-    trainer.head.running_mean.copy_(statistics.mean)
-    trainer.head.running_var.copy_(statistics.variance)
