@@ -12,7 +12,10 @@ from lymphfeat.splits import kfold_splits
 from lymphfeat.training import Features, Fit, fit_heads
 
 PATIENTS = 30
-HEADS = [resolve(HeadSettings(agg="mean")), resolve(HeadSettings(agg="topk", k_agg=2))]
+HEADS = [
+    resolve(HeadSettings(agg="mean", lr=0.1)),
+    resolve(HeadSettings(agg="topk", k_agg=2, lr=0.1)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +37,13 @@ def features() -> Features:
     )
 
 
-def run(features: Features, protocol: str, **settings: int) -> Outcome:
+def run(features: Features, protocol: str, *, seeds: int, folds: int = 3) -> Outcome:
     return run_protocol(
         features,
         list(features.row),
         features.labels.numpy(),
         HEADS,
-        FitSettings(protocol=protocol, epochs=12, batch_size=4, **settings),
+        FitSettings(protocol=protocol, epochs=12, batch_size=4, seeds=seeds, folds=folds),
     )
 
 
@@ -61,7 +64,7 @@ def test_report_protocol_averages_the_ten_best_epochs_of_each_run(features: Feat
 
 
 def _name(outcome: Outcome, start: str) -> str:
-    return next(name for name in outcome.summary["head"] if name.startswith(start))
+    return next(str(name) for name in outcome.summary["head"] if str(name).startswith(start))
 
 
 def test_honest_thresholds_come_from_training_patients_alone(features: Features) -> None:

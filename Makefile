@@ -1,0 +1,37 @@
+# Everything sets itself up: a virtual environment in .venv, the install, then the work.
+# Needs only Python 3.11 or newer (choose one with PYTHON=python3.12).
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE ?= cache
+
+.PHONY: demo test check clean
+
+$(BIN)/lymphfeat: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lymphfeat needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The main job on the built-in synthetic cohort.
+demo: $(BIN)/lymphfeat
+	$(BIN)/lymphfeat extract
+	$(BIN)/lymphfeat fit-head --agg topk --agg bnsigmoid --agg mean --seeds 5 --truth $(CACHE)/synthetic/truth.csv --out runs/demo --force
+	$(BIN)/lymphfeat endtoend --epochs 4 --images-per-patient 8 --truth $(CACHE)/synthetic/truth.csv --out models/demo --force
+	@echo
+	@echo "Look at:  runs/demo/summary.png        the heads, with intervals, and their learning curves"
+	@echo "          models/demo/curves.png       the end-to-end training"
+	@echo "          models/demo/predictions.csv  a probability for every patient"
+	@echo "          models/demo/submission.csv   the answer for the unlabelled patients"
+
+test: $(BIN)/lymphfeat
+	$(BIN)/python -m pytest
+
+# What a commit must pass.
+check: $(BIN)/lymphfeat
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs models $(CACHE)/synthetic $(CACHE)/*.h5*
