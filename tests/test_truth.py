@@ -1,0 +1,67 @@
+"""Scoring against what was hidden."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lymphfeat.errors import CohortError
+from lymphfeat.truth import Truth, read_labels, read_truth, witness_auc, witness_auc_all
+
+LINES = """SPLIT,ID,FILE,LABEL,IS_WITNESS
+train,P1,a.png,1,1
+train,P1,b.png,1,0
+train,P2,a.png,0,0
+test,P3,a.png,1,1
+"""
+IMAGES = pd.DataFrame(
+    {"patient": ["P1", "P1", "P2", "P3"], "image": ["a.png", "b.png", "a.png", "a.png"]}
+).assign(logit=[2.0, 1.0, 3.0, 0.0])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "truth.csv"
+    path.write_text(LINES)
+    return path
+
+
+def test_witness_auc_by_hand(path: Path) -> None:
+    truth = read_truth(path)
+    assert list(truth["witness"]) == [True, False, False, True]
+    # P1 and P3 have witnesses: 2 beats 1, 0 does not; over all images neither beats 3.
+    assert witness_auc(IMAGES, truth) == pytest.approx(1 / 2)
+    assert witness_auc_all(IMAGES, truth) == pytest.approx(1 / 4)
+
+
+def test_only_hidden_labels_are_scored(path: Path) -> None:
+    patients = pd.DataFrame(
+        {
+            "id": ["P1", "P2", "P3"],
+            "label": pd.array([1, 0, None], dtype="Int64"),
+            "probability": [0.1, 0.9, 0.8],
+        }
+    )
+    scores = Truth.read([path]).score(IMAGES, patients)
+    assert scores["hidden_patients"] == 1
+    assert scores["hidden_sensitivity"] == 1
+    assert Truth.read([path]).score(IMAGES, patients, 0.85)["hidden_sensitivity"] == 0
+
+
+def test_labels_alone(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("ID,LABEL\nP1,1\nP2,-1\nP3,0\n")
+    assert read_labels(path).to_dict() == {"P1": 1, "P3": 0}
+    assert Truth.read([path]).images is None
+
+
+def test_contradicting_labels(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("ID,LABEL\nP1,1\nP1,0\n")
+    with pytest.raises(CohortError, match="LABEL must be one and the same in all rows of P1"):
+        read_labels(path)
+
+
+def test_no_csv(tmp_path: Path) -> None:
+    with pytest.raises(CohortError, match="must be a readable CSV file"):
+        Truth.read([tmp_path / "none.csv"])
