@@ -35,7 +35,6 @@ from lymphfeat.store import (
     StoreWriter,
     cohort_fingerprint,
     differing_fields,
-    discard,
 )
 
 
@@ -51,8 +50,11 @@ def extract(
 
     A complete store of the same recipe is left as it is; an unfinished one is finished and ends
     with the same bytes as an uninterrupted run. Raises StoreError when a store of another recipe
-    is there and `force` is not set; CohortError for an image that cannot be read.
+    is there and `force` is not set; CohortError for an image that cannot be read. What `force`
+    overwrites stays until the new store is finished.
     """
+    if out.is_dir():
+        raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
     with cpu_threads(settings.threads):
         backbone, weights = build_backbone(
@@ -64,9 +66,7 @@ def extract(
         )
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, weights, dtype, device)
-        if force:
-            discard(out)
-        elif out.exists():
+        if out.exists() and not force:
             return _reuse(out, recipe)
         encoder = MapEncoder(
             backbone,
@@ -75,7 +75,7 @@ def extract(
             dtype=dtype,
             device=device,
         )
-        _extract_rows(cohort, out, settings, recipe, weights, encoder, progress)
+        _extract_rows(cohort, out, settings, recipe, weights, encoder, progress, force=force)
     return FeatureStore.open(out)
 
 
@@ -98,6 +98,8 @@ def make_recipe(
         "precision": str(dtype).removeprefix("torch."),
         "batch_size": settings.batch_size,
         "device": device.type,
+        # Convolutions on a CPU sum in another order with another number of threads.
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {
             "format": FORMAT_VERSION,
             "torch": torch.__version__,
@@ -109,7 +111,6 @@ def make_recipe(
 
 def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
     store = FeatureStore.open(out)
-    # Through JSON, as the store's own recipe went.
     differences = differing_fields(recipe, store.recipe)
     if differences:
         raise StoreError(
@@ -127,6 +128,8 @@ def _extract_rows(
     weights: LoadedWeights,
     encoder: "MapEncoder",
     progress: Progress,
+    *,
+    force: bool,
 ) -> None:
     paths = [path for images in cohort.images for path in images]
     feature_set = FeatureSet(
@@ -138,6 +141,7 @@ def _extract_rows(
         cohort=cohort,
         shape=encoder.map_shape(settings.backbone.crop),
         feature_sets=[feature_set],
+        force=force,
     ) as writer:
         starts = [
             start

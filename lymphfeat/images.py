@@ -1,5 +1,6 @@
 """Cell images: decode, centre crop, normalisation constants, augmented views."""
 
+import io
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -67,27 +68,31 @@ def decode_crop(path: Path, crop: int) -> Crop:
     """
     try:
         content = path.read_bytes()
-        with Image.open(path) as image:
-            if image.mode not in _CONVERTIBLE_MODES:
-                raise CohortError(
-                    f"{path}: pixel mode (={image.mode}) must be 8 bits a channel; "
-                    "convert the image to 8-bit RGB."
-                )
-            if min(image.size) < crop:
-                raise CohortError(
-                    f"{path}: size (={image.width}x{image.height}) must be at least the crop "
-                    f"(={crop}); choose a smaller --crop or remove the image."
-                )
+        with Image.open(io.BytesIO(content)) as image:
+            _check_image(path, image, crop)
             rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, CohortError):
-            raise
+    except CohortError:
+        raise
+    except Exception as error:  # each format fails in its own ways; all mean the same to the user
         raise CohortError(
             f"{path}: cannot be read as an image ({error}); "
             "`lymphfeat audit` lists every such file, then restore or remove it."
         ) from None
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
     return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
+
+
+def _check_image(path: Path, image: Image.Image, crop: int) -> None:
+    if image.mode not in _CONVERTIBLE_MODES:
+        raise CohortError(
+            f"{path}: pixel mode (={image.mode}) must be 8 bits a channel; "
+            "convert the image to 8-bit RGB."
+        )
+    if min(image.size) < crop:
+        raise CohortError(
+            f"{path}: size (={image.width}x{image.height}) must be at least the crop "
+            f"(={crop}); choose a smaller --crop or remove the image."
+        )
 
 
 def _centre_box(size: tuple[int, int], crop: int) -> tuple[int, int, int, int]:

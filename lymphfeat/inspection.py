@@ -42,17 +42,17 @@ def _describe_run(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        missing = [name for name in RUN_FILES if not (path / name).is_file()]
+        return {
+            "kind": "run",
+            "whole": not missing,
+            **({"missing": missing} if missing else {}),
+            "path": str(path),
+            "settings": config["settings"],
+            "store": config["store"]["path"],
+            "balanced accuracy": {
+                row["head"]: f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}" for row in summary
+            },
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path}: is a damaged run ({error}); fit it again.") from None
-    missing = [name for name in RUN_FILES if not (path / name).is_file()]
-    return {
-        "kind": "run",
-        "whole": not missing,
-        **({"missing": missing} if missing else {}),
-        "path": str(path),
-        "settings": config["settings"],
-        "store": config["store"]["path"],
-        "balanced accuracy": {
-            row["head"]: f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}" for row in summary
-        },
-    }

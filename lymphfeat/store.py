@@ -32,6 +32,7 @@ from lymphfeat.errors import StoreError
 FORMAT = "lymphfeat"
 FORMAT_VERSION = 1
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+_SLASH = "\u2215"  # stands for the / of a covariate's name (CD4/CD8), which HDF5 takes for a path
 
 Recipe = Mapping[str, Any]
 
@@ -72,14 +73,19 @@ def _canonical(recipe: Recipe) -> str:
 def cohort_fingerprint(cohort: Cohort) -> dict[str, Any]:
     """Describe a cohort for a recipe: its size, and a hash of its table, names and file sizes."""
     digest = hashlib.sha256(cohort.table.to_csv().encode())
-    for paths in cohort.images:
+    for id, paths in zip(cohort.ids, cohort.images, strict=True):
+        digest.update(f"{id}:{len(paths)}\n".encode())  # an image may change its patient
         for path in paths:
-            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+            digest.update(_encode(f"{path.name}:{path.stat().st_size}\n"))
     return {
         "patients": len(cohort.table),
         "images": int(cohort.offsets[-1]),
         "sha256": digest.hexdigest(),
     }
+
+
+def _encode(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")  # file names need not be valid UTF-8
 
 
 def differing_fields(ours: Recipe, theirs: Recipe, prefix: str = "") -> list[str]:
@@ -106,6 +112,8 @@ class StoreWriter:
     """Writes a store block by block; opened anew with an equal recipe, it goes on where it was.
 
     A block is a range of rows [start, stop); blocks may be written in any order, each once.
+    `force` drops an unfinished store of another recipe, which is an error otherwise. A store that
+    is at `path` already stays as it is until this one is finished.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class StoreWriter:
         cohort: Cohort,
         shape: MapShape,
         feature_sets: Sequence[FeatureSet],
+        force: bool = False,
     ) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
@@ -124,7 +133,7 @@ class StoreWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = _lock(self.journal_path)
         try:
-            self._blocks = self._resume()
+            self._blocks = self._resume(force)
             if self._blocks is None:
                 self._blocks = {}
                 self._start(cohort, shape, feature_sets)
@@ -146,15 +155,18 @@ class StoreWriter:
     ) -> None:
         self._journal.close()
 
-    def _resume(self) -> dict[tuple[int, int], dict[str, int]] | None:
+    def _resume(self, force: bool) -> dict[tuple[int, int], dict[str, int]] | None:
         """Return the finished blocks of an earlier try with an equal recipe; None to start anew."""
-        lines = self._journal.read().splitlines()
+        text = self._journal.read()
+        lines = text.splitlines()
         if not lines or not self.partial.exists():
             return None
         header = _parse_line(lines[0])
         if header is None:  # killed while writing the very first line
             return None
         differences = differing_fields(self._recipe, header["recipe"])
+        if differences and force:
+            return None
         if differences:
             raise StoreError(
                 f"{self.partial}: an unfinished store of another recipe is there: "
@@ -166,6 +178,8 @@ class StoreWriter:
             entry = _parse_line(line)
             if entry is not None:  # a torn last line is a block not finished
                 blocks[(entry["start"], entry["stop"])] = entry["crc32"]
+        if not text.endswith("\n"):
+            self._journal.write("\n")  # the next entry must not continue a torn line
         return blocks
 
     def _start(self, cohort: Cohort, shape: MapShape, feature_sets: Sequence[FeatureSet]) -> None:
@@ -232,24 +246,22 @@ class StoreWriter:
             expected = stop
             for name, crc32 in checksums.items():
                 if zlib.crc32(self._maps[name][start:stop].tobytes()) != crc32:
+                    self._journal.truncate(0)  # so that the next try starts over
                     raise StoreError(
                         f"{self.partial}: rows {start}:{stop} of /{name} read back differently "
-                        "than they were written; check the disk, then start over with --force."
+                        "than they were written; check the disk, then run the same line again."
                     )
         if expected != n:
             raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
-
-
-def discard(path: Path) -> None:
-    """Remove a store and what is left of an unfinished one beside it."""
-    for suffix in ("", ".partial", ".journal"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> IO[str]:
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who held it may have finished, and removed the journal, since it was opened here.
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise BlockingIOError
     except BlockingIOError:
         file.close()
         raise StoreError(
@@ -283,7 +295,8 @@ def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.
             f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
             f"most {FLOAT16_MAX:.0f} (float16); check the weights, or use --precision float32."
         )
-    return maps.astype(np.float16)
+    # In C order, for means to be summed in the order in which `verify` sums them.
+    return maps.astype(np.float16, order="C")
 
 
 def _create(
@@ -324,19 +337,20 @@ def _write_patients(group: h5py.Group, cohort: Cohort) -> None:
     group["label"] = cohort.labels.astype(np.int8)
     group["offsets"] = cohort.offsets.astype(np.int64)
     _write_strings(group, "split", cohort.table["split"])
-    covariates = group.create_group("covariates")
+    covariates = group.create_group("covariates", track_order=True)
     for name in cohort.covariates:
         column = cohort.table[name]
+        key = name.replace("/", _SLASH)
         if pd.api.types.is_numeric_dtype(column):
-            covariates[name] = column.to_numpy(np.float64, na_value=np.nan)
+            covariates[key] = column.to_numpy(np.float64, na_value=np.nan)
         else:
-            _write_strings(covariates, name, column.fillna("").astype(str))
+            _write_strings(covariates, key, column.astype(object).fillna(""))
     group.attrs["submission_ids"] = json.dumps(cohort.submission_ids)
 
 
 def _write_strings(group: h5py.Group, name: str, values: Sequence[str] | pd.Series) -> None:
     # Fixed length: the heap of variable-length strings depends on the order of writes.
-    encoded = np.array([str(value).encode() for value in values] or [b""], dtype="S")
+    encoded = np.array([_encode(str(value)) for value in values] or [b""], dtype="S")
     dtype = h5py.string_dtype("utf-8", max(encoded.dtype.itemsize, 1))
     group.create_dataset(name, data=encoded[: len(values)].astype(dtype))
 
@@ -349,6 +363,7 @@ def _allocate(
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # same recipe, same bytes
     space = h5py.h5s.create_simple(shape)
     kind = h5py.h5t.py_create(np.dtype(dtype))
     return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, properties))
@@ -425,12 +440,18 @@ class FeatureStore:
 
         A map that is whole averages to its pooled feature.
         """
+        if recipe_sha256(self.recipe) != self.recipe_sha256:
+            raise StoreError(
+                f"{self.path}: recipe and recipe_sha256 must agree; the file is damaged, "
+                "extract it again with --force."
+            )
         for name in self.feature_sets:
             maps, pooled = self.features(name), self.pooled(name)
             for patient, start, stop in zip(
                 self.ids, self.offsets[:-1], self.offsets[1:], strict=True
             ):
-                averages = maps[start:stop].mean((3, 4), dtype=np.float32)
+                with np.errstate(invalid="ignore"):  # a damaged map may hold inf and -inf
+                    averages = maps[start:stop].mean((3, 4), dtype=np.float32)
                 damaged = np.flatnonzero((averages != pooled[start:stop]).any((1, 2)))
                 if len(damaged):
                     raise StoreError(
@@ -500,7 +521,14 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
     except OSError as error:
         raise StoreError(f"{path}: is not a readable HDF5 file ({error}).") from None
     with file:
-        yield file
+        try:
+            yield file
+        except StoreError:
+            raise
+        except Exception as error:  # damaged metadata fails in as many ways as h5py has
+            raise StoreError(
+                f"{path}: is damaged ({error}); extract it again with --force."
+            ) from error
 
 
 def _check_format(file: h5py.File, path: Path) -> None:
@@ -517,7 +545,7 @@ def _check_format(file: h5py.File, path: Path) -> None:
 
 
 def _read_strings(dataset: h5py.Dataset) -> list[str]:
-    return [value.decode() for value in dataset[:]]
+    return [value.decode(errors="surrogateescape") for value in dataset[:]]
 
 
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
@@ -536,9 +564,10 @@ def _read_patients(group: h5py.Group) -> pd.DataFrame:
         {"label": group["label"][:].astype(np.int64), "split": _read_strings(group["split"])},
         index=pd.Index(_read_strings(group["id"]), name="id"),
     )
-    for name, column in group["covariates"].items():
+    for key, column in group["covariates"].items():
+        name = key.replace(_SLASH, "/")
         if column.dtype.kind == "f":
             table[name] = column[:]
         else:
-            table[name] = [value or None for value in _read_strings(column)]
+            table[name] = pd.Categorical([value or None for value in _read_strings(column)])
     return table

@@ -6,6 +6,7 @@ import os
 import sys
 import tomllib
 import traceback
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ class LazyGroup(click.Group):
                 traceback.print_exc()
             click.echo(f"Error: {error}", err=True)
             ctx.exit(EXIT_BAD_INPUT)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, a folder one may not write in
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("Interrupted: what was finished is kept; run the same line again.", err=True)
             ctx.exit(EXIT_FAILED)
@@ -77,14 +85,22 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 def _option_defaults(path: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
     module = importlib.import_module(f"lymphfeat_cli.{name.replace('-', '_')}")
-    known = {parameter.name for parameter in module.command.params}
-    defaults = {key.replace("-", "_"): value for key, value in table.items()}
-    unknown = sorted(set(defaults) - known)
+    names = {
+        option.lstrip("-").replace("-", "_"): parameter.name  # --json sets as_json
+        for parameter in module.command.params
+        for option in parameter.opts
+    }
+    given = {key.replace("-", "_"): _plain(value) for key, value in table.items()}
+    unknown = sorted(set(given) - set(names))
     if unknown:
         raise click.UsageError(
             f"{path}: [{name}] has no option {', '.join(unknown)}; see `lymphfeat {name} --help`."
         )
-    return defaults
+    return {names[key]: value for key, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, date) else value  # as one types it
 
 
 @click.command(

@@ -1,0 +1,18 @@
+"""What every test starts from: seeded global generators, and no deadlines on shared machines."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("lymphfeat", deadline=None)
+settings.load_profile("lymphfeat")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,523 @@
+"""The feature store: what is written is read, whatever happens in between."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import StoreError
+from lymphfeat.store import (
+    FeatureSet,
+    FeatureStore,
+    MapShape,
+    StoreWriter,
+    cohort_fingerprint,
+    differing_fields,
+    recipe_sha256,
+)
+from tests.cohorts import write_own
+from tests.stores import (
+    FROZEN,
+    RECIPE,
+    SHAPE,
+    made_up_cohort,
+    made_up_maps,
+    open_writer,
+    write_rows,
+    write_store,
+)
+
+GOLDEN = Path(__file__).parent / "data" / "format-v1.h5"
+
+
+def siblings(path: Path) -> list[str]:
+    return sorted(other.name for other in path.parent.iterdir())
+
+
+# --- round trip ----------------------------------------------------------------------------------
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6)
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def cohorts(draw: st.DrawFn) -> Cohort:
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    names = draw(st.lists(words.filter(lambda w: w.strip("./")), max_size=3, unique=True))
+    columns: dict[str, Any] = {}
+    for name in names:
+        if name in ("label", "split") or "\u2215" in name:
+            continue
+        column = st.lists(draw(st.sampled_from([numbers, st.none() | words.filter(bool)])))
+        values = draw(column.map(lambda v, n=len(counts): (v + [None] * n)[:n]))
+        texts = any(isinstance(value, str) for value in values)
+        columns[name] = pd.Categorical(values) if texts else np.array(values, np.float64)
+    return made_up_cohort(counts, **columns)
+
+
+@settings(max_examples=25)
+@given(cohort=cohorts(), block=st.integers(1, 9), seed=st.integers(0, 99))
+def test_round_trip(cohort: Cohort, block: int, seed: int) -> None:
+    n = int(cohort.offsets[-1])
+    maps = made_up_maps(n, seed=seed)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "features.h5"
+        with open_writer(path, cohort) as writer:
+            for start in reversed(range(0, n, block)):
+                write_rows(writer, maps, start, min(start + block, n))
+            writer.finish()
+        store = FeatureStore.open(path)
+        store.verify()
+        assert np.array_equal(store.features(), maps.astype(np.float16))
+        pooled = maps.astype(np.float16).astype(np.float64).mean((3, 4))
+        np.testing.assert_allclose(store.pooled(), pooled, rtol=1e-5, atol=1e-3)
+        assert np.array_equal(store.crc32, np.arange(n))
+        assert siblings(path) == ["features.h5"]
+    pd.testing.assert_frame_equal(store.table, cohort.table, check_dtype=False)
+    assert store.covariates == cohort.covariates
+    assert np.array_equal(store.offsets, cohort.offsets)
+    assert np.array_equal(store.labels, cohort.labels)
+    assert np.array_equal(store.n_images, cohort.n_images)
+    assert store.submission_ids == cohort.submission_ids
+    assert store.image_names == tuple(path.name for paths in cohort.images for path in paths)
+    assert store.recipe == RECIPE
+    assert list(store.feature_sets.values()) == [FROZEN]
+
+
+def test_strings_of_the_world(tmp_path: Path) -> None:
+    cohort = made_up_cohort(
+        (1, 1, 1),
+        Zentrum=pd.Categorical(["Köln", None, "Łódź"]),
+        **{"CD4/CD8": [1.5, np.nan, 2.0], "Äther": [np.nan] * 3},
+    )
+    cohort = type(cohort)(
+        root=cohort.root,
+        table=cohort.table.set_axis(pd.Index(["Müller", "P/1", "患者"], name="id")),
+        images=((Path("größe.png"),), (Path("b\udce4r.png"),), (Path("x.png"),)),
+    )
+    store = write_store(tmp_path / "s.h5", cohort)
+    assert store.ids == ("Müller", "P/1", "患者")
+    assert store.image_names == ("größe.png", "b\udce4r.png", "x.png")
+    assert store.covariates == ("Zentrum", "CD4/CD8", "Äther")
+    assert store.table["Zentrum"].astype(object).where(lambda c: c.notna(), None).tolist() == [
+        "Köln",
+        None,
+        "Łódź",
+    ]
+    assert store.table["CD4/CD8"].tolist()[0::2] == [1.5, 2.0]
+
+
+def test_plain_h5py_reads_what_the_format_says(tmp_path: Path) -> None:
+    cohort = made_up_cohort(age=[70.0, np.nan, 30.0], gender=pd.Categorical(["F", None, "M"]))
+    tuned = FeatureSet(
+        name="kfold5-r0-f3",
+        backbone="tiny",
+        weights_sha256="1" * 64,
+        trained_on=("P0", "P2"),
+        split="kfold5-r0-f3",
+    )
+    maps, n = made_up_maps(7), 7
+    with open_writer(tmp_path / "s.h5", cohort, feature_sets=[FROZEN, tuned]) as writer:
+        crc32 = np.arange(n, dtype=np.uint32)
+        writer.write(0, {"frozen": maps, "kfold5-r0-f3": 2 * maps}, crc32)
+        writer.finish()
+    names: list[str] = []
+    with h5py.File(tmp_path / "s.h5") as file:
+        file.visit(names.append)
+        assert sorted(names) == sorted(
+            [
+                *("patients", "patients/id", "patients/label", "patients/offsets"),
+                *("patients/split", "patients/covariates"),
+                *("patients/covariates/age", "patients/covariates/gender"),
+                *("images", "images/name", "images/crc32"),
+                *("features", "features/frozen", "features/kfold5-r0-f3"),
+                *("pooled", "pooled/frozen", "pooled/kfold5-r0-f3"),
+                *("trained_on", "trained_on/frozen", "trained_on/kfold5-r0-f3"),
+            ]
+        )
+        assert file.attrs["format"] == "lymphfeat"
+        assert file.attrs["format_version"] == 1
+        assert file.attrs["complete"] == 1
+        assert json.loads(file.attrs["recipe"]) == RECIPE
+        assert file.attrs["recipe_sha256"] == recipe_sha256(RECIPE)
+        assert list(file["patients/id"].asstr()) == ["P0", "P1", "P2"]
+        assert list(file["patients/label"]) == [0, 1, -1]
+        assert list(file["patients/offsets"]) == [0, 2, 3, 7]
+        assert list(file["trained_on/kfold5-r0-f3"].asstr()) == ["P0", "P2"]
+        features, pooled = file["features/kfold5-r0-f3"], file["pooled/kfold5-r0-f3"]
+        assert (features.shape, features.dtype) == ((7, 2, 3, 2, 1), np.float16)
+        assert (pooled.shape, pooled.dtype) == ((7, 2, 3), np.float32)
+        assert features.attrs["backbone"] == "tiny"
+        assert features.attrs["weights_sha256"] == "1" * 64
+        assert features.attrs["split"] == "kfold5-r0-f3"
+        for dataset in (features, pooled, file["features/frozen"]):
+            assert dataset.chunks is None
+            assert dataset.compression is None
+            assert dataset.id.get_offset() is not None
+        assert np.array_equal(features[:], (2 * maps).astype(np.float16))
+    opened = FeatureStore.open(tmp_path / "s.h5")
+    assert opened.feature_sets == {"frozen": FROZEN, "kfold5-r0-f3": tuned}
+    with pytest.raises(StoreError, match=re.escape("features (=all) must be one of frozen, kf")):
+        opened.features("all")
+
+
+def test_readers_cannot_write(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s.h5")
+    with pytest.raises(ValueError, match="read-only"):
+        store.features()[0] = 0
+
+
+def test_same_recipe_same_bytes(tmp_path: Path) -> None:
+    write_store(tmp_path / "0.h5")
+    time.sleep(1.1)  # a time stamp would differ: HDF5 counts seconds
+    for block in (1, 2, 7):
+        write_store(tmp_path / f"{block}.h5", block=block)
+        assert (tmp_path / "0.h5").read_bytes() == (tmp_path / f"{block}.h5").read_bytes()
+
+
+def test_many_patients(tmp_path: Path) -> None:
+    # Their ids take more than the 64 kB of a small HDF5 attribute.
+    cohort = made_up_cohort([1] * 30_000)
+    n, shape = 30_000, MapShape(views=1, channels=1, height=1, width=1)
+    trained = FeatureSet(name="all", backbone="b", weights_sha256="", trained_on=cohort.ids)
+    path = tmp_path / "s.h5"
+    with open_writer(path, cohort, shape=shape, feature_sets=[trained]) as writer:
+        writer.write(0, {"all": made_up_maps(n, shape)}, np.zeros(n, np.uint32))
+        writer.finish()
+    store = FeatureStore.open(path)
+    assert store.feature_sets["all"].trained_on == cohort.ids
+    assert store.submission_ids == cohort.submission_ids
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_any_memory_layout_is_whole(tmp_path: Path, layout: Any) -> None:
+    shape = MapShape(views=1, channels=64, height=4, width=4)
+    maps = np.asarray(made_up_maps(7, shape), order=layout)
+    with open_writer(tmp_path / "s.h5", made_up_cohort(), shape=shape) as writer:
+        writer.write(0, {"frozen": maps}, np.zeros(7, np.uint32))
+        writer.finish()
+    FeatureStore.open(tmp_path / "s.h5").verify()
+
+
+# --- refused values ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 65505.0, -7e4])
+def test_refuses_what_float16_cannot_hold(tmp_path: Path, value: float) -> None:
+    maps = made_up_maps(7)
+    maps[4, 1, 2, 0, 0] = value
+    message = re.escape(f"features/frozen, row 4: magnitude (={abs(np.float32(value))}) must be")
+    with open_writer(tmp_path / "s.h5", made_up_cohort()) as writer:
+        write_rows(writer, maps, 0, 3)
+        with pytest.raises(StoreError, match=message):
+            write_rows(writer, maps, 3, 7)
+        assert not writer.finished(3, 7)
+        with pytest.raises(StoreError, match="rows 3:7 were never written"):
+            writer.finish()
+    assert not (tmp_path / "s.h5").exists()
+
+
+def test_holds_the_largest_float16(tmp_path: Path) -> None:
+    maps = made_up_maps(7)
+    maps[0] = 65504
+    with open_writer(tmp_path / "s.h5", made_up_cohort()) as writer:
+        write_rows(writer, maps, 0, 7)
+        writer.finish()
+    store = FeatureStore.open(tmp_path / "s.h5")
+    store.verify()
+    assert (store.pooled()[0] == 65504).all()
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+
+def begin(path: Path, *blocks: tuple[int, int], **changes: Any) -> None:
+    """Write some blocks and stop, as a killed process does."""
+    with open_writer(path, made_up_cohort(), **changes) as writer:
+        for start, stop in blocks:
+            write_rows(writer, made_up_maps(7), start, stop)
+
+
+def go_on(path: Path, **changes: Any) -> list[tuple[int, int]]:
+    """Finish what `begin` began; return the blocks that had to be written."""
+    written = []
+    with open_writer(path, made_up_cohort(), **changes) as writer:
+        for start, stop in ((0, 3), (3, 6), (6, 7)):
+            if not writer.finished(start, stop):
+                write_rows(writer, made_up_maps(7), start, stop)
+                written.append((start, stop))
+        writer.finish()
+    return written
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    write_store(tmp_path / "whole" / "s.h5")
+    return (tmp_path / "whole" / "s.h5").read_bytes()
+
+
+def test_goes_on_where_it_was(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "new" / "s.h5"
+    begin(path, (3, 6))
+    assert not path.exists()
+    assert go_on(path) == [(0, 3), (6, 7)]
+    assert path.read_bytes() == whole
+    assert siblings(path) == ["s.h5"]
+
+
+@pytest.mark.parametrize("keep", range(0, 200, 7))
+def test_a_torn_journal_costs_only_the_torn_block(tmp_path: Path, whole: bytes, keep: int) -> None:
+    path = tmp_path / "new" / "s.h5"
+    begin(path, (0, 3), (3, 6))
+    journal = path.with_name("s.h5.journal")
+    content = journal.read_bytes()
+    kept = content[: max(0, len(content) - keep)]
+    journal.write_bytes(kept)
+    sound = [line for line in kept.splitlines() if line in content.splitlines()]
+    with open_writer(path, made_up_cohort()) as writer:  # goes on, and is killed once more
+        blocks = [block for block in ((0, 3), (3, 6)) if writer.finished(*block)]
+        assert len(blocks) == max(len(sound) - 1, 0)
+        write_rows(writer, made_up_maps(7), 6, 7)
+    again = go_on(path)
+    assert (6, 7) not in again
+    assert len(again) == 2 - len(blocks)
+    assert path.read_bytes() == whole
+
+
+def test_killed_between_completion_and_publication(
+    tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "s.h5"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(path)
+    assert not path.exists()
+    assert go_on(path) == []
+    assert path.read_bytes() == whole
+
+
+def test_rows_damaged_on_disk_are_found_before_publication(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "new" / "s.h5"
+    begin(path, (0, 3), (3, 6))
+    partial = path.with_name("s.h5.partial")
+    with h5py.File(partial) as file:
+        offset = file["features/frozen"].id.get_offset()
+    content = bytearray(partial.read_bytes())
+    content[offset + 3 * 24] ^= 1
+    partial.write_bytes(content)
+    with pytest.raises(StoreError, match="rows 3:6 of /features/frozen read back differently"):
+        go_on(path)
+    assert not path.exists()
+    assert go_on(path) == [(0, 3), (3, 6), (6, 7)]  # as the message says
+    assert path.read_bytes() == whole
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    with open_writer(path, made_up_cohort()):
+        for force in (False, True):
+            with pytest.raises(StoreError, match="another process is writing this store"):
+                open_writer(path, made_up_cohort(), force=force)
+    assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_another_recipe_is_left_alone_or_forced(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    begin(path, (0, 3))
+    before = {name: (tmp_path / name).read_bytes() for name in siblings(path)}
+    other = {**RECIPE, "crop": 9, "versions": {"torch": "2.1"}}
+    message = "crop is 8 there, 9 now; versions.torch is 2.0 there, 2.1 now"
+    with pytest.raises(StoreError, match=message):
+        open_writer(path, made_up_cohort(), recipe=other)
+    assert {name: (tmp_path / name).read_bytes() for name in siblings(path)} == before
+    assert go_on(path, recipe=other, force=True) == [(0, 3), (3, 6), (6, 7)]
+    assert FeatureStore.open(path).recipe == other
+
+
+def test_force_goes_on_with_its_own_recipe(tmp_path: Path) -> None:
+    begin(tmp_path / "s.h5", (0, 3))
+    assert go_on(tmp_path / "s.h5", force=True) == [(3, 6), (6, 7)]
+
+
+# --- what cannot be opened -----------------------------------------------------------------------
+
+
+def alter(path: Path, change: Callable[[h5py.File], None]) -> None:
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def test_unfinished_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    with pytest.raises(StoreError, match="make it with `lymphfeat extract`"):
+        FeatureStore.open(path)
+    begin(path, (0, 3))
+    with pytest.raises(StoreError, match="an unfinished one is beside it: run the same"):
+        FeatureStore.open(path)
+    go_on(path)
+    alter(path, lambda file: file.attrs.modify("complete", np.uint8(0)))
+    with pytest.raises(StoreError, match=re.escape(f"{path}: is not complete; run the same")):
+        FeatureStore.open(path)
+
+
+def test_refuses_what_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("id,label")
+    with pytest.raises(StoreError, match=re.escape("notes.txt: is not a readable HDF5 file")):
+        FeatureStore.open(tmp_path / "notes.txt")
+    with pytest.raises(StoreError, match="must be an existing file"):
+        FeatureStore.open(tmp_path)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(StoreError, match="HDF5 file but no lymphfeat feature store"):
+        FeatureStore.open(tmp_path / "other.h5")
+
+
+def test_refuses_a_newer_format(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5")
+    alter(tmp_path / "s.h5", lambda file: file.attrs.modify("format_version", 2))
+    with pytest.raises(
+        StoreError, match=re.escape("format_version (=2) must be at most 1; update")
+    ):
+        FeatureStore.open(tmp_path / "s.h5")
+
+
+@pytest.mark.parametrize(
+    "gone", ["patients", "patients/id", "images/crc32", "features", "trained_on/frozen"]
+)
+def test_missing_parts_name_the_file(tmp_path: Path, gone: str) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+    alter(path, lambda file: file.__delitem__(gone))
+    with pytest.raises(StoreError, match=re.escape(f"{path}: is damaged (")):
+        FeatureStore.open(path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+    content = path.read_bytes()
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(StoreError, match=re.escape(str(path))):
+            FeatureStore.open(path).verify()
+
+
+def test_verify_names_the_damaged_image(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+
+    def damage(file: h5py.File) -> None:
+        file["features/frozen"][4, 0, 0] = [[np.inf], [-np.inf]]
+
+    alter(path, damage)
+    with pytest.raises(StoreError, match=re.escape("/features/frozen, image 001.png of P2: map")):
+        FeatureStore.open(path).verify()
+
+
+def test_verify_holds_the_recipe_to_its_hash(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5")
+    alter(tmp_path / "s.h5", lambda file: file.attrs.modify("recipe", '{"crop": 9}'))
+    with pytest.raises(StoreError, match="recipe and recipe_sha256 must agree"):
+        FeatureStore.open(tmp_path / "s.h5").verify()
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_recipes_compare_by_value() -> None:
+    assert recipe_sha256({"a": 1, "b": {"c": 2}}) == recipe_sha256({"b": {"c": 2}, "a": 1})
+    assert differing_fields({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "a": 1}) == []
+    assert differing_fields({"a": 1}, {"b": "x" * 30}) == [
+        "a is None there, 1 now",
+        "b is xxxxxxxxxxxx… there, None now",
+    ]
+
+
+def test_fingerprint_tells_cohorts_apart(tmp_path: Path) -> None:
+    root = write_own(tmp_path / "c", "id,label,age", "P1,0,70", "P2,1,60", bags={"P1": 3, "P2": 1})
+    (root / "P2" / "000000.png").rename(root / "P2" / "000009.png")
+
+    def fingerprint() -> str:
+        facts = cohort_fingerprint(Cohort.load(root))
+        assert (facts["patients"], facts["images"]) == (2, 4)
+        return str(facts["sha256"])
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    (root / "P1" / "000002.png").rename(root / "P2" / "000002.png")  # another patient's now
+    seen.append(fingerprint())
+    (root / "P1" / "000001.png").rename(root / "P1" / "000003.png")
+    seen.append(fingerprint())
+    with (root / "P1" / "000000.png").open("ab") as file:
+        file.write(b"x")
+    seen.append(fingerprint())
+    (root / "cohort.csv").write_text("id,label,age\nP1,1,70\nP2,1,60\n")
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+
+
+# --- files of released formats -------------------------------------------------------------------
+
+
+def golden_cohort() -> Any:
+    return made_up_cohort(
+        (2, 1, 3), age=[71.5, np.nan, 33.0], **{"Größe/cm": pd.Categorical(["groß", None, "klein"])}
+    )
+
+
+def write_golden(path: Path) -> None:
+    """Write the golden store: once for each format version, never again."""
+    tuned = FeatureSet(
+        name="kfold5-r0-f3", backbone="tiny", weights_sha256="1" * 64, trained_on=("P0", "P1")
+    )
+    shape = MapShape(views=1, channels=2, height=2, width=2)
+    with StoreWriter(
+        path, recipe=RECIPE, cohort=golden_cohort(), shape=shape, feature_sets=[FROZEN, tuned]
+    ) as writer:
+        maps = np.arange(48, dtype=np.float32).reshape(6, 1, 2, 2, 2)
+        crc32 = np.arange(6, dtype=np.uint32)
+        writer.write(0, {"frozen": maps, "kfold5-r0-f3": -maps}, crc32)
+        writer.finish()
+
+
+def test_reads_format_1() -> None:
+    store = FeatureStore.open(GOLDEN)
+    store.verify()
+    maps = np.arange(48, dtype=np.float32).reshape(6, 1, 2, 2, 2)
+    assert np.array_equal(store.features(), maps)
+    assert np.array_equal(store.features("kfold5-r0-f3"), -maps)
+    assert np.array_equal(store.pooled(), maps.mean((3, 4)))
+    assert store.feature_sets["kfold5-r0-f3"].trained_on == ("P0", "P1")
+    pd.testing.assert_frame_equal(store.table, golden_cohort().table, check_dtype=False)
+    assert store.covariates == ("age", "Größe/cm")
+    assert store.submission_ids == ("P2",)
+    assert store.recipe == RECIPE
+    assert store.shape == MapShape(views=1, channels=2, height=2, width=2)
+
+
+def test_the_writer_still_writes_format_1(tmp_path: Path) -> None:
+    write_golden(tmp_path / "s.h5")
+    with h5py.File(GOLDEN) as golden, h5py.File(tmp_path / "s.h5") as now:
+        names: list[str] = []
+        golden.visit(names.append)
+        for name in ["/", *names]:
+            assert dict(now[name].attrs) == dict(golden[name].attrs), name
+            if isinstance(golden[name], h5py.Dataset):
+                assert now[name].dtype == golden[name].dtype
+                np.testing.assert_array_equal(now[name][()], golden[name][()])
