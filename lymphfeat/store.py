@@ -95,7 +95,7 @@ def differing_fields(ours: Recipe, theirs: Recipe, prefix: str = "") -> list[str
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_fields(a, b, f"{prefix}{key}.")
-        elif a != b:
+        elif json.dumps(a) != json.dumps(b):  # a tuple comes back from a file as a list
             lines.append(f"{prefix}{key} is {_shown(b)} there, {_shown(a)} now")
     return lines
 

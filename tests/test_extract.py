@@ -1,0 +1,272 @@
+"""Extraction: what stands in a store is what a slow, obvious loop computes."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from lymphfeat.backbones import Backbone, build_backbone
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import CohortError, SettingsError, StoreError
+from lymphfeat.extract import MapEncoder, extract
+from lymphfeat.images import NORMALIZATIONS
+from lymphfeat.settings import BackboneSettings, ExtractSettings
+from lymphfeat.store import StoreWriter
+from tests.cohorts import write_bags, write_image, write_own
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIDE, CROP = 53, 48
+BAGS = {"P1": 3, "P2": 1, "P10": 5}
+SETTINGS = ExtractSettings(
+    backbone=BackboneSettings(backbone="test_resnet", crop=CROP, normalization="challenge"),
+    precision="float32",
+    batch_size=4,
+    device="cpu",
+    threads=1,
+)
+
+
+def write_cells(root: Path) -> Path:
+    """Write three patients with nine images."""
+    write_own(root, "id,label,age", "P10,,40", "P2,1,", "P1,0,70", bags={})
+    write_bags(root, BAGS, side=SIDE)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_cells(tmp_path / "cells")
+
+
+@pytest.fixture
+def cohort(root: Path) -> Cohort:
+    return Cohort.load(root)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect the first rows of the blocks that are written."""
+    starts: list[int] = []
+    write = StoreWriter.write
+
+    def note(self: StoreWriter, start: int, *rest: Any) -> None:
+        starts.append(start)
+        write(self, start, *rest)
+
+    monkeypatch.setattr(StoreWriter, "write", note)
+    return starts
+
+
+FLIPS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "identity": lambda image: image,
+    "hflip": ImageOps.mirror,
+    "vflip": ImageOps.flip,
+    "both": lambda image: ImageOps.flip(ImageOps.mirror(image)),
+}
+
+
+@torch.inference_mode()
+def slow_map(backbone: Backbone, path: Path, view: str) -> Any:
+    """Return one image's map: PIL crops and flips, numpy normalises, the model sees it alone."""
+    margin = (SIDE - CROP) // 2
+    with Image.open(path) as opened:
+        image = opened.crop((margin, margin, margin + CROP, margin + CROP))
+    constants = NORMALIZATIONS["challenge"]
+    pixels = np.asarray(FLIPS[view](image)) / 255  # (H, W, 3)
+    normalised = (pixels - np.array(constants.mean)) / np.array(constants.std)
+    batch = torch.from_numpy(normalised.transpose(2, 0, 1)[None]).float()
+    return backbone(batch)[0].numpy()  # (C, h, w)
+
+
+def test_equals_one_image_at_a_time(cohort: Cohort, tmp_path: Path) -> None:
+    store = extract(cohort, tmp_path / "s.h5", replace(SETTINGS, views=4))
+    store.verify()
+    backbone, _ = build_backbone("test_resnet", image_size=CROP)
+    assert store.features().shape == (9, 4, 96, 2, 2)
+    row = 0
+    for id, paths in zip(cohort.ids, cohort.images, strict=True):
+        assert store.offsets[store.ids.index(id)] == row
+        for path in paths:
+            for number, view in enumerate(FLIPS):
+                expected = slow_map(backbone, path, view)
+                spacing = np.spacing(np.abs(expected).astype(np.float16)).astype(np.float32)
+                wrong = np.abs(store.features()[row, number] - expected)
+                assert (wrong <= spacing + 1e-5).all(), (path, view)
+            row += 1
+    assert store.ids == ("P1", "P2", "P10")
+    assert store.submission_ids == ("P10",)
+    for n in range(1, 4):  # a flipped input is another input
+        assert not np.array_equal(store.features()[:, 0], store.features()[:, n])
+
+
+def test_bfloat16_is_near(cohort: Cohort, tmp_path: Path) -> None:
+    exact = extract(cohort, tmp_path / "a.h5", SETTINGS)
+    rough = extract(cohort, tmp_path / "b.h5", replace(SETTINGS, precision="bfloat16"))
+    assert rough.recipe["precision"] == "bfloat16"
+    a, b = exact.pooled().astype(float), rough.pooled().astype(float)
+    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_the_recipe_holds_what_decides(cohort: Cohort, tmp_path: Path) -> None:
+    recipe = dict(extract(cohort, tmp_path / "s.h5", SETTINGS).recipe)
+    assert recipe.pop("cohort")["images"] == 9
+    assert recipe.pop("versions")["torch"] == torch.__version__
+    assert len(recipe.pop("weights_sha256")) == 64
+    assert recipe == {
+        "backbone": "test_resnet",
+        "output_stride": None,
+        "weights": "none",
+        "crop": CROP,
+        "normalization": {
+            "name": "challenge",
+            "mean": [0.8183, 0.6977, 0.7034],
+            "std": [0.1917, 0.2156, 0.0917],
+        },
+        "views": ["identity"],
+        "precision": "float32",
+        "batch_size": 4,
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_progress_ends_at_the_total(cohort: Cohort, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    texts: list[str] = []
+
+    def watch(done: int, total: int, text: str = "") -> None:
+        calls.append((done, total))
+        texts.append(text)
+
+    extract(cohort, tmp_path / "s.h5", SETTINGS, progress=watch)
+    assert calls == [(0, 9), (4, 9), (8, 9), (9, 9)]
+    assert texts[-1].endswith("images/s")
+
+
+def test_threads_are_given_back(cohort: Cohort, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    extract(cohort, tmp_path / "s.h5", SETTINGS)
+    assert torch.get_num_threads() == before
+
+
+def test_an_equal_store_is_left_as_it_is(
+    cohort: Cohort, tmp_path: Path, written: list[int]
+) -> None:
+    out = tmp_path / "deep" / "er" / "s.h5"
+    extract(cohort, out, SETTINGS)
+    stamp = out.stat().st_mtime_ns
+    assert extract(cohort, out, SETTINGS).path == out
+    assert out.stat().st_mtime_ns == stamp
+    assert written == [0, 4, 8]
+    extract(cohort, out, SETTINGS, force=True)
+    assert written == [0, 4, 8, 0, 4, 8]
+    assert [path.name for path in out.parent.iterdir()] == ["s.h5"]
+
+
+def test_another_recipe_is_refused_or_forced(cohort: Cohort, root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.h5"
+    extract(cohort, out, SETTINGS)
+    before = out.read_bytes()
+    other = replace(SETTINGS, views=2, batch_size=3)
+    message = "batch_size is 4 there, 3 now; views is ['identity'] there, ['identity'"
+    with pytest.raises(StoreError, match=re.escape(message)):
+        extract(cohort, out, other)
+    write_image(root / "P2" / "new.png", 7, SIDE)
+    with pytest.raises(StoreError, match=re.escape("cohort.images is 9 there, 10 now")):
+        extract(Cohort.load(root), out, SETTINGS)
+    assert out.read_bytes() == before
+    assert extract(cohort, out, other, force=True).shape.views == 2
+
+
+def test_a_forced_store_that_fails_keeps_the_old(
+    cohort: Cohort, root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.h5"
+    extract(cohort, out, SETTINGS)
+    before = out.read_bytes()
+    (root / "P10" / "000004.png").write_text("no image")
+    with pytest.raises(CohortError):
+        extract(Cohort.load(root), out, SETTINGS, force=True)
+    assert out.read_bytes() == before
+
+
+def test_goes_on_after_a_bad_image(
+    cohort: Cohort, root: Path, tmp_path: Path, written: list[int]
+) -> None:
+    extract(cohort, tmp_path / "whole.h5", SETTINGS)
+    bad = root / "P10" / "000004.png"  # the last of three blocks
+    good = bad.read_bytes()
+    bad.write_bytes(good[:100] + bytes(len(good) - 100))
+    out = tmp_path / "s.h5"
+    with pytest.raises(CohortError, match=re.escape(f"{bad}: cannot be read as an image")):
+        extract(cohort, out, SETTINGS)
+    assert not out.exists()
+    bad.write_bytes(good)
+    written.clear()
+    extract(cohort, out, SETTINGS)
+    assert written == [8]
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_maps_too_large_for_float16_are_refused(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = MapEncoder.encode
+    monkeypatch.setattr(MapEncoder, "encode", lambda self, pixels: encode(self, pixels) * 1e9)
+    with pytest.raises(StoreError, match=re.escape("features/frozen, row 0: magnitude")):
+        extract(cohort, tmp_path / "s.h5", SETTINGS)
+    assert not (tmp_path / "s.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"views": 5}, SettingsError, "views (=5) must be 1 to 4"),
+        ({"precision": "half"}, SettingsError, "precision (=half) must be auto"),
+        (
+            {"backbone": replace(SETTINGS.backbone, crop=54)},
+            CohortError,
+            "size (=53x53) must be at least the crop (=54)",
+        ),
+        (
+            {"backbone": replace(SETTINGS.backbone, normalization="mine")},
+            SettingsError,
+            "normalization (=mine) must be one of",
+        ),
+    ],
+)
+def test_mistakes_write_nothing(
+    cohort: Cohort, tmp_path: Path, change: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        extract(cohort, tmp_path / "s.h5", replace(SETTINGS, **change))
+    assert not (tmp_path / "s.h5").exists()
+
+
+def test_out_must_not_be_a_folder(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=re.escape(f"out (={tmp_path}) must be a file; got a fol")):
+        extract(cohort, tmp_path, SETTINGS, force=True)
+
+
+def test_text_given_as_store_is_kept(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(StoreError, match="is not a readable HDF5 file"):
+        extract(cohort, tmp_path / "notes.txt", SETTINGS)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("crop", 7), ("batch_size", 0), ("threads", 0), ("batch_size", -3)]
+)
+def test_settings_are_checked_when_made(name: str, value: int) -> None:
+    kind = BackboneSettings if name == "crop" else ExtractSettings
+    with pytest.raises(SettingsError, match=re.escape(f"{name} (={value}) must be at least")):
+        kind(**{name: value})

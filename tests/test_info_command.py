@@ -1,0 +1,109 @@
+"""`lymphfeat info`: what lies at a path, and whether it is whole."""
+
+import json
+import re
+from pathlib import Path
+
+import h5py
+import pytest
+from click.testing import CliRunner, Result
+
+from lymphfeat.fit import RUN_FILES
+from lymphfeat_cli.main import cli
+from tests.stores import made_up_cohort, open_writer, write_store
+from tests.test_model import make_model
+
+
+def info(path: Path | str, *options: str) -> Result:
+    return CliRunner().invoke(cli, ["info", str(path), *options])
+
+
+def refusal(path: Path | str) -> str:
+    result = info(path)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+# --- stores --------------------------------------------------------------------------------------
+
+
+def test_a_store(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5")
+    told = json.loads(info(tmp_path / "s.h5", "--json").stdout)
+    assert (told["kind"], told["whole"]) == ("feature store", True)
+    assert (told["patients"], told["labelled"], told["images"]) == (3, 2, 7)
+    assert told["features"] == ["frozen"]
+    assert told["bytes"] == (tmp_path / "s.h5").stat().st_size
+    lines = info(tmp_path / "s.h5").stdout.splitlines()
+    assert "kind: feature store" in lines
+    assert "  versions:" in lines
+    assert "    torch: 2.0" in lines
+
+
+def test_a_damaged_store_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+    with h5py.File(path, "r+") as file:
+        file["features/frozen"][2, 1] += 1
+    assert f"{path}: /features/frozen, image 000.png of P1: map and pooled" in refusal(path)
+    path.write_bytes(path.read_bytes()[:4000])
+    assert f"{path}: " in refusal(path)
+
+
+def test_an_unfinished_store(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "s.h5", made_up_cohort()):
+        pass
+    assert "an unfinished one is beside it" in refusal(tmp_path / "s.h5")
+    assert "is not complete; run the same" in refusal(tmp_path / "s.h5.partial")
+
+
+# --- models and runs -----------------------------------------------------------------------------
+
+
+def test_a_model(tmp_path: Path) -> None:
+    make_model("topk").save(tmp_path / "model")
+    told = json.loads(info(tmp_path / "model", "--json").stdout)
+    assert (told["kind"], told["whole"]) == ("model", True)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert str(tmp_path / "model") in refusal(tmp_path / "model")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name in RUN_FILES:
+        (tmp_path / name).touch()
+    config = {"settings": {"seeds": 2}, "store": {"path": "s.h5"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    summary = [{"head": "top1", "ba": 0.75, "ba_half_width": 0.1}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    return tmp_path
+
+
+def test_a_run(run: Path) -> None:
+    told = json.loads(info(run, "--json").stdout)
+    assert (told["kind"], told["whole"], told["store"]) == ("run", True, "s.h5")
+    assert told["balanced accuracy"] == {"top1": "0.750 ± 0.100"}
+    (run / "epochs.csv").unlink()
+    told = json.loads(info(run, "--json").stdout)
+    assert (told["whole"], told["missing"]) == (False, ["epochs.csv"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {}, "store": "s.h5"}'])
+def test_a_damaged_run(run: Path, content: str) -> None:
+    (run / "config.json").write_text(content)
+    assert f"{run}: is a damaged run (" in refusal(run)
+
+
+# --- what it cannot name -------------------------------------------------------------------------
+
+
+def test_nothing_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert "must be a feature store, a run or a model folder" in refusal(tmp_path / "gone")
+    assert re.search(r"gone\.h5\) must be an existing file; make it", refusal(tmp_path / "gone.h5"))
+    assert "notes.txt: is not a readable HDF5 file" in refusal(tmp_path / "notes.txt")
+    assert "must hold model.json (a model) or config.json (a run); got nei" in refusal(tmp_path)
