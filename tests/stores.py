@@ -41,7 +41,8 @@ def made_up_cohort(counts: Sequence[int] = (2, 1, 4), **covariates: Any) -> Coho
 def made_up_maps(n: int, shape: MapShape = SHAPE, seed: int = 0) -> NDArray[np.float32]:
     """Return maps (n, V, C, h, w) over many orders of magnitude."""
     normal = np.random.default_rng(seed).normal(0, 3, shape.rows(n))
-    return (np.sign(normal) * 10 ** np.abs(normal).clip(0, 4)).astype(np.float32)
+    magnitude: NDArray[np.float64] = 10 ** np.abs(normal).clip(0, 4)
+    return (np.sign(normal) * magnitude).astype(np.float32)
 
 
 def open_writer(path: Path, cohort: Cohort, **changes: Any) -> StoreWriter:

@@ -267,6 +267,6 @@ def test_text_given_as_store_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     ("name", "value"), [("crop", 7), ("batch_size", 0), ("threads", 0), ("batch_size", -3)]
 )
 def test_settings_are_checked_when_made(name: str, value: int) -> None:
-    kind = BackboneSettings if name == "crop" else ExtractSettings
+    kind: Any = BackboneSettings if name == "crop" else ExtractSettings
     with pytest.raises(SettingsError, match=re.escape(f"{name} (={value}) must be at least")):
         kind(**{name: value})

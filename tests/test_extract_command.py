@@ -107,7 +107,7 @@ def test_a_place_that_cannot_be_written_fails_in_one_line(root: Path) -> None:
 
 
 def test_survives_kill_9(tmp_path: Path, written: list[int]) -> None:
-    total, batch_size = 161, 2
+    total, batch_size = 121, 2
     write_own(tmp_path / "cells", "id,label", "P1,0", "P2,1", "P3,", bags={})
     write_bags(tmp_path / "cells", {"P1": 70, "P2": 1, "P3": total - 71}, side=SIDE)
     line = ["extract", "--cohort", str(tmp_path / "cells"), *FAST, "--backbone", "resnet10t"]
