@@ -336,6 +336,21 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
 
 
+def test_a_journal_removed_while_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.h5"
+
+    def finish_elsewhere(*_: object) -> None:
+        path.with_name("s.h5.journal").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", finish_elsewhere)
+        with pytest.raises(StoreError, match="another process is writing this store"):
+            open_writer(path, made_up_cohort())
+    assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
+
+
 def test_another_recipe_is_left_alone_or_forced(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     begin(path, (0, 3))
