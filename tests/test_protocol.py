@@ -108,7 +108,8 @@ def test_easy_cohort_is_learnt_and_witnesses_found(features: Features) -> None:
     starts = features.offsets[:-1][features.labels.numpy() == 1]
     witness[starts] = True
     aucs = witness_aucs(outcome, features, patients, witness)
-    assert (aucs > 0.9).all()
+    assert aucs.max() > 0.95
+    assert aucs.min() > 0.8
 
 
 def test_evaluating_a_patient_the_backbone_was_trained_on_is_refused(features: Features) -> None:

@@ -1,0 +1,147 @@
+"""`lymphfeat fit-head` as a user runs it, on a store written by the library."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
+from lymphfeat_cli.main import cli
+from tests.cohorts import write_bags, write_text
+
+PATIENTS, IMAGES = 24, 3
+WITNESS_SHIFT = 6.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of blank images, and a store in which each tumoral patient's first image differs."""
+    root: Path = tmp_path_factory.mktemp("cohort")
+    ids = [f"P{i}" for i in range(PATIENTS)]
+    write_bags(root, dict.fromkeys(ids, IMAGES))
+    rows = [f"{patient},{i % 2 if i < 22 else -1}" for i, patient in enumerate(ids)]
+    write_text(root / "patients.csv", "id,label", *rows)
+    cohort = Cohort.load(root)
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(PATIENTS * IMAGES, 1, 6, 2, 2)).astype(np.float32)
+    maps[IMAGES :: 2 * IMAGES, :, 0] += WITNESS_SHIFT
+    with StoreWriter(
+        root / "features.h5",
+        recipe={"backbone": "none"},
+        cohort=cohort,
+        shape=MapShape(views=1, channels=6, height=2, width=2),
+        feature_sets=[FeatureSet(name="frozen", backbone="none", weights_sha256="0")],
+    ) as writer:
+        writer.write(0, {"frozen": maps}, np.zeros(len(maps), np.uint32))
+        writer.finish()
+    store = FeatureStore.open(root / "features.h5")
+    lines = [
+        f"{patient},{name},{int(i % 2 == 1 and image == 0)}"
+        for i, patient in enumerate(ids)
+        for image, name in enumerate(store.image_names[i * IMAGES : (i + 1) * IMAGES])
+    ]
+    write_text(root / "truth.csv", "ID,FILE,IS_WITNESS", *lines)
+    return root
+
+
+def run(folder: Path, *arguments: str) -> Result:
+    store = str(folder / "features.h5")
+    return CliRunner().invoke(cli, ["fit-head", "--store", store, "--threads", "1", *arguments])
+
+
+@pytest.mark.parametrize("protocol", ["honest", "report"])
+def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: str) -> None:
+    out = tmp_path / "run"
+    result = run(
+        folder,
+        *("--agg", "all", "--seeds", "2", "--folds", "3", "--epochs", "12", "--lr", "0.1"),
+        *("--batch-size", "4", "--protocol", protocol, "--out", str(out), "--save"),
+        *("--truth", str(folder / "truth.csv")),
+    )
+    assert result.exit_code == 0, result.output
+    assert f"{protocol} protocol" in result.output
+    summary = pd.DataFrame(json.loads((out / "summary.json").read_text())).set_index("head")
+    assert len(summary) == 9
+    assert summary["ba"].is_monotonic_decreasing
+    assert summary["witness_auc"].max() > 0.9
+    runs = 2 if protocol == "report" else 6
+    epochs = pd.read_csv(out / "epochs.csv")
+    assert len(epochs) == 9 * runs * 12
+    predictions = pd.read_csv(out / "predictions.csv")
+    called = predictions["probability"] > predictions["threshold"]
+    assert (called == predictions["predicted"]).all()
+    assert len(load_file(out / "heads.safetensors")) == runs * (9 * 2 + 4)
+    assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((out / "splits.json").read_text())) == runs
+
+
+def test_a_grid_is_one_call(folder: Path, tmp_path: Path) -> None:
+    result = run(
+        folder,
+        *("--agg", "topk", "--agg", "mean", "--k-agg", "1,2", "--lr", "0.01,0.1", "--json"),
+        *("--seeds", "1", "--folds", "3", "--epochs", "2", "--out", str(tmp_path / "run")),
+    )
+    assert result.exit_code == 0, result.output
+    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
+    assert heads == {
+        f"{name} lr={lr}" for name in ("top1", "top2", "mean") for lr in ("0.01", "0.1")
+    }
+
+
+def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
+    tables = []
+    for name in ("one", "two"):
+        arguments = ("--agg", "bnsigmoid", "--seeds", "1", "--folds", "3", "--epochs", "3")
+        assert run(folder, *arguments, "--out", str(tmp_path / name)).exit_code == 0
+        tables.append((tmp_path / name / "epochs.csv").read_bytes())
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--agg", "median"], "agg (=median) must be one of top1, topk"),
+        (["--k-percent", "140"], "k_percent (=140.0) must lie in (0, 100]"),
+        (["--k-agg", "0"], "k_agg (=0) must be at least 1"),
+        (["--folds", "20"], "labelled reactive patients (=11) must be at least 20"),
+        (["--lr", "a,b"], "must be numbers, separated by commas"),
+        (["--store", "nowhere.h5"], "store (=nowhere.h5) must be an existing file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(folder, "--out", str(tmp_path / "run"), *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_overwritten_without_force(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--agg", "mean", "--seeds", "1", "--folds", "3", "--epochs", "1")
+    out = ("--out", str(tmp_path / "run"))
+    assert run(folder, *arguments, *out).exit_code == 0
+    before = (tmp_path / "run" / "config.json").stat().st_mtime_ns
+    refused = run(folder, *arguments, *out)
+    assert refused.exit_code == 2
+    assert "a run is there" in refused.output
+    assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == before
+    assert run(folder, *arguments, *out, "--force").exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    foreign = run(folder, *arguments, "--out", str(tmp_path / "mine"), "--force")
+    assert "must be a new folder or a run" in foreign.output
+
+
+def test_truth_of_another_cohort_is_refused(folder: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth.csv"
+    write_text(truth, "ID,FILE,IS_WITNESS", "P0,elsewhere.png,1")
+    result = run(folder, "--truth", str(truth), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert "must name every image" in result.output
