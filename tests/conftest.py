@@ -1,6 +1,9 @@
 """What every test starts from: seeded global generators, and no deadlines on shared machines."""
 
+import os
 import random
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line; before torch
 
 import numpy as np
 import pytest
