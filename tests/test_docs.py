@@ -1,0 +1,67 @@
+"""The documentation names what there is, and what it shows can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from lymphfeat.heads import AGGREGATORS
+from lymphfeat_cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _command(name: str) -> click.Command:
+    assert isinstance(cli, click.Group)
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None, name
+    return command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_readme_names_every_command(name: str) -> None:
+    assert f"| `{name}` |" in PAGES[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("agg", AGGREGATORS)
+def test_docs_and_help_name_every_aggregator(agg: str) -> None:
+    assert f"| `{agg}` |" in (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    help_of_agg = next(p for p in _command("fit-head").params if p.name == "agg")
+    assert isinstance(help_of_agg, click.Option)
+    assert agg in str(help_of_agg.help)
+
+
+def _shown_lines() -> list[str]:
+    """Collect the `lymphfeat …` lines of every page and of every command's examples."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    texts += [str(_command(name).epilog) for name in COMMANDS]
+    lines = re.findall(r"^\s*(lymphfeat [a-z].*?)(?:\s{2,}#.*|\s+#.*)?$", "\n".join(texts), re.M)
+    return sorted(set(lines))
+
+
+@pytest.mark.parametrize("line", _shown_lines())
+def test_shown_lines_can_be_typed(line: str) -> None:
+    _, name, *arguments = shlex.split(line)
+    command = _command(name)
+    for parameter in command.params:  # paths in examples need not be there
+        if isinstance(parameter.type, click.Path):
+            parameter.type.exists = False
+    command.make_context(name, arguments, resilient_parsing=False)
+
+
+def test_there_are_examples() -> None:
+    assert len(_shown_lines()) >= 15
+
+
+def test_readme_python_compiles() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        imports = "\n".join(
+            line for line in block.splitlines() if line.startswith("from lymphfeat")
+        )
+        exec(imports, {})
+        compile(block, "README.md", "exec")
