@@ -47,6 +47,7 @@ class Slide:
     spacing: float  # px between red cells
     pallor: float  # 0..1, how bright the centres of red cells are
     large_share: float  # of normal lymphocytes that are large, with abundant pale cytoplasm
+    bean_share: float  # of normal nuclei that are broadly indented
     chromatin: float  # offset of this patient's normal openness of the nucleus
     basophilia: float  # offset of this patient's normal blueness of the cytoplasm
 
@@ -71,7 +72,7 @@ def draw_slide(rng: np.random.Generator) -> Slide:
     """Draw one patient's slide."""
     bluish = 0.85 if rng.random() < 0.08 else 0.12 * rng.random()
     ground = _GROUND + bluish * (_BLUE_GROUND - _GROUND) + rng.normal(0, 1.5, 3)
-    stain = rng.normal(1, 0.07) * rng.normal(1, 0.035, 3)
+    stain = rng.normal(1, 0.08) * rng.normal(1, 0.045, 3)
     return Slide(
         ground=ground.astype(np.float32),
         stain=np.clip(stain, 0.7, 1.3).astype(np.float32),
@@ -79,9 +80,10 @@ def draw_slide(rng: np.random.Generator) -> Slide:
         noise=float(rng.uniform(1.0, 2.2)),
         spacing=float(rng.uniform(43, 58)),
         pallor=float(rng.uniform(0.4, 0.85)),
-        large_share=float(rng.beta(1.6, 5)),
-        chromatin=float(rng.normal(0, 0.06)),
-        basophilia=float(rng.normal(0, 0.10)),
+        large_share=float(rng.beta(1.0, 2.5)),
+        bean_share=float(rng.beta(1.0, 3.0)),
+        chromatin=float(rng.normal(0, 0.09)),
+        basophilia=float(rng.normal(0, 0.16)),
     )
 
 
@@ -90,19 +92,19 @@ def draw_traits(
 ) -> Traits:
     """Draw a lymphocyte; an atypical one is shifted from normal by `1 - difficulty`."""
     # How far along each trait this cell goes: no two atypical cells show all of them alike.
-    shift = (1 - difficulty) * rng.uniform(0.35, 1.0, 8) * atypical
-    bean = rng.random() < 0.25  # normal nuclei may be indented too: broadly, not deeply
+    shift = (1 - difficulty) * rng.uniform(0.7, 1.2, 8) * atypical
+    bean = rng.random() < slide.bean_share  # normal nuclei may be indented too: broadly, not deeply
     return Traits(
-        nucleus=float(np.clip(rng.normal(30.5 if large else 27.5, 1.5) + 3 * shift[0], 22, 36)),
+        nucleus=float(np.clip(rng.normal(30.5 if large else 27.5, 1.5) + 4 * shift[0], 22, 36)),
         cytoplasm=float(np.clip(rng.normal(9 if large else 3, 1.5) + 2 * shift[1], 1, 13)),
-        irregularity=float(abs(rng.normal(0.02, 0.012)) + 0.05 * shift[2]),
-        cleft=float(abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.45 * shift[3]),
+        irregularity=float(abs(rng.normal(0.02, 0.012)) + 0.045 * shift[2]),
+        cleft=float(abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.5 * shift[3]),
         cleft_width=float(rng.uniform(0.35, 0.6) - 0.2 * shift[3]),
         grain=float(np.clip(rng.normal(1.75, 0.2) - 0.9 * shift[4], 0.7, 2.4)),
         contrast=float(np.clip(rng.normal(1.0, 0.15) - 0.3 * shift[4], 0.3, 1.5)),
         density=float(
             np.clip(
-                rng.normal(0.90 if large else 1.0, 0.06) - slide.chromatin - 0.3 * shift[5],
+                rng.normal(0.90 if large else 1.0, 0.06) - slide.chromatin - 0.4 * shift[5],
                 0.5,
                 1.2,
             )
@@ -110,7 +112,7 @@ def draw_traits(
         nucleolus=float(np.clip((rng.random() < 0.08) * 0.3 + 1.2 * shift[6], 0, 1)),
         basophilia=float(
             np.clip(
-                rng.normal(0.15 if large else 0.4, 0.12) + slide.basophilia + 0.7 * shift[7], 0, 1.2
+                rng.normal(0.15 if large else 0.4, 0.12) + slide.basophilia + 0.9 * shift[7], 0, 1.2
             )
         ),
     )
@@ -173,7 +175,8 @@ def _lymphocyte(
     dy, dx = np.float32(off * np.sin(direction)), np.float32(off * np.cos(direction))
 
     rim = _inside(x, y, _cell_outline(rng, traits))  # (p, p) px inside the outline
-    depth = _inside(x - dx, y - dy, _nucleus_outline(rng, traits))  # likewise, of the nucleus
+    outline = np.minimum(_nucleus_outline(rng, traits), np.float32(_REACH - off))
+    depth = _inside(x - dx, y - dy, outline)  # likewise, of the nucleus
     covered, nucleus = _step(rim, edge), _step(depth, edge)
     covered = np.maximum(covered, nucleus)
     chromatin = nucleus * _chromatin(rng, traits, x - dx, y - dy, depth, scale)

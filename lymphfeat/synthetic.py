@@ -204,7 +204,8 @@ def _check_same(out: Path, there: _Manifest, wanted: _Manifest) -> None:
 def _check_nothing_in_the_way(out: Path, there: _Manifest, wanted: _Manifest) -> None:
     """Refuse to overwrite a file that is not ours, or to mix our images with others."""
     ours, planned = there.files(), wanted.files()
-    beside = (out / folder for folder in wanted.images if (out / folder).is_dir())
+    folders = there.images | wanted.images
+    beside = (out / folder for folder in folders if (out / folder).is_dir())
     found = [path.relative_to(out).as_posix() for folder in beside for path in folder.iterdir()]
     found = [name for name in found if not Path(name).name.startswith(".")]
     found += [name for name in planned if name not in ours and (out / name).exists()]

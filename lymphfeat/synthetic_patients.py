@@ -39,7 +39,7 @@ class SyntheticSettings:
     test_patients: int = 16
     images: int = 24
     tumoral: float = 0.6
-    witness_share: tuple[float, float] = (0.1, 0.35)
+    witness_share: tuple[float, float] = (0.08, 0.3)
     difficulty: float = 0.3
     size_confounding: float = 0.3
     attribute_strength: float = 0.5

@@ -63,7 +63,7 @@ Write `lymphfeat audit --cohort made-up` next, or name the folder to any other c
     "--witness-share",
     type=(SHARE, SHARE),
     metavar="LOW HIGH",
-    default=(0.1, 0.35),
+    default=(0.08, 0.3),
     show_default=True,
     help="Share of atypical cells in a tumoral patient: drawn between the two, at least one cell.",
 )
