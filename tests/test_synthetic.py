@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from lymphfeat import smears, synthetic
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import CohortError, SettingsError
-from lymphfeat.smears import draw_slide, render_cell
+from lymphfeat.smears import draw_slide, draw_traits, render_cell
 from lymphfeat.synthetic import (
     CELL_CLASSES,
     SyntheticSettings,
@@ -311,14 +311,19 @@ def test_atypical_cells_differ_within_the_centre_crop_and_less_so_the_harder() -
     assert plain[centre].mean() > 2 * hard[centre].mean()
 
 
-def test_the_lymphocyte_never_leaves_the_centre_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smears, "_add_platelets", lambda *_: None)
+def test_the_largest_lymphocyte_lies_whole_in_the_centre_crop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     slide = draw_slide(np.random.default_rng(0))
-    for seed in range(60):
-        cell = render_cell(np.random.default_rng(seed), True, 0, slide=slide, large=True)
+    traits = draw_traits(np.random.default_rng(0), True, 0, slide, True)
+    largest = replace(traits, nucleus=36.0, cytoplasm=13.0, irregularity=0.1, basophilia=1.2)
+    monkeypatch.setattr(smears, "draw_traits", lambda *_: largest)
+    monkeypatch.setattr(smears, "_add_platelets", lambda *_: None)
+    for seed in range(40):
+        cell = render_cell(np.random.default_rng(seed), True, 0, slide=slide)
         stained = cell[..., 0] < 120  # only nuclei and basophilic cytoplasm absorb that much red
         assert stained[56:168, 56:168].sum() > 1000
-        stained[56:168, 56:168] = False
+        stained[57:167, 57:167] = False  # the crop but for its edge, where a cell would be cut
         assert not stained.any()
 
 
