@@ -107,7 +107,7 @@ def plan_patients(settings: SyntheticSettings) -> list[SyntheticPatient]:
     labels = np.zeros(count, np.int64)
     labels[~test] = _draw_labels(rng, settings.patients, settings.tumoral)
     labels[test] = _draw_labels(rng, settings.test_patients, settings.tumoral)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "label": labels.tolist(),
         "split": [TEST if hidden else TRAIN for hidden in test],
         "images": _draw_sizes(rng, labels, settings),
