@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache
 
-.PHONY: demo test check clean
+.PHONY: demo test lint check clean
 
 $(BIN)/lymphfeat: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lymphfeat needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -29,12 +29,13 @@ demo: $(BIN)/lymphfeat
 test: $(BIN)/lymphfeat
 	$(BIN)/python -m pytest
 
-# What a commit must pass.
-check: $(BIN)/lymphfeat
+# What a commit must pass, beside the tests.
+lint: $(BIN)/lymphfeat
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test
 
 clean:
 	rm -rf .venv runs models $(CACHE)/synthetic $(CACHE)/*.h5*

@@ -17,7 +17,7 @@ _SHOWN_CURVES = 8  # more lines than this cannot be told apart
 def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
     """Draw the summary table and the learning curves of a run as a PNG."""
     names = outcome.summary["head"].tolist()
-    figure = Figure(figsize=(12, max(3.5, 0.32 * len(names) + 1.6)), layout="constrained")
+    figure = Figure(figsize=(12, max(4.0, 0.32 * len(names) + 1.6)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 4))
     palette = colormaps["tab10"]
     colors = {
@@ -58,6 +58,6 @@ def _draw_curves(
     title = f"best {_SHOWN_CURVES} of {len(labels)}" if hidden > 0 else None
     axes.legend(title=title, fontsize="small", frameon=False, loc="lower right")
     axes.set_xlabel("epoch")
-    axes.set_ylabel("ROC-AUC on validation patients, mean over runs")
+    axes.set_ylabel("validation ROC-AUC, mean of runs")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)

@@ -16,7 +16,7 @@ from lymphfeat import __version__
 from lymphfeat.errors import LymphfeatError
 
 # Idle OpenMP threads sleep rather than spin (read when torch is imported). On a machine shared with
-# other work, spinning made the head engine 50 times slower; alone it gains nothing.
+# other work, spinning made the head engine 50 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # name -> one-line help. Each command lives in the module of its name (`fit-head` in fit_head.py),
