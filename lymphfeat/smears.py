@@ -92,13 +92,13 @@ def draw_traits(
 ) -> Traits:
     """Draw a lymphocyte; an atypical one is shifted from normal by `1 - difficulty`."""
     # How far along each trait this cell goes: no two atypical cells show all of them alike.
-    shift = (1 - difficulty) * rng.uniform(0.7, 1.2, 8) * atypical
+    shift = (1 - difficulty) * rng.uniform(0.85, 1.45, 8) * atypical
     bean = rng.random() < slide.bean_share  # normal nuclei may be indented too: broadly, not deeply
     return Traits(
         nucleus=float(np.clip(rng.normal(30.5 if large else 27.5, 1.5) + 4 * shift[0], 22, 36)),
         cytoplasm=float(np.clip(rng.normal(9 if large else 3, 1.5) + 2 * shift[1], 1, 13)),
-        irregularity=float(abs(rng.normal(0.02, 0.012)) + 0.045 * shift[2]),
-        cleft=float(abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.5 * shift[3]),
+        irregularity=float(abs(rng.normal(0.02, 0.012)) + 0.03 * shift[2]),
+        cleft=float(abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.42 * shift[3]),
         cleft_width=float(rng.uniform(0.35, 0.6) - 0.2 * shift[3]),
         grain=float(np.clip(rng.normal(1.75, 0.2) - 0.9 * shift[4], 0.7, 2.4)),
         contrast=float(np.clip(rng.normal(1.0, 0.15) - 0.3 * shift[4], 0.3, 1.5)),
