@@ -4,8 +4,10 @@ Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATO
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from lymphfeat.aggregators import ranking, weighted
 from lymphfeat.aggregators.ranking import Ranking, effective_k
 from lymphfeat.bags import Bags
 from lymphfeat.errors import SettingsError
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadGrid, HeadSettings
 
 DEFAULT_K = (5, 10)  # of `--agg all`
 
@@ -26,6 +28,7 @@ class Aggregator:
     family: str  # "ranking": trained on instances; "weighted": trained on patients
     unit: str  # the unit counted by default
     about: str
+    reads: tuple[str, ...] = ("unit",)  # settings that matter, beside those of the optimiser
     bottom: bool = False  # ranking family: do the lowest instances count too
     # Weighted family: (state, logits (M, H), bags) -> patient logits (B, H), while training.
     patient_logit: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
@@ -128,13 +131,6 @@ def read_out(settings: HeadSettings, ranked: Ranking) -> Tensor:
     return ranking.selected_probability(ranked, k, bottom=bottom, reduce=settings.reduce)
 
 
-def bag_loss_selection(settings: HeadSettings, logits: Tensor, bags: Bags) -> Tensor:
-    """Return the mean of each bag's top k_train logits (B, H), for loss="bag"."""
-    k = effective_k(bags.sizes, settings.k_train, settings.k_percent, settings.k_min)
-    mask = ranking.selected_mask(Ranking.of(logits, bags), k)  # (M, H)
-    return bags.sum(torch.where(mask, logits, 0)) / k[:, None]
-
-
 # --- the weighted family on a state ---------------------------------------------------------------
 
 
@@ -184,11 +180,23 @@ def update_running(state: AggregatorState, statistics: weighted.Moments) -> None
     state.running_var.lerp_(statistics.variance, state.momentum)
 
 
+_COUNTED_K, _PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
+_K = (*_COUNTED_K, *_PERCENT_K)
+
 AGGREGATORS: dict[str, Aggregator] = {
     "top1": Aggregator("ranking", "image", "the highest instance decides (report §3.1)"),
-    "topk": Aggregator("ranking", "image", "mean probability of the k highest (report §3.2)"),
+    "topk": Aggregator(
+        "ranking",
+        "image",
+        "mean probability of the k highest (report §3.2)",
+        reads=("unit", *_K, "reduce", "loss"),
+    ),
     "topbottomk": Aggregator(
-        "ranking", "image", "of the k highest and the k lowest (report §3.3)", bottom=True
+        "ranking",
+        "image",
+        "of the k highest and the k lowest (report §3.3)",
+        reads=("unit", *_K, "loss"),
+        bottom=True,
     ),
     "mean": Aggregator(
         "weighted",
@@ -208,6 +216,7 @@ AGGREGATORS: dict[str, Aggregator] = {
         "weighted",
         "pixel",
         "log-mean-exp, between mean and max",
+        reads=("unit", "temperature"),
         patient_logit=_lse_logit,
         weights=_lse_weights,
     ),
@@ -215,40 +224,95 @@ AGGREGATORS: dict[str, Aggregator] = {
         "weighted",
         "pixel",
         "weights by batch-normalised sigmoid (report §3.4)",
+        reads=("unit", "momentum"),
         patient_logit=_bnsigmoid_logit,
         weights=_bnsigmoid_weights,
     ),
 }
+_OPTIMISER = ("lr", "weight_decay")  # what every head reads
+_DEFAULTS = HeadSettings()
+
+
+# --- which heads are meant ------------------------------------------------------------------------
 
 
 def resolve(settings: HeadSettings) -> HeadSettings:
-    """Fill in what the aggregator's name decides: the unit, and top1's k.
+    """Fill in what the aggregator's name decides, and put what it does not read to its default.
 
-    Raises SettingsError for an unknown aggregator.
+    Heads that do the same are so equal. Raises SettingsError for an unknown aggregator.
     """
     if settings.agg not in AGGREGATORS:
         raise SettingsError(
             f"agg (={settings.agg}) must be one of {', '.join(AGGREGATORS)}, or all."
         )
-    resolved = replace(settings, unit=settings.unit or AGGREGATORS[settings.agg].unit)
-    return replace(resolved, k_agg=1, k_percent=None) if settings.agg == "top1" else resolved
+    if (settings.agg, settings.k_train, settings.k_agg, settings.k_percent) == ("topk", 1, 1, None):
+        settings = replace(settings, agg="top1")
+    aggregator = AGGREGATORS[settings.agg]
+    read = {"agg", *_read(settings), *_OPTIMISER}
+    unread = {
+        field.name: getattr(_DEFAULTS, field.name)
+        for field in fields(settings)
+        if field.name not in read
+    }
+    resolved = replace(settings, **unread)
+    if "unit" in aggregator.reads:
+        resolved = replace(resolved, unit=settings.unit or aggregator.unit)
+    return replace(resolved, k_agg=1) if settings.agg == "top1" else resolved
 
 
-def expand(
-    aggs: Sequence[str], base: HeadSettings, k_agg: Sequence[int] = ()
-) -> list[HeadSettings]:
-    """List the heads meant by names; "all" is every aggregator, topk and topbottomk at 5 and 10.
+def _read(settings: HeadSettings) -> set[str]:
+    """Name the settings that matter to a head: k in percent takes the place of k as a number."""
+    unread = _PERCENT_K[1:] if settings.k_percent is None else _COUNTED_K
+    return set(AGGREGATORS[settings.agg].reads) - set(unread)
 
-    A name that counts k is taken once for each `k_agg`; without any, at the base's own.
+
+def expand(grid: HeadGrid) -> list[HeadSettings]:
+    """List the heads of a grid, each once; "all" is every aggregator, topk… at 5 and 10.
+
+    Raises SettingsError for an unknown aggregator, and for a value that no head reads.
     """
     heads: list[HeadSettings] = []
-    for agg in aggs:
-        names = list(AGGREGATORS) if agg == "all" else [agg]
-        for name in names:
-            ks = k_agg or (DEFAULT_K if agg == "all" else (base.k_agg,))
-            counts = ks if name in ("topk", "topbottomk") else (base.k_agg,)
-            heads += [resolve(replace(base, agg=name, k_agg=k)) for k in counts]
-    return list(dict.fromkeys(heads))
+    for agg in grid.agg:
+        own = replace(grid, k_agg=DEFAULT_K) if _wants_default_k(agg, grid) else grid
+        for name in AGGREGATORS if agg == "all" else (agg,):
+            heads += [resolve(HeadSettings(agg=name, **values)) for values in _combinations(own)]
+    heads = list(dict.fromkeys(heads))
+    _refuse_unread(grid, heads)
+    return heads
+
+
+def _wants_default_k(agg: str, grid: HeadGrid) -> bool:
+    return agg == "all" and not grid.k_agg and not grid.k_percent
+
+
+def _combinations(grid: HeadGrid) -> Iterator[dict[str, Any]]:
+    """Yield every combination of a grid's values, once with k as a number, once in percent."""
+    values: dict[str, tuple[Any, ...]] = {
+        field.name: getattr(grid, field.name)
+        for field in fields(grid)
+        if field.name != "agg" and getattr(grid, field.name)
+    }
+    in_percent = {name: values.pop(name) for name in _PERCENT_K if name in values}
+    counted = {name: values.pop(name) for name in _COUNTED_K if name in values}
+    by_k = [counted] if grid.k_agg or not grid.k_percent else []
+    for ks in [*by_k, in_percent] if grid.k_percent else by_k:
+        axes = ks | values
+        for combination in product(*axes.values()):
+            yield dict(zip(axes, combination, strict=True))
+
+
+def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
+    for field in fields(grid)[1:]:  # all but agg
+        known = {getattr(head, field.name) for head in heads}
+        unread = [value for value in getattr(grid, field.name) if value not in known]
+        readers = [name for name, row in AGGREGATORS.items() if field.name in row.reads]
+        if unread:
+            raise SettingsError(
+                f"{field.name} (={unread[0]}) must be read by one of the heads; got "
+                f"{', '.join(dict.fromkeys(head.agg for head in heads))}. "
+                f"{', '.join(readers)} may read it"
+                + (", with k_percent." if field.name == "k_min" else ".")
+            )
 
 
 def head_name(settings: HeadSettings) -> str:
@@ -257,14 +321,20 @@ def head_name(settings: HeadSettings) -> str:
     name = settings.agg
     if name in ("topk", "topbottomk"):
         percent = settings.k_percent
-        name = f"{name.removesuffix('k')}{settings.k_agg if percent is None else f'{percent:g}%'}"
-    shown = {"unit", "k_train", "k_min", "reduce", "loss", "temperature", "momentum"}
+        k = settings.k_agg if percent is None else f"{_shown(percent)}%"
+        name = f"{name.removesuffix('k')}{k}"
+    hidden = {"agg", "k_agg", "k_percent"}
+    shown = sorted({field.name for field in fields(settings)} - hidden - set(_OPTIMISER))
     parts = [
-        f"{key}={getattr(settings, key)}"
-        for key in (*sorted(shown), "lr", "weight_decay")
+        f"{key}={_shown(getattr(settings, key))}"
+        for key in (*shown, *_OPTIMISER)
         if getattr(settings, key) != getattr(default, key)
     ]
     return " ".join([name, *parts])
+
+
+def _shown(value: object) -> str:
+    return str(value).removesuffix(".0")
 
 
 def initial_scorer(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

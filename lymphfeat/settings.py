@@ -84,6 +84,28 @@ class HeadSettings:
         _require_at_least(self.weight_decay, 0, "weight_decay")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadGrid:
+    """Values of head settings, every combination of which is a head (`heads.expand`).
+
+    An empty field leaves a setting at its default; a setting that an aggregator does not read makes
+    no further heads of it. `k_percent` beside `k_agg` adds heads, for k is one or the other.
+    """
+
+    agg: tuple[str, ...] = ("topk",)  # "all" is every aggregator
+    unit: tuple[str, ...] = ()
+    k_train: tuple[int, ...] = ()
+    k_agg: tuple[int, ...] = ()
+    k_percent: tuple[float, ...] = ()
+    k_min: tuple[int, ...] = ()
+    reduce: tuple[str, ...] = ()
+    loss: tuple[str, ...] = ()
+    temperature: tuple[float, ...] = ()
+    momentum: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+
+
 def _require_one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
     shown = ", ".join(option or '""' for option in allowed)
     require(value in allowed, f"{name} (={value}) must be one of {shown}.")

@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from lymphfeat.aggregators.weighted import (
     weighted_logit,
 )
 from lymphfeat.bags import Bags
+from lymphfeat.errors import SettingsError
 from lymphfeat.heads import AGGREGATORS, HeadStack, expand, head_name, resolve
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadGrid, HeadSettings
 from tests import references
 
 # Few distinct values, so that ties are the rule; bags of 1 to 9, so that k > n happens.
@@ -231,23 +233,77 @@ def test_mean_over_pixels_is_mean_over_images() -> None:
 
 
 def test_names_expand_as_documented() -> None:
-    names = [head_name(head) for head in expand(["all"], HeadSettings())]
+    names = [head_name(head) for head in expand(HeadGrid(agg=("all",)))]
     assert names == [
         "top1",
         *("top5", "top10"),
         *("topbottom5", "topbottom10"),
         *("mean", "max", "lse", "bnsigmoid"),
     ]
-    (topk,) = expand(["topk"], HeadSettings())
+    (topk,) = expand(HeadGrid())
     assert (topk.k_train, topk.k_agg, topk.reduce, topk.unit) == (1, 10, "mean", "image")
     assert resolve(HeadSettings(agg="bnsigmoid")).unit == "pixel"
     by_pixel = HeadSettings(agg="topk", unit="pixel", k_train=3)
     assert head_name(by_pixel) == "top10 k_train=3 unit=pixel"
 
 
+def names_of(**grid: Any) -> list[str]:
+    return [head_name(head) for head in expand(HeadGrid(**grid))]
+
+
+def test_a_grid_is_every_combination_once() -> None:
+    names = names_of(agg=("topk", "mean"), k_agg=(1, 5), k_train=(1, 2), lr=(0.003, 0.1))
+    assert names == [
+        *("top1", "top1 lr=0.1", "top5", "top5 lr=0.1"),
+        *("top1 k_train=2", "top1 k_train=2 lr=0.1", "top5 k_train=2", "top5 k_train=2 lr=0.1"),
+        *("mean", "mean lr=0.1"),
+    ]
+    assert names_of(k_agg=(5,), k_percent=(2.5, 10.0), k_min=(1, 3)) == [
+        *("top5", "top2.5%", "top2.5% k_min=3", "top10%", "top10% k_min=3"),
+    ]
+    assert names_of(k_percent=(10.0,)) == ["top10%"]
+    assert names_of(agg=("all",), k_percent=(10.0,), temperature=(1.0, 2.0)) == [
+        *("top1", "top10%", "topbottom10%", "mean", "max", "lse", "lse temperature=2"),
+        "bnsigmoid",
+    ]
+
+
+def test_heads_that_do_the_same_are_equal() -> None:
+    assert resolve(HeadSettings(agg="mean", k_agg=3, loss="bag")) == resolve(
+        HeadSettings(agg="mean", momentum=0.5)
+    )
+    assert resolve(HeadSettings(k_percent=5, k_agg=3)) == resolve(HeadSettings(k_percent=5))
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"agg": ("mean", "max"), "k_agg": (5,)}, r"k_agg \(=5\) must be read .*; got mean, max"),
+        ({"k_min": (3,)}, r"k_min \(=3\) must be read .* with k_percent"),
+        ({"k_percent": (5.0,), "k_train": (2,)}, r"k_train \(=2\) must be read"),
+        ({"unit": ("cell",)}, r"unit \(=cell\) must be one of"),
+    ],
+)
+def test_a_value_that_no_head_reads_is_refused(grid: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        expand(HeadGrid(**grid))
+
+
+@given(
+    st.lists(st.sampled_from([*AGGREGATORS, "all"]), min_size=1, max_size=3),
+    st.lists(st.integers(1, 20), max_size=3, unique=True),
+    st.lists(st.sampled_from([0.5, 0.001, 0.003]), max_size=2, unique=True),
+)
+def test_names_tell_heads_of_a_grid_apart(aggs: list[str], ks: list[int], lrs: list[float]) -> None:
+    grid = HeadGrid(agg=(*aggs, "topk"), k_agg=tuple(ks), lr=tuple(lrs))
+    heads = expand(grid)
+    assert len({head_name(head) for head in heads}) == len(heads) == len(set(heads))
+    assert all(resolve(head) == head for head in heads)
+
+
 def test_unknown_aggregator_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"agg \(=median\) must be one of top1, topk"):
-        expand(["median"], HeadSettings())
+        expand(HeadGrid(agg=("median",)))
 
 
 def _make_stack(name: str) -> HeadStack:

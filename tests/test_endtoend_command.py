@@ -86,3 +86,10 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, root: Path) -
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_grid_is_refused(root: Path) -> None:
+    result = run("--cohort", str(root), "--agg", "topk", "--k-agg", "5,10")
+    assert result.exit_code == 2
+    assert "this command trains one head; got 2: top5" in result.output
+    assert not Path("models").exists()

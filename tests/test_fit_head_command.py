@@ -93,6 +93,27 @@ def test_a_grid_is_one_call(folder: Path, tmp_path: Path) -> None:
     }
 
 
+def test_several_values_may_stand_in_the_configuration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(
+        tmp_path / "lymphfeat.toml",
+        "[fit-head]",
+        'agg = ["topk", "mean"]',
+        "k-agg = [1, 2]",
+        'lr = "0.1, 0.2"',
+        "weight-decay = 0.5",
+    )
+    store = ["--store", str(folder / "features.h5"), "--threads", "1", "--json"]
+    few = ["--seeds", "1", "--folds", "3", "--epochs", "1"]
+    result = CliRunner().invoke(cli, ["fit-head", *store, *few])
+    assert result.exit_code == 0, result.output
+    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
+    assert len(heads) == 6
+    assert "top2 lr=0.2 weight_decay=0.5" in heads
+
+
 def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
     tables = []
     for name in ("one", "two"):
@@ -108,6 +129,10 @@ def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
         (["--agg", "median"], "agg (=median) must be one of top1, topk"),
         (["--k-percent", "140"], "k_percent (=140.0) must lie in (0, 100]"),
         (["--k-agg", "0"], "k_agg (=0) must be at least 1"),
+        (
+            ["--agg", "mean", "--k-agg", "5"],
+            "k_agg (=5) must be read by one of the heads; got mean",
+        ),
         (["--folds", "20"], "labelled reactive patients (=11) must be at least 20"),
         (["--lr", "a,b"], "must be numbers, separated by commas"),
         (["--store", "nowhere.h5"], "store (=nowhere.h5) must be an existing file"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lymphfeat_cli.head_options import head_options, only_head, pop_grid
 from lymphfeat_cli.options import (
     cohort_options,
     device_option,
@@ -41,13 +42,7 @@ An interrupted training goes on when the same line is run again.""",
     show_default=True,
     help="The model folder to write.",
 )
-@click.option(
-    "--agg",
-    default="bnsigmoid",
-    show_default=True,
-    help="top1, topk, topbottomk (trained on selected images), mean, max, lse, bnsigmoid "
-    "(trained on patients).",
-)
+@head_options(agg="bnsigmoid", lr=1e-4)
 @click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
 @click.option(
     "--weights",
@@ -56,9 +51,7 @@ An interrupted training goes on when the same line is run again.""",
     help="none (random), imagenet (timm's, needs a network) or a .safetensors/.pth file.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
-@click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's step size.")
 @click.option("--head-lr", type=float, help="The head's own. [default: --lr]")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
@@ -111,19 +104,6 @@ An interrupted training goes on when the same line is run again.""",
     help="Share of labelled patients held out, for the curves.",
 )
 @click.option("--tta", is_flag=True, help="Predict the mean over the four flips.")
-@click.option("--unit", type=click.Choice(["pixel", "image"]), help="[default: the aggregator's]")
-@click.option("--k-train", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--k-agg", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--k-percent", type=float, help="k as a percentage of a patient's instances.")
-@click.option("--k-min", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--reduce", type=click.Choice(["mean", "max"]), default="mean", show_default=True)
-@click.option(
-    "--loss",
-    type=click.Choice(["instance", "bag"]),
-    default="instance",
-    show_default=True,
-    help="Of top1, topk and topbottomk.",
-)
 @click.option(
     "--normalization",
     type=click.Choice(["imagenet", "challenge"]),
@@ -194,15 +174,13 @@ def _settings(
     crop: int,
     normalization: str,
     output_stride: str | None,
-    unit: str | None,
     freeze_batchnorm: bool,
     seed: int,
     **options: Any,
 ) -> Any:
-    from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+    from lymphfeat.settings import BackboneSettings, EndToEndSettings
 
-    of_head = ("agg", "k_train", "k_agg", "k_percent", "k_min", "reduce", "loss", "lr")
-    head = {name: options.pop(name) for name in (*of_head, "weight_decay")}
+    head = only_head(pop_grid(options))
     return EndToEndSettings(
         backbone=BackboneSettings(
             backbone=backbone,
@@ -212,7 +190,7 @@ def _settings(
             output_stride=int(output_stride) if output_stride else None,
             weights_seed=seed,
         ),
-        head=HeadSettings(unit=unit or "", **head),
+        head=head,
         frozen_batchnorm=freeze_batchnorm,
         seed=seed,
         **options,

@@ -1,11 +1,11 @@
 """`lymphfeat fit-head`: feature store -> every head over every split, and a table."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lymphfeat_cli.head_options import head_options, pop_grid
 from lymphfeat_cli.options import (
     cache_path,
     device_option,
@@ -24,76 +24,22 @@ if TYPE_CHECKING:
     from lymphfeat.settings import FitSettings
 
 
-def _comma_list(convert: Callable[[str], float]) -> Callable[..., tuple[float, ...]]:
-    def callback(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-        try:
-            return tuple(convert(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            raise click.BadParameter(f"{value!r} must be numbers, separated by commas.") from None
-
-    return callback
-
-
 @click.command(
     "fit-head",
     epilog="""\b
 Examples:
   lymphfeat fit-head --agg topk
   lymphfeat fit-head --agg all --protocol report --seeds 10
-  lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2""",
+  lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
+  lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
+Options that take several values make a grid: every combination is a head, all fitted in one go.""",
 )
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
     help="Feature store of `lymphfeat extract`. [default: cache/features.h5]",
 )
-@click.option(
-    "--agg",
-    multiple=True,
-    default=("topk",),
-    show_default=True,
-    help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid; or all. Repeatable.",
-)
-@click.option(
-    "--unit",
-    type=click.Choice(["pixel", "image"]),
-    help="What an instance is. [default: image for top…, pixel for the others]",
-)
-@click.option("--k-train", type=click.IntRange(1), default=1, show_default=True)
-@click.option(
-    "--k-agg",
-    default="",
-    callback=_comma_list(int),
-    help="One or several, comma-separated. [default: 10; with all: 5,10]",
-)
-@click.option("--k-percent", type=float, help="k as a percentage of a patient's instances.")
-@click.option("--k-min", type=click.IntRange(1), default=1, show_default=True, help="Least k then.")
-@click.option(
-    "--reduce",
-    type=click.Choice(["mean", "max"]),
-    default="mean",
-    show_default=True,
-    help="Of the selected instances' probabilities.",
-)
-@click.option(
-    "--loss",
-    type=click.Choice(["instance", "bag"]),
-    default="instance",
-    show_default=True,
-    help="What the ranking family learns from.",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of lse.")
-@click.option("--momentum", type=float, default=0.1, show_default=True, help="Of bnsigmoid.")
-@click.option(
-    "--lr", default="0.003", show_default=True, callback=_comma_list(float), help="One or several."
-)
-@click.option(
-    "--weight-decay",
-    default="0",
-    show_default=True,
-    callback=_comma_list(float),
-    help="One or several.",
-)
+@head_options(agg="topk", lr=0.003)
 @click.option(
     "--protocol",
     type=click.Choice(["honest", "report"]),
@@ -136,33 +82,13 @@ Examples:
 @output_options
 def command(
     store: Path | None,
-    agg: tuple[str, ...],
-    unit: str | None,
-    k_train: int,
-    k_agg: tuple[int, ...],
-    k_percent: float | None,
-    k_min: int,
-    reduce: str,
-    loss: str,
-    temperature: float,
-    momentum: float,
-    lr: tuple[float, ...],
-    weight_decay: tuple[float, ...],
-    protocol: str,
-    seeds: int,
-    folds: int,
-    epochs: int,
-    batch_size: int,
     truth: Path | None,
-    precision: str,
     save: bool,
     out: Path | None,
-    seed: int,
-    device: str,
-    threads: int | None,
     force: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Fit MIL heads on cached feature maps, over all seeds and splits at once.
 
@@ -171,43 +97,14 @@ def command(
     """
     from lymphfeat.fit import fit_head
     from lymphfeat.heads import expand
-    from lymphfeat.settings import FitSettings, HeadSettings
+    from lymphfeat.settings import FitSettings
     from lymphfeat.store import FeatureStore
 
-    heads = [
-        head
-        for rate in lr
-        for decay in weight_decay
-        for head in expand(
-            agg,
-            HeadSettings(
-                unit=unit or "",
-                k_train=k_train,
-                k_percent=k_percent,
-                k_min=k_min,
-                reduce=reduce,
-                loss=loss,
-                temperature=temperature,
-                momentum=momentum,
-                lr=rate,
-                weight_decay=decay,
-            ),
-            k_agg,
-        )
-    ]
-    settings = FitSettings(
-        protocol=protocol,
-        seeds=seeds,
-        folds=folds,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        precision=precision,
-        device=device,
-        threads=threads,
-    )
+    grid = pop_grid(options)
+    heads = expand(grid)
+    settings = FitSettings(**options)
     opened = FeatureStore.open(store or cache_path("features.h5"))
-    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(agg))}-{protocol}")
+    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{settings.protocol}")
     with progress_bar(f"fitting {len(heads)} heads", quiet) as progress:
         run = fit_head(
             opened,

@@ -40,7 +40,9 @@ COHORT_VARIABLE = "LYMPHFEAT_COHORT"
 CACHE_VARIABLE = "LYMPHFEAT_CACHE"
 
 
-def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Make one decorator of several options, listed in their order."""
+
     def decorate(function: F) -> F:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -49,7 +51,7 @@ def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-cohort_options = _stack(
+cohort_options = stack(
     click.option(
         "--cohort",
         type=click.Path(path_type=Path),
@@ -90,7 +92,7 @@ seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all randomness."
 )
 force_option = click.option("--force", is_flag=True, help="Overwrite what is already there.")
-output_options = _stack(
+output_options = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
 )
