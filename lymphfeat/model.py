@@ -44,6 +44,7 @@ from lymphfeat.settings import HeadSettings
 FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
+CHECKPOINT_FILE = "checkpoint.pt"  # of an unfinished end-to-end training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     if not path.is_file():
         hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
-        unfinished = (folder / "checkpoint.pt").exists()
+        unfinished = (folder / CHECKPOINT_FILE).exists()
         raise ModelError(
             f"model (={folder}) must be a folder with {FACTS_FILE}; got none; "
             f"{hint if unfinished else 'make one with `lymphfeat endtoend`'}."

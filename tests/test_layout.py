@@ -14,7 +14,8 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 # A module imports only from rows below its own, or, in its own row, from those to its right.
 LAYERS = (
     ("inspection", "demo"),
-    ("fit", "extract", "endtoend", "audit"),
+    ("fit", "extract", "endtoend", "pretraining", "audit"),
+    ("checkpoint",),
     ("summary_figure", "truth", "protocol", "model", "fusion", "baselines", "shortcuts"),
     ("training", "evaluation"),
     ("heads", "aggregators"),
@@ -27,7 +28,7 @@ LAYERS = (
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.
 ENDTOEND = (
-    *("run", "submission", "fitting", "training", "gradients", "job", "checkpoint", "curves"),
+    *("run", "submission", "fitting", "training", "gradients", "job", "curves"),
     *("encoder", "pixels"),
 )
 

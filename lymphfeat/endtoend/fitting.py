@@ -6,7 +6,7 @@ import time
 import torch
 
 from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend.checkpoint import Checkpoint
+from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.endtoend.curves import Row, metric_columns
 from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.job import Job

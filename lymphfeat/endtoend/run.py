@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
-from lymphfeat.endtoend.checkpoint import Checkpoint
 from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import fit
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
@@ -15,6 +15,7 @@ from lymphfeat.endtoend.submission import HEADERS, write_submission
 from lymphfeat.errors import ModelError
 from lymphfeat.heads import resolve
 from lymphfeat.model import (
+    CHECKPOINT_FILE,
     FACTS_FILE,
     WEIGHTS_FILE,
     Model,
@@ -58,7 +59,7 @@ def train_end_to_end(
     parts = hold_out(cohort, settings)
     with cpu_threads(settings.threads):
         job = prepare(cohort, parts, settings)
-        checkpoint = Checkpoint(out, job.identity)
+        checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity)
         _make_way(out, checkpoint, force=force)
         history = fit(job, checkpoint, progress)
         predictions = job.model.predict(

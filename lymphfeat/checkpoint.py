@@ -1,4 +1,4 @@
-"""The state of an unfinished training: one file, replaced as a whole after an epoch.
+"""The state of an unfinished training: one file, replaced as a whole now and then.
 
 It carries the identity of its run (settings, cohort, initial weights): a run of another identity
 does not go on from it.
@@ -16,17 +16,16 @@ from lymphfeat.errors import ModelError
 from lymphfeat.model import replace_file
 from lymphfeat.store import differing_fields
 
-CHECKPOINT_FILE = "checkpoint.pt"
 _FORMAT = "lymphfeat-checkpoint-1"
 # Writing takes at most this share of the time: short epochs are not all written.
 _WRITE_SHARE = 0.05
 
 
 class Checkpoint:
-    """The checkpoint of one run, in the run's folder."""
+    """The checkpoint of one run."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.path = folder / CHECKPOINT_FILE
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
         # Through JSON, as what is read back went.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._not_before = 0.0
