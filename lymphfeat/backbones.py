@@ -2,19 +2,25 @@
 
 import difflib
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.images import VIEWS, Normalization
 
+SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
+SHIPPED_FOR = "resnet18"
+_SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
+_FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
 _SHOWN_KEYS = 5
 
 
@@ -49,6 +55,8 @@ class LoadedWeights:
 
     source: str  # none, imagenet, bloodcells, or the file's name
     sha256: str  # of the weights as they stand in the backbone
+    # What `lymphfeat pretrain` wrote beside the tensors: recipe, classes, patients; else empty.
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_backbone(
@@ -61,20 +69,42 @@ def build_backbone(
 ) -> tuple[Backbone, LoadedWeights]:
     """Build a timm backbone with spatial maps and load its weights.
 
-    `weights` is "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
+    `weights` is "auto" (the shipped ones where there are any, else none), "bloodcells" (the
+    shipped ones), "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
     cache) or a path to a .safetensors or .pth file with timm's keys, whose classifier is dropped.
     Raises SettingsError for an unknown or unsuitable backbone, WeightsError for weights that do
     not fit.
     """
+    weights = choose_weights(weights, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # timm initialises from the global generator
         model = _create_model(name, image_size, output_stride, pretrained=weights == "imagenet")
     backbone = Backbone(model, name).eval()
     _check_spatial(backbone, image_size)
-    if weights not in ("none", "imagenet"):
-        load_weights(backbone, Path(weights))
-    source = weights if weights in ("none", "imagenet") else Path(weights).name
-    return backbone, LoadedWeights(source=source, sha256=weights_sha256(model))
+    if weights in ("none", "imagenet"):
+        return backbone, LoadedWeights(source=weights, sha256=weights_sha256(model))
+    path = _SHIPPED_PATH if weights == SHIPPED else Path(weights)
+    load_weights(backbone, path)
+    return backbone, LoadedWeights(
+        source=weights if weights == SHIPPED else path.name,
+        sha256=weights_sha256(model),
+        pretraining=read_pretraining(path),
+    )
+
+
+def choose_weights(weights: str, backbone: str) -> str:
+    """Turn "auto" into the weights it stands for; raises WeightsError for shipped ones of another.
+
+    Weights are shipped for resnet18 alone; other backbones begin from random ones.
+    """
+    if weights == "auto":
+        return SHIPPED if backbone == SHIPPED_FOR else "none"
+    if weights == SHIPPED and backbone != SHIPPED_FOR:
+        raise WeightsError(
+            f"weights (={SHIPPED}) must be used with backbone {SHIPPED_FOR}; got {backbone}. "
+            "Use --weights none, imagenet or PATH, or `lymphfeat pretrain` on your own cells."
+        )
+    return weights
 
 
 def _create_model(
@@ -188,6 +218,40 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {
         key: value.float() if value.is_floating_point() else value for key, value in content.items()
     }
+
+
+def read_pretraining(path: Path) -> dict[str, Any]:
+    """Return what `write_weights` wrote beside the tensors; empty for files of others."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_FACTS_KEY, "{}"))
+    return facts
+
+
+def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> str:
+    """Write a backbone's weights as float16 with facts in the header; return their sha256.
+
+    The hash is that of the weights as they will be loaded. The backbone itself is rounded, too.
+    Raises WeightsError when float16 cannot hold a value.
+    """
+    state = {
+        key: value.detach().cpu().half() if value.is_floating_point() else value.cpu()
+        for key, value in backbone.model.state_dict().items()
+    }
+    bad = [key for key, value in state.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise WeightsError(
+            f"{path}: weights must be finite and within float16; {_shorten(bad)} are not. "
+            "Train again with a lower learning rate."
+        )
+    backbone.model.load_state_dict(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    unfinished = path.with_name(path.name + ".partial")
+    save_file(tensors, unfinished, metadata={_FACTS_KEY: json.dumps(dict(facts))})
+    unfinished.replace(path)
+    return weights_sha256(backbone.model)
 
 
 def _without_classifier(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

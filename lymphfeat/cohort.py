@@ -72,7 +72,7 @@ class Cohort:
         Raises CohortError naming file, row and remedy for anything that would have to be guessed.
         """
         root = Path(root)
-        files = _walk(root)
+        files = walk_folder(root)
         paths, unread = choose_tables(root, files.tables) if table is None else ([Path(table)], [])
         clinical = read_tables(paths, reference_date)
         ids = _numeric_order(clinical.frame.index)
@@ -151,8 +151,8 @@ def _number_key(id: str) -> tuple[str | int, ...]:
 
 
 @dataclass(kw_only=True)
-class _Files:
-    """The files under a cohort's folder, sorted by what they are."""
+class Files:
+    """The files under a folder, sorted by what they are."""
 
     images: dict[Path, list[str]] = field(default_factory=dict)  # folder -> names
     tables: list[Path] = field(default_factory=list)
@@ -169,23 +169,24 @@ def _passed_over(kind: str, paths: Sequence[Path]) -> list[str]:
     return [f"{len(paths)} {kind} file(s) or folder(s) not read: {names}"] if paths else []
 
 
-def _walk(root: Path) -> _Files:
+def walk_folder(root: Path) -> Files:
+    """Sort the files under a cohort's folder; raises CohortError when it cannot be read."""
     if not root.is_dir():
         problem = "is a file; unpack it first" if root.exists() else "does not exist"
         raise CohortError(
             f"cohort folder {root} {problem}; it must hold a table (CSV: id,label) "
             "and one folder of images per id."
         )
-    files = _Files()
+    files = Files()
     try:
-        _walk_folder(root, (), files)
+        _enter(root, (), files)
     except OSError as error:
         raise CohortError(f"{error.filename} cannot be read: {error.strerror}.") from None
     files.tables.sort()
     return files
 
 
-def _walk_folder(folder: Path, above: tuple[tuple[int, int], ...], files: _Files) -> None:
+def _enter(folder: Path, above: tuple[tuple[int, int], ...], files: Files) -> None:
     """Sort the files under `folder`; links are followed, but not back to a folder above."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -196,12 +197,12 @@ def _walk_folder(folder: Path, above: tuple[tuple[int, int], ...], files: _Files
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 files.hidden.append(Path(entry.path))
             elif entry.is_dir():
-                _walk_folder(Path(entry.path), (*above, here), files)
+                _enter(Path(entry.path), (*above, here), files)
             else:
                 _sort_file(folder, entry.name, files)
 
 
-def _sort_file(folder: Path, name: str, files: _Files) -> None:
+def _sort_file(folder: Path, name: str, files: Files) -> None:
     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path each costs more than the walk)
     if suffix in IMAGE_SUFFIXES:
         files.images.setdefault(folder, []).append(name)

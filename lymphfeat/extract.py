@@ -133,7 +133,10 @@ def _extract_rows(
 ) -> None:
     paths = [path for images in cohort.images for path in images]
     feature_set = FeatureSet(
-        name="frozen", backbone=settings.backbone.backbone, weights_sha256=weights.sha256
+        name="frozen",
+        backbone=settings.backbone.backbone,
+        weights_sha256=weights.sha256,
+        pretrained_on=tuple(weights.pretraining.get("patients", ())),
     )
     with StoreWriter(
         out,

@@ -164,3 +164,44 @@ class EndToEndSettings:
         _require_one_of(self.gradient, ("subset", "exact"), "gradient")
         _require_one_of(self.no_grad_batchnorm, ("train", "eval"), "no_grad_batchnorm")
         require(0 <= self.validation < 1, f"validation (={self.validation}) must lie in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """How a backbone learns from cells without labels."""
+
+    backbone: str = "resnet18"
+    init: str = "auto"  # the weights to start from, as BackboneSettings.weights
+    epochs: int = 20  # an epoch draws as many pairs as there are images
+    batch_size: int = 64  # pairs of views
+    view_size: int = 88  # pixels of a view's side
+    field: int = 144  # pixels about the image's centre that views are taken from
+    zoom: tuple[float, float] = (0.85, 1.2)  # magnification of a view
+    # Share of pairs that are two cells of one patient; the others are two views of one cell.
+    patient_pairs: float = 0.0
+    supervised: float = 0.1  # weight of the classes' cross-entropy, where folders are classes
+    projection: int = 1024  # width of the projector, which only the pre-training uses
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "projection", "threads"):
+            _require_at_least(getattr(self, name), 1, name)
+        _require_at_least(self.batch_size, 2, "batch_size")
+        _require_at_least(self.view_size, 32, "view_size")
+        _require_at_least(self.field, 32, "field")
+        require(
+            0 < self.zoom[0] <= self.zoom[1],
+            f"zoom (={self.zoom}) must be two factors above 0, low then high.",
+        )
+        require(
+            0 <= self.patient_pairs <= 1,
+            f"patient_pairs (={self.patient_pairs}) must lie in [0, 1].",
+        )
+        _require_at_least(self.supervised, 0, "supervised")
+        require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
+        _require_at_least(self.weight_decay, 0, "weight_decay")

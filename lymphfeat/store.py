@@ -45,6 +45,7 @@ class FeatureSet:
     backbone: str
     weights_sha256: str
     trained_on: tuple[str, ...] = ()  # patients whose LABELS the weights have seen
+    pretrained_on: tuple[str, ...] = ()  # patients whose images they have seen without labels
     split: str = ""
 
 
@@ -328,6 +329,10 @@ def _create(
             _write_strings(
                 file.require_group("trained_on"), feature_set.name, feature_set.trained_on
             )
+            if feature_set.pretrained_on:
+                _write_strings(
+                    file.require_group("pretrained_on"), feature_set.name, feature_set.pretrained_on
+                )
             pooled = (n, shape.views, shape.channels)
             _allocate(file.require_group("pooled"), feature_set.name, pooled, np.float32)
 
@@ -472,7 +477,15 @@ class FeatureStore:
             "bytes": self.path.stat().st_size,
             "recipe_sha256": self.recipe_sha256,
             "recipe": dict(self.recipe),
+            "pretrained_on": {
+                name: len(self.pretrained_patients(name)) for name in self.feature_sets
+            },
         }
+
+    def pretrained_patients(self, name: str = "frozen") -> list[str]:
+        """Name the patients here whose images the weights saw in pre-training, without labels."""
+        seen = set(self.feature_sets[self._known(name)].pretrained_on)
+        return [id for id in self.ids if id in seen]
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -550,11 +563,13 @@ def _read_strings(dataset: h5py.Dataset) -> list[str]:
 
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
     attributes = file["features"][name].attrs
+    pretrained = name in file.get("pretrained_on", {})
     return FeatureSet(
         name=name,
         backbone=str(attributes["backbone"]),
         weights_sha256=str(attributes["weights_sha256"]),
         trained_on=tuple(_read_strings(file["trained_on"][name])),
+        pretrained_on=tuple(_read_strings(file["pretrained_on"][name])) if pretrained else (),
         split=str(attributes["split"]),
     )
 

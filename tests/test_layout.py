@@ -21,8 +21,9 @@ LAYERS = (
     ("heads", "aggregators"),
     ("bags", "store", "backbones", "splits"),
     ("synthetic", "synthetic_patients", "smears"),
+    ("cells",),
     ("cohort", "tables", "rows", "clinical"),
-    ("images", "metrics", "settings", "compute"),
+    ("images", "metrics", "settings", "compute", "augmentation"),
     ("progress", "errors"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}

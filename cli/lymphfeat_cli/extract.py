@@ -11,6 +11,7 @@ from lymphfeat_cli.options import (
     device_option,
     force_option,
     load_cohort,
+    note,
     output_options,
     progress_bar,
     show_json,
@@ -118,6 +119,12 @@ def command(
     with progress_bar("extracting", quiet) as progress:
         store = extract(
             patients, out or cache_path("features.h5"), settings, force=force, progress=progress
+        )
+    seen = store.pretrained_patients()
+    if seen:
+        note(
+            f"The weights saw images of {len(seen)} of the {len(store.ids)} patients in "
+            "pre-training, without labels: no leak of labels; say so in a report."
         )
     if as_json:
         show_json(store.describe())

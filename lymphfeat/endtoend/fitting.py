@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from lymphfeat.cohort import Cohort
 from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend.curves import Row, metric_columns
 from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.job import Job

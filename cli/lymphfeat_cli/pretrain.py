@@ -1,0 +1,168 @@
+"""`lymphfeat pretrain`: unlabelled cells -> backbone weights."""
+
+from pathlib import Path
+
+import click
+
+from lymphfeat_cli.options import (
+    device_option,
+    force_option,
+    note,
+    output_options,
+    progress_bar,
+    seed_option,
+    show_json,
+    threads_option,
+)
+
+
+@click.command(
+    "pretrain",
+    epilog="""\b
+Examples:
+  lymphfeat pretrain my-cohort --out mine.safetensors
+  lymphfeat pretrain my-cohort --patient-pairs 0.5 --epochs 40 --out mine.safetensors
+  lymphfeat pretrain folder-of-class-folders --init none --out cells.safetensors
+  lymphfeat extract --cohort my-cohort --weights mine.safetensors""",
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The weights file to write (.safetensors).",
+)
+@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--init",
+    default="auto",
+    show_default=True,
+    help="Start from: bloodcells, none (random), imagenet, a .safetensors/.pth file; "
+    "auto is bloodcells for resnet18, else none.",
+)
+@click.option(
+    "--groups",
+    type=click.Choice(["auto", "patients", "classes", "none"]),
+    default="auto",
+    show_default=True,
+    help="What the image folders are; auto: patients where a table lies, else classes. "
+    "The table is not read.",
+)
+@click.option(
+    "--patient-pairs",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of pairs that are two cells of one patient; the others, one cell twice.",
+)
+@click.option(
+    "--supervised",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="Weight of telling the classes apart, where folders are classes.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(2), default=64, show_default=True, help="Pairs of views."
+)
+@click.option("--view-size", type=click.IntRange(32), default=88, show_default=True)
+@click.option(
+    "--field",
+    type=click.IntRange(32),
+    default=144,
+    show_default=True,
+    help="Pixels about an image's centre that views are taken from.",
+)
+@click.option(
+    "--zoom",
+    type=(float, float),
+    default=(0.85, 1.2),
+    show_default=True,
+    metavar="LOW HIGH",
+    help="Magnification of a view; 1 is the images' own scale.",
+)
+@click.option("--lr", type=float, default=1e-3, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto is bfloat16 where the processor computes it.",
+)
+@seed_option
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    folder: Path,
+    out: Path,
+    backbone: str,
+    init: str,
+    groups: str,
+    patient_pairs: float,
+    supervised: float,
+    epochs: int,
+    batch_size: int,
+    view_size: int,
+    field: int,
+    zoom: tuple[float, float],
+    lr: float,
+    precision: str,
+    seed: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train a backbone on the cells under FOLDER, without labels of patients.
+
+    FOLDER is a cohort (labels are neither used nor read) or any folder of cell images; folders
+    that are classes add a supervised term. Writes the weights, and beside them a curve (.csv,
+    .png). An interrupted training goes on when the same line is run again. Needs the extra
+    lymphfeat[pretrain].
+    """
+    from lymphfeat.errors import SettingsError
+    from lymphfeat.settings import PretrainSettings
+
+    try:
+        from lymphfeat.pretraining.run import pretrain
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "lightly":
+            raise
+        raise SettingsError(
+            "pretrain needs lightly; install it with: pip install 'lymphfeat[pretrain]'"
+        ) from None
+    from lymphfeat.cells import Cells
+
+    cells = Cells.find(folder, groups)
+    note(f"{folder}: {len(cells.paths)} images in {len(cells.names)} folder(s): {cells.grouping}")
+    settings = PretrainSettings(
+        backbone=backbone,
+        init=init,
+        epochs=epochs,
+        batch_size=batch_size,
+        view_size=view_size,
+        field=field,
+        zoom=zoom,
+        patient_pairs=patient_pairs,
+        supervised=supervised,
+        lr=lr,
+        seed=seed,
+        precision=precision,
+        device=device,
+        threads=threads,
+    )
+    with progress_bar("pre-training", quiet) as progress:
+        trained = pretrain(cells, out, settings, force=force, progress=progress)
+    if as_json:
+        result = {"weights": str(out), "sha256": trained.sha256, "curve": trained.curve}
+        show_json(result)
+        return
+    click.echo(f"{out}: {backbone}, sha256 {trained.sha256[:12]}…")
+    if cells.grouping != "none":
+        what = {"patients": "patient", "classes": "class"}[cells.grouping]
+        before, *_, after = (row["probe"] for row in trained.curve)
+        click.echo(f"nearest cell is of the same {what}: {before:.3f} before, {after:.3f} after")

@@ -1,0 +1,208 @@
+"""A whole pre-training: a folder of cells -> a weights file, its curve and its figure."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lymphfeat import __version__
+from lymphfeat.backbones import (
+    Backbone,
+    LoadedWeights,
+    build_backbone,
+    choose_device,
+    choose_precision,
+    write_weights,
+)
+from lymphfeat.cells import Cells
+from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.compute import cpu_threads
+from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.images import decode_crops, find_normalization
+from lymphfeat.pretraining.curve import Row, draw_curve, write_curve
+from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
+from lymphfeat.pretraining.trainer import Trainer
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import PretrainSettings
+
+_LEAST_IMAGES = 8
+_STEPS_BETWEEN_CHECKPOINTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What a pre-training left."""
+
+    weights: Path
+    sha256: str
+    curve: tuple[Row, ...]
+
+
+def pretrain(
+    cells: Cells,
+    out: Path,
+    settings: PretrainSettings,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Pretrained:
+    """Train a backbone on cells without their patients' labels and write its weights to `out`.
+
+    Beside the .safetensors file (float16, timm's keys, the recipe in its header) come a curve as
+    CSV and PNG. An interrupted run goes on from its checkpoint, on a CPU to the same bits. Raises
+    WeightsError when `out` is there and `force` is not set, SettingsError for cells that do not
+    fit the settings, CohortError for an image that cannot be read.
+    """
+    _check(cells, out, settings, force)
+    with cpu_threads(settings.threads):
+        backbone, init = build_backbone(
+            settings.backbone,
+            weights=settings.init,
+            seed=settings.seed,
+            image_size=settings.view_size,
+        )
+        recipe = _recipe(cells, settings, init)
+        checkpoint = Checkpoint(out.with_suffix(".checkpoint"), recipe)
+        if force:
+            checkpoint.remove()
+        checkpoint.read()  # refuses another run's before images are decoded
+        trainer, fields, groups = _prepare(cells, backbone, settings, progress)
+        curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
+    sha256 = write_weights(backbone, out, _facts(cells, recipe))
+    write_curve(curve, out.with_suffix(".csv"))
+    draw_curve(curve, out.with_suffix(".png"), cells.grouping)
+    checkpoint.remove()
+    return Pretrained(weights=out, sha256=sha256, curve=tuple(curve))
+
+
+def _check(cells: Cells, out: Path, settings: PretrainSettings, force: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise SettingsError(f"out (={out}) must end in .safetensors.")
+    if out.exists() and not force:
+        raise WeightsError(f"{out}: is there already; choose another --out, or --force.")
+    if len(cells.paths) < _LEAST_IMAGES:
+        raise SettingsError(
+            f"cells (={len(cells.paths)} images) must be at least {_LEAST_IMAGES}; "
+            "pre-training wants thousands."
+        )
+    if settings.patient_pairs and cells.grouping != "patients":
+        raise SettingsError(
+            f"patient_pairs (={settings.patient_pairs}) needs folders that are patients; got "
+            f"{cells.grouping}. Say --groups patients if they are."
+        )
+
+
+def _recipe(cells: Cells, settings: PretrainSettings, init: LoadedWeights) -> dict[str, Any]:
+    """Collect all that determines the weights."""
+    facts = asdict(settings) | {"init": init.source, "init_sha256": init.sha256}
+    return facts | {
+        "method": "vicreg",
+        "grouping": cells.grouping,
+        "images": len(cells.paths),
+        "cells_sha256": cells.fingerprint(),
+        "threads": torch.get_num_threads(),
+        "versions": {"lymphfeat": __version__, "torch": torch.__version__},
+    }
+
+
+def _facts(cells: Cells, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {"recipe": dict(recipe), "classes": _classes(cells), "patients": list(cells.patients)}
+
+
+def _classes(cells: Cells) -> dict[str, int]:
+    if cells.grouping != "classes":
+        return {}
+    return dict(zip(cells.names, np.bincount(cells.groups).tolist(), strict=True))
+
+
+def _prepare(
+    cells: Cells, backbone: Backbone, settings: PretrainSettings, progress: Progress
+) -> tuple[Trainer, Tensor, Tensor]:
+    device = choose_device(settings.device)
+    pixels = decode_crops(
+        cells.paths, settings.field, threads=torch.get_num_threads(), progress=progress
+    )
+    fields = torch.from_numpy(pixels).to(device)  # (N, 3, F, F) uint8
+    groups = torch.from_numpy(cells.groups).to(device)
+    trainer = Trainer(
+        backbone,
+        fields,
+        groups,
+        settings,
+        supervised=cells.grouping == "classes" and settings.supervised > 0,
+        normalization=find_normalization("imagenet"),
+        dtype=choose_precision(settings.precision, device),
+    )
+    return trainer, fields, groups
+
+
+class _Probe:
+    """The nearest-neighbour probe on a fixed choice of images."""
+
+    def __init__(self, fields: Tensor, groups: Tensor, settings: PretrainSettings) -> None:
+        rows = probe_rows(groups, settings.seed).to(fields.device)
+        self._fields, self._groups = fields[rows], groups[rows].cpu().numpy()
+        self._size = settings.view_size
+        self._zoom = float(np.sqrt(settings.zoom[0] * settings.zoom[1]))
+
+    def measure(self, backbone: Backbone) -> float:
+        normalization = find_normalization("imagenet")
+        features = pooled_features(backbone, self._fields, self._size, self._zoom, normalization)
+        return nearest_neighbour_share(features, self._groups)
+
+
+def _train(
+    trainer: Trainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
+) -> list[Row]:
+    """Train from the checkpoint if there is one; return a row an epoch, from epoch 0 on."""
+    state = checkpoint.read()
+    if state is None:
+        curve: list[Row] = [{"epoch": 0, "probe": probe.measure(trainer.backbone)}]
+        sums = torch.zeros(3, device=next(trainer.backbone.parameters()).device)
+    else:
+        curve, sums = list(state["curve"]), state["sums"]
+        trainer.load_state(state["trainer"])
+    meter = _Meter(progress, trainer, curve[-1])
+    while trainer.step < trainer.total_steps:
+        sums = sums + trainer.advance()
+        if trainer.step % trainer.steps_per_epoch == 0:
+            curve.append(_row(trainer, sums, probe))
+            sums = torch.zeros_like(sums)
+        meter.show(curve[-1])
+        if trainer.step % _STEPS_BETWEEN_CHECKPOINTS == 0:
+            checkpoint.write({"trainer": trainer.state(), "curve": curve, "sums": sums})
+    return curve
+
+
+def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> Row:
+    """Return the figures of the epoch just ended; `sums` are over its steps."""
+    loss, class_loss, class_accuracy = (sums / trainer.steps_per_epoch).tolist()
+    classes = {"class_loss": class_loss, "class_accuracy": class_accuracy}
+    return {
+        "epoch": trainer.step // trainer.steps_per_epoch,
+        "loss": loss,
+        **(classes if trainer.supervised else {}),
+        "probe": probe.measure(trainer.backbone),
+    }
+
+
+class _Meter:
+    """Shows steps, views per second and the last figures."""
+
+    def __init__(self, progress: Progress, trainer: Trainer, row: Row) -> None:
+        self._progress, self._trainer = progress, trainer
+        self._first, self._begin = trainer.step, time.perf_counter()
+        self.show(row)
+
+    def show(self, row: Row) -> None:
+        steps = self._trainer.step - self._first
+        rate = 2 * steps * self._trainer.batch_size / (time.perf_counter() - self._begin)
+        figures = " ".join(f"{name} {row[name]:.3f}" for name in ("loss", "probe") if name in row)
+        self._progress(
+            self._trainer.step, self._trainer.total_steps, f"{figures} {rate:.0f} views/s"
+        )

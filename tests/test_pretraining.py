@@ -1,0 +1,210 @@
+"""Pre-training: pairs, probe, interruption, and what it writes."""
+
+import csv
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lymphfeat.backbones import build_backbone, read_pretraining, write_weights
+from lymphfeat.cells import Cells
+from lymphfeat.errors import LymphfeatError, WeightsError
+from lymphfeat.pretraining.pairs import PairSampler
+from lymphfeat.pretraining.probe import nearest_neighbour_share
+from lymphfeat.pretraining.run import Pretrained, pretrain
+from lymphfeat.settings import PretrainSettings
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = PretrainSettings(
+    backbone="test_efficientnet",
+    epochs=3,
+    batch_size=4,
+    view_size=32,
+    field=48,
+    projection=16,
+    threads=1,
+    device="cpu",
+)
+
+
+def write_cells(root: Path, n: int = 24) -> Path:
+    """Write two folders of n / 2 noisy cells: reddish discs and greenish ones."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :48]
+    disc = (rows - 24) ** 2 + (columns - 24) ** 2 < 15**2
+    for index in range(n):
+        colour = index % 2
+        pixels = rng.integers(100, 200, (48, 48, 3))
+        pixels[disc, colour] = 30
+        path = root / ("red", "green")[colour] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+GROUPS = torch.tensor([0] * 5 + [1] + [2] * 30)
+
+
+def sampler(same_group: float, balanced: bool = False) -> PairSampler:
+    generator = torch.Generator().manual_seed(0)
+    return PairSampler(GROUPS, same_group=same_group, balanced=balanced, generator=generator)
+
+
+def test_partners_are_the_anchors_unless_pairs_of_a_group_are_asked_for() -> None:
+    anchors, partners = sampler(0.0).draw(20)
+    assert torch.equal(anchors, partners)
+    assert len(set(anchors.tolist())) == 20
+
+
+def test_partners_of_a_group_are_drawn_from_all_of_it() -> None:
+    pairs, draw = set(), sampler(1.0)
+    for _ in range(100):
+        anchors, partners = draw.draw(36)
+        assert torch.equal(GROUPS[anchors], GROUPS[partners])
+        pairs.update(partners[anchors == 0].tolist())
+    assert pairs == set(range(5))
+
+
+def test_share_of_patient_pairs() -> None:
+    draw = sampler(0.3)
+    differ = [(a != p).float().mean() for a, p in (draw.draw(36) for _ in range(200))]
+    # A partner may be the anchor by chance: 1/5, 1 and 1/30 of the draws in the three groups.
+    assert float(torch.stack(differ).mean()) == pytest.approx(0.3 * (4 + 0 + 29) / 36, abs=0.02)
+
+
+def test_balanced_draws_rare_groups_more_often() -> None:
+    draw = sampler(0.0, balanced=True)
+    drawn = torch.cat([GROUPS[draw.draw(1)[0]] for _ in range(4000)])
+    expected = GROUPS.bincount().float().sqrt()  # n · n^-1/2
+    observed = drawn.bincount().float() / len(drawn)
+    assert torch.allclose(observed, expected / expected.sum(), atol=0.03)
+
+
+# --- probe ---------------------------------------------------------------------------------------
+
+
+def test_nearest_neighbour_share_is_what_a_loop_says() -> None:
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(40, 6)).astype(np.float32)
+    groups = rng.integers(0, 3, 40)
+    scaled = (features - features.mean(0)) / features.std(0)
+    right = 0
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        cosine = [
+            scaled[i] @ scaled[j] / np.linalg.norm(scaled[i]) / np.linalg.norm(scaled[j])
+            for j in others
+        ]
+        right += groups[others[int(np.argmax(cosine))]] == groups[i]
+    assert nearest_neighbour_share(features, groups) == pytest.approx(right / 40)
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    settings = replace(TINY, epochs=6, batch_size=6, supervised=1.0, lr=1e-2)
+    trained = pretrain(cells, tmp_path / "w.safetensors", settings)
+    assert trained.curve[-1]["class_accuracy"] > 0.9
+    assert trained.curve[-1]["class_loss"] < trained.curve[1]["class_loss"]
+    with (tmp_path / "w.csv").open(encoding="utf-8") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(e) for e in range(7)]
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "w.checkpoint").exists()
+
+    _, loaded = build_backbone(TINY.backbone, weights=str(trained.weights), image_size=32)
+    assert loaded.sha256 == trained.sha256
+    facts = loaded.pretraining
+    assert facts["classes"] == {"green": 12, "red": 12}
+    assert facts["patients"] == []
+    assert facts["recipe"]["method"] == "vicreg"
+    assert facts["recipe"]["init"] == "none"
+
+
+def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"), "none")
+    trained = pretrain(
+        cells, tmp_path / "w.safetensors", replace(TINY, epochs=8, batch_size=12, lr=1e-2)
+    )
+    losses = [row["loss"] for row in trained.curve[1:]]
+    assert losses[-1] < 0.9 * losses[0]
+    assert "class_loss" not in trained.curve[-1]
+
+
+def run_interrupted(cells: Cells, out: Path, settings: PretrainSettings, at: int) -> None:
+    def interrupt(done: int, total: int, text: str = "") -> None:
+        if "views/s" in text and done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cells, out, settings, progress=interrupt)
+
+
+@pytest.mark.parametrize("grouping", ["patients", "classes"])
+def test_interrupted_ends_with_the_same_bits(grouping: str, tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"), grouping)
+    settings = replace(TINY, patient_pairs=0.5 if grouping == "patients" else 0.0)
+    whole = pretrain(cells, tmp_path / "whole.safetensors", settings)
+    out = tmp_path / "parts.safetensors"
+    run_interrupted(cells, out, settings, at=13)
+    assert not out.exists()
+    parts = pretrain(cells, out, settings)
+    assert parts.sha256 == whole.sha256
+    assert parts.curve == whole.curve
+    assert out.read_bytes() == whole.weights.read_bytes()
+
+
+def test_another_runs_checkpoint_is_refused_and_force_starts_over(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    out = tmp_path / "w.safetensors"
+    run_interrupted(cells, out, TINY, at=11)
+    other = replace(TINY, lr=2e-3)
+    with pytest.raises(LymphfeatError, match=re.escape("lr is 0.001 there, 0.002 now")):
+        pretrain(cells, out, other)
+    forced: Pretrained = pretrain(cells, out, other, force=True)
+    assert forced.sha256 == pretrain(cells, tmp_path / "new.safetensors", other).sha256
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    for message, out, settings in (
+        ("out (=w.pth) must end in .safetensors", Path("w.pth"), TINY),
+        ("is there already", tmp_path / "there.safetensors", TINY),
+        ("needs folders that are patients", tmp_path / "w.safetensors", _with_pairs()),
+        ("must be at least the crop", tmp_path / "w.safetensors", replace(TINY, field=64)),
+    ):
+        (tmp_path / "there.safetensors").touch()
+        with pytest.raises(LymphfeatError, match=re.escape(message)):
+            pretrain(cells, out, settings)
+    few = Cells.find(write_cells(tmp_path / "few", n=6))
+    with pytest.raises(LymphfeatError, match="must be at least 8"):
+        pretrain(few, tmp_path / "w.safetensors", TINY)
+
+
+def _with_pairs() -> PretrainSettings:
+    return replace(TINY, patient_pairs=0.5)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
+    backbone, _ = build_backbone("test_resnet", image_size=32)
+    with torch.no_grad():
+        next(backbone.parameters()).flatten()[0] = 1e6
+    with pytest.raises(WeightsError, match="lower learning rate"):
+        write_weights(backbone, tmp_path / "w.safetensors", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_tell_nothing_of_pretraining(tmp_path: Path) -> None:
+    assert read_pretraining(tmp_path / "w.pth") == {}
