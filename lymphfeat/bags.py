@@ -20,12 +20,14 @@ class Bags:
     """How M instances are cut into B bags."""
 
     sizes: Tensor  # (B,) int64, each at least 1
+    known_total: int | None = None  # the sum of the sizes; saves asking the device
 
     @classmethod
     def of(
         cls, sizes: Sequence[int] | NDArray[np.int64], device: torch.device | None = None
     ) -> "Bags":
-        return cls(torch.as_tensor(np.asarray(sizes), dtype=torch.int64, device=device))
+        array = np.asarray(sizes, np.int64)
+        return cls(torch.as_tensor(array, device=device), int(array.sum()))
 
     @cached_property
     def n_bags(self) -> int:
@@ -33,7 +35,7 @@ class Bags:
 
     @cached_property
     def n_instances(self) -> int:
-        return int(self.sizes.sum())
+        return int(self.sizes.sum()) if self.known_total is None else self.known_total
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -48,11 +50,19 @@ class Bags:
 
     def times(self, n: int) -> "Bags":
         """Return the bags when every instance becomes `n` (an image its h·w pixels)."""
-        return Bags(self.sizes * n)
+        return Bags(self.sizes * n, None if self.known_total is None else self.known_total * n)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up the values (M, H) of each bag: (B, H)."""
-        return torch.segment_reduce(values, "sum", lengths=self.sizes, axis=0)
+        return self._reduce(values, "sum")
+
+    def max(self, values: Tensor) -> Tensor:
+        """Return the largest value (M, H) of each bag: (B, H)."""
+        return self._reduce(values, "max")
+
+    def _reduce(self, values: Tensor, how: str) -> Tensor:
+        # Unsafe leaves out a check of the sizes, for which the device would have to be waited for.
+        return torch.segment_reduce(values, how, lengths=self.sizes, axis=0, unsafe=True)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average the values (M, H) of each bag: (B, H)."""
@@ -60,12 +70,12 @@ class Bags:
 
     def spread(self, per_bag: Tensor) -> Tensor:
         """Give every instance its bag's value: (B, H) -> (M, H)."""
-        return per_bag[self.index]
+        return per_bag.index_select(0, self.index)
 
     def argmax(self, values: Tensor) -> Tensor:
         """Return the row of each bag's largest value, the first of equals: (M, H) -> (B, H)."""
         values = values.detach()
-        largest = torch.segment_reduce(values, "max", lengths=self.sizes, axis=0)  # (B, H)
+        largest = self.max(values)  # (B, H)
         rows = torch.arange(len(values), device=values.device)[:, None]  # (M, 1)
         candidates = torch.where(values == self.spread(largest), rows, len(values))  # (M, H)
         first = candidates.new_full(largest.shape, len(values))

@@ -68,7 +68,8 @@ def fit_head(
     device = choose_device(settings.device)
     witness = None if truth is None else _witnesses(store, truth)
     with cpu_threads(settings.threads):
-        features = load_features(store, choose_precision(settings.precision, device), device)
+        dtype = choose_precision(settings.precision, device)
+        features = load_features(store, dtype, device, views=settings.views)
         outcome = run_protocol(
             features,
             store.ids,
@@ -85,11 +86,22 @@ def fit_head(
     return Run(folder=out, outcome=outcome, files=_write(outcome, store, settings, out, save))
 
 
-def load_features(store: FeatureStore, dtype: torch.dtype, device: torch.device) -> Features:
-    """Read a store's identity view for the head engine."""
+def load_features(
+    store: FeatureStore, dtype: torch.dtype, device: torch.device, *, views: int | None = None
+) -> Features:
+    """Open the first `views` of a store (None: all) for the head engine.
+
+    Raises SettingsError when the store has fewer.
+    """
+    maps = store.features(FEATURES)  # (N, V, C, h, w)
+    if views is not None and views > maps.shape[1]:
+        raise SettingsError(
+            f"views (={views}) must be at most the {maps.shape[1]} of {store.path}; "
+            "`lymphfeat extract --views` makes more."
+        )
     return Features(
-        store.features(FEATURES)[:, 0],
-        store.pooled(FEATURES)[:, 0],
+        maps[:, :views],
+        store.pooled(FEATURES)[:, :views],
         store.offsets,
         store.ids,
         store.labels,

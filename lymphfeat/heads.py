@@ -229,7 +229,7 @@ AGGREGATORS: dict[str, Aggregator] = {
         weights=_bnsigmoid_weights,
     ),
 }
-_OPTIMISER = ("lr", "weight_decay")  # what every head reads
+_OPTIMISER = ("class_weights", "lr", "weight_decay")  # what every head reads
 _DEFAULTS = HeadSettings()
 
 
@@ -342,3 +342,15 @@ def initial_scorer(channels: int, generator: torch.Generator) -> tuple[Tensor, T
     bound = 1 / math.sqrt(channels)
     values = torch.empty(channels + 1).uniform_(-bound, bound, generator=generator)
     return values[:-1], values[-1]
+
+
+def class_weights(settings: HeadSettings, labels: Tensor) -> Tensor:
+    """Return how much the loss of a reactive and of a tumoral patient counts: (2,).
+
+    "balanced" gives n / (2 · n of the class) among the training `labels` (P,), so that both classes
+    count alike and the mean weight is 1.
+    """
+    if settings.class_weights == "none":
+        return torch.ones(2, device=labels.device)
+    counts = torch.stack([(labels == label).sum() for label in (0, 1)])
+    return len(labels) / (2 * counts.clamp(min=1).float())

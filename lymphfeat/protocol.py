@@ -91,6 +91,9 @@ def run_protocol(
         outer + inner,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
+        images_per_patient=settings.images_per_patient,
+        views=features.n_views,
+        tta=settings.tta,
         progress=progress,
     )
     thresholds = _thresholds(features, fitted, len(outer), folds, labels)

@@ -64,6 +64,7 @@ class HeadSettings:
     loss: str = "instance"  # ranking family: "instance", or "bag" (mean of the selected logits)
     temperature: float = 1.0  # lse
     momentum: float = 0.1  # bnsigmoid's running statistics
+    class_weights: str = "none"  # or "balanced": both classes count alike in the loss
     # For heads on frozen maps, by measurement (docs/heads.md); report's 1e-4 is for whole nets.
     lr: float = 0.003
     weight_decay: float = 0.0
@@ -80,6 +81,7 @@ class HeadSettings:
         _require_one_of(self.loss, ("instance", "bag"), "loss")
         require(self.temperature > 0, f"temperature (={self.temperature}) must be above 0.")
         require(0 < self.momentum <= 1, f"momentum (={self.momentum}) must lie in (0, 1].")
+        _require_one_of(self.class_weights, ("none", "balanced"), "class_weights")
         require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
         _require_at_least(self.weight_decay, 0, "weight_decay")
 
@@ -102,6 +104,7 @@ class HeadGrid:
     loss: tuple[str, ...] = ()
     temperature: tuple[float, ...] = ()
     momentum: tuple[float, ...] = ()
+    class_weights: tuple[str, ...] = ()
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
 
@@ -120,6 +123,9 @@ class FitSettings:
     folds: int = 5
     epochs: int = 40
     batch_size: int = 16  # patients (weighted family) or instances (ranking family)
+    images_per_patient: int | None = None  # drawn anew at every step; None is all
+    views: int | None = None  # of the store's, one drawn for every image at every step; None is all
+    tta: bool = False  # evaluate the mean over those views, not the identity alone
     seed: int = 0  # the first of the seeds
     precision: str = "float32"
     device: str = "auto"
@@ -127,7 +133,7 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         _require_one_of(self.protocol, ("honest", "report"), "protocol")
-        for name in ("seeds", "epochs", "batch_size"):
+        for name in ("seeds", "epochs", "batch_size", "images_per_patient", "views"):
             _require_at_least(getattr(self, name), 1, name)
         # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
         _require_at_least(self.folds, 3, "folds")

@@ -114,6 +114,19 @@ def test_several_values_may_stand_in_the_configuration(
     assert "top2 lr=0.2 weight_decay=0.5" in heads
 
 
+def test_drawn_images_and_class_weights(folder: Path, tmp_path: Path) -> None:
+    result = run(
+        folder,
+        *("--images-per-patient", "2", "--class-weights", "none,balanced", "--tta", "--json"),
+        *("--seeds", "1", "--folds", "3", "--epochs", "2", "--out", str(tmp_path / "run")),
+    )
+    assert result.exit_code == 0, result.output
+    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
+    assert heads == {"top10", "top10 class_weights=balanced"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["images_per_patient"] == 2
+
+
 def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
     tables = []
     for name in ("one", "two"):
@@ -133,6 +146,7 @@ def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
             ["--agg", "mean", "--k-agg", "5"],
             "k_agg (=5) must be read by one of the heads; got mean",
         ),
+        (["--views", "2"], "views (=2) must be at most the 1 of"),
         (["--folds", "20"], "labelled reactive patients (=11) must be at least 20"),
         (["--lr", "a,b"], "must be numbers, separated by commas"),
         (["--store", "nowhere.h5"], "store (=nowhere.h5) must be an existing file"),

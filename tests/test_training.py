@@ -1,7 +1,9 @@
 """The head engine against one head at a time, one bag at a time, in plain PyTorch."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lymphfeat.aggregators.ranking import effective_k
-from lymphfeat.heads import AGGREGATORS, initial_scorer, resolve
+from lymphfeat.heads import AGGREGATORS, head_name, initial_scorer, resolve
 from lymphfeat.settings import HeadSettings
 from lymphfeat.splits import Split, report_splits
 from lymphfeat.training import Features, Fit, StackedAdam, fit_heads, split_generator
+from lymphfeat.training.sampling import Batch, Sampler, Sampling
 from tests import references
 
 SIZES = [1, 4, 2, 7, 3, 5, 1, 6, 2, 9, 4, 3]  # single-image patients, and fewer images than k
@@ -32,13 +35,7 @@ def maps() -> NDArray[np.float16]:
 
 @pytest.fixture(scope="module")
 def features(maps: NDArray[np.float16]) -> Features:
-    return Features(
-        maps,
-        maps.mean((2, 3), dtype=np.float32),
-        np.cumsum([0, *SIZES]),
-        [f"P{i}" for i in range(len(SIZES))],
-        _labels(),
-    )
+    return make_features(maps)
 
 
 def _labels() -> NDArray[np.int64]:
@@ -59,26 +56,43 @@ HEADS = [
     resolve(HeadSettings(agg="topbottomk", lr=0.05, k_percent=40, k_min=2)),
     resolve(HeadSettings(agg="lse", lr=0.05, temperature=3.0)),
     resolve(HeadSettings(agg="bnsigmoid", lr=0.05, momentum=0.9)),
+    resolve(HeadSettings(agg="bnsigmoid", lr=0.05, class_weights="balanced")),
+    resolve(HeadSettings(agg="topk", lr=0.05, k_train=2, class_weights="balanced")),
 ]
+
+
+PLAIN = Sampling(batch_size=BATCH)
+BOUNDS = np.cumsum([0, *SIZES])
+FLIPS: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)]  # identity, hflip, vflip, both
 
 
 class OneHead:
     """The reference: one head on one split, with torch's own layers, optimiser and loss."""
 
-    def __init__(self, maps: NDArray[np.float16], head: HeadSettings, split: Split) -> None:
-        self.head, self.split = head, split
-        pooled = torch.from_numpy(maps.mean((2, 3), dtype=np.float32))
-        pixels = torch.from_numpy(maps.astype(np.float32)).flatten(2).mT.reshape(-1, CHANNELS)
-        per_image = HEIGHT * WIDTH if head.unit == "pixel" else 1
-        bounds = np.cumsum([0, *SIZES])
-        train = sorted(int(patient[1:]) for patient in split.train)
-        images = torch.cat([pooled[bounds[p] : bounds[p + 1]] for p in train])
-        std = images.std(0, correction=0)
-        instances = ((pixels if head.unit == "pixel" else pooled) - images.mean(0)) / std
-        instances[:, std <= 1e-6] = 0
-        self.bags = [
-            instances[bounds[p] * per_image : bounds[p + 1] * per_image] for p in range(len(SIZES))
-        ]
+    def __init__(
+        self,
+        maps: NDArray[np.float16],
+        head: HeadSettings,
+        split: Split,
+        sampling: Sampling = PLAIN,
+        *,
+        tta: bool = False,
+    ) -> None:
+        """Take maps (N, C, h, w), or (N, V, C, h, w)."""
+        self.head, self.split, self.sampling = head, split, sampling
+        maps = maps if maps.ndim == 5 else maps[:, None]
+        pooled = torch.from_numpy(maps.mean((3, 4), dtype=np.float32))  # (N, V, C)
+        self.train = [int(patient[1:]) for patient in split.train]
+        images = torch.cat([pooled[BOUNDS[p] : BOUNDS[p + 1], 0] for p in sorted(self.train)])
+        std, mean = torch.std_mean(images, dim=0, correction=0)
+        views = []
+        for view in range(maps.shape[1]):
+            flipped = torch.from_numpy(maps[:, view].astype(np.float32)).flip(FLIPS[view])
+            raw = flipped.flatten(2).mT if head.unit == "pixel" else pooled[:, view, None]
+            views.append(((raw - mean) / std).where(std > 1e-6, 0))
+        self.views = torch.stack(views)  # (V, N, U, C)
+        self.per_image = self.views.shape[2]
+        self.evaluated = range(sampling.views if tta else 1)
         self.generator = split_generator(split)
         weight, bias = initial_scorer(CHANNELS, self.generator)
         self.scorer = nn.Linear(CHANNELS, 1)
@@ -91,44 +105,57 @@ class OneHead:
             weight_decay=head.weight_decay,
         )
 
-    def run(self) -> NDArray[np.float64]:
+    def run(self, features: Features) -> NDArray[np.float64]:
+        # What is drawn is the sampler's business (test_sampling.py); what is made of it is ours.
+        instances = features.of_unit(self.head.unit)
+        self.sampler = Sampler(np.array(self.train), instances, self.sampling, self.generator)
         curves = []
         for _ in range(EPOCHS):
             if AGGREGATORS[self.head.agg].family == "ranking":
                 self._ranking_epoch()
             else:
                 self._weighted_epoch()
-            curves.append([self.probability(bag) for bag in self.bags])
+            curves.append([self.probability(patient) for patient in range(len(SIZES))])
         return np.array(curves)
+
+    def _bag(self, patient: int, view: int = 0) -> Tensor:
+        return self.views[view, BOUNDS[patient] : BOUNDS[patient + 1]].flatten(0, 1)
 
     def _scores(self, bag: Tensor) -> list[float]:
         with torch.no_grad():
             values: list[float] = self.scorer(bag)[:, 0].tolist()
         return values
 
-    def _k(self, bag: Tensor, k: int) -> int:
+    def _k(self, n: int, k: int) -> int:
         percent = None if self.head.k_percent is None else str(self.head.k_percent)
-        return references.effective_k(len(bag), k, percent, self.head.k_min)
+        return references.effective_k(n, k, percent, self.head.k_min)
 
     def _ranking_epoch(self) -> None:
-        examples = []  # (instances, label): one instance, or with the bag loss a patient's
-        for patient in self.split.train:
-            bag, label = self.bags[int(patient[1:])], float(_labels()[int(patient[1:])])
-            top = bag[references.ranked(self._scores(bag))[: self._k(bag, self.head.k_train)]]
-            groups = [top] if self.head.loss == "bag" else list(torch.split(top, 1))
-            examples += [(group, label) for group in groups]
-        order = torch.randperm(len(examples), generator=self.generator).tolist()
-        for start in range(0, max(len(order) // BATCH, 1) * BATCH, BATCH):
-            batch = [examples[i] for i in order[start : start + BATCH]]
-            logits = torch.stack([self.scorer(group).mean() for group, _ in batch])
-            self._update(logits, [label for _, label in batch])
+        groups = []  # (image, pixel) of each instance, label: one instance, or a patient's
+        for patient in self.train:
+            images = self.sampler.images_of(patient).tolist()
+            places = [(image, pixel) for image in images for pixel in range(self.per_image)]
+            scores = self._scores(torch.stack([self.views[0, i, u] for i, u in places]))
+            k = self._k(len(places), self.head.k_train)
+            top = [places[i] for i in references.ranked(scores)[:k]]
+            together = [top] if self.head.loss == "bag" else [[place] for place in top]
+            groups += [(group, float(_labels()[patient])) for group in together]
+        order = self.sampler.shuffled(len(groups)).tolist()
+        steps = max(len(order) // BATCH, 1)
+        width = max(len(group) for group, _ in groups)
+        views = self.sampler.views((steps, BATCH, width))
+        for step in range(steps):
+            batch = [groups[i] for i in order[step * BATCH : (step + 1) * BATCH]]
+            logits = []
+            for row, (group, _) in enumerate(batch):
+                seen = [0] * len(group) if views is None else views[step, row].tolist()
+                inputs = [self.views[v, i, u] for v, (i, u) in zip(seen, group, strict=False)]
+                logits.append(self.scorer(torch.stack(inputs)).mean())
+            self._update(torch.stack(logits), [label for _, label in batch])
 
     def _weighted_epoch(self) -> None:
-        order = torch.randperm(len(self.split.train), generator=self.generator).tolist()
-        patients = [int(self.split.train[i][1:]) for i in order]
-        for start in range(0, max(len(order) // BATCH, 1) * BATCH, BATCH):
-            batch = patients[start : start + BATCH]
-            scores = [self.scorer(self.bags[p])[:, 0] for p in batch]
+        for batch in self.sampler.epoch():
+            scores = [self.scorer(bag)[:, 0] for bag in self._drawn(batch)]
             everything = torch.cat(scores).detach()
             statistics = everything.mean(), everything.var(correction=0)
             logits = torch.stack([self._patient_logit(s, statistics) for s in scores])
@@ -137,7 +164,14 @@ class OneHead:
                 (1 - m) * old + m * float(new)
                 for old, new in zip(self.running, statistics, strict=True)
             )
-            self._update(logits, [float(_labels()[p]) for p in batch])
+            self._update(logits, [float(_labels()[p]) for p in batch.patients.tolist()])
+
+    def _drawn(self, batch: Batch) -> list[Tensor]:
+        if batch.images is None:
+            return [self._bag(patient) for patient in batch.patients.tolist()]
+        views = torch.zeros_like(batch.images) if batch.views is None else batch.views
+        instances = self.views[views, batch.images]  # (n, U, C)
+        return [part.flatten(0, 1) for part in torch.split(instances, batch.sizes.tolist())]
 
     def _patient_logit(self, scores: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
         if self.head.agg == "mean":
@@ -155,15 +189,26 @@ class OneHead:
         self.optimizer.zero_grad()
         for parameter in (self.gamma, self.beta):  # weight decay acts on them in the engine too
             parameter.grad = torch.zeros(())
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(labels))
-        torch.autograd.backward(loss)
+        truth = torch.tensor(labels)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        torch.autograd.backward((losses * self._counts(truth)).mean())
         self.optimizer.step()
 
-    def probability(self, bag: Tensor) -> float:
+    def _counts(self, labels: Tensor) -> Tensor:
+        if self.head.class_weights == "none":
+            return torch.ones_like(labels)
+        tumoral = sum(_labels()[patient] for patient in self.train)
+        n = len(self.train)
+        return torch.where(labels == 1, n / (2 * tumoral), n / (2 * (n - tumoral)))
+
+    def probability(self, patient: int) -> float:
+        return float(np.mean([self._probability(self._bag(patient, v)) for v in self.evaluated]))
+
+    def _probability(self, bag: Tensor) -> float:
         scores = self._scores(bag)
         head = self.head
         if AGGREGATORS[head.agg].family == "ranking":
-            k = self._k(bag, head.k_agg)
+            k = self._k(len(bag), head.k_agg)
             return references.ranking_probability(
                 scores, k, AGGREGATORS[head.agg].bottom, head.reduce
             )
@@ -173,7 +218,7 @@ class OneHead:
 
 
 def _name(head: HeadSettings) -> str:
-    return f"{head.agg}-{head.unit}-{head.k_train}-{head.k_percent}-{head.loss}"
+    return head_name(head).replace(" ", "-") + f"-{head.unit}"
 
 
 @pytest.mark.parametrize("head", HEADS, ids=_name)
@@ -181,17 +226,70 @@ def test_engine_fits_what_one_head_alone_fits(
     maps: NDArray[np.float16], features: Features, head: HeadSettings
 ) -> None:
     (split,) = _splits(1)
-    slow = OneHead(maps, head, split).run()
+    slow = OneHead(maps, head, split).run(features)
     fast = fit_heads(features, [Fit(head=head, split=split)], epochs=EPOCHS, batch_size=BATCH)
     np.testing.assert_allclose(fast.curves[0], slow, atol=2e-4)
 
 
-def test_fitting_together_is_fitting_alone(features: Features) -> None:
+DRAWN = {
+    "few images": Sampling(batch_size=BATCH, images_per_patient=2),
+    "views": Sampling(batch_size=BATCH, views=4),
+    "both": Sampling(batch_size=BATCH, images_per_patient=3, views=4),
+}
+
+
+@pytest.fixture(scope="module")
+def viewed() -> NDArray[np.float16]:
+    """Maps (N, 4, C, h, w) whose views differ by more than their flips."""
+    rng = np.random.default_rng(1)
+    return rng.normal(1, 2, (sum(SIZES), 4, CHANNELS, HEIGHT, WIDTH)).astype(np.float16)
+
+
+def make_features(maps: NDArray[np.float16], **more: Any) -> Features:
+    pooled = maps.mean((-2, -1), dtype=np.float32)
+    return Features(maps, pooled, BOUNDS, [f"P{i}" for i in range(len(SIZES))], _labels(), **more)
+
+
+@pytest.mark.parametrize("sampling", DRAWN.values(), ids=DRAWN)
+@pytest.mark.parametrize("head", [HEADS[i] for i in (0, 2, 3, 12, 13, 14, 15)], ids=_name)
+def test_drawn_images_and_views_are_what_is_learnt(
+    viewed: NDArray[np.float16], head: HeadSettings, sampling: Sampling
+) -> None:
+    (split,) = _splits(1)
+    features = make_features(viewed)
+    slow = OneHead(viewed, head, split, sampling, tta=True).run(features)
+    fast = fit_heads(
+        features,
+        [Fit(head=head, split=split)],
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        images_per_patient=sampling.images_per_patient,
+        views=sampling.views,
+        tta=True,
+    )
+    np.testing.assert_allclose(fast.curves[0], slow, atol=2e-4)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: int) -> None:
+    fits = [Fit(head=head, split=split) for head in HEADS for split in _splits(2)]
+    curves = []
+    for memory in (0, 1 << 30):
+        features = make_features(viewed, memory=memory)
+        assert features.streams == (memory == 0)
+        fitted = fit_heads(features, fits, epochs=2, batch_size=BATCH, views=views, tta=True)
+        curves.append(fitted.curves)
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("few", [None, 4])
+def test_fitting_together_is_fitting_alone(features: Features, few: int | None) -> None:
     fits = [Fit(head=head, split=split) for head in HEADS for split in _splits(3)]
     fits += [replace(fit, head=replace(fit.head, lr=0.01)) for fit in fits]
-    together = fit_heads(features, fits, epochs=EPOCHS, batch_size=BATCH)
+    call = partial(fit_heads, features, epochs=EPOCHS, batch_size=BATCH, images_per_patient=few)
+    together = call(fits)
     for position in range(0, len(fits), 5):
-        alone = fit_heads(features, [fits[position]], epochs=EPOCHS, batch_size=BATCH)
+        alone = call([fits[position]])
         for ours, theirs in (
             (together.weight[position], alone.weight[0]),
             (together.curves[position], alone.curves[0]),
@@ -221,18 +319,7 @@ def test_validation_patients_do_not_touch_the_fit(maps: NDArray[np.float16]) -> 
         changed[bounds[row] : bounds[row + 1]] *= -3
     fits = [Fit(head=head, split=split) for head in HEADS]
     weights = [
-        fit_heads(
-            Features(
-                m,
-                m.mean((2, 3), dtype=np.float32),
-                bounds,
-                [f"P{i}" for i in range(len(SIZES))],
-                _labels(),
-            ),
-            fits,
-            epochs=2,
-            batch_size=BATCH,
-        ).weight
+        fit_heads(make_features(m), fits, epochs=2, batch_size=BATCH).weight
         for m in (maps, changed)
     ]
     np.testing.assert_array_equal(weights[0], weights[1])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat_cli.head_options import head_options, pop_grid
+from lymphfeat_cli.head_options import TEXTS, grid_option, head_options, pop_grid
 from lymphfeat_cli.options import (
     cache_path,
     device_option,
@@ -40,6 +40,11 @@ Options that take several values make a grid: every combination is a head, all f
     help="Feature store of `lymphfeat extract`. [default: cache/features.h5]",
 )
 @head_options(agg="topk", lr=0.003)
+@grid_option(
+    "--class-weights",
+    TEXTS,
+    "none, or balanced: both classes count alike in the loss. [default: none]",
+)
 @click.option(
     "--protocol",
     type=click.Choice(["honest", "report"]),
@@ -58,6 +63,17 @@ Options that take several values make a grid: every combination is a head, all f
 @click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--images-per-patient",
+    type=click.IntRange(1),
+    help="Draw so many of each patient's images anew at every step. [default: all]",
+)
+@click.option(
+    "--views",
+    type=click.IntRange(1),
+    help="Of the store's views draw one for every image at every step. [default: all it has]",
+)
+@click.option("--tta", is_flag=True, help="Evaluate the mean over the views, not the identity.")
 @click.option(
     "--truth",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

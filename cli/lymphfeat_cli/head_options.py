@@ -30,9 +30,9 @@ class CommaList(click.ParamType["tuple[Any, ...]"]):
             self.fail(f"{value!r} must be numbers, separated by commas.", param, ctx)
 
 
-_TEXTS = CommaList(str, "text")
-_INTEGERS = CommaList(int, "integer")
-_NUMBERS = CommaList(float, "float")
+TEXTS = CommaList(str, "text")
+INTEGERS = CommaList(int, "integer")
+NUMBERS = CommaList(float, "float")
 
 
 def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
@@ -46,25 +46,26 @@ def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
             help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid; or all. "
             "Repeatable.",
         ),
-        _grid_option("--unit", _TEXTS, "pixel or image. [default: image for top…, else pixel]"),
-        _grid_option("--k-train", _INTEGERS, "Instances learnt from, of a patient. [default: 1]"),
-        _grid_option("--k-agg", _INTEGERS, "Instances read out. [default: 10; with all: 5,10]"),
-        _grid_option("--k-percent", _NUMBERS, "Both as a percentage of a patient's instances."),
-        _grid_option("--k-min", _INTEGERS, "Least k then. [default: 1]"),
-        _grid_option("--reduce", _TEXTS, "mean or max, of topk's probabilities. [default: mean]"),
-        _grid_option(
-            "--loss", _TEXTS, "instance or bag: what topk… learns from. [default: instance]"
+        grid_option("--unit", TEXTS, "pixel or image. [default: image for top…, else pixel]"),
+        grid_option("--k-train", INTEGERS, "Instances learnt from, of a patient. [default: 1]"),
+        grid_option("--k-agg", INTEGERS, "Instances read out. [default: 10; with all: 5,10]"),
+        grid_option("--k-percent", NUMBERS, "Both as a percentage of a patient's instances."),
+        grid_option("--k-min", INTEGERS, "Least k then. [default: 1]"),
+        grid_option("--reduce", TEXTS, "mean or max, of topk's probabilities. [default: mean]"),
+        grid_option(
+            "--loss", TEXTS, "instance or bag: what topk… learns from. [default: instance]"
         ),
-        _grid_option("--temperature", _NUMBERS, "Of lse. [default: 1]"),
-        _grid_option("--momentum", _NUMBERS, "Of bnsigmoid's statistics. [default: 0.1]"),
-        _grid_option("--lr", _NUMBERS, f"Adam's step size. [default: {lr:g}]", default=(lr,)),
-        _grid_option("--weight-decay", _NUMBERS, "L2 penalty. [default: 0]"),
+        grid_option("--temperature", NUMBERS, "Of lse. [default: 1]"),
+        grid_option("--momentum", NUMBERS, "Of bnsigmoid's statistics. [default: 0.1]"),
+        grid_option("--lr", NUMBERS, f"Adam's step size. [default: {lr:g}]", default=(lr,)),
+        grid_option("--weight-decay", NUMBERS, "L2 penalty. [default: 0]"),
     )
 
 
-def _grid_option(
+def grid_option(
     name: str, type: CommaList, help: str, default: tuple[float, ...] = ()
 ) -> Callable[[F], F]:
+    """Return an option that takes one value or several."""
     return click.option(name, type=type, default=default, help=help)
 
 
@@ -74,7 +75,8 @@ def pop_grid(options: dict[str, Any]) -> "HeadGrid":
 
     from lymphfeat.settings import HeadGrid
 
-    return HeadGrid(**{field.name: options.pop(field.name) for field in fields(HeadGrid)})
+    names = [field.name for field in fields(HeadGrid)]
+    return HeadGrid(**{name: options.pop(name) for name in names if name in options})
 
 
 def only_head(grid: "HeadGrid") -> "HeadSettings":

@@ -53,6 +53,14 @@ class Ranking:
     def heads(self) -> int:
         return self.rows[0].shape[1]
 
+    def columns(self, heads: Tensor) -> "Ranking":
+        """Take some heads."""
+        return Ranking(
+            self.bags,
+            tuple(rows.index_select(1, heads) for rows in self.rows),
+            tuple(scores.index_select(1, heads) for scores in self.scores),
+        )
+
     def top(self, k: int) -> Tensor:
         """Return the rows of each bag's k highest instances: (B, H, k), padded with M.
 

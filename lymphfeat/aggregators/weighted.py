@@ -48,7 +48,7 @@ def bnsigmoid_weights(
     normalized = (logits.detach() - statistics.mean) / (statistics.variance + EPSILON).sqrt()
     # In the log domain: where every sigmoid of a bag underflows, their shares still exist.
     log_weights = torch.nn.functional.logsigmoid(beta + gamma * normalized)  # (M, H)
-    largest = torch.segment_reduce(log_weights.detach(), "max", lengths=bags.sizes, axis=0)
+    largest = bags.max(log_weights.detach())
     weights = (log_weights - bags.spread(largest)).exp()
     return weights / bags.spread(bags.sum(weights))
 
@@ -64,13 +64,13 @@ def lse_logit(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
     r towards 0 is the mean, r towards infinity the maximum.
     """
     scaled = temperature * logits
-    largest = torch.segment_reduce(scaled.detach(), "max", lengths=bags.sizes, axis=0)  # (B, H)
+    largest = bags.max(scaled.detach())  # (B, H)
     return (bags.mean((scaled - bags.spread(largest)).exp()).log() + largest) / temperature
 
 
 def lse_weights(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
     """Return the gradient of `lse_logit`: softmax(r ℓ) over each bag; how an image counted."""
     scaled = temperature * logits
-    largest = torch.segment_reduce(scaled, "max", lengths=bags.sizes, axis=0)
+    largest = bags.max(scaled)
     weights = (scaled - bags.spread(largest)).exp()
     return weights / bags.spread(bags.sum(weights))
