@@ -17,7 +17,7 @@ class Augmentation:
     """How far views of one cell may differ. Colours are factors about 1, on the 0..255 scale."""
 
     size: int  # pixels of a view's side
-    zoom: tuple[float, float] = (0.85, 1.2)  # magnification, log-uniform
+    zoom: tuple[float, float] = (0.8, 1.15)  # magnification, log-uniform
     shift: float = 0.07  # of half the field, either way, along each axis
     brightness: float = 0.12
     stain: float = 0.08  # of each channel by itself: the hue of a stain

@@ -178,11 +178,12 @@ class PretrainSettings:
 
     backbone: str = "resnet18"
     init: str = "auto"  # the weights to start from, as BackboneSettings.weights
-    epochs: int = 20  # an epoch draws as many pairs as there are images
+    epochs: int = 10  # an epoch draws as many pairs as there are images
+    minutes: float | None = None  # train about so long instead: epochs follow from the speed
     batch_size: int = 64  # pairs of views
-    view_size: int = 88  # pixels of a view's side
+    view_size: int = 96  # pixels of a view's side
     field: int = 144  # pixels about the image's centre that views are taken from
-    zoom: tuple[float, float] = (0.85, 1.2)  # magnification of a view
+    zoom: tuple[float, float] = (0.8, 1.15)  # magnification of a view
     # Share of pairs that are two cells of one patient; the others are two views of one cell.
     patient_pairs: float = 0.0
     supervised: float = 0.1  # weight of the classes' cross-entropy, where folders are classes
@@ -197,6 +198,9 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "projection", "threads"):
             _require_at_least(getattr(self, name), 1, name)
+        require(
+            self.minutes is None or self.minutes > 0, f"minutes (={self.minutes}) must be above 0."
+        )
         _require_at_least(self.batch_size, 2, "batch_size")
         _require_at_least(self.view_size, 32, "view_size")
         _require_at_least(self.field, 32, "field")

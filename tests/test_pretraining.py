@@ -2,6 +2,7 @@
 
 import csv
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     assert facts["patients"] == []
     assert facts["recipe"]["method"] == "vicreg"
     assert facts["recipe"]["init"] == "none"
+    assert facts["recipe"]["steps"] == 6 * 4
 
 
 def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
@@ -138,6 +140,16 @@ def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
     losses = [row["loss"] for row in trained.curve[1:]]
     assert losses[-1] < 0.9 * losses[0]
     assert "class_loss" not in trained.curve[-1]
+
+
+def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"), "none")
+    shortest = replace(TINY, minutes=1e-9)
+    assert pretrain(cells, tmp_path / "a.safetensors", shortest).curve[-1]["epoch"] == 2
+    begin = time.perf_counter()
+    longer = pretrain(cells, tmp_path / "b.safetensors", replace(TINY, minutes=0.03))
+    assert longer.curve[-1]["epoch"] > 1
+    assert time.perf_counter() - begin > 0.5  # a bound that no slow machine can break
 
 
 def run_interrupted(cells: Cells, out: Path, settings: PretrainSettings, at: int) -> None:

@@ -21,6 +21,7 @@ from lymphfeat_cli.options import (
     epilog="""\b
 Examples:
   lymphfeat pretrain my-cohort --out mine.safetensors
+  lymphfeat pretrain my-cohort --minutes 20 --out mine.safetensors
   lymphfeat pretrain my-cohort --patient-pairs 0.5 --epochs 40 --out mine.safetensors
   lymphfeat pretrain folder-of-class-folders --init none --out cells.safetensors
   lymphfeat extract --cohort my-cohort --weights mine.safetensors""",
@@ -62,11 +63,16 @@ Examples:
     show_default=True,
     help="Weight of telling the classes apart, where folders are classes.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Train about so long instead of --epochs, which follow from the speed.",
+)
 @click.option(
     "--batch-size", type=click.IntRange(2), default=64, show_default=True, help="Pairs of views."
 )
-@click.option("--view-size", type=click.IntRange(32), default=88, show_default=True)
+@click.option("--view-size", type=click.IntRange(32), default=96, show_default=True)
 @click.option(
     "--field",
     type=click.IntRange(32),
@@ -77,7 +83,7 @@ Examples:
 @click.option(
     "--zoom",
     type=(float, float),
-    default=(0.85, 1.2),
+    default=(0.8, 1.15),
     show_default=True,
     metavar="LOW HIGH",
     help="Magnification of a view; 1 is the images' own scale.",
@@ -104,6 +110,7 @@ def command(
     patient_pairs: float,
     supervised: float,
     epochs: int,
+    minutes: float | None,
     batch_size: int,
     view_size: int,
     field: int,
@@ -143,6 +150,7 @@ def command(
         backbone=backbone,
         init=init,
         epochs=epochs,
+        minutes=minutes,
         batch_size=batch_size,
         view_size=view_size,
         field=field,

@@ -32,6 +32,7 @@ from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
 _STEPS_BETWEEN_CHECKPOINTS = 10
+_TIMED_STEPS = 8  # tell how many fit in the minutes given; fewer than between checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def pretrain(
         checkpoint.read()  # refuses another run's before images are decoded
         trainer, fields, groups = _prepare(cells, backbone, settings, progress)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
-    sha256 = write_weights(backbone, out, _facts(cells, recipe))
+    sha256 = write_weights(backbone, out, _facts(cells, recipe | {"steps": trainer.step}))
     write_curve(curve, out.with_suffix(".csv"))
     draw_curve(curve, out.with_suffix(".png"), cells.grouping)
     checkpoint.remove()
@@ -170,6 +171,9 @@ def _train(
     meter = _Meter(progress, trainer, curve[-1])
     while trainer.step < trainer.total_steps:
         sums = sums + trainer.advance()
+        if trainer.step == _TIMED_STEPS and trainer.minutes is not None:
+            sums.sum().item()  # waits for the device
+            trainer.fill_minutes(meter.seconds / _TIMED_STEPS)
         if trainer.step % trainer.steps_per_epoch == 0:
             curve.append(_row(trainer, sums, probe))
             sums = torch.zeros_like(sums)
@@ -199,9 +203,13 @@ class _Meter:
         self._first, self._begin = trainer.step, time.perf_counter()
         self.show(row)
 
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
     def show(self, row: Row) -> None:
         steps = self._trainer.step - self._first
-        rate = 2 * steps * self._trainer.batch_size / (time.perf_counter() - self._begin)
+        rate = 2 * steps * self._trainer.batch_size / self.seconds
         figures = " ".join(f"{name} {row[name]:.3f}" for name in ("loss", "probe") if name in row)
         self._progress(
             self._trainer.step, self._trainer.total_steps, f"{figures} {rate:.0f} views/s"

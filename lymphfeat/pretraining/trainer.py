@@ -70,8 +70,21 @@ class Trainer:
         )
         self.batch_size = min(settings.batch_size, len(fields))
         self.steps_per_epoch = max(len(fields) // self.batch_size, 1)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        # With minutes, until `fill_minutes`: more than can be.
+        epochs = settings.epochs if settings.minutes is None else 10**6
+        self.total_steps = epochs * self.steps_per_epoch
         self.step = 0
+
+    @property
+    def minutes(self) -> float | None:
+        """Return the time to fill, when the settings ask for that instead of epochs."""
+        return self._settings.minutes
+
+    def fill_minutes(self, seconds_per_step: float) -> None:
+        """Set the steps to the whole epochs, begun ones included, that fill the minutes."""
+        assert self.minutes is not None
+        epochs = round(self.minutes * 60 / seconds_per_step / self.steps_per_epoch)
+        self.total_steps = max(epochs, -(-self.step // self.steps_per_epoch)) * self.steps_per_epoch
 
     def _modules(self) -> dict[str, nn.Module]:
         return {
@@ -115,12 +128,14 @@ class Trainer:
     def _rate(self) -> float:
         """Return the learning rate's factor: a short warm-up, then half a cosine to near 0."""
         warmup = min(1.0, (self.step + 1) / min(_WARMUP_STEPS, max(self.total_steps // 5, 1)))
-        return warmup * 0.5 * (1.02 + 0.98 * math.cos(math.pi * self.step / self.total_steps))
+        done = self.step / self.total_steps
+        return warmup * 0.5 * (1.02 + 0.98 * math.cos(math.pi * done))
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on."""
         return {
             "step": self.step,
+            "total_steps": self.total_steps,
             "modules": {name: module.state_dict() for name, module in self._modules().items()},
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
@@ -128,7 +143,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.step = state["step"]
+        self.step, self.total_steps = state["step"], state["total_steps"]
         for name, module in self._modules().items():
             module.load_state_dict(state["modules"][name])
         self._optimizer.load_state_dict(state["optimizer"])
