@@ -19,7 +19,7 @@ from lymphfeat.heads import head_name
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.splits import write_splits
+from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
 from lymphfeat.summary_figure import draw_summary
 from lymphfeat.training import Features
@@ -53,6 +53,7 @@ def fit_head(
     settings: FitSettings,
     out: Path,
     *,
+    splits: Sequence[Split] | None = None,
     truth: Path | None = None,
     save: bool = False,
     force: bool = False,
@@ -60,9 +61,9 @@ def fit_head(
 ) -> Run:
     """Fit heads on a store under a protocol and write the run folder `out` (DESIGN §6).
 
-    `truth` names witness images: the table then also says how well each head finds them. `save`
-    keeps the heads' weights. Raises SettingsError when a run is there already and `force` is not
-    set.
+    `splits` are taken in place of the protocol's own, as from another run's splits.json. `truth`
+    names witness images: the table then also says how well each head finds them. `save` keeps the
+    heads' weights. Raises SettingsError when a run is there already and `force` is not set.
     """
     check_run_folder(out, force)
     device = choose_device(settings.device)
@@ -76,6 +77,7 @@ def fit_head(
             store.labels,
             heads,
             settings,
+            splits=splits,
             trained_on=store.feature_sets[FEATURES].trained_on,
             progress=progress,
         )

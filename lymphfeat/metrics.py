@@ -3,8 +3,6 @@
 Arrays are (..., P): the last axis is patients, those before it heads, epochs, whatever else.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
@@ -99,21 +97,3 @@ def all_metrics(
 
 
 METRICS = ("ba", "sensitivity", "specificity", "auc", "log_loss", "brier")
-
-
-def t_half_width(values: Floats, variance_factor: float | None = None) -> float:
-    """Return half of the 95 % t interval of the mean of `values` (n,).
-
-    `variance_factor` multiplies the sample variance in place of 1 / n: 1 / n + n_test / n_train is
-    the Nadeau–Bengio correction for overlapping training sets (Machine Learning 52, 2003).
-    """
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    factor = 1 / n if variance_factor is None else variance_factor
-    return float(stats.t.ppf(0.975, n - 1) * np.sqrt(factor * values.var(ddof=1)))
-
-
-def describe(values: Mapping[str, Floats]) -> dict[str, float]:
-    """Return the mean of each named array, NaN left out."""
-    return {name: float(np.nanmean(array)) for name, array in values.items()}

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from lymphfeat.errors import LeakageError
 from lymphfeat.heads import head_name
+from lymphfeat.intervals import corrected_factor, t_half_width
 from lymphfeat.metrics import (
     METRICS,
     all_metrics,
     choose_threshold,
     oracle_balanced_accuracy,
     roc_auc,
-    t_half_width,
 )
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.splits import Folds, Split, kfold_splits, report_splits
+from lymphfeat.splits import Plan, Split, check_splits, kfold_splits, report_splits
 from lymphfeat.training import Features, Fit, FittedHeads, fit_heads
 
 BEST_EPOCHS = 10  # of each run, averaged by the report (§4)
@@ -55,36 +55,21 @@ def run_protocol(
     heads: Sequence[HeadSettings],
     settings: FitSettings,
     *,
+    splits: Sequence[Split] | None = None,
     trained_on: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Outcome:
     """Fit every head on every split of the protocol and measure it.
 
-    `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out.
-    `trained_on` names the patients whose labels the backbone has seen: LeakageError where one of
-    them would be evaluated.
+    `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `splits`
+    are taken in place of the protocol's own. `trained_on` names the patients whose labels the
+    backbone has seen: LeakageError where one of them would be evaluated.
     """
-    known = labels >= 0
-    known_ids = [patient for patient, is_known in zip(ids, known, strict=True) if is_known]
-    if settings.protocol == "report":
-        splits = report_splits(known_ids, labels[known], seeds=settings.seeds, seed=settings.seed)
-        folds: list[Folds] = []
-    else:
-        folds = kfold_splits(
-            known_ids,
-            labels[known],
-            folds=settings.folds,
-            seeds=settings.seeds,
-            seed=settings.seed,
-        )
-        splits = [split for repeat in folds for split in repeat.outer]
-    refuse_leakage(splits, trained_on)
-    outer = [Fit(head=head, split=split) for head in heads for split in splits]
+    plan = make_plan(ids, labels, settings, splits)
+    refuse_leakage(plan.outer, trained_on)
+    outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
     inner = [
-        Fit(head=head, split=split, curve=False)
-        for head in heads
-        for repeat in folds
-        for split in repeat.pairs.values()
+        Fit(head=head, split=split, curve=False) for head in heads for split in plan.inner_once
     ]
     fitted = fit_heads(
         features,
@@ -96,19 +81,43 @@ def run_protocol(
         tta=settings.tta,
         progress=progress,
     )
-    thresholds = _thresholds(features, fitted, len(outer), folds, labels)
+    thresholds = _thresholds(features, fitted, len(heads), plan, labels)
     evaluation = _Evaluation(features, fitted.take(range(len(outer))), labels, thresholds, ids)
     epochs = evaluation.epochs()
     runs = evaluation.report_runs() if settings.protocol == "report" else evaluation.last_runs()
     return Outcome(
         heads=tuple(heads),
-        splits=tuple(splits),
+        splits=plan.outer,
         epochs=epochs,
         predictions=evaluation.predictions(),
         runs=runs,
-        summary=_summarise(runs, settings, splits),
+        summary=_summarise(runs, plan),
         fitted=evaluation.fitted,
     )
+
+
+def make_plan(
+    ids: Sequence[str],
+    labels: NDArray[np.int64],
+    settings: FitSettings,
+    splits: Sequence[Split] | None = None,
+) -> Plan:
+    """Return the splits of a protocol, or the given ones, with the inner ones it chooses on."""
+    label_of = dict(zip(ids, labels.tolist(), strict=True))
+    known = [patient for patient in ids if label_of[patient] >= 0]
+    truth = labels[labels >= 0]
+    if splits is not None:
+        check_splits(splits, label_of, "splits")
+    elif settings.protocol == "report":
+        splits = report_splits(known, truth, seeds=settings.seeds, seed=settings.seed)
+    else:
+        repeats = kfold_splits(
+            known, truth, folds=settings.folds, seeds=settings.seeds, seed=settings.seed
+        )
+        splits = [split for repeat in repeats for split in repeat.outer]
+    if settings.protocol == "report":
+        return Plan.flat(splits)
+    return Plan.nested(splits, label_of, folds=settings.folds)
 
 
 def refuse_leakage(splits: Sequence[Split], trained_on: Sequence[str]) -> None:
@@ -126,27 +135,25 @@ def refuse_leakage(splits: Sequence[Split], trained_on: Sequence[str]) -> None:
 def _thresholds(
     features: Features,
     fitted: FittedHeads,
-    n_outer: int,
-    folds: Sequence[Folds],
+    n_heads: int,
+    plan: Plan,
     labels: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Choose each outer fit's threshold on training patients: (n_outer,); .5 without folds."""
-    thresholds = np.full(n_outer, 0.5)
-    repeats = {repeat.outer[0].repeat: repeat for repeat in folds}
+    """Choose each outer fit's threshold on training patients: (heads · splits,); else .5."""
     position = {(fit.head, fit.split.id): i for i, fit in enumerate(fitted.fits)}
-    for i, fit in enumerate(fitted.fits[:n_outer]):
-        if fit.split.repeat not in repeats:
-            continue
-        repeat = repeats[fit.split.repeat]
+    thresholds = np.full(n_heads * len(plan.outer), 0.5)
+    for i, fit in enumerate(fitted.fits[: len(thresholds)]):
+        inner = plan.inner[i % len(plan.outer)]
         train = set(fit.split.train)
         probabilities, truth = [], []
-        for split in repeat.inner(repeat.outer.index(fit.split)):
+        for split in inner:
             rows = features.rows_of([patient for patient in split.validation if patient in train])
             probabilities.append(fitted.curves[position[fit.head, split.id], -1, rows])
             truth.append(labels[rows])
-        thresholds[i] = choose_threshold(
-            np.concatenate(probabilities).astype(np.float64), np.concatenate(truth)
-        )
+        if inner:
+            thresholds[i] = choose_threshold(
+                np.concatenate(probabilities).astype(np.float64), np.concatenate(truth)
+            )
     return thresholds
 
 
@@ -250,12 +257,12 @@ def _first_row(metrics: dict[str, NDArray[np.float64]]) -> dict[str, list[float]
     return {name: [float(values[0])] for name, values in metrics.items()}
 
 
-def _summarise(runs: pd.DataFrame, settings: FitSettings, splits: Sequence[Split]) -> pd.DataFrame:
+def _summarise(runs: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     rows = []
     for head, group in runs.groupby("head", sort=False):
         row: dict[str, object] = {"head": head, "runs": len(group)}
         row |= {name: float(group[name].mean()) for name in METRICS}
-        row |= _report_intervals(group) if "ba_oracle" in group else _honest_interval(group, splits)
+        row |= _report_intervals(group) if "ba_oracle" in group else _honest_interval(group, plan)
         rows.append(row)
     return pd.DataFrame(rows).sort_values("ba", ascending=False, ignore_index=True)
 
@@ -272,9 +279,8 @@ def _report_intervals(group: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _honest_interval(group: pd.DataFrame, splits: Sequence[Split]) -> dict[str, float]:
-    ratio = float(np.mean([len(split.validation) / len(split.train) for split in splits]))
-    factor = 1 / len(group) + ratio  # Nadeau–Bengio
+def _honest_interval(group: pd.DataFrame, plan: Plan) -> dict[str, float]:
+    factor = corrected_factor(len(group), plan.test_to_train)
     return {"ba_half_width": t_half_width(group["ba"].to_numpy(), factor)}
 
 

@@ -1,8 +1,8 @@
 """Patient-level splits (training and validation patients, and a seed): made, written, read."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,12 @@ class Split:
     validation: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name, side in (("training", self.train), ("validation", self.validation)):
+            if len(set(side)) < len(side):
+                raise SettingsError(
+                    f"split {self.id}: {name} must name each patient once; splits are of patients, "
+                    "never of images."
+                )
         shared = sorted(set(self.train) & set(self.validation))
         if shared:
             raise SettingsError(
@@ -66,7 +72,7 @@ def report_splits(
 
 @dataclass(frozen=True, kw_only=True)
 class Folds:
-    """One repeat of stratified k-fold, with the splits that serve out-of-fold thresholds.
+    """One repeat of k-fold, with the splits that serve out-of-fold choices.
 
     `outer[f]` validates on fold f. `pairs[f, g]` (f < g) trains without folds f and g: its
     probabilities of g's patients are out of fold for outer split f, and those of f's for g. So all
@@ -76,12 +82,99 @@ class Folds:
     outer: tuple[Split, ...]
     pairs: dict[tuple[int, int], Split]
 
+    @classmethod
+    def of(cls, outer: Sequence[Split]) -> "Folds":
+        """Make the pairs of the folds of one repeat."""
+        return cls(
+            outer=tuple(outer),
+            pairs={
+                (f, g): _without_both(outer[f], outer[g], g)
+                for f in range(len(outer))
+                for g in range(f + 1, len(outer))
+            },
+        )
+
     def inner(self, fold: int) -> list[Split]:
         """Return the splits whose validation patients cover the outer split's training patients.
 
         Their `validation` also holds fold `fold` itself, which is not to be looked at.
         """
         return [split for pair, split in self.pairs.items() if fold in pair]
+
+
+def _without_both(first: Split, second: Split, name: int) -> Split:
+    outside = set(second.validation)
+    return Split(
+        id=f"{first.id}+{name}",
+        seed=first.seed,
+        repeat=first.repeat,
+        train=tuple(patient for patient in first.train if patient not in outside),
+        validation=(*first.validation, *second.validation),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The splits that are measured, and for each those that choices inside its training serve.
+
+    `inner[s]` covers the training patients of `outer[s]` with validation patients, and never trains
+    on its validation patients; it is empty where nothing is chosen. Of an inner split's validation
+    patients only those who train `outer[s]` are to be looked at.
+    """
+
+    outer: tuple[Split, ...]
+    inner: tuple[tuple[Split, ...], ...]
+
+    @classmethod
+    def flat(cls, outer: Sequence[Split]) -> "Plan":
+        """Plan without inner splits."""
+        return cls(outer=tuple(outer), inner=((),) * len(outer))
+
+    @classmethod
+    def nested(cls, outer: Sequence[Split], labels: Mapping[str, int], *, folds: int = 5) -> "Plan":
+        """Plan inner splits: those of folds by pairs, those of any other split its own k-fold."""
+        inner: dict[str, tuple[Split, ...]] = {}
+        repeats: dict[int, list[Split]] = {}
+        for split in outer:
+            repeats.setdefault(split.repeat, []).append(split)
+        for members in repeats.values():
+            if _are_folds(members):
+                repeat = Folds.of(members)
+                inner |= {split.id: tuple(repeat.inner(f)) for f, split in enumerate(members)}
+            else:
+                inner |= {split.id: _inside(split, labels, folds) for split in members}
+        return cls(outer=tuple(outer), inner=tuple(inner[split.id] for split in outer))
+
+    @property
+    def inner_once(self) -> list[Split]:
+        """List every inner split once."""
+        return list({split.id: split for part in self.inner for split in part}.values())
+
+    @property
+    def test_to_train(self) -> float:
+        """Return the mean ratio of validation to training patients."""
+        return float(np.mean([len(s.validation) / len(s.train) for s in self.outer]))
+
+
+def _are_folds(splits: Sequence[Split]) -> bool:
+    """Tell whether each split validates on one part of the same patients, trains on the others."""
+    everyone = {patient for split in splits for patient in split.validation}
+    return (
+        len(splits) >= 3
+        and sum(len(split.validation) for split in splits) == len(everyone)
+        and all(set(split.train) == everyone - set(split.validation) for split in splits)
+    )
+
+
+def _inside(split: Split, labels: Mapping[str, int], folds: int) -> tuple[Split, ...]:
+    """Cut a split's training patients into stratified folds."""
+    truth = np.array([labels[patient] for patient in split.train])
+    check_classes(truth, folds)
+    (repeat,) = kfold_splits(split.train, truth, folds=folds, seeds=1, seed=split.seed)
+    return tuple(
+        replace(inner, id=f"{split.id}/{fold}", repeat=split.repeat)
+        for fold, inner in enumerate(repeat.outer)
+    )
 
 
 def kfold_splits(
@@ -102,25 +195,18 @@ def _one_repeat(
         for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(ids, labels)
     ]
 
-    def split(name: str, left_out: tuple[int, ...]) -> Split:
-        outside = np.sort(np.concatenate([parts[fold] for fold in left_out]))
+    def split(fold: int) -> Split:
+        outside = np.sort(parts[fold])
         inside = np.setdiff1d(np.arange(len(ids)), outside)
         return Split(
-            id=name,
+            id=f"kfold{folds}-r{repeat}-f{fold}",
             seed=seed,
             repeat=repeat,
             train=tuple(ids[inside].tolist()),
             validation=tuple(ids[outside].tolist()),
         )
 
-    return Folds(
-        outer=tuple(split(f"kfold{folds}-r{repeat}-f{f}", (f,)) for f in range(folds)),
-        pairs={
-            (f, g): split(f"kfold{folds}-r{repeat}-f{f}+{g}", (f, g))
-            for f in range(folds)
-            for g in range(f + 1, folds)
-        },
-    )
+    return Folds.of([split(fold) for fold in range(folds)])
 
 
 def write_splits(splits: Sequence[Split], path: Path) -> None:
@@ -150,3 +236,29 @@ def read_splits(path: Path) -> list[Split]:
             f"{path}: must be a JSON file of splits, id -> seed, repeat, train, validation; "
             f"got {type(error).__name__}: {error}."
         ) from None
+
+
+def check_splits(splits: Sequence[Split], labels: Mapping[str, int], source: object) -> None:
+    """Raise SettingsError unless splits are of labelled patients, both classes on both sides.
+
+    `labels` is every known patient's label, -1 where it is not known; `source` names the splits in
+    the message.
+    """
+    named = dict.fromkeys(patient for split in splits for patient in split.train + split.validation)
+    for wrong, what in (
+        ([patient for patient in named if patient not in labels], "patients of this cohort"),
+        ([patient for patient in named if labels.get(patient) == -1], "labelled patients"),
+    ):
+        if wrong:
+            raise SettingsError(
+                f"{source}: must name {what}; got {', '.join(wrong[:5])}"
+                f"{', …' if len(wrong) > 5 else ''}. Is it of another cohort?"
+            )
+    for split in splits:
+        for name, side in (("training", split.train), ("validation", split.validation)):
+            if {labels[patient] for patient in side} != {0, 1}:
+                raise SettingsError(
+                    f"{source}: the {name} patients of split {split.id} must be of both classes."
+                )
+    if not splits:
+        raise SettingsError(f"{source}: must hold at least one split; got none.")

@@ -184,3 +184,23 @@ def test_truth_of_another_cohort_is_refused(folder: Path, tmp_path: Path) -> Non
     result = run(folder, "--truth", str(truth), "--out", str(tmp_path / "run"))
     assert result.exit_code == 2
     assert "must name every image" in result.output
+
+
+def test_splits_of_another_run_are_taken_and_give_the_same_figures(
+    folder: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ("--agg", "mean", "--epochs", "2")
+    assert run(folder, *common, "--seeds", "2", "--folds", "3", "--out", str(first)).exit_code == 0
+    again = run(folder, *common, "--splits", str(first / "splits.json"), "--out", str(second))
+    assert again.exit_code == 0, again.output
+    assert (first / "runs.csv").read_bytes() == (second / "runs.csv").read_bytes()
+    compared = CliRunner().invoke(
+        cli, ["compare", str(first), str(second), "--out", str(tmp_path / "figure.png")]
+    )
+    assert "cannot be told apart (p 1)" in compared.output
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text((first / "splits.json").read_text().replace('"P4"', '"P44"'))
+    refused = run(folder, *common, "--splits", str(foreign), "--out", str(tmp_path / "third"))
+    assert refused.exit_code == 2
+    assert "must name patients of this cohort; got P44" in refused.output

@@ -14,16 +14,18 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 # A module imports only from rows below its own, or, in its own row, from those to its right.
 LAYERS = (
     ("inspection", "demo"),
+    ("reproduction",),
     ("fit", "extract", "endtoend", "pretraining", "audit"),
     ("checkpoint",),
-    ("summary_figure", "truth", "protocol", "model", "fusion", "baselines", "shortcuts"),
+    ("summary_figure", "comparison_figure", "comparison", "truth"),
+    ("protocol", "model", "fusion", "baselines", "shortcuts"),
     ("training", "evaluation"),
     ("heads", "aggregators"),
     ("bags", "store", "backbones", "splits"),
     ("synthetic", "synthetic_patients", "smears"),
     ("cells",),
-    ("cohort", "tables", "rows", "clinical"),
-    ("images", "metrics", "settings", "compute", "augmentation"),
+    ("cohort", "tables", "rows", "attributes", "clinical"),
+    ("images", "intervals", "calibration", "metrics", "settings", "compute", "augmentation"),
     ("progress", "errors"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from sklearn import metrics as sk
 
 from lymphfeat.metrics import (
@@ -13,7 +12,6 @@ from lymphfeat.metrics import (
     choose_threshold,
     oracle_balanced_accuracy,
     roc_auc,
-    t_half_width,
 )
 
 LABELS = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
@@ -71,12 +69,3 @@ def test_oracle_is_never_below_the_honest_threshold() -> None:
     assert (
         oracle_balanced_accuracy(probabilities, LABELS) >= balanced_accuracy(probabilities, LABELS)
     ).all()
-
-
-def test_t_interval_is_scipys() -> None:
-    values = np.array([0.7, 0.8, 0.75, 0.9])
-    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
-    assert t_half_width(values) == pytest.approx((high - low) / 2)
-    # Nadeau–Bengio widens it: 1/n + n_test/n_train in place of 1/n
-    factor = 1 / 4 + 0.25
-    assert t_half_width(values, factor) == pytest.approx((high - low) / 2 * np.sqrt(factor * 4))

@@ -10,7 +10,9 @@ from sklearn.model_selection import train_test_split
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.splits import (
+    Plan,
     Split,
+    check_splits,
     kfold_splits,
     read_splits,
     report_splits,
@@ -77,3 +79,58 @@ def test_a_patient_on_both_sides_is_refused() -> None:
 def test_too_few_patients_for_the_folds() -> None:
     with pytest.raises(SettingsError, match=r"reactive patients \(=1\) must be at least 5"):
         kfold_splits(IDS[:9], np.array([0] + [1] * 8), folds=5, seeds=1)
+
+
+LABEL_OF = dict(zip(IDS, LABELS.tolist(), strict=True))
+
+
+def _check_inner(plan: Plan) -> None:
+    for outer, inner in zip(plan.outer, plan.inner, strict=True):
+        assert not any(set(split.train) & set(outer.validation) for split in inner)
+        covered = [p for split in inner for p in split.validation if p in set(outer.train)]
+        assert sorted(covered) == sorted(outer.train)
+
+
+def test_folds_from_a_file_are_nested_as_when_they_were_made(tmp_path: Path) -> None:
+    made = kfold_splits(IDS, LABELS, folds=5, seeds=2)
+    write_splits([split for repeat in made for split in repeat.outer], tmp_path / "splits.json")
+    plan = Plan.nested(read_splits(tmp_path / "splits.json"), LABEL_OF)
+    assert plan.inner_once == [split for repeat in made for split in repeat.pairs.values()]
+    _check_inner(plan)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_splits_that_are_no_folds_are_nested_inside_their_training_patients(seeds: int) -> None:
+    plan = Plan.nested(report_splits(IDS, LABELS, seeds=seeds), LABEL_OF, folds=3)
+    assert [len(inner) for inner in plan.inner] == [3] * seeds
+    assert len(plan.inner_once) == 3 * seeds
+    _check_inner(plan)
+    for outer, inner in zip(plan.outer, plan.inner, strict=True):
+        assert all(set(s.train) | set(s.validation) == set(outer.train) for s in inner)
+
+
+def test_flat_plan_has_no_inner_splits_and_knows_the_ratio() -> None:
+    plan = Plan.flat(report_splits(IDS, LABELS, seeds=2))
+    assert plan.inner == ((), ())
+    assert plan.test_to_train == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (("P1", "P0", "P99"), ("P2", "P3"), "must name patients of this cohort; got P99"),
+        (("P1", "P0", "P5"), ("P2", "P3"), "must name labelled patients; got P5"),
+        (("P1", "P2"), ("P3", "P6"), "training patients of split x must be of both classes"),
+    ],
+)
+def test_foreign_splits_are_refused(
+    train: tuple[str, ...], validation: tuple[str, ...], message: str
+) -> None:
+    split = Split(id="x", seed=0, repeat=0, train=train, validation=validation)
+    with pytest.raises(SettingsError, match=message):
+        check_splits([split], {**LABEL_OF, "P5": -1}, "splits.json")
+
+
+def test_images_in_place_of_patients_are_refused() -> None:
+    with pytest.raises(SettingsError, match="name each patient once; splits are of patients"):
+        Split(id="x", seed=0, repeat=0, train=("P1", "P1", "P2"), validation=("P3",))

@@ -61,6 +61,11 @@ Options that take several values make a grid: every combination is a head, all f
     help="Runs (report) or repeats of k-fold (honest).",
 )
 @click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
+@click.option(
+    "--splits",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Splits to measure on, in place of the protocol's own: the splits.json of another run.",
+)
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
@@ -98,6 +103,7 @@ Options that take several values make a grid: every combination is a head, all f
 @output_options
 def command(
     store: Path | None,
+    splits: Path | None,
     truth: Path | None,
     save: bool,
     out: Path | None,
@@ -114,6 +120,7 @@ def command(
     from lymphfeat.fit import fit_head
     from lymphfeat.heads import expand
     from lymphfeat.settings import FitSettings
+    from lymphfeat.splits import read_splits
     from lymphfeat.store import FeatureStore
 
     grid = pop_grid(options)
@@ -127,6 +134,7 @@ def command(
             heads,
             settings,
             folder,
+            splits=read_splits(splits) if splits else None,
             truth=truth,
             save=save,
             force=force,
@@ -170,7 +178,6 @@ def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
         f"report protocol: {runs} halves, threshold .5, mean of each run's 10 best epochs "
         "(chosen on the patients measured: optimistic)"
         if report
-        else f"honest protocol: {runs} fits ({settings.seeds} × {settings.folds}-fold), last "
-        "epoch, threshold from training patients"
+        else f"honest protocol: {runs} fits a head, last epoch, threshold from training patients"
     )
     show_table(title, columns, rows)

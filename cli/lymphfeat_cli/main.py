@@ -27,6 +27,7 @@ COMMANDS = {
     "info": "Say what a feature store, a run or a model is, and whether it is whole.",
     "fit-head": "Feature store -> every MIL head over every split, and a table.",
     "endtoend": "Cohort -> final model, trained through the backbone; predictions; submission.",
+    "compare": "Runs -> their rows side by side, paired by split, with intervals and p.",
     "predict": "Model + cohort -> predictions (labels not needed).",
     "pretrain": "Unlabelled cells -> backbone weights, self-supervised.",
     "synth": "Write a synthetic cohort that looks like the real thing.",

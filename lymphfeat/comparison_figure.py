@@ -1,0 +1,71 @@
+"""The figure of a comparison: every row's figure, and its difference from the reference."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lymphfeat.comparison import Comparison
+
+_TOLD_APART, _NOT = "#c0392b", "0.45"
+NAMES = {
+    "ba": "balanced accuracy",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "auc": "ROC-AUC",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+}
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw each row's values and interval, and each pair's difference, as a PNG."""
+    n = max(len(comparison.rows), len(comparison.pairs))
+    figure = Figure(figsize=(12, max(3.0, 0.36 * n + 1.6)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_rows(left, comparison)
+    _draw_pairs(right, comparison)
+    figure.suptitle(f"{comparison.protocol} protocol, {len(comparison.values)} splits, paired")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_rows(axes: Axes, comparison: Comparison) -> None:
+    rows = comparison.rows.iloc[::-1].to_dict("records")
+    for y, row in enumerate(rows):
+        values = comparison.values[row["name"]].to_numpy(float)
+        spread = y + np.linspace(-0.25, 0.25, len(values))
+        axes.plot(values, spread, ".", color="0.8", markersize=3, zorder=1)
+        _draw_interval(axes, y, row["mean"], row["low"], row["high"], "black")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlabel(f"{NAMES[comparison.metric]}: splits, mean, 95 % interval")
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
+    pairs = comparison.pairs.iloc[::-1].to_dict("records")
+    for y, pair in enumerate(pairs):
+        color = _TOLD_APART if pair["p_adjusted"] < 0.05 else _NOT
+        _draw_interval(axes, y, pair["difference"], pair["low"], pair["high"], color)
+        axes.annotate(
+            f"p {pair['p_adjusted']:.2g}",
+            (pair["difference"], y),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+            color=color,
+        )
+    axes.set_yticks(range(len(pairs)), [f"{p['name']} − {p['reference']}" for p in pairs])
+    axes.set_ylim(-0.6, len(pairs) - 0.3)
+    axes.axvline(0, color="0.5", linewidth=1)
+    axes.set_xlabel("difference, simultaneous 95 % interval, Holm's p")
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _draw_interval(axes: Axes, y: int, mean: float, low: float, high: float, color: str) -> None:
+    if np.isfinite(low):
+        axes.plot([low, high], [y, y], color=color, linewidth=1.5)
+    axes.plot([mean], [y], "o", color=color, markersize=5)

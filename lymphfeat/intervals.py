@@ -1,0 +1,123 @@
+"""Intervals and tests for figures of repeated splits, and of one fixed model (METHOD §4)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from lymphfeat.metrics import METRICS, all_metrics
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over splits with its interval, and the p of the hypothesis that it is 0."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def half_width(self) -> float:
+        """Return half of the interval's width."""
+        return (self.high - self.low) / 2
+
+
+def corrected_factor(n: int, test_to_train: float) -> float:
+    """Return what multiplies the variance of n splits' figures to give that of their mean.
+
+    1 / n + n_test / n_train: the training sets of repeated splits overlap, so their figures are not
+    independent (Nadeau & Bengio, Machine Learning 52, 2003).
+    """
+    return 1 / n + test_to_train
+
+
+def t_half_width(
+    values: Floats, variance_factor: float | None = None, level: float = 0.95
+) -> float:
+    """Return half of the t interval of the mean of `values` (n,); NaN for fewer than 2.
+
+    `variance_factor` multiplies the sample variance in place of 1 / n (see `corrected_factor`).
+    """
+    n = len(values)
+    if n < 2:
+        return math.nan
+    factor = 1 / n if variance_factor is None else variance_factor
+    return float(stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(factor * values.var(ddof=1)))
+
+
+def estimate(values: Floats, test_to_train: float, level: float = 0.95) -> Estimate:
+    """Return the mean of one figure a split (n,) with its corrected t interval and two-sided p."""
+    n, mean = len(values), float(values.mean())
+    factor = corrected_factor(n, test_to_train)
+    half = t_half_width(values, factor, level)
+    return Estimate(mean=mean, low=mean - half, high=mean + half, p=_two_sided(values, factor))
+
+
+def _two_sided(values: Floats, factor: float) -> float:
+    if len(values) < 2:
+        return math.nan
+    error = math.sqrt(factor * values.var(ddof=1))
+    if error < 1e-12:  # equal in every split
+        return 1.0 if abs(values.mean()) < 1e-12 else 0.0
+    return float(2 * stats.t.sf(abs(values.mean()) / error, len(values) - 1))
+
+
+def holm(p: Floats) -> Floats:
+    """Return p values (m,) adjusted for their number (Holm 1979); NaN stays out of the count."""
+    adjusted = np.full(len(p), np.nan)
+    order = [int(i) for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, float(p[i]) * (len(order) - place))
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+def bootstrap_metrics(
+    probabilities: Floats,
+    labels: NDArray[np.int64],
+    threshold: float,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval over patients of one fixed model's every metric.
+
+    Patients (P,) are drawn with replacement within their class: how many there are of each was
+    collected, not found. Where nothing varies (a class all right or all wrong, an AUC of 1) drawing
+    would give no width: a class's share is then drawn from Jeffreys' posterior, and the AUC's lower
+    bound is as if each patient of the smaller class had won one fair pairing. NaN without patients
+    of both classes.
+    """
+    rows = [np.flatnonzero(labels == label) for label in (0, 1)]
+    if not all(len(part) for part in rows):
+        return dict.fromkeys(METRICS, (math.nan, math.nan))
+    generator = np.random.default_rng(seed)
+    drawn = np.concatenate(
+        [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
+    )  # (draws, P)
+    found = all_metrics(
+        probabilities[drawn], np.repeat([0, 1], [len(part) for part in rows]), threshold
+    )
+    for name, part, right in (
+        ("specificity", rows[0], probabilities[rows[0]] <= threshold),
+        ("sensitivity", rows[1], probabilities[rows[1]] > threshold),
+    ):
+        if right.all() or not right.any():
+            hits = int(right.sum())
+            found[name] = generator.beta(hits + 0.5, len(part) - hits + 0.5, draws)
+    found["ba"] = (found["sensitivity"] + found["specificity"]) / 2
+    intervals = {
+        name: (float(low), float(high))
+        for name, (low, high) in (
+            (name, np.quantile(found[name], [0.025, 0.975])) for name in METRICS
+        )
+    }
+    if found["auc"].min() == 1:
+        intervals["auc"] = 0.025 ** (1 / min(len(part) for part in rows)), 1.0
+    return intervals

@@ -1,0 +1,135 @@
+"""`lymphfeat compare` on runs written to disk, against direct computation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from lymphfeat.intervals import estimate, holm
+from lymphfeat.splits import kfold_splits, write_splits
+from lymphfeat_cli.main import cli
+
+IDS = [f"P{i}" for i in range(30)]
+LABELS = np.array([0, 1] * 15)
+
+
+def write_run(
+    folder: Path, gains: dict[str, float], *, seed: int = 0, protocol: str = "honest"
+) -> pd.DataFrame:
+    """Write what `compare` reads of a run: heads whose BA is a common noise plus a gain."""
+    folder.mkdir()
+    splits = [
+        s for repeat in kfold_splits(IDS, LABELS, folds=3, seeds=2, seed=seed) for s in repeat.outer
+    ]
+    rng = np.random.default_rng(5)
+    common = rng.normal(0.7, 0.05, len(splits))
+    frames = [
+        pd.DataFrame(
+            {
+                "head": head,
+                "split": [split.id for split in splits],
+                "ba": common + gain + rng.normal(0, 0.005, len(splits)),
+                "auc": common,
+            }
+        )
+        for head, gain in gains.items()
+    ]
+    runs = pd.concat(frames, ignore_index=True)
+    runs.to_csv(folder / "runs.csv", index=False)
+    write_splits(splits, folder / "splits.json")
+    (folder / "config.json").write_text(json.dumps({"settings": {"protocol": protocol}}))
+    pd.DataFrame({"patient": IDS, "label": LABELS}).to_csv(folder / "predictions.csv")
+    return runs
+
+
+def compare(tmp_path: Path, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(
+        cli, ["compare", "--out", str(tmp_path / "figure.png"), *map(str, arguments)]
+    )
+
+
+def test_differences_are_paired_corrected_and_drawn(tmp_path: Path) -> None:
+    runs = write_run(tmp_path / "a", {"mean": 0.0, "top10": 0.1, "max": 0.0})
+    result = compare(tmp_path, tmp_path / "a", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    ba = runs.pivot(index="split", columns="head", values="ba")
+    for pair in found["pairs"]:
+        assert pair["reference"] == "mean"
+        differences = (ba[pair["name"]] - ba["mean"]).to_numpy()
+        expected = estimate(differences, 0.5, 1 - 0.05 / 2)
+        assert pair["difference"] == pytest.approx(expected.mean)
+        assert (pair["low"], pair["high"]) == pytest.approx((expected.low, expected.high))
+        assert pair["p"] == pytest.approx(expected.p)
+    p = np.array([pair["p"] for pair in found["pairs"]])
+    assert [pair["p_adjusted"] for pair in found["pairs"]] == pytest.approx(holm(p))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_runs_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0})
+    write_run(tmp_path / "b", {"mean": 0.1})
+    result = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert "b: mean is better than a: mean by 0.1" in result.output
+
+
+def test_noise_is_not_told_apart(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.0})
+    result = compare(tmp_path, tmp_path / "a", "--metric", "auc")
+    assert "max and mean cannot be told apart (p 1)" in result.output
+
+
+def test_chosen_rows_reference_and_all_pairs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "top10": 0.1, "max": 0.05, "lse": 0.0})
+    chosen = ("--head", "max", "--head", "top10", "--head", "lse", "--json")
+    pairs = json.loads(compare(tmp_path, tmp_path / "a", *chosen, "--against", "lse").stdout)
+    assert [(p["name"], p["reference"]) for p in pairs["pairs"]] == [
+        ("max", "lse"),
+        ("top10", "lse"),
+    ]
+    every = json.loads(compare(tmp_path, tmp_path / "a", *chosen, "--all-pairs", "--force").stdout)
+    assert len(every["pairs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "must be measured on the same splits"),
+        ({"protocol": "report"}, "runs must be of one protocol"),
+    ],
+)
+def test_runs_that_were_not_measured_alike_are_refused(
+    tmp_path: Path, other: dict[str, int | str], message: str
+) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0})
+    write_run(tmp_path / "b", {"mean": 0.1}, **other)  # type: ignore[arg-type]
+    result = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0})
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ((tmp_path / "empty",), "must be a run folder of `lymphfeat fit-head`"),
+        ((tmp_path / "a",), "rows to compare (=1) must be at least 2"),
+        ((tmp_path / "a", "--head", "max"), "head (=max) must be one of the runs' rows: mean"),
+    ):
+        result = compare(tmp_path, *arguments)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+
+def test_a_figure_is_not_overwritten_without_force(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1})
+    (tmp_path / "figure.png").write_text("keep")
+    assert compare(tmp_path, tmp_path / "a").exit_code == 2
+    assert (tmp_path / "figure.png").read_text() == "keep"
+    assert compare(tmp_path, tmp_path / "a", "--force").exit_code == 0
