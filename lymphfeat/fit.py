@@ -30,6 +30,7 @@ FEATURES = "frozen"
 RUN_FILES = (
     "summary.png",
     "summary.json",
+    "warnings.txt",
     "runs.csv",
     "epochs.csv",
     "predictions.csv",
@@ -77,6 +78,7 @@ def fit_head(
             store.labels,
             heads,
             settings,
+            table=store.table,
             splits=splits,
             trained_on=store.feature_sets[FEATURES].trained_on,
             progress=progress,
@@ -145,7 +147,6 @@ def _write(
     outcome: Outcome, store: FeatureStore, settings: FitSettings, out: Path, save: bool
 ) -> tuple[Path, ...]:
     out.mkdir(parents=True, exist_ok=True)
-    summary = outcome.summary.to_dict("records")
     config = {
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
@@ -165,7 +166,10 @@ def _write(
         out / "runs.csv", index=False, float_format="%.6g"
     )
     write_splits(outcome.splits, out / "splits.json")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    outcome.summary.to_json(out / "summary.json", orient="records", indent=1, double_precision=15)
+    (out / "warnings.txt").write_text(
+        "".join(f"{line}\n" for line in outcome.warnings), encoding="utf-8"
+    )
     draw_summary(outcome, settings, out / "summary.png")
     if save:
         save_file(_tensors(outcome), out / "heads.safetensors")

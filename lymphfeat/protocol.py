@@ -1,10 +1,10 @@
-"""Protocols: which fits are made of heads and splits, and how their curves become figures.
+"""Protocols: which fits are made of heads and splits, and what is measured of them.
 
 - `report` (METHOD §4): halves of the patients, one a seed; threshold .5; the mean of each run's ten
   best epochs. Comparable with the published figures, and optimistic: the epochs are chosen on the
   patients they are measured on.
-- `honest`: repeated stratified k-fold; the last epoch; the threshold chosen on out-of-fold
-  probabilities of training patients alone.
+- `honest`: repeated stratified k-fold; whatever is chosen (threshold, calibration, epoch, settings)
+  is chosen on out-of-fold probabilities of training patients alone.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lymphfeat.attributes import attribute_matrix, choose_attributes
+from lymphfeat.baselines import fit_baselines
 from lymphfeat.errors import LeakageError
-from lymphfeat.heads import head_name
-from lymphfeat.intervals import corrected_factor, t_half_width
-from lymphfeat.metrics import (
-    METRICS,
-    all_metrics,
-    choose_threshold,
-    oracle_balanced_accuracy,
-    roc_auc,
+from lymphfeat.evaluation import (
+    Floats,
+    Measured,
+    Patients,
+    Scores,
+    find_warnings,
+    measure,
+    report_run,
+    select_inside,
+    summarise,
 )
+from lymphfeat.fusion import fit_fusions
+from lymphfeat.heads import head_name
+from lymphfeat.metrics import all_metrics, log_loss, roc_auc
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Plan, Split, check_splits, kfold_splits, report_splits
 from lymphfeat.training import Features, Fit, FittedHeads, fit_heads
-
-BEST_EPOCHS = 10  # of each run, averaged by the report (§4)
-_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,11 @@ class Outcome:
     heads: tuple[HeadSettings, ...]
     splits: tuple[Split, ...]  # the evaluated ones
     epochs: pd.DataFrame  # tidy: head, split, seed, epoch, loss, metrics at threshold .5
-    predictions: (
-        pd.DataFrame
-    )  # patient, head, split, seed, probability, threshold, predicted, label
-    runs: pd.DataFrame  # head, split, metrics of the run
-    summary: pd.DataFrame  # one row a head, the best first
+    # patient, head, kind, split, seed, probability, calibrated, threshold, predicted, label
+    predictions: pd.DataFrame
+    runs: pd.DataFrame  # head, kind, split, metrics of the run
+    summary: pd.DataFrame  # one row a head, fusion or selection, the best first; then baselines
+    warnings: tuple[str, ...]  # in plain words: who does not beat bag size, or clinical alone
     fitted: FittedHeads  # heads x splits, in that order
 
 
@@ -55,21 +59,26 @@ def run_protocol(
     heads: Sequence[HeadSettings],
     settings: FitSettings,
     *,
+    table: pd.DataFrame | None = None,
     splits: Sequence[Split] | None = None,
     trained_on: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Outcome:
-    """Fit every head on every split of the protocol and measure it.
+    """Fit every head on every split of the protocol and measure it beside the baselines.
 
-    `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `splits`
-    are taken in place of the protocol's own. `trained_on` names the patients whose labels the
-    backbone has seen: LeakageError where one of them would be evaluated.
+    `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `table`
+    has their clinical attributes, a row each. `splits` are taken in place of the protocol's own.
+    `trained_on` names the patients whose labels the backbone has seen: LeakageError where one of
+    them would be evaluated.
     """
     plan = make_plan(ids, labels, settings, splits)
     refuse_leakage(plan.outer, trained_on)
+    patients = Patients(ids, labels, plan)
+    attributes = _attributes(table, len(ids), settings)
+    nested = settings.epoch == "nested"
     outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
     inner = [
-        Fit(head=head, split=split, curve=False) for head in heads for split in plan.inner_once
+        Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
     ]
     fitted = fit_heads(
         features,
@@ -81,18 +90,35 @@ def run_protocol(
         tta=settings.tta,
         progress=progress,
     )
-    thresholds = _thresholds(features, fitted, len(heads), plan, labels)
-    evaluation = _Evaluation(features, fitted.take(range(len(outer))), labels, thresholds, ids)
-    epochs = evaluation.epochs()
-    runs = evaluation.report_runs() if settings.protocol == "report" else evaluation.last_runs()
+    scores = [_head_scores(patients, fitted, head, nested=nested) for head in heads]
+    fused = fit_fusions(patients, scores, settings.fusions, attributes)
+    baselines = fit_baselines(patients, features.bags.sizes.cpu().numpy(), attributes)
+    selected = _select(patients, heads, scores) if all(plan.inner) else []
+    measured = [
+        measure(patients, found, calibration=settings.calibration)
+        for found in [*scores, *fused, *selected, *baselines]
+    ]
+    if settings.protocol == "report":
+        measured = _as_reported(patients, fitted, measured)
+    runs = pd.concat([part.runs for part in measured], ignore_index=True)
+    predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
     return Outcome(
         heads=tuple(heads),
         splits=plan.outer,
-        epochs=epochs,
-        predictions=evaluation.predictions(),
+        epochs=_epochs(patients, fitted.take(range(len(outer)))),
+        predictions=predictions,
         runs=runs,
-        summary=_summarise(runs, plan),
-        fitted=evaluation.fitted,
+        summary=summarise(runs, predictions, plan),
+        warnings=find_warnings(runs, plan),
+        fitted=fitted.take(range(len(outer))),
+    )
+
+
+def _attributes(table: pd.DataFrame | None, patients: int, settings: FitSettings) -> Floats:
+    if table is None:
+        return np.empty((patients, 0))
+    return attribute_matrix(
+        table, choose_attributes(table, settings.attributes), settings.log_attributes
     )
 
 
@@ -132,156 +158,98 @@ def refuse_leakage(splits: Sequence[Split], trained_on: Sequence[str]) -> None:
         )
 
 
-def _thresholds(
-    features: Features,
-    fitted: FittedHeads,
-    n_heads: int,
-    plan: Plan,
-    labels: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Choose each outer fit's threshold on training patients: (heads · splits,); else .5."""
-    position = {(fit.head, fit.split.id): i for i, fit in enumerate(fitted.fits)}
-    thresholds = np.full(n_heads * len(plan.outer), 0.5)
-    for i, fit in enumerate(fitted.fits[: len(thresholds)]):
-        inner = plan.inner[i % len(plan.outer)]
-        train = set(fit.split.train)
-        probabilities, truth = [], []
-        for split in inner:
-            rows = features.rows_of([patient for patient in split.validation if patient in train])
-            probabilities.append(fitted.curves[position[fit.head, split.id], -1, rows])
-            truth.append(labels[rows])
-        if inner:
-            thresholds[i] = choose_threshold(
-                np.concatenate(probabilities).astype(np.float64), np.concatenate(truth)
-            )
-    return thresholds
+def _head_scores(
+    patients: Patients, fitted: FittedHeads, head: HeadSettings, *, nested: bool
+) -> Scores:
+    """Read a head's probabilities at the last epoch, or at the one best inside each training set.
+
+    Best is the lowest log loss of out-of-fold probabilities.
+    """
+    position = {fit.split.id: i for i, fit in enumerate(fitted.fits) if fit.head == head}
+    outer, inner, chosen = patients.empty(), patients.empty(), []
+    n_epochs = fitted.curves.shape[1]
+    for place, split in enumerate(patients.plan.outer):
+        curves = np.full((n_epochs, len(patients.ids)), np.nan)
+        for within, rows in patients.inner(place):
+            curves[:, rows] = fitted.curves[position[within.id]][:, rows]
+        train, validation = patients.train[place], patients.validation[place]
+        epoch = n_epochs - 1
+        if nested and patients.plan.inner[place]:
+            epoch = int(log_loss(curves[:, train], patients.labels[train]).argmin())
+            chosen.append(f"epoch {epoch + 1}")
+        inner[place, train] = curves[epoch, train]
+        outer[place, validation] = fitted.curves[position[split.id], epoch, validation]
+    return Scores(name=head_name(head), kind="head", outer=outer, inner=inner, chosen=tuple(chosen))
 
 
-class _Evaluation:
-    """Turns curves of fits into tables."""
+def _select(
+    patients: Patients, heads: Sequence[HeadSettings], scores: Sequence[Scores]
+) -> list[Scores]:
+    """Select nested: among the settings of each aggregator, and among all heads."""
+    groups: dict[str, list[Scores]] = {}
+    for head, found in zip(heads, scores, strict=True):
+        groups.setdefault(head.agg, []).append(found)
+    selected = [
+        select_inside(patients, group, f"{agg}, best of {len(group)} chosen inside")
+        for agg, group in groups.items()
+        if len(group) > 1
+    ]
+    if len(groups) > 1:
+        name = f"any head, best of {len(scores)} chosen inside"
+        selected.append(select_inside(patients, scores, name))
+    return selected
 
-    def __init__(
-        self,
-        features: Features,
-        fitted: FittedHeads,
-        labels: NDArray[np.int64],
-        thresholds: NDArray[np.float64],
-        ids: Sequence[str],
-    ) -> None:
-        self.fitted = fitted
-        self._labels, self._thresholds, self._ids = labels, thresholds, np.array(ids)
-        self._rows = {fit.split.id: features.rows_of(fit.split.validation) for fit in fitted.fits}
 
-    def _of(self, i: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return fit i's validation curves (E, P) and labels (P,)."""
-        rows = self._rows[self.fitted.fits[i].split.id]
-        return self.fitted.curves[i][:, rows].astype(np.float64), self._labels[rows]
+def _as_reported(
+    patients: Patients, fitted: FittedHeads, measured: Sequence[Measured]
+) -> list[Measured]:
+    """Measure the heads' runs as the report did, and the baselines as runs of one epoch.
 
-    def _frame(self, i: int, columns: dict[str, object]) -> pd.DataFrame:
-        fit = self.fitted.fits[i]
-        return pd.DataFrame(
-            {"head": head_name(fit.head), "split": fit.split.id, "seed": fit.split.seed, **columns}
-        )
+    `measured` begins with the heads; `fitted` holds heads × splits in their order.
+    """
+    n_splits = len(patients.plan.outer)
+    found = []
+    for place, part in enumerate(measured):
+        runs = part.runs.drop(columns=["log_loss_calibrated", "brier_calibrated", "chosen"])
+        is_head = place * n_splits < len(fitted.fits)
+        rows = []
+        for split, run in enumerate(runs.to_dict("records")):
+            validation = patients.validation[split]
+            if is_head:
+                curves = fitted.curves[place * n_splits + split][:, validation].astype(float)
+            else:
+                curves = _judged(part, patients, split)[None]
+            rows.append(dict(run) | report_run(curves, patients.labels[validation]))
+        predictions = part.predictions.drop(columns="calibrated")
+        found.append(Measured(runs=pd.DataFrame(rows), predictions=predictions))
+    return found
 
-    def epochs(self) -> pd.DataFrame:
-        n_epochs = self.fitted.losses.shape[1]
-        frames = [
-            self._frame(
-                i,
+
+def _judged(part: Measured, patients: Patients, split: int) -> Floats:
+    table = part.predictions
+    return table.loc[table["split"] == patients.plan.outer[split].id, "probability"].to_numpy(float)
+
+
+def _epochs(patients: Patients, fitted: FittedHeads) -> pd.DataFrame:
+    """Return the learning curves of all outer fits, tidy, at threshold .5."""
+    n_epochs, n_splits = fitted.losses.shape[1], len(patients.plan.outer)
+    frames = []
+    for i, fit in enumerate(fitted.fits):
+        rows = patients.validation[i % n_splits]
+        curves = fitted.curves[i][:, rows].astype(np.float64)
+        frames.append(
+            pd.DataFrame(
                 {
+                    "head": head_name(fit.head),
+                    "split": fit.split.id,
+                    "seed": fit.split.seed,
                     "epoch": np.arange(1, n_epochs + 1),
-                    "loss": self.fitted.losses[i],
-                    **all_metrics(*self._of(i)),
-                },
+                    "loss": fitted.losses[i],
+                    **all_metrics(curves, patients.labels[rows]),
+                }
             )
-            for i in range(len(self.fitted.fits))
-        ]
-        return pd.concat(frames, ignore_index=True)
-
-    def predictions(self) -> pd.DataFrame:
-        frames = []
-        for i, fit in enumerate(self.fitted.fits):
-            curves, labels = self._of(i)
-            frames.append(
-                self._frame(
-                    i,
-                    {
-                        "patient": self._ids[self._rows[fit.split.id]],
-                        "probability": curves[-1],
-                        "threshold": self._thresholds[i],
-                        "predicted": (curves[-1] > self._thresholds[i]).astype(int),
-                        "label": labels,
-                    },
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
-
-    def last_runs(self) -> pd.DataFrame:
-        """Measure every fit at its last epoch and its own threshold."""
-        frames = [
-            self._frame(
-                i,
-                {
-                    "threshold": [self._thresholds[i]],
-                    **_first_row(all_metrics(curves[-1:], labels, self._thresholds[i : i + 1])),
-                },
-            )
-            for i, (curves, labels) in enumerate(map(self._of, range(len(self.fitted.fits))))
-        ]
-        return pd.concat(frames, ignore_index=True)
-
-    def report_runs(self) -> pd.DataFrame:
-        """Average every fit's ten best epochs at .5 (report §4), and at the oracle threshold."""
-        frames = []
-        for i in range(len(self.fitted.fits)):
-            curves, labels = self._of(i)
-            metrics = all_metrics(curves, labels)
-            best = np.argsort(-metrics["ba"], kind="stable")[:BEST_EPOCHS]
-            oracle = np.sort(oracle_balanced_accuracy(curves, labels))[::-1][:BEST_EPOCHS]
-            frames.append(
-                self._frame(
-                    i,
-                    {
-                        "threshold": [0.5],
-                        **{name: [values[best].mean()] for name, values in metrics.items()},
-                        "ba_oracle": [oracle.mean()],
-                        "ba_best_epochs": [metrics["ba"][best].tolist()],
-                        "ba_last": [metrics["ba"][-1]],
-                    },
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
-
-
-def _first_row(metrics: dict[str, NDArray[np.float64]]) -> dict[str, list[float]]:
-    return {name: [float(values[0])] for name, values in metrics.items()}
-
-
-def _summarise(runs: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    rows = []
-    for head, group in runs.groupby("head", sort=False):
-        row: dict[str, object] = {"head": head, "runs": len(group)}
-        row |= {name: float(group[name].mean()) for name in METRICS}
-        row |= _report_intervals(group) if "ba_oracle" in group else _honest_interval(group, plan)
-        rows.append(row)
-    return pd.DataFrame(rows).sort_values("ba", ascending=False, ignore_index=True)
-
-
-def _report_intervals(group: pd.DataFrame) -> dict[str, float]:
-    values = np.concatenate(group["ba_best_epochs"].tolist())
-    published = _NORMAL_95 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0
-    return {
-        "ba_half_width": t_half_width(group["ba"].to_numpy()),
-        # As published: a run's ten epochs taken as independent (METHOD §4), so far too narrow.
-        "ba_half_width_published": float(published),
-        "ba_oracle": float(group["ba_oracle"].mean()),
-        "ba_last": float(group["ba_last"].mean()),
-    }
-
-
-def _honest_interval(group: pd.DataFrame, plan: Plan) -> dict[str, float]:
-    factor = corrected_factor(len(group), plan.test_to_train)
-    return {"ba_half_width": t_half_width(group["ba"].to_numpy(), factor)}
+        )
+    return pd.concat(frames, ignore_index=True)
 
 
 def witness_aucs(

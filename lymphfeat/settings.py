@@ -126,6 +126,11 @@ class FitSettings:
     images_per_patient: int | None = None  # drawn anew at every step; None is all
     views: int | None = None  # of the store's, one drawn for every image at every step; None is all
     tta: bool = False  # evaluate the mean over those views, not the identity alone
+    epoch: str = "last"  # or "nested": the best inside each training set (honest)
+    fusions: tuple[str, ...] = ()  # late, sum, experts, all (METHOD §5)
+    attributes: tuple[str, ...] = ()  # clinical columns; none is all there are
+    log_attributes: tuple[str, ...] = ("lymph_count",)  # taken as logarithms
+    calibration: str = "platt"  # | "temperature" | "none"
     seed: int = 0  # the first of the seeds
     precision: str = "float32"
     device: str = "auto"
@@ -133,6 +138,12 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         _require_one_of(self.protocol, ("honest", "report"), "protocol")
+        _require_one_of(self.epoch, ("last", "nested"), "epoch")
+        _require_one_of(self.calibration, ("platt", "temperature", "none"), "calibration")
+        require(
+            self.epoch == "last" or self.protocol == "honest",
+            "epoch (=nested) must go with --protocol honest; report takes each run's ten best.",
+        )
         for name in ("seeds", "epochs", "batch_size", "images_per_patient", "views"):
             _require_at_least(getattr(self, name), 1, name)
         # Out-of-fold thresholds leave two folds out at a time: at least one must remain.

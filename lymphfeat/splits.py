@@ -172,7 +172,7 @@ def _inside(split: Split, labels: Mapping[str, int], folds: int) -> tuple[Split,
     check_classes(truth, folds)
     (repeat,) = kfold_splits(split.train, truth, folds=folds, seeds=1, seed=split.seed)
     return tuple(
-        replace(inner, id=f"{split.id}/{fold}", repeat=split.repeat)
+        replace(inner, id=f"{split.id}.{fold}", repeat=split.repeat)
         for fold, inner in enumerate(repeat.outer)
     )
 

@@ -1,63 +1,108 @@
-"""The figure of a run: every head's balanced accuracy with its interval, and its learning curve."""
+"""The figure of a run: every row with its interval, learning curves, and calibration."""
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lymphfeat.heads import head_name
+from lymphfeat.calibration import reliability
+from lymphfeat.evaluation import BAG_SIZE, CLINICAL
 from lymphfeat.protocol import Outcome
 from lymphfeat.settings import FitSettings
 
+Color = tuple[float, float, float, float]
+
 _SHOWN_CURVES = 8  # more lines than this cannot be told apart
+_SHOWN_RELIABILITIES = 3
+_GREY = (0.6, 0.6, 0.6, 1.0)
+_BASELINES = {BAG_SIZE: ("--", "#b8860b"), CLINICAL: ("-.", "#6a5acd")}  # lines in every panel
 
 
 def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
-    """Draw the summary table and the learning curves of a run as a PNG."""
-    names = outcome.summary["head"].tolist()
-    figure = Figure(figsize=(12, max(4.0, 0.32 * len(names) + 1.6)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 4))
-    palette = colormaps["tab10"]
-    colors = {
-        name: palette(i) if i < _SHOWN_CURVES else (0.6, 0.6, 0.6, 1.0)
-        for i, name in enumerate(names)
-    }
-    _draw_intervals(left, outcome, colors)
-    _draw_curves(right, outcome, colors)
+    """Draw the summary table, the learning curves and the reliability of a run as a PNG."""
+    calibrated = "calibrated" in outcome.predictions
+    height = max(4.2, 0.32 * len(outcome.summary) + 1.6)
+    figure = Figure(figsize=(17 if calibrated else 12, height), layout="constrained")
+    ratios = (3, 4, 3) if calibrated else (3, 4)
+    panels = figure.subplots(1, len(ratios), width_ratios=ratios)
+    colors = _colors(outcome.summary)
+    _draw_intervals(panels[0], outcome.summary, colors)
+    _draw_curves(panels[1], outcome, colors)
+    if calibrated:
+        _draw_reliability(panels[2], outcome, colors)
     n = outcome.summary["runs"].iloc[0]
-    figure.suptitle(f"{settings.protocol} protocol, {n} runs a head, {settings.epochs} epochs")
+    figure.suptitle(f"{settings.protocol} protocol, {n} runs a row, {settings.epochs} epochs")
     figure.savefig(path, dpi=130)
 
 
-def _draw_intervals(
-    axes: Axes, outcome: Outcome, colors: dict[str, tuple[float, float, float, float]]
-) -> None:
-    table = outcome.summary.iloc[::-1].reset_index(drop=True)
-    for row, (name, ba, half) in enumerate(
-        zip(table["head"], table["ba"], table["ba_half_width"], strict=True)
-    ):
-        axes.errorbar(ba, row, xerr=0 if np.isnan(half) else half, fmt="o", color=colors[name])
-    axes.set_yticks(range(len(table)), table["head"])
+def _colors(summary: pd.DataFrame) -> dict[str, Color]:
+    palette = colormaps["tab10"]
+    heads = summary.loc[summary["kind"] == "head", "head"][:_SHOWN_CURVES]
+    own = {str(name): palette(i) for i, name in enumerate(heads)}
+    return {str(name): own.get(str(name), _GREY) for name in summary["head"]}
+
+
+def _draw_intervals(axes: Axes, summary: pd.DataFrame, colors: dict[str, Color]) -> None:
+    rows = summary.iloc[::-1].to_dict("records")
+    for y, row in enumerate(rows):
+        half = row["ba_half_width"]
+        marker = {"baseline": "s", "fusion": "D", "selected": "^"}.get(row["kind"], "o")
+        color = "black" if row["kind"] in ("baseline", "selected") else colors[row["head"]]
+        axes.errorbar(row["ba"], y, xerr=0 if np.isnan(half) else half, fmt=marker, color=color)
+    axes.set_yticks(range(len(rows)), [row["head"] for row in rows])
+    for name, (line, color) in _BASELINES.items():
+        for ba in summary.loc[summary["head"] == name, "ba"]:
+            axes.axvline(ba, color=color, linestyle=line, linewidth=1)
     axes.axvline(0.5, color="0.7", linestyle=":", linewidth=1)
     axes.set_xlabel("balanced accuracy, 95 % interval")
-    axes.grid(axis="x", color="0.92")
-    axes.set_axisbelow(True)
+    _grid(axes, "x")
 
 
-def _draw_curves(
-    axes: Axes, outcome: Outcome, colors: dict[str, tuple[float, float, float, float]]
-) -> None:
+def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None:
     curves = outcome.epochs.groupby(["head", "epoch"])["auc"].mean()
-    for name in outcome.summary["head"][:_SHOWN_CURVES]:
+    summary = outcome.summary
+    heads = summary.loc[summary["kind"] == "head", "head"]
+    for name in heads[:_SHOWN_CURVES]:
         curve = curves[name]
         axes.plot(curve.index, curve.to_numpy(), color=colors[name], label=name)
-    labels = {head_name(head) for head in outcome.heads}
-    hidden = len(labels) - _SHOWN_CURVES
-    title = f"best {_SHOWN_CURVES} of {len(labels)}" if hidden > 0 else None
+    for name, (line, color) in _BASELINES.items():
+        for auc in summary.loc[summary["head"] == name, "auc"]:
+            axes.axhline(auc, color=color, linestyle=line, linewidth=1, label=f"{name} alone")
+    hidden = len(heads) - _SHOWN_CURVES
+    title = f"best {_SHOWN_CURVES} of {len(heads)}" if hidden > 0 else None
     axes.legend(title=title, fontsize="small", frameon=False, loc="lower right")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation ROC-AUC, mean of runs")
-    axes.grid(color="0.92")
+    _grid(axes)
+
+
+def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None:
+    """Draw the best rows before (thin) and after calibration, over the patients of all repeats."""
+    summary = outcome.summary
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", linewidth=1)
+    heads = summary[summary["kind"] == "head"].head(_SHOWN_RELIABILITIES)
+    for row in heads.to_dict("records"):
+        table = outcome.predictions[outcome.predictions["head"] == row["head"]]
+        labels = table["label"].to_numpy(np.int64)
+        before = reliability(table["probability"].to_numpy(float), labels)
+        after = reliability(table["calibrated"].to_numpy(float), labels)
+        color = colors[row["head"]]
+        axes.plot(before.predicted, before.observed, color=color, linewidth=1, linestyle="--")
+        axes.plot(after.predicted, after.observed, color=color, marker="o", markersize=4)
+        told = f"{row['head']}: {row['ece']:.3f} → {row['ece_calibrated']:.3f}"
+        axes.plot([], [], color=color, label=told)
+    title = "calibration error, raw (dashed) → calibrated"
+    axes.legend(title=title, fontsize="small", title_fontsize="small", frameon=False)
+    axes.set_xlabel("predicted probability")
+    axes.set_ylabel("share of tumoral patients")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    _grid(axes)
+
+
+def _grid(axes: Axes, axis: str = "both") -> None:
+    axes.grid(axis=axis, color="0.92")  # type: ignore[arg-type]
     axes.set_axisbelow(True)

@@ -65,7 +65,13 @@ def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: 
     )
     assert result.exit_code == 0, result.output
     assert f"{protocol} protocol" in result.output
-    summary = pd.DataFrame(json.loads((out / "summary.json").read_text())).set_index("head")
+    table = pd.DataFrame(json.loads((out / "summary.json").read_text())).set_index("head")
+    baselines = table[table["kind"] == "baseline"]
+    assert baselines.index.tolist() == table.index[-2:].tolist() == ["majority", "bag size"]
+    assert "baseline: bag size" in result.output
+    if protocol == "honest":  # every patient has three images
+        assert "not beat bag size" not in result.output
+    summary = table[table["kind"] == "head"]
     assert len(summary) == 9
     assert summary["ba"].is_monotonic_decreasing
     assert summary["witness_auc"].max() > 0.9
@@ -87,9 +93,15 @@ def test_a_grid_is_one_call(folder: Path, tmp_path: Path) -> None:
         *("--seeds", "1", "--folds", "3", "--epochs", "2", "--out", str(tmp_path / "run")),
     )
     assert result.exit_code == 0, result.output
-    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
-    assert heads == {
+    kinds = {row["head"]: row["kind"] for row in json.loads(result.stdout)["summary"]}
+    assert {name for name, kind in kinds.items() if kind == "head"} == {
         f"{name} lr={lr}" for name in ("top1", "top2", "mean") for lr in ("0.01", "0.1")
+    }
+    assert {name for name, kind in kinds.items() if kind == "selected"} == {
+        "top1, best of 2 chosen inside",
+        "topk, best of 2 chosen inside",
+        "mean, best of 2 chosen inside",
+        "any head, best of 6 chosen inside",
     }
 
 
@@ -109,7 +121,8 @@ def test_several_values_may_stand_in_the_configuration(
     few = ["--seeds", "1", "--folds", "3", "--epochs", "1"]
     result = CliRunner().invoke(cli, ["fit-head", *store, *few])
     assert result.exit_code == 0, result.output
-    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
+    summary = json.loads(result.stdout)["summary"]
+    heads = {row["head"] for row in summary if row["kind"] == "head"}
     assert len(heads) == 6
     assert "top2 lr=0.2 weight_decay=0.5" in heads
 

@@ -67,6 +67,40 @@ Options that take several values make a grid: every combination is a head, all f
     help="Splits to measure on, in place of the protocol's own: the splits.json of another run.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option(
+    "--choose-epoch",
+    "epoch",
+    type=click.Choice(["last", "nested"]),
+    default="last",
+    show_default=True,
+    help="nested: the epoch best on out-of-fold probabilities inside each training set (honest).",
+)
+@click.option(
+    "--fusion",
+    "fusions",
+    multiple=True,
+    type=click.Choice(["late", "sum", "experts", "all"]),
+    help="Also fuse every head with the clinical attributes (honest). Repeatable.",
+)
+@click.option(
+    "--attributes",
+    type=TEXTS,
+    default=(),
+    help="Clinical columns of the cohort's table, numeric or categories. [default: all]",
+)
+@click.option(
+    "--log-attributes",
+    type=TEXTS,
+    default=("lymph_count",),
+    help="Those taken as logarithms. [default: lymph_count]",
+)
+@click.option(
+    "--calibration",
+    type=click.Choice(["platt", "temperature", "none"]),
+    default="platt",
+    show_default=True,
+    help="How probabilities are calibrated on training patients (honest).",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
     "--images-per-patient",
@@ -141,9 +175,17 @@ def command(
             progress=progress,
         )
     if as_json:
-        show_json({"folder": str(folder), "summary": run.outcome.summary.to_dict("records")})
+        show_json(
+            {
+                "folder": str(folder),
+                "summary": run.outcome.summary.to_dict("records"),
+                "warnings": list(run.outcome.warnings),
+            }
+        )
         return
     _show(run.outcome.summary, settings)
+    for warning in run.outcome.warnings:
+        click.echo(f"Warning: {warning}")
     click.echo("Wrote " + ", ".join(str(path) for path in run.files))
 
 
@@ -162,14 +204,17 @@ def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
     if report:
         columns += ["± as published", "BA last epoch", "BA oracle (optimistic)"]
         names += ["ba_half_width_published", "ba_last", "ba_oracle"]
+    else:
+        columns += ["log loss", "calibrated", "ECE", "calibrated"]
+        names += ["log_loss", "log_loss_calibrated", "ece", "ece_calibrated"]
     if "witness_auc" in summary:
         columns.append("cell AUC")
         names.append("witness_auc")
     rows = [
         [
-            row["head"],
+            f"baseline: {row['head']}" if row["kind"] == "baseline" else row["head"],
             f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}",
-            *(f"{row[name]:.3f}" for name in names),
+            *(_number(row[name]) for name in names),
         ]
         for row in summary.to_dict("records")
     ]
@@ -178,6 +223,11 @@ def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
         f"report protocol: {runs} halves, threshold .5, mean of each run's 10 best epochs "
         "(chosen on the patients measured: optimistic)"
         if report
-        else f"honest protocol: {runs} fits a head, last epoch, threshold from training patients"
+        else f"honest protocol: {runs} fits a row, {settings.epoch} epoch, threshold from training "
+        "patients"
     )
     show_table(title, columns, rows)
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"

@@ -1,0 +1,208 @@
+"""Probabilities that mean what they say, and thresholds: learnt from out-of-fold probabilities."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.metrics import choose_threshold
+
+Floats = NDArray[np.float64]
+
+METHODS = ("platt", "temperature", "none")
+SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points kept
+BINS = 10
+_FARTHEST = 15.0  # logits beyond are as good as certain
+_LEAST_SLOPE = 1e-3  # a calibration must not turn the ranking round
+
+
+def logit(probabilities: Floats) -> Floats:
+    """Return log(p / (1 − p)), kept within ±15."""
+    with np.errstate(divide="ignore"):
+        values = np.log(probabilities) - np.log1p(-probabilities)
+    return np.asarray(np.clip(values, -_FARTHEST, _FARTHEST))
+
+
+def logistic(logits: Floats) -> Floats:
+    """Return 1 / (1 + exp(−x))."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """σ(slope · logit(p) + intercept): Platt scaling, or with intercept 0 temperature scaling."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def apply(self, probabilities: Floats) -> Floats:
+        """Calibrate probabilities, of any shape."""
+        return logistic(self.slope * logit(probabilities) + self.intercept)
+
+
+def fit_calibrations(
+    probabilities: Floats, labels: NDArray[np.int64], method: str = "platt"
+) -> list[Calibration]:
+    """Fit one calibration to each row of out-of-fold probabilities (S, P), NaN left out.
+
+    `platt` (Platt 1999, with his smoothed targets) moves and stretches the logits, `temperature`
+    (Guo et al. 2017) stretches them alone, `none` changes nothing. `labels` (P,) of 0 and 1; those
+    of patients who are NaN everywhere do not matter.
+    """
+    if method == "none":
+        return [Calibration()] * len(probabilities)
+    known = ~np.isnan(probabilities)
+    x = logit(np.where(known, probabilities, 0.5))  # (S, P)
+    size = np.sqrt((x**2).sum(1, keepdims=True) / known.sum(1, keepdims=True))
+    size = np.maximum(size, 1e-6)
+    targets = _smoothed(known, labels)
+    slope, intercept = _newton(x / size, known, targets, with_intercept=method == "platt")
+    flat = slope < _LEAST_SLOPE  # nothing in these probabilities tells the label
+    share = (targets * known).sum(1) / known.sum(1)
+    intercept = np.where(flat & (method == "platt"), logit(share), intercept)
+    slope = np.maximum(slope, _LEAST_SLOPE) / size[:, 0]
+    return [
+        Calibration(slope=float(a), intercept=float(b))
+        for a, b in zip(slope, intercept, strict=True)
+    ]
+
+
+def _smoothed(known: NDArray[np.bool_], labels: NDArray[np.int64]) -> Floats:
+    """Return Platt's targets (S, P): a little off 0 and 1, so that none is fitted for certain."""
+    tumoral = (known & (labels == 1)).sum(1, keepdims=True)
+    reactive = (known & (labels == 0)).sum(1, keepdims=True)
+    targets = np.where(labels == 1, (tumoral + 1) / (tumoral + 2), 1 / (reactive + 2))
+    return np.asarray(targets, dtype=np.float64)
+
+
+def _newton(
+    x: Floats, known: NDArray[np.bool_], targets: Floats, *, with_intercept: bool
+) -> tuple[Floats, Floats]:
+    """Maximise the likelihood of σ(a x + b) in every row: a and b, (S,)."""
+    a, b = np.zeros(len(x)), np.zeros(len(x))
+    for _ in range(60):
+        p = logistic(a[:, None] * x + b[:, None])
+        slack, weight = (p - targets) * known, p * (1 - p) * known
+        gradient_a, gradient_b = (slack * x).sum(1), slack.sum(1)
+        aa, ab, bb = (weight * x * x).sum(1), (weight * x).sum(1), weight.sum(1)
+        aa, bb = aa + 1e-9, bb + 1e-9
+        if with_intercept:
+            determinant = np.maximum(aa * bb - ab * ab, 1e-12)
+            step_a = (bb * gradient_a - ab * gradient_b) / determinant
+            step_b = (aa * gradient_b - ab * gradient_a) / determinant
+        else:
+            step_a, step_b = gradient_a / aa, np.zeros_like(b)
+        a -= np.clip(step_a, -1, 1)  # a whole step may leap over the optimum
+        b -= np.clip(step_b, -1, 1)
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+            break
+    return a, b
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Bins of equal width over predicted probabilities; arrays (B,), empty bins left out."""
+
+    predicted: Floats  # mean probability
+    observed: Floats  # share of tumoral patients
+    patients: NDArray[np.int64]
+
+    @property
+    def error(self) -> float:
+        """Return the expected calibration error: mean |observed − predicted| over patients."""
+        gaps = np.abs(self.observed - self.predicted)
+        return float((gaps * self.patients).sum() / self.patients.sum())
+
+
+def reliability(probabilities: Floats, labels: NDArray[np.int64], bins: int = BINS) -> Reliability:
+    """Compare probabilities (P,) with the labels (P,) bin by bin."""
+    place = np.minimum((probabilities * bins).astype(int), bins - 1)
+    patients = np.bincount(place, minlength=bins)
+    full = patients > 0
+    with np.errstate(invalid="ignore"):
+        predicted = np.bincount(place, probabilities, bins) / patients
+        observed = np.bincount(place, labels, bins) / patients
+    return Reliability(predicted=predicted[full], observed=observed[full], patients=patients[full])
+
+
+def calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = BINS) -> float:
+    """Return the expected calibration error (Naeini et al. 2015) over bins of equal width."""
+    return reliability(probabilities, labels, bins).error
+
+
+def operating_point(probabilities: Floats, labels: NDArray[np.int64], sensitivity: float) -> float:
+    """Return the highest threshold that calls at least `sensitivity` of the tumoral tumoral.
+
+    `probabilities` (P,) must be out of fold. The threshold lies half-way to the next lower value.
+    """
+    tumoral = np.sort(probabilities[labels == 1])[::-1]
+    last = tumoral[math.ceil(sensitivity * len(tumoral) - 1e-9) - 1]  # must be called
+    below = probabilities[probabilities < last]
+    return float((last + below.max()) / 2 if len(below) else last / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How a model's probabilities are read: stored with it, learnt from training patients alone."""
+
+    threshold: float = 0.5
+    threshold_from: str = "default: a single model without folds keeps .5"
+    calibration: Calibration | None = None
+    # "0.95" -> the threshold that reached this sensitivity on out-of-fold probabilities
+    operating_points: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def learn(
+        cls,
+        probabilities: Floats,
+        labels: NDArray[np.int64],
+        *,
+        method: str = "platt",
+        sensitivities: Sequence[float] = SENSITIVITIES,
+        source: str = "out-of-fold probabilities of the training patients",
+    ) -> "Decision":
+        """Learn threshold, calibration and operating points from OUT-OF-FOLD probabilities (P,)."""
+        (calibration,) = fit_calibrations(probabilities[None], labels, method)
+        return cls(
+            threshold=choose_threshold(probabilities, labels),
+            threshold_from=f"best balanced accuracy on {source}",
+            calibration=None if method == "none" else calibration,
+            operating_points={
+                f"{target:g}": operating_point(probabilities, labels, target)
+                for target in sensitivities
+            },
+        )
+
+    def at_sensitivity(self, target: float) -> "Decision":
+        """Decide by an operating point in place of the best balanced accuracy."""
+        key = f"{target:g}"
+        if key not in self.operating_points:
+            known = ", ".join(self.operating_points) or "none: it has no out-of-fold probabilities"
+            raise SettingsError(
+                f"sensitivity (={key}) must be an operating point of the model; it has {known}."
+            )
+        return Decision(
+            threshold=self.operating_points[key],
+            threshold_from=f"sensitivity {key} on out-of-fold probabilities",
+            calibration=self.calibration,
+            operating_points=self.operating_points,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a model file holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Decision":
+        """Read a model file's fields; those of models without calibration may be absent."""
+        calibration = content.get("calibration")
+        return cls(
+            threshold=float(content["threshold"]),
+            threshold_from=str(content["threshold_from"]),
+            calibration=None if calibration is None else Calibration(**calibration),
+            operating_points={k: float(v) for k, v in content.get("operating_points", {}).items()},
+        )

@@ -1,0 +1,283 @@
+"""Probabilities under a plan of splits -> runs, predictions and a summary (METHOD §4).
+
+Whatever is measured (a head, a fusion, a baseline) is a `Scores`. What is chosen for a split (the
+threshold, the calibration, one of several heads) is chosen on its training patients' out-of-fold
+probabilities, and measured on its validation patients.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lymphfeat.calibration import calibration_error, fit_calibrations
+from lymphfeat.intervals import corrected_factor, estimate, t_half_width
+from lymphfeat.metrics import (
+    METRICS,
+    all_metrics,
+    brier_score,
+    choose_threshold,
+    log_loss,
+    oracle_balanced_accuracy,
+    roc_auc,
+)
+from lymphfeat.splits import Plan, Split
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
+Predictor = Callable[[Floats], Floats]  # inputs (m, D) -> probabilities (m,)
+Learner = Callable[[Floats, Labels], Predictor]  # of training patients, (n, D) and (n,)
+
+BEST_EPOCHS = 10  # of each run, averaged by the report (§4)
+KINDS = ("head", "fusion", "selected", "baseline")
+MAJORITY, BAG_SIZE, CLINICAL = "majority", "bag size", "clinical"
+_NORMAL_95 = 1.96
+_KEPT = ("threshold", *METRICS, "log_loss_calibrated", "brier_calibrated")
+
+
+class Patients:
+    """The patients of a plan: their labels, and their rows on each side of each split."""
+
+    def __init__(self, ids: Sequence[str], labels: Labels, plan: Plan) -> None:
+        self.ids, self.labels, self.plan = np.array(ids), labels, plan
+        self._row = {patient: row for row, patient in enumerate(ids)}
+        self.train = [self.rows(split.train) for split in plan.outer]
+        self.validation = [self.rows(split.validation) for split in plan.outer]
+
+    def rows(self, patients: Sequence[str]) -> NDArray[np.int64]:
+        """Return the rows of patients by their ids."""
+        return np.array([self._row[patient] for patient in patients], dtype=np.int64)
+
+    def inner(self, place: int) -> list[tuple[Split, NDArray[np.int64]]]:
+        """Return an outer split's inner splits, and the rows that each may speak of."""
+        train = set(self.plan.outer[place].train)
+        return [
+            (split, self.rows([patient for patient in split.validation if patient in train]))
+            for split in self.plan.inner[place]
+        ]
+
+    def empty(self) -> Floats:
+        """Return (S, P) of NaN."""
+        return np.full((len(self.plan.outer), len(self.ids)), np.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one thing says of every split's patients, (S, P) each; NaN of those it may not judge."""
+
+    name: str
+    kind: str  # one of KINDS
+    outer: Floats  # of validation patients, learnt from all training patients
+    inner: Floats  # of training patients, out of fold; NaN throughout without inner splits
+    # Per split, what was chosen on its training patients: an epoch, a head.
+    chosen: tuple[str, ...] = ()
+
+
+def cross_fit(
+    patients: Patients, learner: Learner, inputs: Callable[[int], Floats]
+) -> tuple[Floats, Floats]:
+    """Fit a learner on every split's training patients, and out of fold inside them.
+
+    `inputs` gives an outer split's (P, D). Returns outer and inner of a `Scores`.
+    """
+    outer, inner = patients.empty(), patients.empty()
+    labels = patients.labels
+    for place, (train, validation) in enumerate(
+        zip(patients.train, patients.validation, strict=True)
+    ):
+        given = inputs(place)
+        outer[place, validation] = learner(given[train], labels[train])(given[validation])
+        for split, rows in patients.inner(place):
+            learnt = patients.rows(split.train)
+            inner[place, rows] = learner(given[learnt], labels[learnt])(given[rows])
+    return outer, inner
+
+
+def select_inside(patients: Patients, candidates: Sequence[Scores], name: str) -> Scores:
+    """For each split take the candidate that is best on its training patients, out of fold.
+
+    Best is the highest AUC, of equals the lowest log loss, of those the first: nested selection.
+    """
+    best = []
+    for place, train in enumerate(patients.train):
+        stacked = np.stack([scores.inner[place, train] for scores in candidates])  # (H, n)
+        labels = patients.labels[train]
+        auc, loss = roc_auc(stacked, labels), log_loss(stacked, labels)
+        best.append(int(np.lexsort((loss.round(9), -auc.round(9)))[0]))
+    return Scores(
+        name=name,
+        kind="selected",
+        outer=np.stack([candidates[b].outer[place] for place, b in enumerate(best)]),
+        inner=np.stack([candidates[b].inner[place] for place, b in enumerate(best)]),
+        chosen=tuple(_described(candidates[b], place) for place, b in enumerate(best)),
+    )
+
+
+def _described(scores: Scores, place: int) -> str:
+    return f"{scores.name}, {scores.chosen[place]}" if scores.chosen else scores.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One thing measured on every split."""
+
+    runs: pd.DataFrame  # a row a split
+    predictions: pd.DataFrame  # a row a split and validation patient
+
+
+def measure(patients: Patients, scores: Scores, *, calibration: str = "platt") -> Measured:
+    """Measure at each split's own threshold, which is .5 where there is nothing to choose it on."""
+    nested = not np.isnan(scores.inner).all()
+    calibrations = fit_calibrations(
+        scores.inner if nested else np.full_like(scores.inner, 0.5),
+        patients.labels,
+        calibration if nested else "none",
+    )
+    runs, predictions = [], []
+    for place, split in enumerate(patients.plan.outer):
+        train, rows = patients.train[place], patients.validation[place]
+        labels, probability = patients.labels[rows], scores.outer[place, rows]
+        threshold = (
+            choose_threshold(scores.inner[place, train], patients.labels[train]) if nested else 0.5
+        )
+        calibrated = calibrations[place].apply(probability)
+        run = _identify(scores, split) | {"threshold": threshold}
+        run |= {n: float(v) for n, v in all_metrics(probability, labels, threshold).items()}
+        run["log_loss_calibrated"] = float(log_loss(calibrated, labels))
+        run["brier_calibrated"] = float(brier_score(calibrated, labels))
+        run["chosen"] = scores.chosen[place] if scores.chosen else ""
+        runs.append(run)
+        predictions.append(
+            {
+                "split": [split.id] * len(rows),
+                "seed": [split.seed] * len(rows),
+                "patient": patients.ids[rows],
+                "probability": probability,
+                "calibrated": calibrated,
+                "threshold": np.full(len(rows), threshold),
+                "predicted": (probability > threshold).astype(int),
+                "label": labels,
+            }
+        )
+    told = {name: np.concatenate([part[name] for part in predictions]) for name in predictions[0]}
+    return Measured(
+        runs=pd.DataFrame(runs),
+        predictions=pd.DataFrame({"head": scores.name, "kind": scores.kind, **told}),
+    )
+
+
+def _identify(scores: Scores, split: Split) -> dict[str, object]:
+    return {"head": scores.name, "kind": scores.kind, "split": split.id, "seed": split.seed}
+
+
+def report_run(curves: Floats, labels: Labels) -> dict[str, object]:
+    """Measure a run as the report did: curves (E, P) at .5, the mean of its ten best epochs.
+
+    Beside it the last epoch; the epochs whose log loss is lowest; and the best of 100 thresholds,
+    chosen on these patients (METHOD §4, `oracle`).
+    """
+    metrics = all_metrics(curves, labels)
+    best = np.argsort(-metrics["ba"], kind="stable")[:BEST_EPOCHS]
+    oracle = np.sort(oracle_balanced_accuracy(curves, labels))[::-1][:BEST_EPOCHS]
+    lowest = np.sort(metrics["log_loss"])[:BEST_EPOCHS]
+    return {
+        "threshold": 0.5,
+        **{name: float(values[best].mean()) for name, values in metrics.items()},
+        "log_loss_best": float(lowest.mean()),
+        "ba_oracle": float(oracle.mean()),
+        "ba_best_epochs": metrics["ba"][best].tolist(),
+        "ba_last": float(metrics["ba"][-1]),
+    }
+
+
+def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """Return a row for each name: means over splits, intervals; the best first, baselines last."""
+    errors = _calibration_errors(predictions, plan)
+    ratio = plan.test_to_train
+    rows = []
+    for (head, kind), group in runs.groupby(["head", "kind"], sort=False):
+        row: dict[str, object] = {"head": head, "kind": kind, "runs": len(group)}
+        row |= {name: float(group[name].mean()) for name in _KEPT if name in group}
+        row |= errors.get(str(head), {})
+        corrected = corrected_factor(len(group), ratio)
+        row["auc_half_width"] = t_half_width(group["auc"].to_numpy(float), corrected)
+        row |= (
+            _report_intervals(group, corrected)
+            if "ba_oracle" in group
+            else {"ba_half_width": t_half_width(group["ba"].to_numpy(float), corrected)}
+        )
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    last = table["kind"] == "baseline"
+    return pd.concat(
+        [table[~last].sort_values("ba", ascending=False, kind="stable"), table[last]],
+        ignore_index=True,
+    )
+
+
+def _calibration_errors(predictions: pd.DataFrame, plan: Plan) -> dict[str, dict[str, float]]:
+    """Measure calibration over all patients of a repeat: those of a fold are too few for bins."""
+    repeat = predictions["split"].map({split.id: split.repeat for split in plan.outer})
+    found: dict[str, dict[str, list[float]]] = {}
+    for (head, _), group in predictions.groupby(["head", repeat.rename("repeat")], sort=False):
+        errors = found.setdefault(str(head), {"ece": [], "ece_calibrated": []})
+        labels = group["label"].to_numpy(np.int64)
+        errors["ece"].append(calibration_error(group["probability"].to_numpy(float), labels))
+        if "calibrated" in group:
+            calibrated = group["calibrated"].to_numpy(float)
+            errors["ece_calibrated"].append(calibration_error(calibrated, labels))
+    return {
+        head: {name: float(np.mean(values)) for name, values in errors.items() if values}
+        for head, errors in found.items()
+    }
+
+
+def _report_intervals(group: pd.DataFrame, corrected: float) -> dict[str, float]:
+    values = np.concatenate(group["ba_best_epochs"].tolist())
+    published = _NORMAL_95 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0
+    means = group["ba"].to_numpy(float)
+    losses = group["log_loss_best"].to_numpy(float)
+    return {
+        "ba_half_width": t_half_width(means),
+        "ba_half_width_corrected": t_half_width(means, corrected),
+        # As published: a run's ten epochs taken as independent (METHOD §4), so far too narrow.
+        "ba_half_width_published": float(published),
+        "ba_oracle": float(group["ba_oracle"].mean()),
+        "ba_oracle_half_width": t_half_width(group["ba_oracle"].to_numpy(float)),
+        "ba_last": float(group["ba_last"].mean()),
+        "log_loss_best": float(losses.mean()),
+        "log_loss_best_half_width": t_half_width(losses),
+    }
+
+
+def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
+    """Say in plain words which image rows do not beat bag size, which fused ones not clinical.
+
+    A row beats a baseline when the corrected 95 % interval of their difference in AUC, paired by
+    split, lies above 0.
+    """
+    auc = runs.pivot(index="split", columns="head", values="auc")
+    kinds = runs.drop_duplicates("head").set_index("head")["kind"]
+    told = []
+    for baseline, wanted, verdict in (
+        (BAG_SIZE, ("head", "selected"), "what it learnt may be how many images a patient has"),
+        (CLINICAL, ("fusion",), "the images add nothing to the clinical attributes here"),
+    ):
+        if baseline not in auc:
+            continue
+        names = [str(name) for name in kinds.index if kinds[name] in wanted]
+        worse = [name for name in names if _does_not_beat(auc, name, baseline, plan)]
+        if worse:
+            told.append(
+                f"{', '.join(worse[:4])}{f' and {len(worse) - 4} more' if len(worse) > 4 else ''}: "
+                f"{'does' if len(worse) == 1 else 'do'} not beat {baseline} alone "
+                f"(AUC {auc[baseline].mean():.2f}); {verdict}."
+            )
+    return tuple(told)
+
+
+def _does_not_beat(auc: pd.DataFrame, name: str, baseline: str, plan: Plan) -> bool:
+    difference = estimate((auc[name] - auc[baseline]).to_numpy(float), plan.test_to_train)
+    return not difference.low > 0
