@@ -134,7 +134,8 @@ def test_drawn_images_and_class_weights(folder: Path, tmp_path: Path) -> None:
         *("--seeds", "1", "--folds", "3", "--epochs", "2", "--out", str(tmp_path / "run")),
     )
     assert result.exit_code == 0, result.output
-    heads = {row["head"] for row in json.loads(result.stdout)["summary"]}
+    summary = json.loads(result.stdout)["summary"]
+    heads = {row["head"] for row in summary if row["kind"] == "head"}
     assert heads == {"top10", "top10 class_weights=balanced"}
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"]["images_per_patient"] == 2
