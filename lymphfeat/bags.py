@@ -68,6 +68,11 @@ class Bags:
         """Average the values (M, H) of each bag: (B, H)."""
         return self.sum(values) / self.sizes[:, None]
 
+    def softmax(self, values: Tensor) -> Tensor:
+        """Return exp(value) divided by its sum over the bag: (M, H) -> (M, H)."""
+        powers = (values - self.spread(self.max(values.detach()))).exp()
+        return powers / self.spread(self.sum(powers))
+
     def spread(self, per_bag: Tensor) -> Tensor:
         """Give every instance its bag's value: (B, H) -> (M, H)."""
         return per_bag.index_select(0, self.index)

@@ -180,9 +180,13 @@ def _write(
 def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
     """Name every fit's weights `<head>/<split>/<tensor>`."""
     fitted = outcome.fitted
-    tensors = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     for i, fit in enumerate(fitted.fits):
         prefix = f"{head_name(fit.head)}/{fit.split.id}"
+        if i in fitted.networks:
+            state = fitted.networks[i].state_dict()
+            tensors |= {f"{prefix}/{name}": value.numpy() for name, value in state.items()}
+            continue
         tensors[f"{prefix}/weight"] = fitted.weight[i]
         tensors[f"{prefix}/bias"] = fitted.bias[i : i + 1]
         if fit.head.agg == "bnsigmoid":

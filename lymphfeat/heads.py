@@ -1,4 +1,4 @@
-"""Heads: a linear scorer and an aggregator, many of them side by side (METHOD §2).
+"""Heads: a linear scorer and an aggregator, many of them side by side, or a network (METHOD §2).
 
 Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATORS`.
 """
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lymphfeat.aggregators import ranking, weighted
+from lymphfeat.aggregators.attention import Attention, gated_attention
+from lymphfeat.aggregators.lstm import LSTM
 from lymphfeat.aggregators.ranking import Ranking, effective_k
+from lymphfeat.aggregators.transformer import Transformer
 from lymphfeat.bags import Bags
 from lymphfeat.errors import SettingsError
 from lymphfeat.settings import HeadGrid, HeadSettings
@@ -25,8 +28,10 @@ DEFAULT_K = (5, 10)  # of `--agg all`
 class Aggregator:
     """A row of the name table."""
 
-    family: str  # "ranking": trained on instances; "weighted": trained on patients
-    unit: str  # the unit counted by default
+    # "ranking": trained on instances; "weighted": trained on patients; "network": trained on
+    # patients, and not a mean of linear scores
+    family: str
+    unit: str  # the unit counted by default; of networks none, they read images
     about: str
     reads: tuple[str, ...] = ("unit",)  # settings that matter, beside those of the optimiser
     bottom: bool = False  # ranking family: do the lowest instances count too
@@ -34,6 +39,8 @@ class Aggregator:
     patient_logit: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
     # Weighted family: (state, logits (M, H), bags) -> weights (M, H), each bag's adding up to 1.
     weights: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
+    # Network: (channels, settings) -> a module: images (m, C), bags -> patient logits (B,).
+    network: "Callable[[int, HeadSettings], nn.Module] | None" = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,44 @@ class HeadStack(nn.Module):
         if self.aggregator.family == "weighted":
             return self.patient_logit(logits, bags).sigmoid()
         return read_out(self.settings[0], Ranking.of(logits, bags))
+
+
+class NetworkHead(nn.Module):
+    """A network on raw pooled images: it standardises them as it was trained."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: HeadSettings, network: nn.Module, mean: Tensor, scale: Tensor):
+        """Take the mean and 1 / standard deviation (C,) of training images."""
+        super().__init__()
+        self.settings, self.network = settings, network
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def initial(
+        cls, settings: HeadSettings, mean: Tensor, scale: Tensor, generator: torch.Generator
+    ) -> "NetworkHead":
+        """Initialise a network as a generator says, on the device of `mean`."""
+        make = AGGREGATORS[settings.agg].network
+        assert make is not None
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
+            torch.manual_seed(seed)
+            network = make(len(mean), settings)
+        return cls(settings, network.to(mean.device), mean, scale)
+
+    def forward(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits: images (m, C) -> (B,)."""
+        logits: Tensor = self.network((images - self.mean) * self.scale, bags)
+        return logits
+
+    @torch.no_grad()
+    def image_logits(self, images: Tensor) -> Tensor:
+        """Score images (m, C) as patients who have nothing else: (m,)."""
+        logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
+        return logits
 
 
 def read_out(settings: HeadSettings, ranked: Ranking) -> Tensor:
@@ -228,6 +273,34 @@ AGGREGATORS: dict[str, Aggregator] = {
         patient_logit=_bnsigmoid_logit,
         weights=_bnsigmoid_weights,
     ),
+    "attention": Aggregator(
+        "network",
+        "",
+        "weights by attention (Ilse et al. 2018)",
+        reads=("width",),
+        network=Attention,
+    ),
+    "gated-attention": Aggregator(
+        "network",
+        "",
+        "weights by gated attention (Ilse et al. 2018)",
+        reads=("width",),
+        network=gated_attention,
+    ),
+    "transformer": Aggregator(
+        "network",
+        "",
+        "images attend to each other",
+        reads=("width", "layers"),
+        network=Transformer,
+    ),
+    "lstm": Aggregator(
+        "network",
+        "",
+        "a recurrent network reads the images in their order",
+        reads=("width", "layers"),
+        network=LSTM,
+    ),
 }
 _OPTIMISER = ("class_weights", "lr", "weight_decay")  # what every head reads
 _DEFAULTS = HeadSettings()
@@ -243,7 +316,8 @@ def resolve(settings: HeadSettings) -> HeadSettings:
     """
     if settings.agg not in AGGREGATORS:
         raise SettingsError(
-            f"agg (={settings.agg}) must be one of {', '.join(AGGREGATORS)}, or all."
+            f"agg (={settings.agg}) must be one of {', '.join(AGGREGATORS)}, or all, ranking, "
+            "weighted or network."
         )
     if (settings.agg, settings.k_train, settings.k_agg, settings.k_percent) == ("topk", 1, 1, None):
         settings = replace(settings, agg="top1")
@@ -260,6 +334,16 @@ def resolve(settings: HeadSettings) -> HeadSettings:
     return replace(resolved, k_agg=1) if settings.agg == "top1" else resolved
 
 
+def require_linear(settings: HeadSettings) -> None:
+    """Raise SettingsError for a network: it is no linear scorer of instances."""
+    if AGGREGATORS[settings.agg].network is not None:
+        linear = [name for name, row in AGGREGATORS.items() if row.network is None]
+        raise SettingsError(
+            f"agg (={settings.agg}) must be one of {', '.join(linear)} here; attention, "
+            "transformer and lstm are trained on cached maps, by fit-head."
+        )
+
+
 def _read(settings: HeadSettings) -> set[str]:
     """Name the settings that matter to a head: k in percent takes the place of k as a number."""
     unread = _PERCENT_K[1:] if settings.k_percent is None else _COUNTED_K
@@ -267,22 +351,27 @@ def _read(settings: HeadSettings) -> set[str]:
 
 
 def expand(grid: HeadGrid) -> list[HeadSettings]:
-    """List the heads of a grid, each once; "all" is every aggregator, topk… at 5 and 10.
+    """List the heads of a grid, each once.
+
+    "all" is every aggregator and a family's name all of that family; both take topk… at 5 and 10.
 
     Raises SettingsError for an unknown aggregator, and for a value that no head reads.
     """
     heads: list[HeadSettings] = []
     for agg in grid.agg:
-        own = replace(grid, k_agg=DEFAULT_K) if _wants_default_k(agg, grid) else grid
-        for name in AGGREGATORS if agg == "all" else (agg,):
+        names = _names(agg)
+        counted = grid.k_agg or grid.k_percent or names == (agg,)
+        own = grid if counted else replace(grid, k_agg=DEFAULT_K)
+        for name in names:
             heads += [resolve(HeadSettings(agg=name, **values)) for values in _combinations(own)]
     heads = list(dict.fromkeys(heads))
     _refuse_unread(grid, heads)
     return heads
 
 
-def _wants_default_k(agg: str, grid: HeadGrid) -> bool:
-    return agg == "all" and not grid.k_agg and not grid.k_percent
+def _names(agg: str) -> tuple[str, ...]:
+    of_family = [name for name, row in AGGREGATORS.items() if agg in ("all", row.family)]
+    return tuple(of_family) or (agg,)
 
 
 def _combinations(grid: HeadGrid) -> Iterator[dict[str, Any]]:

@@ -269,7 +269,7 @@ def witness_aucs(
         rows = features.rows_of(fit.split.validation)
         carriers = np.intersect1d(rows, np.unique(patient_of_image[witness]))
         chosen = np.isin(patient_of_image, carriers)
-        logits = images[chosen] @ outcome.fitted.weight[i]
+        logits = outcome.fitted.image_logits(i, images[chosen])
         auc = roc_auc(logits[None].astype(np.float64), witness[chosen].astype(np.int64))[0]
         values.setdefault(head_name(fit.head), []).append(float(auc))
     return pd.Series({head: float(np.nanmean(aucs)) for head, aucs in values.items()})

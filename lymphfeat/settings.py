@@ -64,13 +64,15 @@ class HeadSettings:
     loss: str = "instance"  # ranking family: "instance", or "bag" (mean of the selected logits)
     temperature: float = 1.0  # lse
     momentum: float = 0.1  # bnsigmoid's running statistics
+    width: int = 128  # networks: hidden units of attention, of embeddings, of each direction
+    layers: int = 1  # transformer, lstm
     class_weights: str = "none"  # or "balanced": both classes count alike in the loss
     # For heads on frozen maps, by measurement (docs/heads.md); report's 1e-4 is for whole nets.
     lr: float = 0.003
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("k_train", "k_agg", "k_min"):
+        for name in ("k_train", "k_agg", "k_min", "width", "layers"):
             _require_at_least(getattr(self, name), 1, name)
         require(
             self.k_percent is None or 0 < self.k_percent <= 100,
@@ -94,7 +96,7 @@ class HeadGrid:
     no further heads of it. `k_percent` beside `k_agg` adds heads, for k is one or the other.
     """
 
-    agg: tuple[str, ...] = ("topk",)  # "all" is every aggregator
+    agg: tuple[str, ...] = ("topk",)  # or a family: ranking, weighted, network; or all of them
     unit: tuple[str, ...] = ()
     k_train: tuple[int, ...] = ()
     k_agg: tuple[int, ...] = ()
@@ -104,6 +106,8 @@ class HeadGrid:
     loss: tuple[str, ...] = ()
     temperature: tuple[float, ...] = ()
     momentum: tuple[float, ...] = ()
+    width: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
     class_weights: tuple[str, ...] = ()
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()

@@ -33,6 +33,7 @@ from lymphfeat.heads import AGGREGATORS, HeadStack, expand, head_name, resolve
 from lymphfeat.settings import HeadGrid, HeadSettings
 from tests import references
 
+LINEAR = [name for name, row in AGGREGATORS.items() if row.network is None]
 # Few distinct values, so that ties are the rule; bags of 1 to 9, so that k > n happens.
 BAGS = st.lists(
     st.lists(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.5, 2.0, 4.0]), min_size=1, max_size=9),
@@ -172,7 +173,7 @@ def test_bnsigmoid_survives_logits_whose_weights_underflow() -> None:
 @given(BAGS)
 def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
     logits, ragged = stack(bags)
-    for name in AGGREGATORS:
+    for name in LINEAR:
         head = _make_stack(name)
         total = ragged.sum(head.instance_weights(logits[:, :1], ragged))
         torch.testing.assert_close(total, torch.ones_like(total), msg=name)
@@ -187,7 +188,7 @@ def test_order_of_instances_and_of_patients_says_nothing(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(bags)).tolist()
     shuffled = [rng.permutation(bags[b]).tolist() for b in order]
-    for name in AGGREGATORS:
+    for name in LINEAR:
         head = _make_stack(name)
         one = head.probability(*stack(bags, heads=1))
         other = head.probability(*stack(shuffled, heads=1))
@@ -197,7 +198,7 @@ def test_order_of_instances_and_of_patients_says_nothing(
 @given(BAGS)
 @settings(max_examples=40)
 def test_a_patient_scores_the_same_alone(bags: list[list[float]]) -> None:
-    for name in AGGREGATORS:
+    for name in LINEAR:
         head = _make_stack(name)
         together = head.probability(*stack(bags, heads=1))
         alone = torch.cat([head.probability(*stack([bag], heads=1)) for bag in bags])
@@ -239,6 +240,7 @@ def test_names_expand_as_documented() -> None:
         *("top5", "top10"),
         *("topbottom5", "topbottom10"),
         *("mean", "max", "lse", "bnsigmoid"),
+        *("attention", "gated-attention", "transformer", "lstm"),
     ]
     (topk,) = expand(HeadGrid())
     assert (topk.k_train, topk.k_agg, topk.reduce, topk.unit) == (1, 10, "mean", "image")
@@ -264,7 +266,12 @@ def test_a_grid_is_every_combination_once() -> None:
     assert names_of(k_percent=(10.0,)) == ["top10%"]
     assert names_of(agg=("all",), k_percent=(10.0,), temperature=(1.0, 2.0)) == [
         *("top1", "top10%", "topbottom10%", "mean", "max", "lse", "lse temperature=2"),
-        "bnsigmoid",
+        *("bnsigmoid", "attention", "gated-attention", "transformer", "lstm"),
+    ]
+    assert names_of(agg=("ranking",)) == ["top1", "top5", "top10", "topbottom5", "topbottom10"]
+    assert names_of(agg=("network",), width=(16,), layers=(2,)) == [
+        *("attention width=16", "gated-attention width=16"),
+        *("transformer layers=2 width=16", "lstm layers=2 width=16"),
     ]
 
 
@@ -290,7 +297,7 @@ def test_a_value_that_no_head_reads_is_refused(grid: dict[str, Any], message: st
 
 
 @given(
-    st.lists(st.sampled_from([*AGGREGATORS, "all"]), min_size=1, max_size=3),
+    st.lists(st.sampled_from([*AGGREGATORS, "all", "weighted"]), min_size=1, max_size=3),
     st.lists(st.integers(1, 20), max_size=3, unique=True),
     st.lists(st.sampled_from([0.5, 0.001, 0.003]), max_size=2, unique=True),
 )

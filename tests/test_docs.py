@@ -5,9 +5,13 @@ import shlex
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
-from lymphfeat.heads import AGGREGATORS
+from lymphfeat.heads import AGGREGATORS, expand
+from lymphfeat.settings import HeadGrid
+from lymphfeat.splits import report_splits
+from lymphfeat.training import Features, Fit, fit_heads
 from lymphfeat_cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
@@ -65,3 +69,27 @@ def test_readme_python_compiles() -> None:
         )
         exec(imports, {})
         compile(block, "README.md", "exec")
+
+
+def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len([line for line in block.splitlines() if line]) <= 10
+    monkeypatch.setitem(AGGREGATORS, "median", AGGREGATORS["mean"])  # undoes what the block does
+    exec(block, {})
+    sizes = [3, 1, 4, 2, 5, 2]
+    maps = np.random.default_rng(0).normal(size=(sum(sizes), 4, 1, 1)).astype(np.float16)
+    ids, labels = [f"P{i}" for i in range(6)], np.array([0, 1] * 3, np.int64)
+    features = Features(
+        maps, maps[:, :, 0, 0].astype(np.float32), np.cumsum([0, *sizes]), ids, labels
+    )
+    split = report_splits(ids, labels, seeds=1)[0]
+    (head,) = expand(HeadGrid(agg=("median",)))
+    fitted = fit_heads(features, [Fit(head=head, split=split)], epochs=2, batch_size=2)
+    scores = fitted.image_logits(0, features.images.numpy())
+    medians = [
+        np.sort(part)[(len(part) - 1) // 2] for part in np.split(scores, np.cumsum(sizes)[:-1])
+    ]
+    np.testing.assert_allclose(
+        fitted.curves[0, -1], 1 / (1 + np.exp(-np.array(medians))), rtol=1e-4
+    )

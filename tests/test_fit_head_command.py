@@ -59,7 +59,20 @@ def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: 
     out = tmp_path / "run"
     result = run(
         folder,
-        *("--agg", "all", "--seeds", "2", "--folds", "3", "--epochs", "12", "--lr", "0.1"),
+        *(
+            "--agg",
+            "ranking",
+            "--agg",
+            "weighted",
+            "--seeds",
+            "2",
+            "--folds",
+            "3",
+            "--epochs",
+            "12",
+            "--lr",
+            "0.1",
+        ),
         *("--batch-size", "4", "--protocol", protocol, "--out", str(out), "--save"),
         *("--truth", str(folder / "truth.csv")),
     )
@@ -84,6 +97,23 @@ def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: 
     assert len(load_file(out / "heads.safetensors")) == runs * (9 * 2 + 4)
     assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((out / "splits.json").read_text())) == runs
+
+
+def test_networks(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run(
+        folder,
+        *("--agg", "network", "--width", "4", "--seeds", "1", "--epochs", "2", "--save"),
+        *("--protocol", "report", "--truth", str(folder / "truth.csv"), "--out", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    summary = pd.DataFrame(json.loads((out / "summary.json").read_text()))
+    networks = summary[summary["head"].str.contains("width=4")]
+    assert networks["witness_auc"].between(0, 1).sum() == 4
+    saved = load_file(out / "heads.safetensors")
+    attention = "attention width=4/report-s0/"
+    assert saved[f"{attention}network.hidden.weight"].shape == (4, 6)
+    assert saved[f"{attention}mean"].shape == (6,)
 
 
 def test_a_grid_is_one_call(folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def _splits(n: int = 2) -> list[Split]:
 
 HEADS = [
     resolve(HeadSettings(agg=agg, lr=0.05, weight_decay=0.01, k_agg=3, unit=unit))
-    for agg in AGGREGATORS
+    for agg, row in AGGREGATORS.items()
+    if row.network is None
     for unit in ("image", "pixel")
 ] + [
     resolve(HeadSettings(agg="topk", lr=0.05, k_train=3, k_agg=2)),

@@ -43,7 +43,8 @@ def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
             multiple=True,
             default=(agg,),
             show_default=True,
-            help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid; or all. "
+            help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid, attention, "
+            "gated-attention, transformer, lstm; a family: ranking, weighted, network; or all. "
             "Repeatable.",
         ),
         grid_option("--unit", TEXTS, "pixel or image. [default: image for top…, else pixel]"),
@@ -57,6 +58,8 @@ def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
         ),
         grid_option("--temperature", NUMBERS, "Of lse. [default: 1]"),
         grid_option("--momentum", NUMBERS, "Of bnsigmoid's statistics. [default: 0.1]"),
+        grid_option("--width", INTEGERS, "Of attention, transformer, lstm. [default: 128]"),
+        grid_option("--layers", INTEGERS, "Of transformer, lstm. [default: 1]"),
         grid_option("--lr", NUMBERS, f"Adam's step size. [default: {lr:g}]", default=(lr,)),
         grid_option("--weight-decay", NUMBERS, "L2 penalty. [default: 0]"),
     )

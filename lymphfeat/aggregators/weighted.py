@@ -48,9 +48,7 @@ def bnsigmoid_weights(
     normalized = (logits.detach() - statistics.mean) / (statistics.variance + EPSILON).sqrt()
     # In the log domain: where every sigmoid of a bag underflows, their shares still exist.
     log_weights = torch.nn.functional.logsigmoid(beta + gamma * normalized)  # (M, H)
-    largest = bags.max(log_weights.detach())
-    weights = (log_weights - bags.spread(largest)).exp()
-    return weights / bags.spread(bags.sum(weights))
+    return bags.softmax(log_weights)
 
 
 def weighted_logit(logits: Tensor, weights: Tensor, bags: Bags) -> Tensor:
@@ -70,7 +68,4 @@ def lse_logit(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
 
 def lse_weights(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
     """Return the gradient of `lse_logit`: softmax(r ℓ) over each bag; how an image counted."""
-    scaled = temperature * logits
-    largest = bags.max(scaled)
-    weights = (scaled - bags.spread(largest)).exp()
-    return weights / bags.spread(bags.sum(weights))
+    return bags.softmax(temperature * logits)

@@ -13,7 +13,7 @@ from lymphfeat.endtoend.fitting import fit
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
 from lymphfeat.endtoend.submission import HEADERS, write_submission
 from lymphfeat.errors import ModelError
-from lymphfeat.heads import resolve
+from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
     CHECKPOINT_FILE,
     FACTS_FILE,
@@ -56,6 +56,7 @@ def train_end_to_end(
     CohortError unless patients of both classes are labelled.
     """
     settings = replace(settings, head=resolve(settings.head))
+    require_linear(settings.head)
     parts = hold_out(cohort, settings)
     with cpu_threads(settings.threads):
         job = prepare(cohort, parts, settings)

@@ -1,9 +1,9 @@
 """The head engine: fits many heads together on cached feature maps.
 
 A *fit* is one head's settings on one split. Fits of one family, unit and way of learning are laid
-side by side as one head axis H (`ranking`, `weighted`). Every fit draws its own initialisation and
-order from a generator seeded by its split alone, so fitting many together gives what fitting one
-alone gives; and a grid can be cut into blocks as memory demands.
+side by side as one head axis H (`ranking`, `weighted`); `networks` share what they read. Every fit
+draws its own initialisation and order from a generator seeded by its split alone, so fitting many
+together gives what fitting one alone gives; and a grid can be cut into blocks as memory demands.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
 from lymphfeat.training.features import Features
 from lymphfeat.training.fits import Fit, FittedHeads
+from lymphfeat.training.networks import NetworkTrainer
 from lymphfeat.training.ranking import RankingTrainer, learning
 from lymphfeat.training.sampling import Sampling
 from lymphfeat.training.weighted import WeightedTrainer, unit_of
@@ -29,6 +30,13 @@ class Trainer(Protocol):
 
     def keep(self, result: FittedHeads) -> None:
         """Write what was learnt."""
+
+
+TRAINERS: dict[str, type[RankingTrainer] | type[WeightedTrainer] | type[NetworkTrainer]] = {
+    "ranking": RankingTrainer,
+    "weighted": WeightedTrainer,
+    "network": NetworkTrainer,
+}
 
 
 def fit_heads(
@@ -71,6 +79,8 @@ def _group(fits: Sequence[Fit]) -> list[list[int]]:
 
 def _stack_key(head: HeadSettings) -> HeadSettings:
     """Blank out what may differ within one stack."""
+    if AGGREGATORS[head.agg].family == "network":
+        return HeadSettings(agg="attention")
     if AGGREGATORS[head.agg].family == "ranking":
         return replace(learning(head), lr=1.0, weight_decay=0.0, class_weights="none")
     return HeadSettings(agg="mean", unit=unit_of(head))
@@ -79,6 +89,5 @@ def _stack_key(head: HeadSettings) -> HeadSettings:
 def _make_trainer(
     features: Features, fits: Sequence[Fit], positions: list[int], sampling: Sampling, *, tta: bool
 ) -> Trainer:
-    ranked = AGGREGATORS[fits[positions[0]].head.agg].family == "ranking"
-    trainer = RankingTrainer if ranked else WeightedTrainer
+    trainer = TRAINERS[AGGREGATORS[fits[positions[0]].head.agg].family]
     return trainer(features, fits, positions, sampling, tta=tta)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from lymphfeat.heads import NetworkHead
 from lymphfeat.settings import HeadSettings
 from lymphfeat.splits import Split
 
@@ -36,7 +36,7 @@ class FittedHeads:
     weight: NDArray[np.float32]  # (fits, C), as applied to raw features; NaN of networks
     bias: NDArray[np.float32]  # (fits,)
     extras: dict[str, NDArray[np.float32]]  # gamma, beta, running_mean, running_var: (fits,)
-    networks: dict[int, nn.Module] = field(default_factory=dict)  # by position, on the CPU
+    networks: dict[int, NetworkHead] = field(default_factory=dict)  # by position, on the CPU
 
     @classmethod
     def empty(
@@ -80,6 +80,13 @@ class FittedHeads:
                 new: self.networks[old] for new, old in enumerate(index) if old in self.networks
             },
         )
+
+    def image_logits(self, position: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Score pooled images (n, C) by one of the heads: (n,)."""
+        if position in self.networks:
+            scores = self.networks[position].image_logits(torch.from_numpy(images))
+            return np.asarray(scores.numpy())
+        return np.asarray(images @ self.weight[position] + self.bias[position])
 
     def put(self, positions: Sequence[int], part: "FittedHeads") -> None:
         """Write the results of some of the fits."""

@@ -1,0 +1,202 @@
+"""Networks on ragged bags against one bag at a time, and their training against plain PyTorch."""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lymphfeat.aggregators.attention import Attention
+from lymphfeat.bags import Bags
+from lymphfeat.errors import SettingsError
+from lymphfeat.heads import AGGREGATORS, NetworkHead, require_linear, resolve
+from lymphfeat.settings import HeadSettings
+from lymphfeat.splits import Split, report_splits
+from lymphfeat.training import Features, Fit, fit_heads, split_generator
+from lymphfeat.training.sampling import Sampler, Sampling
+
+NETWORKS = [name for name, row in AGGREGATORS.items() if row.network is not None]
+SIZES = [3, 1, 7, 4, 12, 2, 5, 9, 1, 6]
+BOUNDS = np.cumsum([0, *SIZES])
+CHANNELS = 6
+LABELS = np.array([0, 1] * 5, np.int64)
+IDS = [f"P{i}" for i in range(len(SIZES))]
+
+
+def settings_of(agg: str, **more: object) -> HeadSettings:
+    return resolve(HeadSettings(agg=agg, width=8, layers=1, lr=0.01, **more))  # type: ignore[arg-type]
+
+
+def head_of(settings: HeadSettings, seed: int = 0) -> NetworkHead:
+    mean, scale = torch.linspace(-1, 1, CHANNELS), torch.linspace(0.5, 2, CHANNELS)
+    generator = torch.Generator().manual_seed(seed)
+    return NetworkHead.initial(settings, mean, scale, generator).eval()
+
+
+def images_of(n: int = int(BOUNDS[-1]), seed: int = 0) -> Tensor:
+    return torch.randn(n, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("agg", NETWORKS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_patient_scores_the_same_alone(agg: str, training: bool) -> None:
+    head, images = head_of(settings_of(agg)).train(training), images_of()
+    together = head(images, Bags.of(SIZES))
+    parts = torch.split(images, SIZES)
+    alone = torch.cat([head(part, Bags.of([len(part)])) for part in parts])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("agg", [name for name in NETWORKS if name != "lstm"])
+def test_order_of_images_says_nothing(agg: str) -> None:
+    head, images = head_of(settings_of(agg)), images_of(8)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    bags = Bags.of([8])
+    torch.testing.assert_close(head(images, bags), head(images[order], bags))
+
+
+@pytest.mark.parametrize("agg", ["attention", "gated-attention"])
+def test_attention_is_the_paper(agg: str) -> None:
+    """Ilse et al. 2018, equations 7 to 9, image after image."""
+    head = head_of(settings_of(agg))
+    network, images = head.network, images_of(5)
+    assert isinstance(network, Attention)
+    inputs = (images - head.mean) * head.scale
+    powers = []
+    for h in inputs:
+        hidden = torch.tanh(network.hidden.weight @ h + network.hidden.bias)
+        if network.gate is not None:
+            hidden = hidden * torch.sigmoid(network.gate.weight @ h + network.gate.bias)
+        powers.append(torch.exp((network.attention.weight @ hidden)[0]))
+    assert (network.gate is not None) == (agg == "gated-attention")
+    z = sum(power * h for power, h in zip(powers, inputs, strict=True)) / sum(powers)
+    expected = network.classifier.weight @ z + network.classifier.bias
+    torch.testing.assert_close(head(images, Bags.of([5])), expected)
+    weights = network.weights(inputs, Bags.of([2, 3]))
+    torch.testing.assert_close(Bags.of([2, 3]).sum(weights), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("agg", NETWORKS)
+def test_initialisation_is_the_generators_alone(agg: str) -> None:
+    before = torch.get_rng_state()
+    one, two, other = (head_of(settings_of(agg), seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def features() -> Features:
+    rng = np.random.default_rng(0)
+    maps = rng.normal(1, 2, (BOUNDS[-1], 4, CHANNELS, 1, 1)).astype(np.float16)
+    maps[..., 2, :, :] = 3.0  # a channel that never varies
+    return Features(maps, maps[..., 0, 0].astype(np.float32), BOUNDS, IDS, LABELS)
+
+
+def one_after_another(
+    features: Features, head: HeadSettings, split: Split, sampling: Sampling, epochs: int
+) -> NDArray[np.float32]:
+    """Train a network with a plain loop, one bag at a time; its final probabilities (P,)."""
+    train = features.rows_of(split.train)
+    images = torch.cat([features.images[BOUNDS[p] : BOUNDS[p + 1]] for p in sorted(train)])
+    std, mean = torch.std_mean(images, dim=0, correction=0)
+    scale = torch.where(std > 1e-6, 1 / std, 0.0)
+    network = NetworkHead.initial(head, mean, scale, split_generator(split))
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=head.lr, weight_decay=head.weight_decay, foreach=False
+    )
+    instances = features.of_unit("image")
+    sampler = Sampler(train, instances, sampling, split_generator(split))
+    tumoral = LABELS[train].mean()
+    counts = {"none": [1.0, 1.0], "balanced": [0.5 / (1 - tumoral), 0.5 / tumoral]}
+    for _ in range(epochs):
+        for batch in sampler.epoch():
+            drawn = batch.images
+            if drawn is None:
+                rows = [torch.arange(BOUNDS[p], BOUNDS[p + 1]) for p in batch.patients.tolist()]
+            else:
+                rows = list(torch.split(drawn, batch.sizes.tolist()))
+            views = batch.views if batch.views is not None else torch.zeros(sum(map(len, rows)))
+            flat = instances.source.gather(torch.cat(rows), views.long())[:, 0]
+            losses = []
+            bags = torch.split(flat, [len(row) for row in rows])
+            for bag, patient in zip(bags, batch.patients.tolist(), strict=True):
+                logit = network(bag, Bags.of([len(bag)]))[0]
+                label = torch.tensor(float(LABELS[patient]))
+                loss = nn.functional.binary_cross_entropy_with_logits(logit, label)
+                losses.append(loss * counts[head.class_weights][int(label)])
+            optimizer.zero_grad()
+            torch.autograd.backward(torch.stack(losses).mean())
+            optimizer.step()
+    with torch.no_grad():
+        logits = [
+            network(features.images[a:b], Bags.of([int(b - a)]))[0] for a, b in pairwise(BOUNDS)
+        ]
+    return np.asarray(torch.stack(logits).sigmoid().numpy())
+
+
+@pytest.mark.parametrize("agg", NETWORKS)
+@pytest.mark.parametrize(
+    ("head", "sampling"),
+    [
+        ({"weight_decay": 0.1}, Sampling(batch_size=2)),
+        (
+            {"class_weights": "balanced"},
+            Sampling(batch_size=3, images_per_patient=3, views=4),
+        ),
+    ],
+    ids=["all images", "drawn"],
+)
+def test_engine_trains_what_a_plain_loop_trains(
+    features: Features, agg: str, head: dict[str, object], sampling: Sampling
+) -> None:
+    (split,) = report_splits(IDS, LABELS, seeds=1)
+    settings = settings_of(agg, **head)
+    slow = one_after_another(features, settings, split, sampling, epochs=3)
+    fitted = fit_heads(
+        features,
+        [Fit(head=settings, split=split, curve=False)],
+        epochs=3,
+        batch_size=sampling.batch_size,
+        images_per_patient=sampling.images_per_patient,
+        views=sampling.views,
+    )
+    assert np.isnan(fitted.curves[0, :2]).all()
+    np.testing.assert_allclose(fitted.curves[0, -1], slow, atol=1e-4)
+
+
+def test_fitting_together_is_fitting_alone(features: Features) -> None:
+    heads = [settings_of(agg) for agg in (*NETWORKS, "topk", "bnsigmoid")]
+    fits = [Fit(head=head, split=s) for head in heads for s in report_splits(IDS, LABELS, seeds=2)]
+    call = partial(fit_heads, features, epochs=2, batch_size=2)
+    together = call(fits)
+    for i, fit in enumerate(fits):
+        alone = call([fit])
+        np.testing.assert_allclose(together.curves[i], alone.curves[0], atol=1e-5)
+        np.testing.assert_allclose(together.losses[i], alone.losses[0], atol=1e-5)
+
+
+def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -> None:
+    split = report_splits(IDS, LABELS, seeds=1)[0]
+    fits = [Fit(head=settings_of(agg), split=split) for agg in ("attention", "mean")]
+    fitted = fit_heads(features, fits, epochs=1, batch_size=2)
+    single = SIZES.index(1)
+    image = features.images[BOUNDS[single] : BOUNDS[single] + 1].numpy()
+    for i in range(2):
+        probability = 1 / (1 + np.exp(-fitted.image_logits(i, image)))
+        np.testing.assert_allclose(probability, fitted.curves[i, -1, [single]], rtol=1e-4)
+
+
+def test_training_through_a_backbone_refuses_networks() -> None:
+    with pytest.raises(SettingsError, match=r"agg \(=lstm\) must be one of top1, .* by fit-head"):
+        require_linear(settings_of("lstm"))
+    require_linear(settings_of("topk"))
