@@ -22,7 +22,7 @@ from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
 from lymphfeat.summary_figure import draw_summary
-from lymphfeat.training import Features
+from lymphfeat.training import Features, is_first, joined_processes
 from lymphfeat.truth import Truth
 
 RUN_FORMAT = "lymphfeat-run"
@@ -64,12 +64,13 @@ def fit_head(
 
     `splits` are taken in place of the protocol's own, as from another run's splits.json. `truth`
     names witness images: the table then also says how well each head finds them. `save` keeps the
-    heads' weights. Raises SettingsError when a run is there already and `force` is not set.
+    heads' weights. Under torchrun the fits are shared out, and the first process writes. Raises
+    SettingsError when a run is there already and `force` is not set.
     """
     check_run_folder(out, force)
     device = choose_device(settings.device)
     witness = None if truth is None else _witnesses(store, truth)
-    with cpu_threads(settings.threads):
+    with joined_processes(), cpu_threads(settings.threads):
         dtype = choose_precision(settings.precision, device)
         features = load_features(store, dtype, device, views=settings.views)
         outcome = run_protocol(
@@ -87,7 +88,8 @@ def fit_head(
             patients = np.repeat(np.arange(len(store.ids)), store.n_images)
             aucs = witness_aucs(outcome, features, patients, witness)
             outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
-    return Run(folder=out, outcome=outcome, files=_write(outcome, store, settings, out, save))
+        files = _write(outcome, store, settings, out, save) if is_first() else ()
+    return Run(folder=out, outcome=outcome, files=files)
 
 
 def load_features(

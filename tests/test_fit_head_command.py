@@ -1,6 +1,9 @@
 """`lymphfeat fit-head` as a user runs it, on a store written by the library."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +251,30 @@ def test_splits_of_another_run_are_taken_and_give_the_same_figures(
     refused = run(folder, *common, "--splits", str(foreign), "--out", str(tmp_path / "third"))
     assert refused.exit_code == 2
     assert "must name patients of this cohort; got P44" in refused.output
+
+
+def test_two_processes_share_the_heads(folder: Path, tmp_path: Path) -> None:
+    arguments = ["fit-head", "--store", str(folder / "features.h5"), "--threads", "1"]
+    arguments += ["--agg", "mean", "--agg", "topk", "--agg", "attention", "--width", "4"]
+    arguments += ["--seeds", "1", "--epochs", "2", "--folds", "3", "--save"]
+    alone = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "-m", "lymphfeat_cli"]
+    together = subprocess.run(
+        [*launcher, *arguments, "--out", str(tmp_path / "together")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("honest protocol") == 1
+    one, two = (load_file(tmp_path / name / "heads.safetensors") for name in ("alone", "together"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, atol=1e-5)
+    for name in ("epochs.csv", "predictions.csv"):
+        tables = [pd.read_csv(tmp_path / run / name) for run in ("alone", "together")]
+        pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-4)

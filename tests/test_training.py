@@ -301,6 +301,28 @@ def test_fitting_together_is_fitting_alone(features: Features, few: int | None) 
             )
 
 
+def test_blocks_are_the_whole(features: Features) -> None:
+    heads = [*HEADS, resolve(HeadSettings(agg="attention", width=4))]
+    fits = [Fit(head=head, split=split) for head in heads for split in _splits(2)]
+    seen: list[tuple[int, int, str]] = []
+    whole, cut = (
+        fit_heads(
+            features,
+            fits,
+            epochs=2,
+            batch_size=BATCH,
+            memory=memory,
+            progress=lambda done, total, text="": seen.append((done, total, text)),
+        )
+        for memory in (1 << 30, 2000)
+    )
+    np.testing.assert_allclose(whole.curves, cut.curves, atol=1e-5)
+    np.testing.assert_allclose(whole.weight, cut.weight, atol=1e-5)
+    assert sorted(cut.networks) == sorted(whole.networks) == [len(fits) - 2, len(fits) - 1]
+    assert seen[-1][:2] == (2 * len(fits), 2 * len(fits))
+    assert "epoch 2 of 2, block" in seen[-1][2]
+
+
 def test_weights_apply_to_raw_features(features: Features, maps: NDArray[np.float16]) -> None:
     head = resolve(HeadSettings(agg="mean", lr=0.05))
     fitted = fit_heads(features, [Fit(head=head, split=_splits(1)[0])], epochs=2, batch_size=BATCH)

@@ -32,6 +32,7 @@ Examples:
   lymphfeat fit-head --agg all --protocol report --seeds 10
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
+  torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
 Options that take several values make a grid: every combination is a head, all fitted in one go.""",
 )
 @click.option(
@@ -174,6 +175,8 @@ def command(
             force=force,
             progress=progress,
         )
+    if not run.files:
+        return  # of several processes the first shows the result
     if as_json:
         show_json(
             {

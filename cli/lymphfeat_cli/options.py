@@ -143,8 +143,11 @@ def _as_date(moment: datetime) -> date:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
-    """Draw progress on stderr; nothing at all with -q or when stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """Draw progress on stderr; nothing at all with -q or when stderr is not a terminal.
+
+    Of several processes (torchrun) the first draws its own.
+    """
+    if quiet or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield silent
         return
     bar = Progress(

@@ -4,5 +4,15 @@ from lymphfeat.training.adam import StackedAdam
 from lymphfeat.training.engine import fit_heads
 from lymphfeat.training.features import Features
 from lymphfeat.training.fits import Fit, FittedHeads, split_generator
+from lymphfeat.training.processes import is_first, joined_processes
 
-__all__ = ["Features", "Fit", "FittedHeads", "StackedAdam", "fit_heads", "split_generator"]
+__all__ = [
+    "Features",
+    "Fit",
+    "FittedHeads",
+    "StackedAdam",
+    "fit_heads",
+    "is_first",
+    "joined_processes",
+    "split_generator",
+]

@@ -7,16 +7,21 @@ together gives what fitting one alone gives; and a grid can be cut into blocks a
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
+import torch
+
+from lymphfeat.compute import available_memory
 from lymphfeat.heads import AGGREGATORS
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
 from lymphfeat.training.features import Features
 from lymphfeat.training.fits import Fit, FittedHeads
 from lymphfeat.training.networks import NetworkTrainer
+from lymphfeat.training.processes import by_split, exchange, own_share
 from lymphfeat.training.ranking import RankingTrainer, learning
 from lymphfeat.training.sampling import Sampling
 from lymphfeat.training.weighted import WeightedTrainer, unit_of
@@ -48,32 +53,101 @@ def fit_heads(
     images_per_patient: int | None = None,
     views: int = 1,
     tta: bool = False,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> FittedHeads:
     """Fit all heads together; keep every patient's probability after every epoch.
 
     With several `views` one of them is drawn for every image at every step; evaluation sees the
-    identity, or with `tta` takes the mean over the views. Progress counts heads × epochs.
+    identity, or with `tta` takes the mean over the views. Heads that need more than `memory` bytes
+    (None: a quarter of what is free) are fitted block after block. Under torchrun every process
+    fits its share and returns all. Progress counts heads × epochs.
     """
     sampling = Sampling(batch_size=batch_size, images_per_patient=images_per_patient, views=views)
-    result = FittedHeads.empty(
-        fits, epochs=epochs, patients=len(features.labels), channels=features.channels
+    share = own_share(fits)
+    own = FittedHeads.empty(
+        [fits[position] for position in share],
+        epochs=epochs,
+        patients=len(features.labels),
+        channels=features.channels,
     )
-    trainers = [_make_trainer(features, fits, group, sampling, tta=tta) for group in _group(fits)]
-    for epoch in range(epochs):
-        for trainer in trainers:
+    memory = available_memory(features.device) // 4 if memory is None else memory
+    blocks = _blocks(own.fits, features.channels, batch_size, memory)
+    count = _Count(progress, len(own.fits) * epochs, epochs, len(blocks))
+    for number, block in enumerate(blocks):
+        _fit_block(features, own, block, sampling, tta=tta, count=partial(count, number))
+    return exchange(fits, share, own)
+
+
+class _Count:
+    """Turns heads × epochs into progress."""
+
+    def __init__(self, progress: Progress, total: int, epochs: int, blocks: int) -> None:
+        self._progress, self._total, self._epochs, self._blocks = progress, total, epochs, blocks
+        self._done = 0
+
+    def __call__(self, block: int, heads: int, epoch: int) -> None:
+        """Say that some heads of a block have finished an epoch."""
+        self._done += heads
+        of_block = f", block {block + 1} of {self._blocks}" if self._blocks > 1 else ""
+        text = f"epoch {epoch + 1} of {self._epochs}{of_block}"
+        self._progress(self._done, self._total, text)
+
+
+def _fit_block(
+    features: Features,
+    result: FittedHeads,
+    positions: Sequence[int],
+    sampling: Sampling,
+    *,
+    tta: bool,
+    count: Callable[[int, int], None],
+) -> None:
+    """Fit some of the fits of a result together, and write what came of them into it."""
+    groups = _group(result.fits, positions)
+    trainers = [_make_trainer(features, result.fits, group, sampling, tta=tta) for group in groups]
+    for epoch in range(result.losses.shape[1]):
+        for trainer, group in zip(trainers, groups, strict=True):
             trainer.run_epoch(epoch, result)
-        progress((epoch + 1) * len(fits), epochs * len(fits), f"epoch {epoch + 1} of {epochs}")
+            count(len(group), epoch)
     for trainer in trainers:
         trainer.keep(result)
-    return result
 
 
-def _group(fits: Sequence[Fit]) -> list[list[int]]:
+def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) -> list[list[int]]:
+    """Cut fits into blocks whose weights, optimisers and batches memory can hold."""
+    sizes: dict[HeadSettings, int] = {}
+    blocks: list[list[int]] = [[]]
+    held = 0
+    for position in by_split(fits):
+        fit = fits[position]
+        if fit.head not in sizes:
+            sizes[fit.head] = _bytes_of(fit.head, channels, batch_size)
+        if blocks[-1] and held + sizes[fit.head] > memory:
+            blocks.append([])
+            held = 0
+        blocks[-1].append(position)
+        held += sizes[fit.head]
+    return blocks
+
+
+def _bytes_of(head: HeadSettings, channels: int, batch_size: int) -> int:
+    """Estimate what a fit holds while it is trained."""
+    aggregator = AGGREGATORS[head.agg]
+    if aggregator.network is not None:
+        with torch.device("meta"):
+            network = aggregator.network(channels, head)
+        return 16 * sum(parameter.numel() for parameter in network.parameters())
+    batch = batch_size * head.k_train if aggregator.family == "ranking" else 0
+    # Weight, two moments, gradient, scale, mean and their temporaries; a batch, copied twice.
+    return 4 * channels * (10 + 3 * batch)
+
+
+def _group(fits: Sequence[Fit], positions: Sequence[int]) -> list[list[int]]:
     """Group the positions of fits that can be trained as one stack."""
     groups: dict[HeadSettings, list[int]] = defaultdict(list)
-    for position, fit in enumerate(fits):
-        groups[_stack_key(fit.head)].append(position)
+    for position in positions:
+        groups[_stack_key(fits[position].head)].append(position)
     return list(groups.values())
 
 
