@@ -15,6 +15,7 @@ from lymphfeat import __version__
 from lymphfeat.backbones import choose_device, choose_precision
 from lymphfeat.compute import cpu_threads
 from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
@@ -82,6 +83,7 @@ def fit_head(
             table=store.table,
             splits=splits,
             trained_on=store.feature_sets[FEATURES].trained_on,
+            shared=find_shared_images(store, FEATURES),
             progress=progress,
         )
         if witness is not None:

@@ -32,11 +32,13 @@ from lymphfeat.backbones import (
     weights_sha256,
 )
 from lymphfeat.bags import Bags
+from lymphfeat.calibration import Decision
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.errors import ModelError
 from lymphfeat.heads import HeadStack
 from lymphfeat.images import VIEWS, Crop, Normalization, stream_crops
+from lymphfeat.intervals import bootstrap_metrics
 from lymphfeat.metrics import all_metrics
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
@@ -44,6 +46,8 @@ from lymphfeat.settings import HeadSettings
 FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
+_UNDECIDED = Decision()
+_WITH_INTERVAL = ("ba", "auc")
 CHECKPOINT_FILE = "checkpoint.pt"  # of an unfinished end-to-end training
 
 
@@ -78,8 +82,9 @@ class TrainingFacts:
 class Predictions:
     """What a model says of a cohort.
 
-    patients: id, label (missing where unknown), n_images, probability (of tumoral), predicted (1
-        where the probability is above the threshold).
+    patients: id, label (missing where unknown), n_images, probability (of tumoral), calibrated
+        (missing where the model has no calibration), predicted (1 where the probability is above
+        the threshold); of several models also spread, the members' standard deviation.
     images: patient, image (file name), logit (the mean of its instances' logits), probability (its
         logistic), weight: the image's share in its patient's decision, adding up to 1 a patient.
     """
@@ -110,13 +115,45 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def patient_metrics(patients: pd.DataFrame, threshold: float) -> dict[str, float | None]:
-    """Measure predicted patients, all labelled; None where a class is missing."""
+    """Measure predicted patients, all labelled; None where a class is missing.
+
+    Beside BA and AUC stand their 95 % bootstrap intervals over patients, as `ba_low`, `ba_high`, ….
+    """
     labels = patients["label"].to_numpy(np.int64)
-    metrics = all_metrics(patients["probability"].to_numpy(np.float64), labels, threshold)
-    values = {name: float(value) for name, value in metrics.items()}
+    probability = patients["probability"].to_numpy(np.float64)
+    values = {k: float(v) for k, v in all_metrics(probability, labels, threshold).items()}
+    intervals = bootstrap_metrics(probability, labels, threshold)
+    for name in _WITH_INTERVAL:
+        values[f"{name}_low"], values[f"{name}_high"] = intervals[name]
     return {"patients": len(patients)} | {
         name: value if math.isfinite(value) else None for name, value in values.items()
     }
+
+
+def average_predictions(
+    members: Sequence[Predictions], decisions: Sequence[Decision]
+) -> Predictions:
+    """Average what several models say of one cohort; their standard deviation is the spread.
+
+    Patients are decided at the mean of the members' thresholds.
+    """
+    tables = [member.patients for member in members]
+    probabilities = np.stack([table["probability"].to_numpy(float) for table in tables])
+    patients = tables[0].copy()
+    patients["probability"] = probabilities.mean(0)
+    patients["calibrated"] = np.mean([table["calibrated"] for table in tables], axis=0)
+    threshold = mean_threshold(decisions)
+    patients["predicted"] = (patients["probability"] > threshold).astype(np.int64)
+    patients["spread"] = probabilities.std(0)
+    images = members[0].images.copy()
+    for name in ("logit", "probability", "weight"):
+        images[name] = np.mean([member.images[name] for member in members], axis=0)
+    return Predictions(patients=patients, images=images)
+
+
+def mean_threshold(decisions: Sequence[Decision]) -> float:
+    """Return the threshold at which the average of several models decides."""
+    return float(np.mean([decision.threshold for decision in decisions]))
 
 
 class Model:
@@ -129,22 +166,30 @@ class Model:
         *,
         recipe: ModelRecipe,
         facts: TrainingFacts,
-        threshold: float = 0.5,
-        threshold_from: str = "default: a single model without folds keeps .5",
+        decision: Decision = _UNDECIDED,
         tta: bool = False,
     ) -> None:
         self.backbone = backbone.eval()
         self.head = head.eval()  # of one head
         self.recipe = recipe
         self.facts = facts
-        self.threshold = threshold
-        self.threshold_from = threshold_from
+        self.decision = decision
         self.tta = tta  # whether `predict` takes the mean over the four flips unless told otherwise
 
     @property
     def head_settings(self) -> HeadSettings:
         """Return the settings of the head."""
         return self.head.settings[0]
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability above which a patient is called tumoral."""
+        return self.decision.threshold
+
+    @property
+    def threshold_from(self) -> str:
+        """Say what the threshold was chosen on."""
+        return self.decision.threshold_from
 
     def save(self, folder: Path | str) -> None:
         """Write `model.safetensors` and `model.json` to a folder, made if it is not there."""
@@ -164,8 +209,7 @@ class Model:
             "format_version": FORMAT_VERSION,
             "recipe": asdict(self.recipe),
             "head": asdict(self.head_settings),
-            "threshold": self.threshold,
-            "threshold_from": self.threshold_from,
+            **self.decision.to_json(),
             "tta": self.tta,
             "weights_sha256": weights_sha256(_network(self.backbone, self.head)),
             "training": asdict(self.facts),
@@ -234,7 +278,7 @@ class Model:
         weight = torch.stack([view.weight for view in read]).mean(0).numpy()  # (N,)
         logit = logits.mean((0, 2)).numpy()  # (N,)
         return Predictions(
-            patients=_patient_table(cohort, probability, self.threshold),
+            patients=_patient_table(cohort, probability, self.decision),
             images=_image_table(cohort, logit, weight),
         )
 
@@ -292,8 +336,7 @@ def _build(facts: Mapping[str, Any]) -> Model:
         facts=TrainingFacts(
             **training | {name: tuple(training[name]) for name in ("trained_on", "validated_on")}
         ),
-        threshold=float(facts["threshold"]),
-        threshold_from=str(facts["threshold_from"]),
+        decision=Decision.from_json(facts),
         tta=bool(facts["tta"]),
     )
 
@@ -407,16 +450,20 @@ def read_out(head: HeadStack, images: Bags, logits: Tensor) -> ReadOut:
 
 
 def _patient_table(
-    cohort: Cohort, probability: NDArray[np.float32], threshold: float
+    cohort: Cohort, probability: NDArray[np.float32], decision: Decision
 ) -> pd.DataFrame:
     labels = pd.Series(cohort.labels, dtype="Int64")
+    calibration = decision.calibration
     return pd.DataFrame(
         {
             "id": cohort.ids,
             "label": labels.mask(labels < 0),
             "n_images": cohort.n_images,
             "probability": probability,
-            "predicted": (probability > threshold).astype(np.int64),
+            "calibrated": np.nan
+            if calibration is None
+            else calibration.apply(probability.astype(np.float64)),
+            "predicted": (probability > decision.threshold).astype(np.int64),
         }
     )
 

@@ -29,6 +29,7 @@ from lymphfeat.evaluation import (
     summarise,
 )
 from lymphfeat.fusion import fit_fusions
+from lymphfeat.guards import SharedImage, refuse_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.metrics import all_metrics, log_loss, roc_auc
 from lymphfeat.progress import Progress, silent
@@ -62,6 +63,7 @@ def run_protocol(
     table: pd.DataFrame | None = None,
     splits: Sequence[Split] | None = None,
     trained_on: Sequence[str] = (),
+    shared: Sequence[SharedImage] = (),
     progress: Progress = silent,
 ) -> Outcome:
     """Fit every head on every split of the protocol and measure it beside the baselines.
@@ -69,10 +71,12 @@ def run_protocol(
     `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `table`
     has their clinical attributes, a row each. `splits` are taken in place of the protocol's own.
     `trained_on` names the patients whose labels the backbone has seen: LeakageError where one of
-    them would be evaluated.
+    them would be evaluated, and where one of the `shared` images is on both sides of a split.
     """
     plan = make_plan(ids, labels, settings, splits)
     refuse_leakage(plan.outer, trained_on)
+    if not settings.allow_shared_images:
+        refuse_shared_images(plan.outer, shared)
     patients = Patients(ids, labels, plan)
     attributes = _attributes(table, len(ids), settings)
     nested = settings.epoch == "nested"

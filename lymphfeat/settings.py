@@ -135,6 +135,7 @@ class FitSettings:
     attributes: tuple[str, ...] = ()  # clinical columns; none is all there are
     log_attributes: tuple[str, ...] = ("lymph_count",)  # taken as logarithms
     calibration: str = "platt"  # | "temperature" | "none"
+    allow_shared_images: bool = False  # in training and validation patients: a leak
     seed: int = 0  # the first of the seeds
     precision: str = "float32"
     device: str = "auto"

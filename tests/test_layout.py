@@ -18,7 +18,7 @@ LAYERS = (
     ("fit", "extract", "endtoend", "pretraining", "audit"),
     ("checkpoint",),
     ("summary_figure", "comparison_figure", "comparison", "truth"),
-    ("protocol", "model", "fusion", "baselines", "shortcuts"),
+    ("protocol", "guards", "model", "fusion", "baselines", "shortcuts"),
     ("training", "evaluation"),
     ("heads", "aggregators"),
     ("bags", "store", "backbones", "splits"),

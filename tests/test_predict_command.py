@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from lymphfeat.calibration import Calibration, Decision
 from lymphfeat_cli.main import cli
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort
@@ -34,7 +35,14 @@ def test_writes_tables_and_submission(root: Path) -> None:
         "wrote s.csv",
     ]
     patients = pd.read_csv("predictions.csv")
-    assert list(patients.columns) == ["id", "label", "n_images", "probability", "predicted"]
+    assert list(patients.columns) == [
+        "id",
+        "label",
+        "n_images",
+        "probability",
+        "calibrated",
+        "predicted",
+    ]
     assert list(patients["id"]) == [f"P{n}" for n in range(7)]
     images = pd.read_csv("i.csv")
     assert list(images.columns) == ["patient", "image", "logit", "probability", "weight"]
@@ -94,3 +102,47 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, root: Path) -
     result = run("--cohort", str(root), *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+
+
+def decided(agg: str, folder: str, threshold: float) -> None:
+    """Save a model that was given calibration and operating points."""
+    model = make_model(agg)
+    model.decision = Decision(
+        threshold=threshold,
+        threshold_from="out of fold",
+        calibration=Calibration(slope=0.5, intercept=0.1),
+        operating_points={"0.9": threshold / 2},
+    )
+    model.save(folder)
+
+
+def test_calibrated_probabilities_and_operating_points(root: Path) -> None:
+    decided("topk", "models/endtoend", 0.4)
+    assert run("--cohort", str(root), "--out", "best.csv").exit_code == 0
+    table = pd.read_csv("best.csv")
+    expected = Calibration(slope=0.5, intercept=0.1).apply(table["probability"].to_numpy())
+    assert table["calibrated"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert (table["predicted"] == (table["probability"] > 0.4)).all()
+    sensitive = run("--cohort", str(root), "--sensitivity", "0.9", "--json")
+    assert json.loads(sensitive.stdout)["threshold"] == 0.2
+    refused = run("--cohort", str(root), "--sensitivity", "0.7", "--force")
+    assert refused.exit_code == 2
+    assert "sensitivity (=0.7) must be an operating point of the model; it has 0.9" in (
+        refused.output
+    )
+
+
+def test_several_models_are_averaged_and_their_spread_told(root: Path) -> None:
+    decided("topk", "a", 0.3)
+    decided("mean", "b", 0.5)
+    for name in ("a", "b"):
+        assert run("--cohort", str(root), "--model", name, "--out", f"{name}.csv").exit_code == 0
+    both = run("--cohort", str(root), "--model", "a", "--model", "b", "--json")
+    assert json.loads(both.stdout)["threshold"] == 0.4
+    members = [pd.read_csv(f"{name}.csv") for name in ("a", "b")]
+    table = pd.read_csv("predictions.csv")
+    halves = (members[0]["probability"] - members[1]["probability"]).abs() / 2
+    assert table["spread"].to_numpy() == pytest.approx(halves.to_numpy(), abs=1e-6)
+    middle = (members[0]["probability"] + members[1]["probability"]) / 2
+    assert table["probability"].to_numpy() == pytest.approx(middle.to_numpy(), abs=1e-6)
+    assert (table["predicted"] == (table["probability"] > 0.4)).all()

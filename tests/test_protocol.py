@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from lymphfeat.errors import LeakageError
+from lymphfeat.guards import SharedImage
 from lymphfeat.heads import resolve
-from lymphfeat.metrics import balanced_accuracy, choose_threshold
+from lymphfeat.metrics import balanced_accuracy, choose_threshold, log_loss
 from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import kfold_splits
@@ -123,3 +124,39 @@ def test_evaluating_a_patient_the_backbone_was_trained_on_is_refused(features: F
             FitSettings(seeds=1, folds=3),
             trained_on=["P3", "P29"],
         )
+
+
+def test_one_image_in_training_and_validation_patients_is_refused(features: Features) -> None:
+    patients, names = ("P3", "P4", "P5", "P6", "P7"), ("1.png", "2.png", "3.png", "4.png", "5.png")
+    with pytest.raises(LeakageError, match=r"1.png of P3 = 2.png of P4 = .* by split kfold3"):
+        run_protocol(
+            features,
+            list(features.row),
+            features.labels.numpy(),
+            HEADS,
+            FitSettings(seeds=1, folds=3),
+            shared=[SharedImage(patients=patients, names=names)],
+        )
+
+
+def test_nested_epoch_is_the_best_inside_the_training_patients(features: Features) -> None:
+    outcome = run_protocol(
+        features,
+        list(features.row),
+        features.labels.numpy(),
+        HEADS[:1],
+        FitSettings(epochs=6, batch_size=4, seeds=1, folds=3, epoch="nested"),
+    )
+    labels = features.labels.numpy()
+    ids = [patient for patient, label in zip(features.row, labels, strict=True) if label >= 0]
+    (repeat,) = kfold_splits(ids, labels[labels >= 0], folds=3, seeds=1)
+    inner = [Fit(head=HEADS[0], split=split) for split in repeat.inner(1)]
+    fitted = fit_heads(features, inner, epochs=6, batch_size=4)
+    probabilities, truth = [], []
+    for i, split in enumerate(repeat.inner(1)):
+        rows = features.rows_of([p for p in split.validation if p in repeat.outer[1].train])
+        probabilities.append(fitted.curves[i][:, rows].astype(float))
+        truth.append(labels[rows])
+    losses = log_loss(np.concatenate(probabilities, axis=1), np.concatenate(truth))
+    runs = outcome.runs[outcome.runs["kind"] == "head"].set_index("split")
+    assert runs["chosen"]["kfold3-r0-f1"] == f"epoch {losses.argmin() + 1}"

@@ -125,6 +125,11 @@ Options that take several values make a grid: every combination is a head, all f
     default="float32",
     show_default=True,
 )
+@click.option(
+    "--allow-shared-images",
+    is_flag=True,
+    help="Go on though one image is in a training and in a validation patient: a leak.",
+)
 @click.option("--save", is_flag=True, help="Keep the heads' weights (heads.safetensors).")
 @click.option(
     "--out",

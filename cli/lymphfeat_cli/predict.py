@@ -33,11 +33,18 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
 )
 @click.option(
     "--model",
-    "folder",
+    "folders",
+    multiple=True,
     type=click.Path(path_type=Path),
-    default="models/endtoend",
+    default=("models/endtoend",),
     show_default=True,
-    help="A model folder, as `lymphfeat endtoend` writes it.",
+    help="A model folder, as `lymphfeat endtoend` writes it. Of several, the mean and its spread.",
+)
+@click.option(
+    "--sensitivity",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Decide by the model's operating point for this sensitivity (0.8, 0.9, 0.95, 0.99). "
+    "[default: its best balanced accuracy]",
 )
 @cohort_options
 @click.option(
@@ -72,7 +79,8 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
 @force_option
 @output_options
 def command(
-    folder: Path,
+    folders: tuple[Path, ...],
+    sensitivity: float | None,
     cohort: Path | None,
     table: Path | None,
     allow_missing: bool,
@@ -98,21 +106,29 @@ def command(
     files = [path for path in (out, images_out, submission) if path is not None]
     _check_free(files, force)
     from lymphfeat.endtoend.submission import write_submission
-    from lymphfeat.model import Model
+    from lymphfeat.model import average_predictions
     from lymphfeat.truth import Truth
 
-    model = Model.load(folder)
+    models = [_load(folder, sensitivity) for folder in folders]
+    model = models[0]
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("predicting", quiet) as progress:
-        predictions = model.predict(
-            patients,
-            tta=tta,
-            device=device,
-            threads=threads,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        members = [
+            each.predict(
+                patients,
+                tta=tta,
+                device=device,
+                threads=threads,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            for each in models
+        ]
+    predictions = members[0]
+    if len(models) > 1:
+        predictions = average_predictions(members, [each.decision for each in models])
+        model = _as_one(models)
     predictions.save(out, images_out)
     if submission is not None and patients.submission_ids:
         write_submission(
@@ -126,6 +142,32 @@ def command(
         show_json(_result(model, predictions, files) | ({"truth": scores} if known else {}))
     else:
         _show(model, predictions, files, scores)
+
+
+def _load(folder: Path, sensitivity: float | None) -> "Model":
+    from lymphfeat.model import Model
+
+    model = Model.load(folder)
+    if sensitivity is not None:
+        model.decision = model.decision.at_sensitivity(sensitivity)
+    return model
+
+
+def _as_one(models: "list[Model]") -> "Model":
+    """Return the first model, measured as all of them: what any was trained on counts as such."""
+    from dataclasses import replace
+
+    from lymphfeat.model import mean_threshold
+
+    model = models[0]
+    model.decision = replace(
+        model.decision,
+        threshold=mean_threshold([each.decision for each in models]),
+        threshold_from=f"the mean of {len(models)} models",
+    )
+    seen = [id for each in models for id in each.facts.trained_on]
+    model.facts = replace(model.facts, trained_on=tuple(dict.fromkeys(seen)))
+    return model
 
 
 def _check_free(files: list[Path], force: bool) -> None:
@@ -154,8 +196,10 @@ def _show(
     click.echo(
         f"{len(patients)} patients, {len(predictions.images)} images: "
         f"{int(patients['predicted'].sum())} called tumoral "
-        f"(probability above {model.threshold:g})."
+        f"(probability above {model.threshold:g}: {model.threshold_from})."
     )
+    if patients["calibrated"].isna().all():
+        click.echo("No calibrated probabilities: the model has none, for it was trained once.")
     show_metrics("Labelled patients", model.measure(patients))
     show_truth(scores)
     for path in files:

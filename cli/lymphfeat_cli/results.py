@@ -24,10 +24,10 @@ submission_header_option = click.option(
 
 _COLUMNS = {
     "patients": "patients",
-    "ba": "BA",
+    "ba": "BA (95 %)",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
-    "auc": "AUC",
+    "auc": "AUC (95 %)",
     "log_loss": "log loss",
 }
 _GROUPS = {
@@ -40,7 +40,7 @@ _GROUPS = {
 def show_metrics(title: str, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
     """Print a row for each group of labelled patients; nothing without any."""
     rows = [
-        [_GROUPS.get(group, group), *(_number(values.get(name)) for name in _COLUMNS)]
+        [_GROUPS.get(group, group), *(_cell(values, name) for name in _COLUMNS)]
         for group, values in metrics.items()
     ]
     if rows:
@@ -61,6 +61,12 @@ def show_truth(scores: Mapping[str, float]) -> None:
     }
     if hidden:
         show_metrics("Against the labels that were hidden", {"unlabelled": hidden})
+
+
+def _cell(values: Mapping[str, float | None], name: str) -> str:
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    interval = "" if low is None else f" ({_number(low)} to {_number(high)})"
+    return _number(values.get(name)) + interval
 
 
 def _number(value: float | None) -> str:

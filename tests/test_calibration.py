@@ -1,0 +1,135 @@
+"""Calibration and operating points against scikit-learn, slow references and known truth."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from lymphfeat.calibration import (
+    Calibration,
+    Decision,
+    calibration_error,
+    fit_calibrations,
+    logistic,
+    logit,
+    operating_point,
+    reliability,
+)
+from lymphfeat.errors import SettingsError
+from lymphfeat.metrics import choose_threshold
+
+
+def overconfident(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw probabilities whose logits are three times too large and moved by 1, and labels."""
+    rng = np.random.default_rng(seed)
+    true = rng.normal(0, 1.5, n)
+    labels = (rng.random(n) < logistic(true)).astype(int)
+    return logistic(3 * true + 1), labels
+
+
+def test_platt_is_an_unpenalised_logistic_regression() -> None:
+    """With many patients the smoothed targets are the labels."""
+    probabilities, labels = overconfident(4000)
+    (found,) = fit_calibrations(probabilities[None], labels)
+    model = LogisticRegression(C=1e9, tol=1e-8).fit(logit(probabilities)[:, None], labels)
+    assert found.slope == pytest.approx(model.coef_[0, 0], rel=0.01)
+    assert found.intercept == pytest.approx(model.intercept_[0], abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["platt", "temperature"])
+def test_overconfidence_is_undone_on_new_patients(method: str) -> None:
+    (found,) = fit_calibrations(*_rows(overconfident(2000)), method)
+    probabilities, labels = overconfident(4000, seed=1)
+    before = calibration_error(probabilities, labels)
+    after = calibration_error(found.apply(probabilities), labels)
+    assert before > 0.1
+    assert after < (0.03 if method == "platt" else 0.08)
+    assert (found.intercept == 0) == (method == "temperature")
+
+
+def _rows(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return pair[0][None], pair[1]
+
+
+def test_many_at_once_are_each_alone_whoever_is_left_out() -> None:
+    probabilities, labels = overconfident(40)
+    stacked = np.stack([probabilities, probabilities**2])
+    stacked[0, :10] = np.nan
+    together = fit_calibrations(stacked, labels)
+    (alone,) = fit_calibrations(stacked[0][None, 10:], labels[10:])
+    assert together[0].slope == pytest.approx(alone.slope)
+    assert together[0].intercept == pytest.approx(alone.intercept)
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=8, max_size=8).map(np.array),
+    st.sampled_from(["platt", "temperature"]),
+)
+def test_the_ranking_is_never_turned_round(probabilities: np.ndarray, method: str) -> None:
+    labels = np.array([0, 1] * 4)
+    (found,) = fit_calibrations(probabilities[None], labels, method)
+    order = np.argsort(probabilities)
+    assert (np.diff(found.apply(probabilities)[order]) >= 0).all()
+    assert np.isfinite([found.slope, found.intercept]).all()
+
+
+def test_worthless_probabilities_become_the_share_of_tumoral_patients() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array([1] * 30 + [0] * 10)
+    misleading = np.where(labels == 1, 0.2, 0.8) + rng.uniform(-0.1, 0.1, 40)
+    (found,) = fit_calibrations(misleading[None], labels)
+    assert found.apply(misleading) == pytest.approx(np.full(40, 0.74), abs=0.02)
+
+
+def test_no_calibration_changes_nothing() -> None:
+    (found,) = fit_calibrations(*_rows(overconfident(10)), "none")
+    assert found.apply(np.array([0.2, 0.7])) == pytest.approx([0.2, 0.7])
+
+
+def test_reliability_and_its_error_by_hand() -> None:
+    probabilities = np.array([0.05, 0.05, 0.55, 0.55, 0.95, 1.0])
+    labels = np.array([0, 1, 1, 1, 1, 1])
+    found = reliability(probabilities, labels)
+    assert found.patients.tolist() == [2, 2, 2]
+    assert found.predicted == pytest.approx([0.05, 0.55, 0.975])
+    assert found.observed == pytest.approx([0.5, 1, 1])
+    assert found.error == pytest.approx((0.45 + 0.45 + 0.025) / 3)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9]), min_size=9, max_size=9).map(np.array),
+    st.sampled_from([0.5, 0.8, 0.9, 1.0]),
+)
+def test_operating_point_is_the_highest_that_reaches_its_sensitivity(
+    probabilities: np.ndarray, target: float
+) -> None:
+    labels = np.array([0, 1, 1, 0, 1, 1, 0, 1, 1])
+    tumoral = probabilities[labels == 1]
+    found = operating_point(probabilities, labels, target)
+    if (tumoral > 0).mean() >= target:  # nothing lies above a probability of 0
+        assert (tumoral > found).mean() >= target
+    higher = [value for value in np.unique(probabilities) if value >= found]
+    assert all((tumoral > value).mean() < target for value in higher)
+
+
+def test_a_decision_is_learnt_and_survives_its_file() -> None:
+    probabilities, labels = overconfident(100)
+    decision = Decision.learn(probabilities, labels)
+    assert decision.threshold == choose_threshold(probabilities, labels)
+    assert set(decision.operating_points) == {"0.8", "0.9", "0.95", "0.99"}
+    assert Decision.from_json(decision.to_json()) == decision
+    sensitive = decision.at_sensitivity(0.95)
+    assert sensitive.threshold == operating_point(probabilities, labels, 0.95)
+    assert sensitive.calibration == decision.calibration
+
+
+def test_a_model_file_without_calibration_is_read() -> None:
+    found = Decision.from_json({"threshold": 0.4, "threshold_from": "somewhere"})
+    assert found.calibration is None
+    with pytest.raises(SettingsError, match=r"sensitivity \(=0.9\) must be an operating point"):
+        found.at_sensitivity(0.9)
+
+
+def test_calibration_keeps_certainty_finite() -> None:
+    assert np.isfinite(Calibration(slope=2, intercept=1).apply(np.array([0.0, 1.0]))).all()
