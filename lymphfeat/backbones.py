@@ -20,7 +20,7 @@ from lymphfeat.images import VIEWS, Normalization
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
 _SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
-_FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
+FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
 _SHOWN_KEYS = 5
 
 
@@ -58,6 +58,16 @@ class LoadedWeights:
     # What `lymphfeat pretrain` wrote beside the tensors: recipe, classes, patients; else empty.
     pretraining: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """Return the patients whose labels the weights have seen."""
+        return tuple(self.pretraining.get("trained_on", ()))
+
+    @property
+    def pretrained_on(self) -> tuple[str, ...]:
+        """Return the patients whose images the weights have seen without labels."""
+        return tuple(self.pretraining.get("patients", ()))
+
 
 def build_backbone(
     name: str,
@@ -88,7 +98,7 @@ def build_backbone(
     return backbone, LoadedWeights(
         source=weights if weights == SHIPPED else path.name,
         sha256=weights_sha256(model),
-        pretraining=read_pretraining(path),
+        pretraining=read_facts(path),
     )
 
 
@@ -220,12 +230,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
-def read_pretraining(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
     """Return what `write_weights` wrote beside the tensors; empty for files of others."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_FACTS_KEY, "{}"))
+        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
     return facts
 
 
@@ -249,7 +259,7 @@ def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> s
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in state.items()}
     unfinished = path.with_name(path.name + ".partial")
-    save_file(tensors, unfinished, metadata={_FACTS_KEY: json.dumps(dict(facts))})
+    save_file(tensors, unfinished, metadata={FACTS_KEY: json.dumps(dict(facts))})
     unfinished.replace(path)
     return weights_sha256(backbone.model)
 

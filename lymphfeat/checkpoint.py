@@ -74,6 +74,13 @@ class Checkpoint:
         end = time.perf_counter()
         self._not_before = end + (end - begin) / _WRITE_SHARE
 
+    def discard_another(self) -> None:
+        """Delete the checkpoint of another run, or a damaged one."""
+        try:
+            self.read()
+        except ModelError:
+            self.remove()
+
     def remove(self) -> None:
         """Delete the checkpoint and what is left of one half written."""
         for path in (self.path, self.path.with_name(self.path.name + ".partial")):

@@ -1,7 +1,9 @@
-"""Extraction: a cohort's images through a frozen backbone into a feature store."""
+"""Extraction: images into a store of feature maps, by one backbone or one fine-tuned a split."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from lymphfeat.backbones import (
 )
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
-from lymphfeat.errors import StoreError
+from lymphfeat.endtoend.finetuning import fine_tune
+from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.progress import Progress, silent
-from lymphfeat.settings import ExtractSettings
+from lymphfeat.protocol import refuse_leakage
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
+from lymphfeat.splits import Split
 from lymphfeat.store import (
     FORMAT_VERSION,
     FeatureSet,
@@ -37,16 +42,23 @@ from lymphfeat.store import (
     differing_fields,
 )
 
+_FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
+
 
 def extract(
     cohort: Cohort,
     out: Path,
     settings: ExtractSettings,
     *,
+    splits: Sequence[Split] = (),
     force: bool = False,
     progress: Progress = silent,
 ) -> FeatureStore:
     """Write the feature maps of all of a cohort's images to the store `out` and open it.
+
+    With `settings.finetune` a backbone is first trained for each of `splits` on its training
+    patients, and every image's maps by it are stored under the split's id. The backbones stay in
+    the folder `<out>.backbones`: nothing is trained twice.
 
     A complete store of the same recipe is left as it is; an unfinished one is finished and ends
     with the same bytes as an uninterrupted run. Raises StoreError when a store of another recipe
@@ -57,36 +69,123 @@ def extract(
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
     with cpu_threads(settings.threads):
-        backbone, weights = build_backbone(
-            settings.backbone.backbone,
-            weights=settings.backbone.weights,
-            seed=settings.backbone.weights_seed,
-            image_size=settings.backbone.crop,
-            output_stride=settings.backbone.output_stride,
-        )
+        backbone, weights = _build(settings.backbone)
         dtype = choose_precision(settings.precision, device)
-        recipe = make_recipe(cohort, settings, weights, dtype, device)
+        recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
         if out.exists() and not force:
             return _reuse(out, recipe)
-        encoder = MapEncoder(
-            backbone,
-            normalization=find_normalization(settings.backbone.normalization),
-            views=parse_views(settings.views),
-            dtype=dtype,
-            device=device,
-        )
-        _extract_rows(cohort, out, settings, recipe, weights, encoder, progress, force=force)
+        if settings.finetune is None:
+            found = {_frozen(settings, weights): backbone}
+        else:
+            refuse_leakage(splits, weights.trained_on)
+            found = _fine_tuned(cohort, splits, settings, out, force, progress)
+            recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in found}
+        encoders = {
+            each: MapEncoder(
+                network,
+                normalization=find_normalization(settings.backbone.normalization),
+                views=parse_views(settings.views),
+                dtype=dtype,
+                device=device,
+            )
+            for each, network in found.items()
+        }
+        _extract_rows(cohort, out, settings, recipe, encoders, progress, force=force)
     return FeatureStore.open(out)
 
 
+def _build(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
+    return build_backbone(
+        settings.backbone,
+        weights=settings.weights,
+        seed=settings.weights_seed,
+        image_size=settings.crop,
+        output_stride=settings.output_stride,
+    )
+
+
+def _frozen(settings: ExtractSettings, weights: LoadedWeights) -> FeatureSet:
+    return FeatureSet(
+        name="frozen",
+        backbone=settings.backbone.backbone,
+        weights_sha256=weights.sha256,
+        trained_on=weights.trained_on,
+        pretrained_on=weights.pretrained_on,
+    )
+
+
+def _fine_tuned(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    settings: ExtractSettings,
+    out: Path,
+    force: bool,
+    progress: Progress,
+) -> dict[FeatureSet, Backbone]:
+    assert settings.finetune is not None
+    folder = out.with_name(out.name + ".backbones")
+    paths = fine_tune(
+        cohort, splits, _finetune_settings(settings), folder, force=force, progress=progress
+    )
+    found = {}
+    for split in splits:
+        tuned = replace(settings.backbone, weights=str(paths[split.id]))
+        backbone, weights = _build(tuned)
+        feature_set = FeatureSet.of_split(
+            split,
+            backbone=tuned.backbone,
+            weights_sha256=weights.sha256,
+            pretrained_on=weights.pretrained_on,
+        )
+        found[feature_set] = backbone
+    return found
+
+
+def _finetune_settings(settings: ExtractSettings) -> EndToEndSettings:
+    assert settings.finetune is not None
+    return replace(
+        settings.finetune,
+        backbone=settings.backbone,
+        precision=settings.precision,
+        device=settings.device,
+        threads=settings.threads,
+    )
+
+
 def make_recipe(
+    cohort: Cohort,
+    settings: ExtractSettings,
+    splits: Sequence[Split],
+    weights: LoadedWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Collect all that determines a store's bytes."""
+    if bool(splits) != bool(settings.finetune):
+        raise SettingsError(
+            f"splits (={len(splits)}) must come with fine-tuning and it with them: give both "
+            "--splits and --finetune-epochs, or neither."
+        )
+    return _frozen_recipe(cohort, settings, weights, dtype, device) | (
+        {"finetune": _finetune_recipe(settings, splits)} if splits else {}
+    )
+
+
+def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict[str, Any]:
+    fields = asdict(_finetune_settings(settings))
+    for name in ("backbone", "precision", "device", "threads", "seed", "validation", "tta"):
+        del fields[name]
+    digest = hashlib.sha256(json.dumps([asdict(split) for split in splits]).encode())
+    return {**fields, "splits": len(splits), "splits_sha256": digest.hexdigest()}
+
+
+def _frozen_recipe(
     cohort: Cohort,
     settings: ExtractSettings,
     weights: LoadedWeights,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Collect all that determines a store's bytes."""
     return {
         "backbone": settings.backbone.backbone,
         "output_stride": settings.backbone.output_stride,
@@ -111,7 +210,9 @@ def make_recipe(
 
 def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
     store = FeatureStore.open(out)
-    differences = differing_fields(recipe, store.recipe)
+    # Which weights came of fine-tuning is known only when it is done.
+    theirs = {name: value for name, value in store.recipe.items() if name != _FINETUNED}
+    differences = differing_fields(recipe, theirs)
     if differences:
         raise StoreError(
             f"{out}: a store of another recipe is there: {'; '.join(differences)}. "
@@ -125,25 +226,19 @@ def _extract_rows(
     out: Path,
     settings: ExtractSettings,
     recipe: dict[str, Any],
-    weights: LoadedWeights,
-    encoder: "MapEncoder",
+    encoders: Mapping[FeatureSet, "MapEncoder"],
     progress: Progress,
     *,
     force: bool,
 ) -> None:
     paths = [path for images in cohort.images for path in images]
-    feature_set = FeatureSet(
-        name="frozen",
-        backbone=settings.backbone.backbone,
-        weights_sha256=weights.sha256,
-        pretrained_on=tuple(weights.pretraining.get("patients", ())),
-    )
+    first = next(iter(encoders.values()))
     with StoreWriter(
         out,
         recipe=recipe,
         cohort=cohort,
-        shape=encoder.map_shape(settings.backbone.crop),
-        feature_sets=[feature_set],
+        shape=first.map_shape(settings.backbone.crop),
+        feature_sets=list(encoders),
         force=force,
     ) as writer:
         starts = [
@@ -155,10 +250,9 @@ def _extract_rows(
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
         for start, crops in _decoded_blocks(blocks, settings):
-            maps = encoder.encode(np.stack([crop.pixels for crop in crops]))
-            writer.write(
-                start, {"frozen": maps}, np.array([crop.crc32 for crop in crops], np.uint32)
-            )
+            pixels = np.stack([crop.pixels for crop in crops])
+            maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
+            writer.write(start, maps, np.array([crop.crc32 for crop in crops], np.uint32))
             meter.add(len(crops))
         writer.finish()
 

@@ -18,7 +18,7 @@ from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.progress import Progress, silent
-from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
@@ -27,7 +27,7 @@ from lymphfeat.training import Features, is_first, joined_processes
 from lymphfeat.truth import Truth
 
 RUN_FORMAT = "lymphfeat-run"
-FEATURES = "frozen"
+FROZEN = "frozen"
 RUN_FILES = (
     "summary.png",
     "summary.json",
@@ -82,8 +82,8 @@ def fit_head(
             settings,
             table=store.table,
             splits=splits,
-            trained_on=store.feature_sets[FEATURES].trained_on,
-            shared=find_shared_images(store, FEATURES),
+            trained_on=_trained_on(store),
+            shared=find_shared_images(store, next(iter(store.feature_sets))),
             progress=progress,
         )
         if witness is not None:
@@ -96,26 +96,36 @@ def fit_head(
 
 def load_features(
     store: FeatureStore, dtype: torch.dtype, device: torch.device, *, views: int | None = None
-) -> Features:
-    """Open the first `views` of a store (None: all) for the head engine.
+) -> Features | SplitFeatures:
+    """Open the first `views` of a store (None: all): the frozen maps, or else each split's own.
 
     Raises SettingsError when the store has fewer.
     """
-    maps = store.features(FEATURES)  # (N, V, C, h, w)
-    if views is not None and views > maps.shape[1]:
+    if views is not None and views > store.shape.views:
         raise SettingsError(
-            f"views (={views}) must be at most the {maps.shape[1]} of {store.path}; "
+            f"views (={views}) must be at most the {store.shape.views} of {store.path}; "
             "`lymphfeat extract --views` makes more."
         )
-    return Features(
-        maps[:, :views],
-        store.pooled(FEATURES)[:, :views],
-        store.offsets,
-        store.ids,
-        store.labels,
-        dtype=dtype,
-        device=device,
-    )
+
+    def read(name: str) -> Features:
+        return Features(
+            store.features(name)[:, :views],  # (N, V, C, h, w)
+            store.pooled(name)[:, :views],
+            store.offsets,
+            store.ids,
+            store.labels,
+            dtype=dtype,
+            device=device,
+        )
+
+    if FROZEN in store.feature_sets:
+        return read(FROZEN)
+    return SplitFeatures(store.splits, store.ids, store.n_images, lambda split: read(split.id))
+
+
+def _trained_on(store: FeatureStore) -> Sequence[str]:
+    """Return who must not be evaluated; a split's own features are of its training patients."""
+    return store.feature_sets[FROZEN].trained_on if FROZEN in store.feature_sets else ()
 
 
 def check_run_folder(out: Path, force: bool) -> None:
@@ -162,6 +172,7 @@ def _write(
             "recipe_sha256": store.recipe_sha256,
             "recipe": dict(store.recipe),
         },
+        "thresholds": outcome.thresholds,
     }
     # The tables first and config.json last: with it the folder is a whole run.
     outcome.epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")

@@ -7,7 +7,8 @@
   is chosen on out-of-fold probabilities of training patients alone.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,10 +52,31 @@ class Outcome:
     summary: pd.DataFrame  # one row a head, fusion or selection, the best first; then baselines
     warnings: tuple[str, ...]  # in plain words: who does not beat bag size, or clinical alone
     fitted: FittedHeads  # heads x splits, in that order
+    thresholds: str  # where the heads' thresholds come from
+
+
+class SplitFeatures:
+    """Features of each split's own backbone, read when they are asked for."""
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        ids: Sequence[str],
+        sizes: NDArray[np.int64],
+        read: Callable[[Split], Features],
+    ) -> None:
+        """Take the splits and all patients, with their image counts; `read` gives the features."""
+        self.splits = {split.id: split for split in splits}
+        self.sizes = sizes
+        self.read = read
+        self._row = {patient: row for row, patient in enumerate(ids)}
+
+    def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([self._row[patient] for patient in patients])
 
 
 def run_protocol(
-    features: Features,
+    features: Features | SplitFeatures,
     ids: Sequence[str],
     labels: NDArray[np.int64],
     heads: Sequence[HeadSettings],
@@ -73,7 +95,12 @@ def run_protocol(
     `trained_on` names the patients whose labels the backbone has seen: LeakageError where one of
     them would be evaluated, and where one of the `shared` images is on both sides of a split.
     """
-    plan = make_plan(ids, labels, settings, splits)
+    if isinstance(features, SplitFeatures):
+        plan = own_plan(features, dict(zip(ids, labels.tolist(), strict=True)), settings, splits)
+        sizes = features.sizes
+    else:
+        plan = make_plan(ids, labels, settings, splits)
+        sizes = features.bags.sizes.cpu().numpy()
     refuse_leakage(plan.outer, trained_on)
     if not settings.allow_shared_images:
         refuse_shared_images(plan.outer, shared)
@@ -84,19 +111,10 @@ def run_protocol(
     inner = [
         Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
     ]
-    fitted = fit_heads(
-        features,
-        outer + inner,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        images_per_patient=settings.images_per_patient,
-        views=features.n_views,
-        tta=settings.tta,
-        progress=progress,
-    )
+    fitted = _fit(features, outer + inner, settings, progress)
     scores = [_head_scores(patients, fitted, head, nested=nested) for head in heads]
     fused = fit_fusions(patients, scores, settings.fusions, attributes)
-    baselines = fit_baselines(patients, features.bags.sizes.cpu().numpy(), attributes)
+    baselines = fit_baselines(patients, sizes, attributes)
     selected = _select(patients, heads, scores) if all(plan.inner) else []
     measured = [
         measure(patients, found, calibration=settings.calibration)
@@ -115,6 +133,7 @@ def run_protocol(
         summary=summarise(runs, predictions, plan),
         warnings=find_warnings(runs, plan),
         fitted=fitted.take(range(len(outer))),
+        thresholds="from training patients" if all(plan.inner) else ".5",
     )
 
 
@@ -148,6 +167,79 @@ def make_plan(
     if settings.protocol == "report":
         return Plan.flat(splits)
     return Plan.nested(splits, label_of, folds=settings.folds)
+
+
+def own_plan(
+    features: SplitFeatures,
+    labels: Mapping[str, int],
+    settings: FitSettings,
+    splits: Sequence[Split] | None = None,
+) -> Plan:
+    """Plan the splits that have features of their own, or those given among them.
+
+    Inner splits are planned where all of them have features, too. Raises LeakageError when nobody
+    is left to evaluate, or a given split is not the one that a backbone was fine-tuned on.
+    """
+    own = features.splits
+    outer = [split for split in own.values() if split.validation and _parent(split.id) not in own]
+    if not outer:
+        raise LeakageError(
+            "the backbones of these features were fine-tuned on all labelled patients: nobody is "
+            "left to evaluate heads on. Extract with --splits kfold:5, or with frozen weights."
+        )
+    for split in splits or ():
+        if own.get(split.id) != split:
+            raise LeakageError(
+                f"split {split.id}: no backbone of these features was fine-tuned on its training "
+                f"patients alone; theirs are {', '.join(s.id for s in outer)}."
+            )
+    plan = Plan.flat(splits or outer)
+    if settings.protocol == "report" or not any(_parent(id) in own for id in own):
+        return plan
+    nested = Plan.nested(plan.outer, labels, folds=settings.folds)
+    return nested if all(own.get(split.id) == split for split in nested.inner_once) else plan
+
+
+def _parent(id: str) -> str:
+    """Return the id of the split inside which a split of this id would lie."""
+    inner = re.fullmatch(r"(.+)[+.]\d+", id)
+    return inner[1] if inner else ""
+
+
+def _fit(
+    features: Features | SplitFeatures,
+    fits: Sequence[Fit],
+    settings: FitSettings,
+    progress: Progress,
+) -> FittedHeads:
+    """Fit heads, each split's on its own features where it has some."""
+    if isinstance(features, Features):
+        return _fit_on(features, fits, settings, progress)
+    groups: dict[str, list[int]] = {}
+    for i, fit in enumerate(fits):
+        groups.setdefault(fit.split.id, []).append(i)
+    parts = []
+    for done, (id, group) in enumerate(groups.items()):
+        own = features.read(features.splits[id])
+        parts.append(_fit_on(own, [fits[i] for i in group], settings, silent))
+        progress(done + 1, len(groups), id)
+    order = np.argsort(np.concatenate([*groups.values()]), kind="stable")
+    return FittedHeads.joined(parts).take(order.tolist())
+
+
+def _fit_on(
+    features: Features, fits: Sequence[Fit], settings: FitSettings, progress: Progress
+) -> FittedHeads:
+    return fit_heads(
+        features,
+        fits,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        images_per_patient=settings.images_per_patient,
+        views=features.n_views,
+        tta=settings.tta,
+        progress=progress,
+    )
 
 
 def refuse_leakage(splits: Sequence[Split], trained_on: Sequence[str]) -> None:
@@ -258,7 +350,7 @@ def _epochs(patients: Patients, fitted: FittedHeads) -> pd.DataFrame:
 
 def witness_aucs(
     outcome: Outcome,
-    features: Features,
+    features: Features | SplitFeatures,
     patient_of_image: NDArray[np.int64],
     witness: NDArray[np.bool_],
 ) -> pd.Series:
@@ -267,9 +359,10 @@ def witness_aucs(
     `patient_of_image` and `witness` are (N,). Measured on the validation patients who have a
     witness: AUC of their witness images against their other images.
     """
-    images = features.images.float().cpu().numpy()  # (N, C)
     values: dict[str, list[float]] = {}
     for i, fit in enumerate(outcome.fitted.fits):
+        own = features.read(fit.split) if isinstance(features, SplitFeatures) else features
+        images = own.images.float().cpu().numpy()  # (N, C)
         rows = features.rows_of(fit.split.validation)
         carriers = np.intersect1d(rows, np.unique(patient_of_image[witness]))
         chosen = np.isin(patient_of_image, carriers)

@@ -31,22 +31,6 @@ class BackboneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractSettings:
-    """How images become a feature store."""
-
-    backbone: BackboneSettings = field(default_factory=BackboneSettings)
-    views: int = 1  # identity, hflip, vflip, both: the first so many
-    precision: str = "auto"  # auto | float32 | bfloat16
-    batch_size: int = 64  # images; part of the recipe, for rounding may depend on it
-    device: str = "auto"
-    threads: int | None = None  # None is all cores
-
-    def __post_init__(self) -> None:
-        _require_at_least(self.batch_size, 1, "batch_size")
-        _require_at_least(self.threads, 1, "threads")
-
-
-@dataclass(frozen=True, kw_only=True)
 class HeadSettings:
     """One head: a linear scorer and an aggregator, and how it is trained (METHOD §2).
 
@@ -231,3 +215,22 @@ class PretrainSettings:
         _require_at_least(self.supervised, 0, "supervised")
         require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
         _require_at_least(self.weight_decay, 0, "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings:
+    """How images become a feature store."""
+
+    backbone: BackboneSettings = field(default_factory=BackboneSettings)
+    views: int = 1  # identity, hflip, vflip, both: the first so many
+    precision: str = "auto"  # auto | float32 | bfloat16
+    batch_size: int = 64  # images; part of the recipe, for rounding may depend on it
+    # How backbones are fine-tuned, one a split; its backbone, seed, precision, device and threads
+    # are these settings' and the split's. None trains nothing.
+    finetune: EndToEndSettings | None = None
+    device: str = "auto"
+    threads: int | None = None  # None is all cores
+
+    def __post_init__(self) -> None:
+        _require_at_least(self.batch_size, 1, "batch_size")
+        _require_at_least(self.threads, 1, "threads")

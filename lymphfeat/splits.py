@@ -1,6 +1,7 @@
 """Patient-level splits (training and validation patients, and a seed): made, written, read."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,11 @@ class Split:
     validation: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.id):  # it names files and features
+            raise SettingsError(
+                f"split id (={self.id}) must be of letters, digits and . _ + -, the first a letter "
+                "or digit."
+            )
         for name, side in (("training", self.train), ("validation", self.validation)):
             if len(set(side)) < len(side):
                 raise SettingsError(
@@ -207,6 +213,43 @@ def _one_repeat(
         )
 
     return Folds.of([split(fold) for fold in range(folds)])
+
+
+def find_splits(
+    text: str, ids: Sequence[str], labels: NDArray[np.int64], *, seed: int = 0
+) -> list[Split]:
+    """Return the splits that `--splits` names, of the labelled ones among patients.
+
+    `text` is a file of `write_splits`, `kfold:K` or `kfold:KxR` (R repeats of stratified k-fold),
+    `report:S` (S halves), any of them with `+inner` behind it (also their inner splits, see `Plan`,
+    that out-of-fold thresholds need), or `all` (everybody trains). `ids` and `labels` (P,) are all
+    patients; -1 is unknown. Raises SettingsError for anything else, and for a file of others.
+    """
+    name, inner, rest = text.partition("+inner")
+    label_of = dict(zip(ids, labels.tolist(), strict=True))
+    known = [id for id in ids if label_of[id] >= 0]
+    if name == "all" and not inner:
+        return [Split(id="all", seed=seed, repeat=0, train=tuple(known), validation=())]
+    splits = _named_splits(text if rest else name, known, labels[labels >= 0], seed)
+    check_splits(splits, label_of, name)
+    return [*splits, *(Plan.nested(splits, label_of).inner_once if inner else ())]
+
+
+def _named_splits(
+    name: str, ids: Sequence[str], labels: NDArray[np.int64], seed: int
+) -> list[Split]:
+    plan = re.fullmatch(r"(kfold|report):(\d+)(?:x(\d+))?", name)
+    if plan is None:
+        return read_splits(Path(name))
+    count, repeats = int(plan[2]), int(plan[3] or 1)
+    if plan[1] == "report" and plan[3] is None and count >= 1:
+        return report_splits(ids, labels, seeds=count, seed=seed)
+    if plan[1] == "kfold" and count >= 2 and repeats >= 1:
+        repeated = kfold_splits(ids, labels, folds=count, seeds=repeats, seed=seed)
+        return [split for repeat in repeated for split in repeat.outer]
+    raise SettingsError(
+        f"splits (={name}) must be kfold:K or kfold:KxR (K at least 2), report:S, all or a file."
+    )
 
 
 def write_splits(splits: Sequence[Split], path: Path) -> None:

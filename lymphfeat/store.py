@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import StoreError
+from lymphfeat.splits import Split
 
 FORMAT = "lymphfeat"
 FORMAT_VERSION = 1
@@ -46,7 +47,32 @@ class FeatureSet:
     weights_sha256: str
     trained_on: tuple[str, ...] = ()  # patients whose LABELS the weights have seen
     pretrained_on: tuple[str, ...] = ()  # patients whose images they have seen without labels
-    split: str = ""
+    split: str = ""  # id of the split whose training patients these are
+    validation: tuple[str, ...] = ()  # the split's other patients
+    seed: int = 0  # the split's
+    repeat: int = 0  # the split's
+
+    @classmethod
+    def of_split(
+        cls,
+        split: Split,
+        *,
+        backbone: str,
+        weights_sha256: str,
+        pretrained_on: tuple[str, ...] = (),
+    ) -> "FeatureSet":
+        """Describe the maps of a backbone fine-tuned on a split's training patients."""
+        return cls(
+            name=split.id,
+            backbone=backbone,
+            weights_sha256=weights_sha256,
+            trained_on=split.train,
+            pretrained_on=pretrained_on,
+            split=split.id,
+            validation=split.validation,
+            seed=split.seed,
+            repeat=split.repeat,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +351,14 @@ def _create(
             features.attrs["backbone"] = feature_set.backbone
             features.attrs["weights_sha256"] = feature_set.weights_sha256
             features.attrs["split"] = feature_set.split
+            if feature_set.split:
+                features.attrs["seed"], features.attrs["repeat"] = (
+                    feature_set.seed,
+                    feature_set.repeat,
+                )
+                _write_strings(
+                    file.require_group("validation"), feature_set.name, feature_set.validation
+                )
             # A dataset of its own: an attribute is limited to 64 kB.
             _write_strings(
                 file.require_group("trained_on"), feature_set.name, feature_set.trained_on
@@ -503,6 +537,21 @@ class FeatureStore:
     def covariates(self) -> tuple[str, ...]:
         return tuple(self.table.columns[2:])
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Return the splits for which the store has features of their own, fine-tuned backbone."""
+        return tuple(
+            Split(
+                id=found.split,
+                seed=found.seed,
+                repeat=found.repeat,
+                train=found.trained_on,
+                validation=found.validation,
+            )
+            for found in self.feature_sets.values()
+            if found.split
+        )
+
     def features(self, name: str = "frozen") -> NDArray[np.float16]:
         """Map the feature maps called `name`, (N, V, C, h, w), read-only."""
         return _map(self.path, f"features/{self._known(name)}", "r")
@@ -564,6 +613,7 @@ def _read_strings(dataset: h5py.Dataset) -> list[str]:
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
     attributes = file["features"][name].attrs
     pretrained = name in file.get("pretrained_on", {})
+    validated = name in file.get("validation", {})
     return FeatureSet(
         name=name,
         backbone=str(attributes["backbone"]),
@@ -571,6 +621,9 @@ def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
         trained_on=tuple(_read_strings(file["trained_on"][name])),
         pretrained_on=tuple(_read_strings(file["pretrained_on"][name])) if pretrained else (),
         split=str(attributes["split"]),
+        validation=tuple(_read_strings(file["validation"][name])) if validated else (),
+        seed=int(attributes.get("seed", 0)),
+        repeat=int(attributes.get("repeat", 0)),
     )
 
 

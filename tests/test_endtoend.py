@@ -22,7 +22,7 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.endtoend.encoder import batchnorms
 from lymphfeat.endtoend.gradients import LossOf
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, all_rows
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, unflipped
 from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches
 from lymphfeat.errors import CohortError, ModelError, SettingsError
 from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
@@ -270,7 +270,11 @@ def test_mistakes_are_named(cohort: Cohort, tmp_path: Path) -> None:
 
 def make_trainer(settings: EndToEndSettings) -> Trainer:
     generator = torch.Generator().manual_seed(5)
-    sizes = np.array([1, 4, 3, 5])
+    roster = Roster(
+        starts=torch.tensor([0, 1, 5, 8]),
+        sizes=torch.tensor([1, 4, 3, 5]),
+        labels=torch.tensor([0.0, 1.0, 0.0, 1.0]),
+    )
     pixels = torch.randint(0, 256, (13, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
     weight, bias = initial_scorer(backbone.channels, generator)
@@ -279,8 +283,7 @@ def make_trainer(settings: EndToEndSettings) -> Trainer:
         backbone,
         HeadStack([settings.head], 10 * weight[None], bias[None]),
         PixelCache(pixels, NORMALIZATIONS["imagenet"], torch.device("cpu")),
-        sizes,
-        np.array([0, 1, 0, 1]),
+        roster,
         settings,
         dtype=torch.float32,
         generator=generator,
@@ -291,7 +294,7 @@ def make_trainer(settings: EndToEndSettings) -> Trainer:
 def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HeadSettings(agg="topk", k_train=2, loss=loss)
     trainer = make_trainer(tiny_settings(head=head, batch_size=16))
-    logits = trainer.encoder.score(trainer.head, all_rows(13), 5)[:, 0].tolist()
+    logits = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 5)[:, 0].tolist()
     expected = []
     for start, stop in ((0, 1), (1, 5), (5, 8), (8, 13)):
         ranked = sorted(range(start, stop), key=lambda row: -logits[row])
@@ -312,8 +315,8 @@ def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPa
 def test_scoring_is_in_eval_mode() -> None:
     trainer = make_trainer(tiny_settings())
     before = [b.clone() for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
-    together = trainer.encoder.score(trainer.head, all_rows(13), 13)
-    apart = trainer.encoder.score(trainer.head, all_rows(13), 2)
+    together = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 13)
+    apart = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 2)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
     after = [b for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
     torch.testing.assert_close(after, before, rtol=0, atol=0)

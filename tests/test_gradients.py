@@ -13,7 +13,7 @@ from lymphfeat.backbones import Backbone, build_backbone
 from lymphfeat.bags import Bags
 from lymphfeat.endtoend.encoder import Encoder, batchnorms, statistics_kept
 from lymphfeat.endtoend.gradients import backpropagate, exact_gradient, subset_gradient
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, all_rows, draw_flips, flip_each
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, draw_flips, flip_each, unflipped
 from lymphfeat.endtoend.training import Bag, PatientLoss, SelectedLoss
 from lymphfeat.heads import AGGREGATORS, HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS
@@ -41,7 +41,9 @@ class Setting:
         self.backbone, _ = build_backbone("test_efficientnet", image_size=64)
         self.encoder = Encoder(self.backbone, cache, unit=unit, frozen_batchnorm=frozen)
         with torch.no_grad():
-            Encoder(self.backbone, cache, unit=unit)(all_rows(N))  # statistics worth freezing
+            Encoder(self.backbone, cache, unit=unit)(
+                unflipped(torch.arange(N))
+            )  # statistics worth freezing
         settings = resolve(HeadSettings(agg=agg, unit=unit))
         weight = torch.randn(1, self.backbone.channels, generator=generator)
         self.head = HeadStack([settings], weight, torch.zeros(1)).train()
@@ -217,7 +219,7 @@ def test_a_pixel_keeps_its_number_when_flipped() -> None:
     cache = PixelCache(pixels, NORMALIZATIONS["imagenet"], CPU)
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
     encoder = Encoder(Pooling(), cache, unit="pixel")
-    plain = all_rows(4)
+    plain = unflipped(torch.arange(4))
     torch.testing.assert_close(encoder(replace(plain, flips=flips)), encoder(plain))
     assert not torch.equal(cache.load(replace(plain, flips=flips)), cache.load(plain))
 
@@ -231,7 +233,7 @@ def test_flips_one_by_one() -> None:
 
 @given(n=st.integers(0, 40), size=st.integers(1, 15))
 def test_chunks_are_equal_ordered_and_bounded(n: int, size: int) -> None:
-    chunks = all_rows(n).chunks(size)
+    chunks = unflipped(torch.arange(n)).chunks(size)
     assert [row for chunk in chunks for row in chunk.rows.tolist()] == list(range(n))
     lengths = [len(chunk) for chunk in chunks]
     assert not n or (max(lengths) <= size and max(lengths) - min(lengths) <= 1)

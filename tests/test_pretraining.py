@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lymphfeat.backbones import build_backbone, read_pretraining, write_weights
+from lymphfeat.backbones import build_backbone, read_facts, write_weights
 from lymphfeat.cells import Cells
 from lymphfeat.errors import LymphfeatError, WeightsError
 from lymphfeat.pretraining.pairs import PairSampler
@@ -219,4 +219,4 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_of_others_tell_nothing_of_pretraining(tmp_path: Path) -> None:
-    assert read_pretraining(tmp_path / "w.pth") == {}
+    assert read_facts(tmp_path / "w.pth") == {}

@@ -143,6 +143,7 @@ def test_plain_h5py_reads_what_the_format_says(tmp_path: Path) -> None:
                 *("features", "features/frozen", "features/kfold5-r0-f3"),
                 *("pooled", "pooled/frozen", "pooled/kfold5-r0-f3"),
                 *("trained_on", "trained_on/frozen", "trained_on/kfold5-r0-f3"),
+                *("validation", "validation/kfold5-r0-f3"),
             ]
         )
         assert file.attrs["format"] == "lymphfeat"

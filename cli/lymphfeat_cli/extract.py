@@ -25,7 +25,8 @@ from lymphfeat_cli.options import (
 Examples:
   lymphfeat extract
   lymphfeat extract --cohort DIR --weights resnet18.safetensors --views 4
-  lymphfeat extract --cohort DIR --backbone efficientnet_b0 --weights imagenet""",
+  lymphfeat extract --cohort DIR --backbone efficientnet_b0 --weights imagenet
+  lymphfeat extract --cohort DIR --finetune-epochs 20 --splits kfold:5 --out cache/tuned.h5""",
 )
 @cohort_options
 @click.option(
@@ -65,7 +66,38 @@ Examples:
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --weights none."
+    "--finetune-epochs",
+    type=click.IntRange(1),
+    help="Fine-tune a backbone for each of --splits on its training patients; fit-head then pairs "
+    "each split with its own. [default: nothing is trained]",
+)
+@click.option(
+    "--splits",
+    help="kfold:5, kfold:5x10 (ten repeats), kfold:5+inner (also what out-of-fold thresholds "
+    "need: 10 backbones more), report:10, all, or a splits.json. [default with "
+    "--finetune-epochs: kfold:5]",
+)
+@click.option(
+    "--finetune-agg",
+    default="bnsigmoid",
+    show_default=True,
+    help="Aggregator to fine-tune with, as of endtoend.",
+)
+@click.option("--finetune-lr", type=float, default=1e-4, show_default=True)
+@click.option("--finetune-images-per-patient", type=click.IntRange(1), help="[default: all]")
+@click.option(
+    "--finetune-gradient",
+    type=click.Choice(["subset", "exact"]),
+    default="subset",
+    show_default=True,
+    help="As --gradient of endtoend.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of --weights none and of --splits.",
 )
 @device_option
 @threads_option
@@ -85,6 +117,12 @@ def command(
     views: int,
     precision: str,
     batch_size: int,
+    finetune_epochs: int | None,
+    splits: str | None,
+    finetune_agg: str,
+    finetune_lr: float,
+    finetune_images_per_patient: int | None,
+    finetune_gradient: str,
     seed: int,
     device: str,
     threads: int | None,
@@ -96,10 +134,27 @@ def command(
 
     An interrupted extraction goes on where it was when the same line is run again; a finished one
     of the same recipe is left as it is.
+
+    With --finetune-epochs a backbone is trained for each split before; the weights stay beside the
+    store, in the folder OUT.backbones.
     """
     from lymphfeat.extract import extract
-    from lymphfeat.settings import BackboneSettings, ExtractSettings
+    from lymphfeat.settings import (
+        BackboneSettings,
+        EndToEndSettings,
+        ExtractSettings,
+        HeadSettings,
+    )
+    from lymphfeat.splits import find_splits
 
+    finetune = finetune_epochs and EndToEndSettings(
+        epochs=finetune_epochs,
+        head=HeadSettings(agg=finetune_agg, lr=finetune_lr),
+        images_per_patient=finetune_images_per_patient,
+        gradient=finetune_gradient,
+    )
+    if finetune and splits is None:
+        splits = "kfold:5"
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     settings = ExtractSettings(
         backbone=BackboneSettings(
@@ -113,14 +168,20 @@ def command(
         views=views,
         precision=precision,
         batch_size=batch_size,
+        finetune=finetune or None,
         device=device,
         threads=threads,
     )
     with progress_bar("extracting", quiet) as progress:
         store = extract(
-            patients, out or cache_path("features.h5"), settings, force=force, progress=progress
+            patients,
+            out or cache_path("features.h5"),
+            settings,
+            splits=find_splits(splits, patients.ids, patients.labels, seed=seed) if splits else (),
+            force=force,
+            progress=progress,
         )
-    seen = store.pretrained_patients()
+    seen = store.pretrained_patients(next(iter(store.feature_sets)))
     if seen:
         note(
             f"The weights saw images of {len(seen)} of the {len(store.ids)} patients in "
@@ -135,3 +196,8 @@ def command(
         f"{shape.views} view(s) of {shape.channels}×{shape.height}×{shape.width} ({backbone}, "
         f"weights {store.recipe['weights']}, {store.recipe['precision']})"
     )
+    if store.splits:
+        click.echo(
+            f"The backbone was fine-tuned for each of {len(store.splits)} splits: "
+            f"{', '.join(split.id for split in store.splits)}."
+        )

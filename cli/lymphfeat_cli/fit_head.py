@@ -19,8 +19,7 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from lymphfeat.protocol import Outcome
     from lymphfeat.settings import FitSettings
 
 
@@ -191,7 +190,7 @@ def command(
             }
         )
         return
-    _show(run.outcome.summary, settings)
+    _show(run.outcome, settings)
     for warning in run.outcome.warnings:
         click.echo(f"Warning: {warning}")
     click.echo("Wrote " + ", ".join(str(path) for path in run.files))
@@ -205,7 +204,8 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
-def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
+def _show(outcome: "Outcome", settings: "FitSettings") -> None:
+    summary = outcome.summary
     report = settings.protocol == "report"
     columns = ["head", "BA ± 95 %", "sensitivity", "specificity", "AUC"]
     names = ["sensitivity", "specificity", "auc"]
@@ -228,11 +228,11 @@ def _show(summary: "pd.DataFrame", settings: "FitSettings") -> None:
     ]
     runs = int(summary["runs"].iloc[0])
     title = (
-        f"report protocol: {runs} halves, threshold .5, mean of each run's 10 best epochs "
+        f"report protocol: {runs} splits, threshold .5, mean of each run's 10 best epochs "
         "(chosen on the patients measured: optimistic)"
         if report
-        else f"honest protocol: {runs} fits a row, {settings.epoch} epoch, threshold from training "
-        "patients"
+        else f"honest protocol: {runs} fits a row, {settings.epoch} epoch, threshold "
+        f"{outcome.thresholds}"
     )
     show_table(title, columns, rows)
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lymphfeat.metrics import all_metrics
+from lymphfeat.model import replace_file
 
 Row = Mapping[str, float]
+CURVES = ("curves.csv", "curves.png")
 SHOWN_METRICS = ("ba", "auc", "log_loss")
 
 
@@ -24,26 +27,36 @@ def metric_columns(
     return {f"{prefix}_{name}": float(metrics[name]) for name in SHOWN_METRICS}
 
 
-def write_curves(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as CSV."""
+def write_curves(rows: Sequence[Row], folder: Path) -> None:
+    """Write curves.csv to a folder, made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / CURVES[0], partial(_write, rows))
+
+
+def draw_curves(rows: Sequence[Row], folder: Path) -> None:
+    """Write curves.png to a folder."""
+    replace_file(folder / CURVES[1], partial(_draw, rows))
+
+
+def _write(rows: Sequence[Row], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw losses, and balanced accuracies, over epochs as PNG."""
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw losses, and balanced accuracies, over epochs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
+    _draw_lines(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
     named = {"train_ba": "training", "validation_ba": "validation"}
-    _draw(right, rows, named, "balanced accuracy")
+    _draw_lines(right, rows, named, "balanced accuracy")
     right.set_ylim(0, 1.02)
     figure.savefig(path, format="png", dpi=120)
 
 
-def _draw(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], title: str) -> None:
+def _draw_lines(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], title: str) -> None:
     epochs = [row["epoch"] for row in rows]
     for column, name in columns.items():
         if column in rows[0]:

@@ -3,37 +3,50 @@
 import math
 import time
 
+import numpy as np
 import torch
 
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend.curves import Row, metric_columns
-from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.job import Job
-from lymphfeat.endtoend.pixels import PixelCache
+from lymphfeat.endtoend.pixels import PixelCache, Roster
 from lymphfeat.endtoend.training import TRAINERS, EpochResult, Trainer, evaluate
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads import AGGREGATORS
 from lymphfeat.progress import Progress, silent
 
 
-def fit(job: Job, checkpoint: Checkpoint, progress: Progress = silent) -> list[Row]:
-    """Train the job's model in place, from its checkpoint if there is one; return the curves."""
+def decode(cohort: Cohort, job: Job, progress: Progress = silent) -> PixelCache:
+    """Decode the images of a cohort as a job wants them."""
+    recipe = job.model.recipe
+    return PixelCache.decode(cohort, recipe.crop, recipe.normalization, job.device, progress)
+
+
+def fit(
+    job: Job,
+    pixels: PixelCache,
+    cached: Cohort,
+    checkpoint: Checkpoint,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Train the job's model in place, from its checkpoint if there is one; return the curves.
+
+    `pixels` are the images of the cohort `cached`, which has the job's patients.
+    """
     model, settings, device = job.model, job.settings, job.device
     model.backbone.to(device).to(memory_format=torch.channels_last)
     model.head.to(device)
-    pixels = _decode(job.parts.train, job, progress)
     trainer = TRAINERS[AGGREGATORS[settings.head.agg].family](
         model.backbone,
         model.head,
         pixels,
-        job.parts.train.n_images,
-        job.parts.train.labels,
+        Roster.of(job.parts.train, cached),
         settings,
         dtype=job.dtype,
         generator=job.generator,
     )
-    held_out = _held_out_encoder(job, progress)
+    held_out = None if job.parts.validation is None else Roster.of(job.parts.validation, cached)
     history: list[Row] = []
     state = checkpoint.read()
     if state is not None:
@@ -48,20 +61,8 @@ def fit(job: Job, checkpoint: Checkpoint, progress: Progress = silent) -> list[R
     return history
 
 
-def _decode(cohort: Cohort, job: Job, progress: Progress) -> PixelCache:
-    normalization = job.model.recipe.normalization
-    return PixelCache.decode(cohort, job.model.recipe.crop, normalization, job.device, progress)
-
-
-def _held_out_encoder(job: Job, progress: Progress) -> Encoder | None:
-    if job.parts.validation is None:
-        return None
-    pixels = _decode(job.parts.validation, job, progress)
-    return Encoder(job.model.backbone, pixels, unit=job.settings.head.unit, dtype=job.dtype)
-
-
 def _run_epoch(
-    job: Job, trainer: Trainer, held_out: Encoder | None, history: list[Row], progress: Progress
+    job: Job, trainer: Trainer, held_out: Roster | None, history: list[Row], progress: Progress
 ) -> Row:
     epoch, epochs = len(history), job.settings.epochs
     start = time.perf_counter()
@@ -77,30 +78,27 @@ def _run_epoch(
             f"lr (={job.settings.head.lr}) must let the loss stay finite; in epoch {epoch + 1} "
             "it did not. Start over with a smaller --lr."
         )
-    return _row(job, epoch, result, held_out, seconds)
+    row = _row(job, epoch, result, seconds)
+    return row if held_out is None else row | _measure(job, trainer, held_out)
 
 
-def _row(
-    job: Job, epoch: int, result: EpochResult, held_out: Encoder | None, seconds: float
-) -> dict[str, float]:
+def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str, float]:
     threshold = job.model.threshold
     labels = job.parts.train.labels[result.patients]
-    row = {
+    return {
         "epoch": float(epoch + 1),
         "loss": result.loss,
         **metric_columns("train", result.probability, labels, threshold),
         "seconds": seconds,
         "images_per_second": result.images / seconds,
     }
-    if held_out is not None and job.parts.validation is not None:
-        probability = evaluate(
-            held_out,
-            job.model.head,
-            job.parts.validation.n_images,
-            job.settings.max_forward_size,
-        )
-        row |= metric_columns("validation", probability, job.parts.validation.labels, threshold)
-    return row
+
+
+def _measure(job: Job, trainer: Trainer, held_out: Roster) -> dict[str, float]:
+    chunk_size = job.settings.max_forward_size
+    probability = evaluate(trainer.encoder, job.model.head, held_out, chunk_size)
+    labels = held_out.labels.numpy().astype(np.int64)
+    return metric_columns("validation", probability, labels, job.model.threshold)
 
 
 def _shown(row: Row) -> str:

@@ -18,6 +18,7 @@ from lymphfeat.heads import HeadStack, initial_scorer
 from lymphfeat.images import find_normalization
 from lymphfeat.model import Model, ModelRecipe, TrainingFacts
 from lymphfeat.settings import EndToEndSettings
+from lymphfeat.splits import Split
 from lymphfeat.store import cohort_fingerprint
 
 
@@ -53,6 +54,14 @@ def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
     return Parts(train=labelled.select(train), validation=labelled.select(validation))
 
 
+def parts_of(labelled: Cohort, split: Split) -> Parts:
+    """Take a split's patients; raises CohortError unless both classes are to be trained on."""
+    train = labelled.select(split.train)
+    _check_classes(train)
+    validation = labelled.select(split.validation) if split.validation else None
+    return Parts(train=train, validation=validation)
+
+
 def _check_classes(labelled: Cohort) -> None:
     tumoral = int((labelled.labels == 1).sum())
     reactive = int((labelled.labels == 0).sum())
@@ -68,6 +77,7 @@ class Job:
     """One training: an initialised model, its patients and its settings."""
 
     model: Model
+    weights: LoadedWeights  # what the backbone begins with
     parts: Parts
     settings: EndToEndSettings
     generator: torch.Generator
@@ -104,12 +114,13 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
     )
     return Job(
         model=model,
+        weights=weights,
         parts=parts,
         settings=settings,
         generator=generator,
         device=device,
         dtype=dtype,
-        identity=_identity(settings, weights, fingerprint, dtype),
+        identity=_identity(parts, settings, weights, fingerprint, dtype),
     )
 
 
@@ -138,6 +149,7 @@ def _facts(
 
 
 def _identity(
+    parts: Parts,
     settings: EndToEndSettings,
     weights: LoadedWeights,
     fingerprint: Mapping[str, Any],
@@ -149,4 +161,4 @@ def _identity(
         del fields[name]
     fields["backbone"]["weights"] = weights.sha256
     fields["precision"] = str(dtype).removeprefix("torch.")
-    return {**fields, "cohort": dict(fingerprint)}
+    return {**fields, "cohort": dict(fingerprint), "trained_on": parts.train.ids}

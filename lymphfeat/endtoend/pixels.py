@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,36 @@ class ImageBatch:
             return []
         parts = zip(self.rows.tensor_split(count), self.flips.tensor_split(count), strict=True)
         return [ImageBatch(rows=rows, flips=flips) for rows, flips in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roster:
+    """Patients to learn from or to measure: where a cache has their images, and their labels."""
+
+    starts: Tensor  # (P,) int64, row of the first image
+    sizes: Tensor  # (P,) int64
+    labels: Tensor  # (P,) float32
+
+    @classmethod
+    def of(cls, patients: Cohort, cached: Cohort) -> "Roster":
+        """Find patients in the cache of a cohort that has them all."""
+        start = dict(zip(cached.ids, cached.offsets[:-1].tolist(), strict=True))
+        return cls(
+            starts=torch.tensor([start[id] for id in patients.ids]),
+            sizes=torch.from_numpy(patients.n_images),
+            labels=torch.from_numpy(patients.labels.astype(np.float32)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def images(self) -> "ImageBatch":
+        """Return all images, patient after patient, none of them flipped."""
+        rows = [
+            torch.arange(start, start + size)
+            for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
+        ]
+        return unflipped(torch.cat(rows))
 
 
 class PixelCache:
@@ -108,6 +139,6 @@ def draw_flips(n: int, generator: torch.Generator, *, enabled: bool = True) -> T
     return torch.rand(n, 2, generator=generator) < 0.5
 
 
-def all_rows(n: int) -> ImageBatch:
-    """Return the batch of rows 0 to n - 1, none of them flipped."""
-    return ImageBatch(rows=torch.arange(n), flips=torch.zeros(n, 2, dtype=torch.bool))
+def unflipped(rows: Tensor) -> ImageBatch:
+    """Return the batch of rows (n,), none of them flipped."""
+    return ImageBatch(rows=rows, flips=torch.zeros(len(rows), 2, dtype=torch.bool))

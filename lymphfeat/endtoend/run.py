@@ -8,8 +8,8 @@ import pandas as pd
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
-from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
-from lymphfeat.endtoend.fitting import fit
+from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
+from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
 from lymphfeat.endtoend.submission import HEADERS, write_submission
 from lymphfeat.errors import ModelError
@@ -20,7 +20,6 @@ from lymphfeat.model import (
     WEIGHTS_FILE,
     Model,
     Predictions,
-    replace_file,
 )
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
@@ -33,8 +32,7 @@ OUTPUTS = (
     PATIENTS_FILE,
     IMAGES_FILE,
     SUBMISSION_FILE,
-    "curves.csv",
-    "curves.png",
+    *CURVES,
 )
 
 
@@ -62,7 +60,8 @@ def train_end_to_end(
         job = prepare(cohort, parts, settings)
         checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity)
         _make_way(out, checkpoint, force=force)
-        history = fit(job, checkpoint, progress)
+        labelled = cohort.labelled()
+        history = fit(job, decode(labelled, job, progress), labelled, checkpoint, progress)
         predictions = job.model.predict(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )
@@ -90,12 +89,7 @@ def _make_way(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
 
 def _discard(out: Path, checkpoint: Checkpoint) -> None:
     """Remove results, and a checkpoint unless it is this very run's."""
-    try:
-        resumable = checkpoint.read() is not None
-    except ModelError:
-        resumable = False
-    if not resumable:
-        checkpoint.remove()
+    checkpoint.discard_another()
     for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
 
@@ -113,6 +107,6 @@ def _mark(patients: pd.DataFrame, parts: Parts) -> pd.DataFrame:
 def _write(out: Path, model: Model, predictions: Predictions, history: list[Row]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     predictions.save(out / PATIENTS_FILE, out / IMAGES_FILE)
-    replace_file(out / "curves.csv", lambda path: write_curves(history, path))
-    replace_file(out / "curves.png", lambda path: draw_curves(history, path))
+    write_curves(history, out)
+    draw_curves(history, out)
     model.save(out)

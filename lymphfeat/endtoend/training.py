@@ -21,7 +21,7 @@ from lymphfeat.bags import Bags
 from lymphfeat.compute import to_device
 from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.gradients import LossOf, backpropagate
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, all_rows, draw_flips
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, draw_flips, unflipped
 from lymphfeat.heads import HeadStack
 from lymphfeat.model import read_out
 from lymphfeat.progress import Progress, silent
@@ -54,14 +54,13 @@ class Trainer:
         backbone: Backbone,
         head: HeadStack,
         pixels: PixelCache,
-        sizes: NDArray[np.int64],
-        labels: NDArray[np.int64],
+        roster: Roster,
         settings: EndToEndSettings,
         *,
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
-        """Take networks on the pixels' device; images (P,) and labels (P,) a patient."""
+        """Take networks on the pixels' device, and the patients to learn from."""
         self.backbone = backbone
         self.head = head
         self.settings = settings
@@ -74,9 +73,7 @@ class Trainer:
             dtype=dtype,
             frozen_batchnorm=settings.frozen_batchnorm,
         )
-        self.sizes = torch.from_numpy(sizes)  # (P,)
-        self.labels = torch.from_numpy(labels).float()  # (P,)
-        self._offsets = Bags(self.sizes).offsets
+        self.roster = roster
         self._optimizer = _make_optimizer(backbone, head, settings)
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
@@ -97,7 +94,7 @@ class Trainer:
         return Bag(rows=torch.cat(rows), sizes=torch.tensor([len(part) for part in rows]))
 
     def _draw_one(self, patient: int) -> Tensor:
-        start, size = int(self._offsets[patient]), int(self.sizes[patient])
+        start, size = int(self.roster.starts[patient]), int(self.roster.sizes[patient])
         most = self.settings.images_per_patient
         if most is None or size <= most:
             return torch.arange(start, start + size)
@@ -153,13 +150,13 @@ class WeightedTrainer(Trainer):
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train on every patient once, but for an incomplete last batch."""
-        batches = list(full_batches(self.shuffled(len(self.sizes)), self.settings.batch_size))
+        batches = list(full_batches(self.shuffled(len(self.roster)), self.settings.batch_size))
         losses, logits, images = [], [], 0
         for done, patients in enumerate(batches):
             bag = self.draw(patients)
             order = self.shuffled(len(bag.rows))
             batch = ImageBatch(rows=bag.rows[order], flips=self.flips(len(order)))
-            loss_of = PatientLoss(self.head, bag, order, self.labels[patients], self.device)
+            loss_of = PatientLoss(self.head, bag, order, self.roster.labels[patients], self.device)
             losses.append(self.step(batch, loss_of))
             logits.append(loss_of.patient_logit)
             images += len(batch)
@@ -202,8 +199,8 @@ class RankingTrainer(Trainer):
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Rank with the backbone in eval mode, then learn from each patient's highest instances."""
-        bag = self.draw(torch.arange(len(self.sizes)))
-        images = ImageBatch(rows=bag.rows, flips=torch.zeros(len(bag.rows), 2, dtype=torch.bool))
+        bag = self.draw(torch.arange(len(self.roster)))
+        images = unflipped(bag.rows)
         logits = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U)
         bags = Bags(to_device(bag.sizes, self.device))
         probability = read_out(self.head, bags, logits).probability
@@ -211,7 +208,7 @@ class RankingTrainer(Trainer):
         losses, seen = self._learn(selected, bag.rows, logits.shape[1], progress)
         return EpochResult(
             loss=float(torch.stack(losses).mean()),
-            patients=np.arange(len(self.sizes)),
+            patients=np.arange(len(self.roster)),
             probability=probability.cpu().numpy(),
             images=len(images) + seen,
         )
@@ -244,7 +241,7 @@ class RankingTrainer(Trainer):
                 bag,
                 order,
                 bag.rows[order] % per_image,
-                self.labels[patients[chosen]],
+                self.roster.labels[patients[chosen]],
                 self.device,
             )
             losses.append(self.step(batch, loss_of))
@@ -299,8 +296,9 @@ TRAINERS: dict[str, type[Trainer]] = {"weighted": WeightedTrainer, "ranking": Ra
 
 
 def evaluate(
-    encoder: Encoder, head: HeadStack, sizes: NDArray[np.int64], chunk_size: int
+    encoder: Encoder, head: HeadStack, roster: Roster, chunk_size: int
 ) -> NDArray[np.float32]:
-    """Return the probabilities (P,) of the encoder's own patients, everything in eval mode."""
-    logits = encoder.score(head, all_rows(int(sizes.sum())), chunk_size)  # (N, U)
-    return read_out(head, Bags.of(sizes, logits.device), logits).probability.cpu().numpy()
+    """Return the probabilities (P,) of patients, everything in eval mode."""
+    logits = encoder.score(head, roster.images(), chunk_size)  # (N, U)
+    bags = Bags(to_device(roster.sizes, logits.device))
+    return read_out(head, bags, logits).probability.cpu().numpy()

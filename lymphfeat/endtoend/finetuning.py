@@ -1,0 +1,117 @@
+"""Backbones fine-tuned per split, for feature stores: each learns from its training patients alone.
+
+A split's folder holds its checkpoint while it trains; then its weights, with the identity of their
+training, and its curves. Weights of the same identity are not trained again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from lymphfeat.backbones import FACTS_KEY, read_facts
+from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend.curves import write_curves
+from lymphfeat.endtoend.fitting import decode, fit
+from lymphfeat.endtoend.job import Job, parts_of, prepare
+from lymphfeat.endtoend.pixels import PixelCache
+from lymphfeat.errors import ModelError
+from lymphfeat.heads import resolve
+from lymphfeat.model import CHECKPOINT_FILE, replace_file
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import EndToEndSettings
+from lymphfeat.splits import Split
+from lymphfeat.store import differing_fields
+
+BACKBONE_FILE = "backbone.safetensors"
+
+
+def fine_tune(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    settings: EndToEndSettings,
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Path]:
+    """Train a backbone for each split and return where its weights are, by the split's id.
+
+    The seed is the split's. What is interrupted goes on when called again. Raises ModelError when
+    weights of another training are in the split's folder and `force` is not set.
+    """
+    settings = replace(settings, head=resolve(settings.head), validation=0.0)
+    labelled = cohort.labelled()
+    pixels: PixelCache | None = None
+    for number, split in enumerate(splits, start=1):
+        own = replace(settings, seed=split.seed)
+        job = prepare(cohort, parts_of(labelled, split), own)
+        if _is_done(folder / split.id, job, force=force):
+            continue
+        pixels = pixels or decode(labelled, job, progress)
+        _train(job, pixels, labelled, folder / split.id, force, _named(progress, number, splits))
+    return {split.id: folder / split.id / BACKBONE_FILE for split in splits}
+
+
+def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress:
+    """Say which split the progress is of."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        name = f"{splits[number - 1].id} ({number}/{len(splits)})"
+        progress((number - 1) * total + done, len(splits) * total, f"{name} {text}")
+
+    return report
+
+
+def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
+    """Say whether these very weights are there; refuse others unless `force`."""
+    path = folder / BACKBONE_FILE
+    if not path.exists():
+        return False
+    differences = differing_fields(_as_read(job.identity), _read_identity(path))
+    if differences and not force:
+        raise ModelError(
+            f"{path}: weights of another training are there: {'; '.join(differences)}. "
+            "Choose another --out, or train anew with --force."
+        )
+    return not differences
+
+
+def _as_read(identity: Any) -> dict[str, Any]:
+    """Return an identity as it comes back from a file."""
+    content: dict[str, Any] = json.loads(json.dumps(identity))
+    return content
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        return _as_read(read_facts(path)["identity"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: is no fine-tuned backbone ({error}); remove it, or choose another --out."
+        ) from None
+
+
+def _train(
+    job: Job, pixels: PixelCache, cached: Cohort, folder: Path, force: bool, progress: Progress
+) -> None:
+    checkpoint = Checkpoint(folder / CHECKPOINT_FILE, job.identity)
+    if force:
+        checkpoint.discard_another()
+    history = fit(job, pixels, cached, checkpoint, progress)
+    write_curves(history, folder)
+    model = job.model.backbone.model
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    facts = {
+        "identity": job.identity,
+        "trained_on": job.model.facts.trained_on,
+        "patients": job.weights.pretrained_on,
+    }
+    content = save(tensors, {FACTS_KEY: json.dumps(facts)})
+    replace_file(folder / BACKBONE_FILE, lambda path: path.write_bytes(content))
+    checkpoint.remove()

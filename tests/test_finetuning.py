@@ -1,0 +1,263 @@
+"""Feature stores from backbones fine-tuned per split: who taught the maps, who may be judged."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.errors import LeakageError, ModelError, SettingsError
+from lymphfeat.extract import extract
+from lymphfeat.fit import fit_head
+from lymphfeat.heads import resolve
+from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.splits import Split, find_splits
+from lymphfeat.store import FeatureStore
+from lymphfeat.training import Features, Fit, fit_heads
+from lymphfeat_cli.main import cli
+from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = ExtractSettings(
+    backbone=BACKBONE, finetune=tiny_settings(epochs=1), device="cpu", threads=1, batch_size=8
+)
+HEADS = [resolve(HeadSettings(agg=agg, lr=0.05)) for agg in ("mean", "topk")]
+FIT = FitSettings(epochs=3, batch_size=4, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_red_cohort(tmp_path_factory.mktemp("red")))
+
+
+def splits_of(cohort: Cohort, text: str) -> list[Split]:
+    return find_splits(text, cohort.ids, cohort.labels)
+
+
+@pytest.fixture(scope="module")
+def store(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    out = tmp_path_factory.mktemp("store") / "tuned.h5"
+    return extract(cohort, out, SETTINGS, splits=splits_of(cohort, "kfold:3+inner"))
+
+
+def features_of(store: FeatureStore, name: str) -> Features:
+    maps, pooled = store.features(name)[:, 0], store.pooled(name)[:, 0]
+    return Features(maps, pooled, store.offsets, store.ids, store.labels)
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+def test_every_patient_is_stored_under_every_split(store: FeatureStore, cohort: Cohort) -> None:
+    splits = {split.id: split for split in splits_of(cohort, "kfold:3+inner")}
+    assert {split.id: split for split in store.splits} == splits
+    for name, found in store.feature_sets.items():
+        assert found.trained_on == splits[name].train
+        assert len(store.features(name)) == cohort.offsets[-1]
+    assert len({found.weights_sha256 for found in store.feature_sets.values()}) == 6
+    assert not np.array_equal(store.features("kfold3-r0-f0"), store.features("kfold3-r0-f1"))
+    store.verify()
+
+
+def test_maps_are_those_of_the_weights_beside_the_store(
+    store: FeatureStore, cohort: Cohort, tmp_path: Path
+) -> None:
+    weights = store.path.with_name("tuned.h5.backbones") / "kfold3-r0-f1" / "backbone.safetensors"
+    backbone = replace(BACKBONE, weights=str(weights))
+    plain = extract(cohort, tmp_path / "p.h5", replace(SETTINGS, backbone=backbone, finetune=None))
+    np.testing.assert_array_equal(plain.features("frozen"), store.features("kfold3-r0-f1"))
+    # The file itself knows whom it was trained on, wherever it is used.
+    assert plain.feature_sets["frozen"].trained_on == store.feature_sets["kfold3-r0-f1"].trained_on
+    with pytest.raises(LeakageError, match="was fine-tuned on P"):
+        fit_head(plain, HEADS, replace(FIT, folds=3), tmp_path / "run")
+
+
+def test_validation_patients_teach_nothing(cohort: Cohort, tmp_path: Path) -> None:
+    split = splits_of(cohort, "report:1")[0]
+    table = cohort.table.copy()
+    table.loc[list(split.validation), "label"] = 1 - table.loc[list(split.validation), "label"]
+    flipped = replace(cohort, table=table)
+    one, other = (
+        extract(each, tmp_path / f"{i}.h5", SETTINGS, splits=[split])
+        for i, each in enumerate((cohort, flipped))
+    )
+    assert one.feature_sets[split.id].weights_sha256 == other.feature_sets[split.id].weights_sha256
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_ends_with_the_same_bytes(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, finetune=tiny_settings(epochs=2))
+    splits = splits_of(cohort, "report:2")
+    whole = extract(cohort, tmp_path / "whole.h5", settings, splits=splits)
+
+    def stopping(done: int, total: int, text: str = "") -> None:
+        if text.startswith("report-s1 (2/2) epoch 2/2"):
+            raise Stop
+
+    parts = tmp_path / "parts.h5"
+    with pytest.raises(Stop):
+        extract(cohort, parts, settings, splits=splits, progress=stopping)
+    seen: list[str] = []
+    extract(
+        cohort, parts, settings, splits=splits, progress=lambda d, t, text="": seen.append(text)
+    )
+    assert not any(text.startswith(("report-s0", "report-s1 (2/2) epoch 1/2")) for text in seen)
+    assert parts.read_bytes() == whole.path.read_bytes()
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+    before = parts.stat().st_mtime_ns
+    extract(cohort, parts, settings, splits=splits)  # finished: left as it is
+    assert parts.stat().st_mtime_ns == before
+
+
+def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
+    splits = splits_of(cohort, "all")
+    out = tmp_path / "s.h5"
+    one = extract(cohort, out, SETTINGS, splits=splits)
+    assert one.feature_sets["all"].trained_on == cohort.labelled().ids
+    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: nobody is left"):
+        fit_head(one, HEADS, FIT, tmp_path / "run")
+    seen: list[str] = []
+    more = extract(
+        cohort,
+        out,
+        replace(SETTINGS, views=2),
+        splits=splits,
+        force=True,
+        progress=lambda done, total, text="": seen.append(text),
+    )
+    assert more.feature_sets == one.feature_sets
+    assert not any("epoch" in text for text in seen)
+    out.unlink()
+    other = replace(SETTINGS, finetune=tiny_settings(epochs=2))
+    with pytest.raises(ModelError, match="weights of another training are there: epochs is 1"):
+        extract(cohort, out, other, splits=splits)
+
+
+# --- heads on it ---------------------------------------------------------------------------------
+
+
+def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_path: Path) -> None:
+    settings = replace(FIT, protocol="report")
+    outcome = fit_head(store, HEADS, settings, tmp_path / "run").outcome
+    assert [split.id for split in outcome.splits] == [f"kfold3-r0-f{f}" for f in range(3)]
+    assert [fit.split.id for fit in outcome.fitted.fits] == 2 * [s.id for s in outcome.splits]
+    for i, fit in enumerate(outcome.fitted.fits):
+        alone = fit_heads(features_of(store, fit.split.id), [fit], epochs=3, batch_size=4)
+        np.testing.assert_allclose(outcome.fitted.weight[i], alone.weight[0], rtol=1e-4, atol=1e-6)
+        predictions = outcome.predictions.query("split == @fit.split.id")
+        assert set(predictions["patient"]) == set(fit.split.validation)
+
+
+def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path: Path) -> None:
+    outcome = fit_head(store, HEADS[:1], FIT, tmp_path / "run").outcome
+    assert outcome.thresholds == "from training patients"
+    split = outcome.splits[2]
+    probabilities = []
+    for name in ("kfold3-r0-f0+2", "kfold3-r0-f1+2"):
+        inner = next(s for s in store.splits if s.id == name)
+        features = features_of(store, name)
+        found = fit_heads(features, [Fit(head=HEADS[0], split=inner)], epochs=3, batch_size=4)
+        rows = features.rows_of([p for p in inner.validation if p in split.train])
+        probabilities += found.curves[0, -1, rows].tolist()
+    threshold = outcome.runs["threshold"].iloc[2]
+    gaps = np.diff(np.sort(probabilities))
+    middles = np.sort(probabilities)[:-1] + gaps / 2
+    assert np.abs(middles - threshold).min() < 1e-4 or threshold in (0, 1)
+
+
+def test_initial_weights_must_not_know_the_validation_patients(
+    store: FeatureStore, cohort: Cohort, tmp_path: Path
+) -> None:
+    weights = store.path.with_name("tuned.h5.backbones") / "kfold3-r0-f0" / "backbone.safetensors"
+    settings = replace(SETTINGS, backbone=replace(BACKBONE, weights=str(weights)))
+    with pytest.raises(LeakageError, match="was fine-tuned on P"):
+        extract(cohort, tmp_path / "s.h5", settings, splits=splits_of(cohort, "report:1"))
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def run(command: str, *arguments: str) -> Result:
+    options = ["--threads", "1", "--device", "cpu"]
+    return CliRunner().invoke(cli, [command, *arguments, *options])
+
+
+def extract_line(cohort: Cohort, *arguments: str) -> Sequence[str]:
+    backbone = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE)]
+    return ["extract", "--cohort", str(cohort.root), *backbone, *arguments]
+
+
+def test_from_the_command_line(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = extract_line(cohort, "--finetune-epochs", "1", "--splits", "kfold:2")
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+    assert "fine-tuned for each of 2 splits: kfold2-r0-f0, kfold2-r0-f1" in result.stdout
+    fitted = run("fit-head", "--agg", "mean", "--epochs", "2", "--out", "run")
+    assert fitted.exit_code == 0, fitted.output
+    assert (
+        "honest protocol: 2 fits a row, last epoch, threshold .5" in fitted.stdout
+    )  # no inner ones
+    assert (pd.read_csv("run/predictions.csv").query("kind == 'head'")["threshold"] == 0.5).all()
+    written = Path("run/splits.json")
+    assert set(json.loads(written.read_text())) == {"kfold2-r0-f0", "kfold2-r0-f1"}
+    # A run's splits are those of the extraction: nothing is trained anew.
+    again = run(*line[:-2], "--splits", str(written), "--json")
+    assert json.loads(again.stdout)["features"] == ["kfold2-r0-f0", "kfold2-r0-f1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits", "kfold:5"], "give both --splits and --finetune-epochs, or neither"),
+        (["--finetune-epochs", "1", "--splits", "kfold:1"], "splits (=kfold:1) must be kfold:K"),
+        (
+            ["--finetune-epochs", "1", "--splits", "report:2x3"],
+            "splits (=report:2x3) must be kfold",
+        ),
+        (["--finetune-epochs", "1", "--splits", "gone.json"], "gone.json: must be a JSON file"),
+        (
+            ["--finetune-epochs", "1", "--splits", "other.json"],
+            "must name patients of this cohort; got X9",
+        ),
+        (["--finetune-epochs", "1", "--splits", "odd.json"], "split id (=a/b) must be of letters"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    cohort: Cohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    split: dict[str, Any] = {"seed": 0, "repeat": 0, "train": ["P1", "P2"], "validation": ["X9"]}
+    Path("other.json").write_text(json.dumps({"a": split}))
+    Path("odd.json").write_text(json.dumps({"a/b": split}))
+    result = run(*extract_line(cohort, *arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_settings_name_fine_tuning_and_splits_together(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="or neither"):
+        extract(cohort, tmp_path / "s.h5", SETTINGS)
+    plain = ExtractSettings(backbone=BackboneSettings(backbone="test_resnet", crop=SIDE))
+    with pytest.raises(SettingsError, match="or neither"):
+        extract(cohort, tmp_path / "s.h5", plain, splits=splits_of(cohort, "report:1"))
