@@ -45,6 +45,7 @@ class Run:
     """A run folder and what is in it."""
 
     folder: Path
+    settings: FitSettings
     outcome: Outcome
     files: tuple[Path, ...]
 
@@ -91,7 +92,7 @@ def fit_head(
             aucs = witness_aucs(outcome, features, patients, witness)
             outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
         files = _write(outcome, store, settings, out, save) if is_first() else ()
-    return Run(folder=out, outcome=outcome, files=files)
+    return Run(folder=out, settings=settings, outcome=outcome, files=files)
 
 
 def load_features(

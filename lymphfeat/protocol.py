@@ -121,7 +121,7 @@ def run_protocol(
         for found in [*scores, *fused, *selected, *baselines]
     ]
     if settings.protocol == "report":
-        measured = _as_reported(patients, fitted, measured)
+        measured = _as_reported(patients, fitted, measured, settings.evaluate_every)
     runs = pd.concat([part.runs for part in measured], ignore_index=True)
     predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
     return Outcome(
@@ -297,11 +297,12 @@ def _select(
 
 
 def _as_reported(
-    patients: Patients, fitted: FittedHeads, measured: Sequence[Measured]
+    patients: Patients, fitted: FittedHeads, measured: Sequence[Measured], every: int
 ) -> list[Measured]:
     """Measure the heads' runs as the report did, and the baselines as runs of one epoch.
 
-    `measured` begins with the heads; `fitted` holds heads × splits in their order.
+    One epoch in `every` is looked at. `measured` begins with the heads; `fitted` holds heads ×
+    splits in their order.
     """
     n_splits = len(patients.plan.outer)
     found = []
@@ -312,10 +313,10 @@ def _as_reported(
         for split, run in enumerate(runs.to_dict("records")):
             validation = patients.validation[split]
             if is_head:
-                curves = fitted.curves[place * n_splits + split][:, validation].astype(float)
+                curves = fitted.curves[place * n_splits + split][every - 1 :: every, validation]
             else:
                 curves = _judged(part, patients, split)[None]
-            rows.append(dict(run) | report_run(curves, patients.labels[validation]))
+            rows.append(dict(run) | report_run(curves.astype(float), patients.labels[validation]))
         predictions = part.predictions.drop(columns="calibrated")
         found.append(Measured(runs=pd.DataFrame(rows), predictions=predictions))
     return found

@@ -114,6 +114,7 @@ class FitSettings:
     images_per_patient: int | None = None  # drawn anew at every step; None is all
     views: int | None = None  # of the store's, one drawn for every image at every step; None is all
     tta: bool = False  # evaluate the mean over those views, not the identity alone
+    evaluate_every: int = 1  # epochs, of which `report` takes its ten best
     epoch: str = "last"  # or "nested": the best inside each training set (honest)
     fusions: tuple[str, ...] = ()  # late, sum, experts, all (METHOD §5)
     attributes: tuple[str, ...] = ()  # clinical columns; none is all there are
@@ -133,7 +134,14 @@ class FitSettings:
             self.epoch == "last" or self.protocol == "honest",
             "epoch (=nested) must go with --protocol honest; report takes each run's ten best.",
         )
-        for name in ("seeds", "epochs", "batch_size", "images_per_patient", "views"):
+        for name in (
+            "seeds",
+            "epochs",
+            "batch_size",
+            "images_per_patient",
+            "views",
+            "evaluate_every",
+        ):
             _require_at_least(getattr(self, name), 1, name)
         # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
         _require_at_least(self.folds, 3, "folds")

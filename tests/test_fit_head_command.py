@@ -278,3 +278,19 @@ def test_two_processes_share_the_heads(folder: Path, tmp_path: Path) -> None:
     for name in ("epochs.csv", "predictions.csv"):
         tables = [pd.read_csv(tmp_path / run / name) for run in ("alone", "together")]
         pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-4)
+
+
+def test_both_protocols_and_their_difference(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("--agg", "mean", "--seeds", "2", "--folds", "3", "--epochs", "3")
+    result = run(folder, *arguments, "--protocol", "both", "--out", str(out), "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    row = next(row for row in told["optimism"] if row["head"] == "mean")
+    report = next(r["ba"] for r in told["report"] if r["head"] == "mean")
+    honest = next(r["ba"] for r in told["summary"] if r["head"] == "mean")
+    assert row["optimism"] == pytest.approx(report - honest)
+    assert (out / "optimism.png").read_bytes().startswith(b"\x89PNG")
+    for protocol in ("report", "honest"):
+        config = json.loads((out / protocol / "config.json").read_text())
+        assert config["settings"]["protocol"] == protocol

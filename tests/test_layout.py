@@ -14,7 +14,7 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 # A module imports only from rows below its own, or, in its own row, from those to its right.
 LAYERS = (
     ("inspection", "demo"),
-    ("reproduction",),
+    ("reproduction", "optimism"),
     ("fit", "extract", "endtoend", "pretraining", "audit"),
     ("checkpoint",),
     ("summary_figure", "comparison_figure", "comparison", "truth"),

@@ -40,7 +40,9 @@ def tiny_settings(agg: str = "bnsigmoid", **changes: Any) -> EndToEndSettings:
     return replace(settings, **changes)
 
 
-def write_red_cohort(root: Path, labels: str = "0101010101??", truth: bool = False) -> Path:
+def write_red_cohort(
+    root: Path, labels: str = "0101010101??", truth: bool = False, side: int = SIDE
+) -> Path:
     """Write patients P0, P1, … with the labels given (? unknown), one to four images each.
 
     The first image of a tumoral patient is reddish; so is that of an unlabelled one of odd number.
@@ -51,7 +53,7 @@ def write_red_cohort(root: Path, labels: str = "0101010101??", truth: bool = Fal
         table.append(f"P{number},{label.replace('?', '')}")
         for index in range(1 + number % 4):
             red = index == 0 and (label == "1" or (label == "?" and number % 2 == 1))
-            pixels = rng.integers(0, 120, (SIDE, SIDE, 3)) + np.array([100 * red, 0, 0])
+            pixels = rng.integers(0, 120, (side, side, 3)) + np.array([100 * red, 0, 0])
             path = root / f"P{number}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(path)

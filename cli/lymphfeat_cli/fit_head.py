@@ -19,6 +19,9 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from lymphfeat.fit import Run
     from lymphfeat.protocol import Outcome
     from lymphfeat.settings import FitSettings
 
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   lymphfeat fit-head --agg topk
-  lymphfeat fit-head --agg all --protocol report --seeds 10
+  lymphfeat fit-head --agg all --protocol both --seeds 10
+  lymphfeat fit-head --agg topk --fusion late
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
   torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
@@ -47,11 +51,11 @@ Options that take several values make a grid: every combination is a head, all f
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["honest", "report"]),
+    type=click.Choice(["honest", "report", "both"]),
     default="honest",
     show_default=True,
     help="honest: repeated stratified k-fold, thresholds from training patients. "
-    "report: halves, threshold .5, the ten best epochs (optimistic).",
+    "report: halves, threshold .5, the ten best epochs (optimistic). both: and how optimistic.",
 )
 @click.option(
     "--seeds",
@@ -156,19 +160,22 @@ def command(
     Prints one row a head, the best first, and writes a run folder: the table, every epoch, every
     prediction, the splits and a figure.
     """
-    from lymphfeat.fit import fit_head
+    from lymphfeat.fit import Run, fit_head
     from lymphfeat.heads import expand
+    from lymphfeat.optimism import fit_both
     from lymphfeat.settings import FitSettings
     from lymphfeat.splits import read_splits
     from lymphfeat.store import FeatureStore
 
     grid = pop_grid(options)
     heads = expand(grid)
-    settings = FitSettings(**options)
+    protocol = options.pop("protocol")
+    settings = FitSettings(**options, protocol="honest" if protocol == "both" else protocol)
     opened = FeatureStore.open(store or cache_path("features.h5"))
-    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{settings.protocol}")
+    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with progress_bar(f"fitting {len(heads)} heads", quiet) as progress:
-        run = fit_head(
+        fit = fit_both if protocol == "both" else fit_head
+        found = fit(
             opened,
             heads,
             settings,
@@ -179,21 +186,50 @@ def command(
             force=force,
             progress=progress,
         )
-    if not run.files:
+    runs = [found] if isinstance(found, Run) else [found.report, found.honest]
+    table = None if isinstance(found, Run) else found.table
+    if not runs[-1].files:
         return  # of several processes the first shows the result
     if as_json:
-        show_json(
-            {
-                "folder": str(folder),
-                "summary": run.outcome.summary.to_dict("records"),
-                "warnings": list(run.outcome.warnings),
-            }
-        )
+        show_json(_result(folder, runs, table))
         return
-    _show(run.outcome, settings)
-    for warning in run.outcome.warnings:
+    for run in runs:
+        _show(run.outcome, run.settings)
+    if table is not None:
+        _show_optimism(table)
+    for warning in runs[-1].outcome.warnings:
         click.echo(f"Warning: {warning}")
-    click.echo("Wrote " + ", ".join(str(path) for path in run.files))
+    click.echo("Wrote " + ", ".join(str(path) for run in runs for path in run.files))
+    if table is not None:
+        click.echo(f"and {folder / 'optimism.csv'}, {folder / 'optimism.png'}")
+
+
+def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:
+    last = runs[-1].outcome
+    told: dict[str, object] = {
+        "folder": str(folder),
+        "summary": last.summary.to_dict("records"),
+        "warnings": list(last.warnings),
+    }
+    if optimism is not None:
+        told["report"] = runs[0].outcome.summary.to_dict("records")
+        told["optimism"] = optimism.to_dict("records")
+    return told
+
+
+def _show_optimism(table: "pd.DataFrame") -> None:
+    rows = [
+        [
+            row["head"],
+            f"{row['report']:.3f}",
+            f"{row['honest']:.3f}",
+            f"{row['optimism']:+.3f}",
+            f"{row['by_epochs']:+.3f}",
+        ]
+        for row in table.to_dict("records")
+    ]
+    columns = ["head", "report", "honest", "optimism", "of it by choosing epochs"]
+    show_table("Optimism: what the report's protocol adds to balanced accuracy", columns, rows)
 
 
 def _free_folder(name: str) -> Path:

@@ -28,6 +28,7 @@ COMMANDS = {
     "fit-head": "Feature store -> every MIL head over every split, and a table.",
     "endtoend": "Cohort -> final model, trained through the backbone; predictions; submission.",
     "compare": "Runs -> their rows side by side, paired by split, with intervals and p.",
+    "reproduce": "Cohort -> the report's figures, beside honest ones and the published.",
     "predict": "Model + cohort -> predictions (labels not needed).",
     "pretrain": "Unlabelled cells -> backbone weights, self-supervised.",
     "synth": "Write a synthetic cohort that looks like the real thing.",

@@ -1,0 +1,141 @@
+"""`lymphfeat reproduce report`: the report's figures on a cohort, beside honest ones."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lymphfeat_cli.options import (
+    cache_path,
+    cohort_options,
+    device_option,
+    force_option,
+    load_cohort,
+    output_options,
+    progress_bar,
+    seed_option,
+    show_json,
+    show_table,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from lymphfeat.reproduction import Reproduction
+
+
+@click.command(
+    "reproduce",
+    epilog="""\b
+Examples:
+  lymphfeat reproduce report --cohort DIR --weights imagenet
+  lymphfeat reproduce report --backbone resnet18 --seeds 3 --epochs 20
+  lymphfeat reproduce report --weights resnet18=cells.safetensors --weights imagenet
+A second run takes the feature stores of the first (in cache/reproduce).""",
+)
+@click.argument("what", type=click.Choice(["report"]))
+@cohort_options
+@click.option(
+    "--backbone",
+    "backbones",
+    multiple=True,
+    type=click.Choice(["resnet18", "resnet34", "resnet50"]),
+    default=("resnet18", "resnet34", "resnet50"),
+    show_default=True,
+    help="Repeatable; rows of others are left out.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    help="As of `extract`, for all backbones or as NAME=WEIGHTS for one. Repeatable. The report "
+    "began with imagenet. [default: extract's]",
+)
+@click.option("--seeds", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="runs/reproduce-report",
+    show_default=True,
+    help="Folder of runs, table and figures.",
+)
+@seed_option
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    what: str,
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    backbones: tuple[str, ...],
+    weights: tuple[str, ...],
+    seeds: int,
+    folds: int,
+    epochs: int,
+    out: Path,
+    seed: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Reproduce the report's comparisons on a cohort, under its protocol and under the honest one.
+
+    Top-1, 5 and 10, top&bottom 5 and 10, bnsigmoid on three ResNets, mean against bnsigmoid, all
+    against 10 images: heads on cached frozen maps, beside the published figures. The report
+    trained whole networks, so absolute figures may differ; what to look at is the optimism.
+    """
+    from lymphfeat.reproduction import ReproductionSettings, reproduce_report
+    from lymphfeat.settings import FitSettings
+
+    settings = ReproductionSettings(
+        backbones=backbones,
+        weights=dict(_named(text) for text in weights),
+        fit=FitSettings(
+            seeds=seeds, folds=folds, epochs=epochs, seed=seed, device=device, threads=threads
+        ),
+    )
+    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    with progress_bar("reproducing", quiet) as progress:
+        found = reproduce_report(
+            patients, settings, out, cache_path("reproduce"), force=force, progress=progress
+        )
+    if as_json:
+        show_json(
+            {
+                "rows": found.table.to_dict("records"),
+                "warnings": list(found.warnings),
+                "files": [str(path) for path in found.files],
+            }
+        )
+        return
+    _show(found)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, weights = text.partition("=")
+    return (name, weights) if equals else ("", text)
+
+
+def _show(found: "Reproduction") -> None:
+    rows = [
+        [
+            row["name"],
+            f"{row['published']:.3f} ± {row['published_half_width']:.3f}",
+            f"{row['report']:.3f} ± {row['report_half_width']:.3f}{'*' if row['oracle'] else ''}",
+            f"{row['honest']:.3f} ± {row['honest_half_width']:.3f}",
+            f"{row['optimism']:+.3f}",
+        ]
+        for row in found.table.to_dict("records")
+    ]
+    columns = ["", "published", "here, report's protocol", "here, honest", "optimism"]
+    show_table("Balanced accuracy ± half of the 95 % interval", columns, rows)
+    click.echo("* threshold chosen on the patients measured, as published for these rows.")
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}")
+    click.echo("Wrote " + ", ".join(str(path) for path in found.files))

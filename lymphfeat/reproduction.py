@@ -1,0 +1,291 @@
+"""The report's figures on a given cohort, beside honest ones and the published (METHOD §7)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.extract import extract
+from lymphfeat.heads import head_name, resolve
+from lymphfeat.optimism import fit_both
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
+
+BACKBONES = ("resnet18", "resnet34", "resnet50")
+SUBSET = 10  # images of a patient, drawn anew at every step (report §4.4)
+SUBSET_EPOCHS = 3  # times as many epochs then, of which every third is looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published figure, and what gives ours."""
+
+    name: str
+    agg: str
+    k_agg: int = 10
+    backbone: str = "resnet18"
+    subset: bool = False
+    published: float
+    published_half_width: float
+    oracle: bool = False  # its threshold was chosen on the patients measured
+
+    @property
+    def head(self) -> HeadSettings:
+        return resolve(HeadSettings(agg=self.agg, k_agg=self.k_agg))
+
+
+ROWS = (
+    Row(name="top-1", agg="top1", published=0.788, published_half_width=0.024, oracle=True),
+    Row(
+        name="top-5", agg="topk", k_agg=5, published=0.843, published_half_width=0.024, oracle=True
+    ),
+    Row(name="top-10", agg="topk", published=0.861, published_half_width=0.015, oracle=True),
+    Row(
+        name="top&bottom-5",
+        agg="topbottomk",
+        k_agg=5,
+        published=0.838,
+        published_half_width=0.020,
+        oracle=True,
+    ),
+    Row(
+        name="top&bottom-10",
+        agg="topbottomk",
+        published=0.848,
+        published_half_width=0.022,
+        oracle=True,
+    ),
+    Row(name="bnsigmoid, ResNet-18", agg="bnsigmoid", published=0.814, published_half_width=0.008),
+    Row(
+        name="bnsigmoid, ResNet-34",
+        agg="bnsigmoid",
+        backbone="resnet34",
+        published=0.810,
+        published_half_width=0.009,
+    ),
+    Row(
+        name="bnsigmoid, ResNet-50",
+        agg="bnsigmoid",
+        backbone="resnet50",
+        published=0.806,
+        published_half_width=0.009,
+    ),
+    Row(name="mean, all images", agg="mean", published=0.811, published_half_width=0.009),
+    Row(
+        name="mean, 10 images",
+        agg="mean",
+        subset=True,
+        published=0.802,
+        published_half_width=0.009,
+    ),
+    Row(
+        name="bnsigmoid, 10 images",
+        agg="bnsigmoid",
+        subset=True,
+        published=0.800,
+        published_half_width=0.009,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproductionSettings:
+    """What of the report is run, and how long."""
+
+    backbones: tuple[str, ...] = BACKBONES
+    weights: Mapping[str, str] = field(default_factory=dict)  # of a backbone; "" is all others'
+    fit: FitSettings = field(default_factory=FitSettings)
+    batch_size: int = 64  # images, of the extraction
+    precision: str = "auto"  # of the extraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """What `reproduce_report` found.
+
+    table: a row for each published figure: name, published, published_half_width, report (under the
+        report's protocol and the row's own threshold convention), report_half_width, honest,
+        honest_half_width, optimism, threshold (".5" or "chosen on the patients measured").
+    """
+
+    table: pd.DataFrame
+    warnings: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def reproduce_report(
+    cohort: Cohort,
+    settings: ReproductionSettings,
+    out: Path,
+    cache: Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Reproduction:
+    """Run the report's comparisons as heads on frozen maps, under both protocols.
+
+    Feature stores go to `cache`, one a backbone, and are used again; runs, table.csv, figure3.png
+    and figure5.png to `out`. The report trained the whole network: figures differ for that too.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    warnings: list[str] = []
+    wanted = [row for row in ROWS if row.backbone in settings.backbones]
+    for backbone, subset in dict.fromkeys((row.backbone, row.subset) for row in wanted):
+        store = extract(
+            cohort, cache / f"{backbone}.h5", _extraction(settings, backbone), progress=progress
+        )
+        rows = [row for row in wanted if (row.backbone, row.subset) == (backbone, subset)]
+        heads = list(dict.fromkeys(row.head for row in rows))
+        place = f"{backbone}-{SUBSET}-images" if subset else backbone
+        both = fit_both(
+            store,
+            heads,
+            _subset(settings.fit) if subset else settings.fit,
+            out / place,
+            force=force,
+            progress=progress,
+        )
+        warnings += [f"{place}: {line}" for line in both.honest.outcome.warnings]
+        for row in rows:
+            found[row.name, "report"] = _of(both.report.outcome.summary, row)
+            found[row.name, "honest"] = _of(both.honest.outcome.summary, row)
+    table = pd.DataFrame([_tell(row, found) for row in wanted])
+    files = _write(table, out)
+    return Reproduction(table=table, warnings=tuple(warnings), files=files)
+
+
+def _extraction(settings: ReproductionSettings, backbone: str) -> ExtractSettings:
+    default = settings.weights.get("", BackboneSettings().weights)
+    return ExtractSettings(
+        backbone=BackboneSettings(
+            backbone=backbone, weights=settings.weights.get(backbone, default)
+        ),
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        device=settings.fit.device,
+        threads=settings.fit.threads,
+    )
+
+
+def _subset(settings: FitSettings) -> FitSettings:
+    return replace(
+        settings,
+        images_per_patient=SUBSET,
+        epochs=SUBSET_EPOCHS * settings.epochs,
+        evaluate_every=SUBSET_EPOCHS,
+    )
+
+
+def _of(summary: pd.DataFrame, row: Row) -> dict[str, float]:
+    (found,) = summary[summary["head"] == head_name(row.head)].to_dict("records")
+    return {str(name): value for name, value in found.items()}
+
+
+def _tell(row: Row, found: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, object]:
+    report, honest = found[row.name, "report"], found[row.name, "honest"]
+    ours = report["ba_oracle" if row.oracle else "ba"]
+    return {
+        **{k: v for k, v in asdict(row).items() if not k.startswith("published")},
+        "threshold": "chosen on the patients measured" if row.oracle else ".5",
+        "published": row.published,
+        "published_half_width": row.published_half_width,
+        "report": ours,
+        "report_half_width": report["ba_oracle_half_width" if row.oracle else "ba_half_width"],
+        "honest": honest["ba"],
+        "honest_half_width": honest["ba_half_width"],
+        "optimism": ours - honest["ba"],
+        "report_log_loss": report["log_loss_best"],
+        "report_log_loss_half_width": report["log_loss_best_half_width"],
+        "honest_log_loss": honest["log_loss"],
+    }
+
+
+def _write(table: pd.DataFrame, out: Path) -> tuple[Path, ...]:
+    table.to_csv(out / "table.csv", index=False, float_format="%.6g")
+    files = [out / "table.csv"]
+    for name, draw, rows in (
+        ("figure3.png", draw_depths, table[(table["agg"] == "bnsigmoid") & ~table["subset"]]),
+        ("figure5.png", draw_subsets, table[table["name"].isin(_FIGURE_5)]),
+    ):
+        if len(rows):
+            draw(rows, out / name)
+            files.append(out / name)
+    return tuple(files)
+
+
+# --- figures drawn like the report's --------------------------------------------------------------
+
+_FIGURE_5 = (
+    "mean, all images",
+    "mean, 10 images",
+    "bnsigmoid, ResNet-18",
+    "bnsigmoid, 10 images",
+)
+_BARS = {"report": "#9ecae1", "honest": "#3182bd"}
+
+
+def draw_depths(table: pd.DataFrame, path: Path) -> None:
+    """Draw the report's figure 3: depth of ResNet against validation loss and balanced accuracy."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [name.removeprefix("bnsigmoid, ") for name in table["name"]]
+    _bars(left, table, names, {"report": "report_log_loss", "honest": "honest_log_loss"})
+    left.set_ylabel("validation loss")
+    left.set_ylim(bottom=0)
+    _accuracies(right, table, names)
+    figure.suptitle("Impact of ResNet depth (report, figure 3), heads on frozen maps")
+    figure.savefig(path, dpi=130)
+
+
+def draw_subsets(table: pd.DataFrame, path: Path) -> None:
+    """Draw the report's figure 5: all images against 10 drawn anew at every step."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ordered = table.set_index("name").loc[[n for n in _FIGURE_5 if n in set(table["name"])]]
+    names = [name.replace(", ", "\n").replace("ResNet-18", "all images") for name in ordered.index]
+    _accuracies(figure.subplots(), ordered, names)
+    figure.suptitle("Subsets of 10 images (report, figure 5), heads on frozen maps")
+    figure.savefig(path, dpi=130)
+
+
+def _accuracies(axes: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
+    _bars(axes, table, names, {"report": "report", "honest": "honest"})
+    places = np.arange(len(table))
+    axes.errorbar(
+        places,
+        table["published"],
+        yerr=table["published_half_width"],
+        fmt="D",
+        color="#c0392b",
+        markersize=5,
+        label="published",
+    )
+    axes.set_ylabel("balanced accuracy")
+    low = float((table[["report", "honest"]].min(axis=1)).min()) - 0.1
+    axes.set_ylim(max(0.0, min(low, 0.7)), 1)
+    axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=3)
+
+
+def _bars(
+    axes: Axes, table: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str]
+) -> None:
+    places = np.arange(len(table))
+    for shift, (label, column) in zip((-0.2, 0.2), columns.items(), strict=True):
+        half = table.get(f"{column}_half_width")
+        axes.bar(
+            places + shift,
+            table[column],
+            0.38,
+            yerr=None if half is None else half.fillna(0),
+            color=_BARS[label],
+            label=label,
+            capsize=4,
+        )
+    axes.set_xticks(places, names)
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)

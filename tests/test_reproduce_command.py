@@ -1,0 +1,61 @@
+"""`lymphfeat reproduce report` on a tiny cohort, from cached features."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from lymphfeat.reproduction import ROWS
+from lymphfeat_cli.main import cli
+from tests.tiny import write_red_cohort
+
+
+def reproduce(*arguments: str) -> Result:
+    fast = ["--seeds", "2", "--folds", "3", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    return CliRunner().invoke(cli, ["reproduce", "report", *fast, *arguments])
+
+
+def test_rows_are_those_of_the_report() -> None:
+    """METHOD §7: five with the threshold chosen on validation, six at .5."""
+    assert [row.published for row in ROWS if row.oracle] == [0.788, 0.843, 0.861, 0.838, 0.848]
+    rest = {row.name: row.published for row in ROWS if not row.oracle}
+    assert rest == {
+        "bnsigmoid, ResNet-18": 0.814,
+        "bnsigmoid, ResNet-34": 0.810,
+        "bnsigmoid, ResNet-50": 0.806,
+        "mean, all images": 0.811,
+        "mean, 10 images": 0.802,
+        "bnsigmoid, 10 images": 0.800,
+    }
+
+
+def test_table_and_figures_beside_the_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = write_red_cohort(tmp_path / "red", "01" * 8, side=112)
+    arguments = ("--cohort", str(root), "--backbone", "resnet18", "--weights", "none")
+    result = reproduce(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    rows = {row["name"]: row for row in told["rows"]}
+    assert set(rows) == {row.name for row in ROWS if row.backbone == "resnet18"}
+    for row in rows.values():
+        assert row["optimism"] == pytest.approx(row["report"] - row["honest"])
+    out = tmp_path / "runs" / "reproduce-report"
+    runs = pd.read_csv(out / "resnet18" / "report" / "runs.csv")
+    top = runs[runs["head"] == "top1"]
+    assert rows["top-1"]["report"] == pytest.approx(top["ba_oracle"].mean(), abs=1e-5)
+    subset = json.loads((out / "resnet18-10-images" / "honest" / "config.json").read_text())
+    assert subset["settings"]["images_per_patient"] == 10
+    assert subset["settings"]["epochs"] == 6
+    for name in ("figure3.png", "figure5.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert pd.read_csv(out / "table.csv")["published"].tolist() == [
+        row.published for row in ROWS if row.backbone == "resnet18"
+    ]
+    again = reproduce(*arguments)
+    assert again.exit_code == 2
+    assert "a run is there" in again.output
