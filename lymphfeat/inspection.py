@@ -6,7 +6,7 @@ from typing import Any
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.fit import RUN_FILES
-from lymphfeat.model import FACTS_FILE, Model
+from lymphfeat.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
 from lymphfeat.store import FeatureStore
 
 
@@ -23,6 +23,8 @@ def inspect(path: Path) -> dict[str, Any]:
         raise SettingsError(f"path (={path}) must be a feature store, a run or a model folder.")
     if (path / FACTS_FILE).is_file():
         return _describe_model(path)
+    if (path / MEMBERS_FILE).is_file():
+        return _describe_members(path)
     if (path / "config.json").is_file():
         return _describe_run(path)
     raise SettingsError(
@@ -36,6 +38,19 @@ def _describe_model(path: Path) -> dict[str, Any]:
     facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
     facts.get("training", {}).pop("trained_on", None)  # a long list of ids; in the file
     return {"kind": "model", "whole": True, "path": str(path), **facts}
+
+
+def _describe_members(path: Path) -> dict[str, Any]:
+    """Describe k-fold members: each must be whole, and from one training."""
+    members = [_describe_model(folder) for folder in member_folders(path)]
+    facts = json.loads((path / MEMBERS_FILE).read_text(encoding="utf-8"))
+    return {
+        "kind": "k-fold members",
+        "whole": True,
+        "path": str(path),
+        **facts,
+        **{name: members[0][name] for name in ("recipe", "head", "tta")},
+    }
 
 
 def _describe_run(path: Path) -> dict[str, Any]:

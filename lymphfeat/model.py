@@ -48,6 +48,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 _UNDECIDED = Decision()
 _WITH_INTERVAL = ("ba", "auc")
+MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
 CHECKPOINT_FILE = "checkpoint.pt"  # of an unfinished end-to-end training
 
 
@@ -156,6 +157,17 @@ def mean_threshold(decisions: Sequence[Decision]) -> float:
     return float(np.mean([decision.threshold for decision in decisions]))
 
 
+def member_folders(folder: Path) -> list[Path]:
+    """Return the model folders of k-fold members, or the folder itself."""
+    path = folder / MEMBERS_FILE
+    if not path.is_file():
+        return [folder]
+    try:
+        return [folder / name for name in json.loads(path.read_text(encoding="utf-8"))["members"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); copy the model folder anew.") from None
+
+
 class Model:
     """A trained backbone and head; `predict` applies them to any cohort, labels not needed."""
 
@@ -180,6 +192,11 @@ class Model:
     def head_settings(self) -> HeadSettings:
         """Return the settings of the head."""
         return self.head.settings[0]
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Return how the final model predicts the patients it was trained and validated on."""
+        return self.facts.metrics
 
     @property
     def threshold(self) -> float:

@@ -163,6 +163,7 @@ class EndToEndSettings:
     frozen_batchnorm: bool = False  # keep the backbone's batch-norm statistics as loaded
     no_grad_batchnorm: str = "train"  # batch-norm in the chunks without gradients: train | eval
     head_lr: float | None = None  # None is the head's lr for all
+    init_head: str | None = None  # a run of fit-head whose best head training begins with
     flips: bool = True
     validation: float = 0.0  # share of labelled patients held out to draw the curves
     tta: bool = False  # predict the mean over the four flips

@@ -31,8 +31,8 @@ LAYERS = (
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.
 ENDTOEND = (
-    *("run", "finetuning", "submission", "fitting", "training", "gradients", "job", "curves"),
-    *("encoder", "pixels"),
+    *("run", "members", "finetuning", "submission", "fitting", "training", "gradients", "job"),
+    *("initial", "curves", "encoder", "pixels"),
 )
 
 

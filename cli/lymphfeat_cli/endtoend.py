@@ -1,6 +1,7 @@
 """`lymphfeat endtoend`: cohort -> final model, trained through the backbone."""
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lymphfeat_cli.options import (
 from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
 
 if TYPE_CHECKING:
+    from lymphfeat.endtoend.members import Members
     from lymphfeat.model import Model
 
 
@@ -32,6 +34,7 @@ Examples:
   lymphfeat endtoend
   lymphfeat endtoend --cohort DIR --weights resnet18.safetensors --validation 0.2
   lymphfeat endtoend --cohort DIR --agg topk --k-train 5 --epochs 20 --out models/top5
+  lymphfeat endtoend --cohort DIR --folds 5 --tta --init-head runs/best
 An interrupted training goes on when the same line is run again.""",
 )
 @cohort_options
@@ -103,6 +106,18 @@ An interrupted training goes on when the same line is run again.""",
     show_default=True,
     help="Share of labelled patients held out, for the curves.",
 )
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    help="Train so many members, each without one fold, and average them; the threshold comes from "
+    "out-of-fold probabilities. [default: one model on all]",
+)
+@click.option(
+    "--init-head",
+    type=click.Path(exists=True, file_okay=False),
+    help="Begin with the best linear head of this run of fit-head --save, on the same weights; it "
+    "brings its own --agg and options.",
+)
 @click.option("--tta", is_flag=True, help="Predict the mean over the four flips.")
 @click.option(
     "--normalization",
@@ -134,6 +149,7 @@ def command(
     reference_date: datetime,
     out: Path,
     submission_header: str,
+    folds: int | None,
     truth: tuple[Path, ...],
     force: bool,
     as_json: bool,
@@ -145,26 +161,27 @@ def command(
     Trains on all labelled patients (less --validation), predicts every patient, and writes a
     submission for the unlabelled ones.
     """
-    from lymphfeat.endtoend import train_end_to_end
+    from lymphfeat.endtoend import train_end_to_end, train_folds
     from lymphfeat.truth import Truth
 
     settings = _settings(**options)
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("training", quiet) as progress:
-        model = train_end_to_end(
+        train = partial(train_folds, folds=folds) if folds else train_end_to_end
+        trained = train(
             patients,
             settings,
-            out,
+            out=out,
             force=force,
             submission_header=submission_header,
             progress=progress,
         )
-    scores = _score(known, model, out)
+    scores = _score(known, trained.threshold, out)
     if as_json:
-        show_json(_result(model, out) | ({"truth": scores} if known else {}))
+        show_json(_result(trained, out) | ({"truth": scores} if known else {}))
     else:
-        _show(model, out, scores)
+        _show(trained, out, scores)
 
 
 def _settings(
@@ -197,37 +214,39 @@ def _settings(
     )
 
 
-def _score(known: Any, model: "Model", out: Path) -> dict[str, float]:
+def _score(known: Any, threshold: float, out: Path) -> dict[str, float]:
     if known is None:
         return {}
-    from lymphfeat.endtoend.run import IMAGES_FILE, PATIENTS_FILE
+    from lymphfeat.endtoend.submission import IMAGES_FILE, PATIENTS_FILE
     from lymphfeat.model import Predictions
 
     written = Predictions.read(out / PATIENTS_FILE, out / IMAGES_FILE)
-    scores: dict[str, float] = known.score(written.images, written.patients, model.threshold)
+    scores: dict[str, float] = known.score(written.images, written.patients, threshold)
     return scores
 
 
-def _result(model: "Model", out: Path) -> dict[str, object]:
+def _result(trained: "Model | Members", out: Path) -> dict[str, object]:
     return {
         "model": str(out),
         "files": _files(out),
-        "threshold": model.threshold,
-        "threshold_from": model.threshold_from,
-        "metrics": model.facts.metrics,
+        "threshold": trained.threshold,
+        "threshold_from": trained.threshold_from,
+        "metrics": trained.metrics,
     }
 
 
 def _files(out: Path) -> list[str]:
+    from lymphfeat.endtoend.members import OUTPUTS as OF_MEMBERS
     from lymphfeat.endtoend.run import OUTPUTS
 
-    return [str(out / name) for name in OUTPUTS if (out / name).exists()]
+    names = dict.fromkeys([*OUTPUTS, *OF_MEMBERS])
+    return [str(out / name) for name in names if (out / name).exists()]
 
 
-def _show(model: "Model", out: Path, scores: dict[str, float]) -> None:
-    show_metrics("Patients, as the final model predicts them", model.facts.metrics)
+def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> None:
+    show_metrics("Patients, as the final model predicts them", trained.metrics)
     show_truth(scores)
-    click.echo(f"Threshold {model.threshold:g} ({model.threshold_from}).")
+    click.echo(f"Threshold {trained.threshold:g} ({trained.threshold_from}).")
     for path in _files(out):
         click.echo(f"wrote {path}")
     if not (out / "submission.csv").exists():

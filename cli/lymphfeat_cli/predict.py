@@ -38,7 +38,8 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
     type=click.Path(path_type=Path),
     default=("models/endtoend",),
     show_default=True,
-    help="A model folder, as `lymphfeat endtoend` writes it. Of several, the mean and its spread.",
+    help="A model folder, as `lymphfeat endtoend` writes it. Of several, or of k-fold members, the "
+    "mean and its spread.",
 )
 @click.option(
     "--sensitivity",
@@ -106,10 +107,10 @@ def command(
     files = [path for path in (out, images_out, submission) if path is not None]
     _check_free(files, force)
     from lymphfeat.endtoend.submission import write_submission
-    from lymphfeat.model import average_predictions
+    from lymphfeat.model import average_predictions, member_folders
     from lymphfeat.truth import Truth
 
-    models = [_load(folder, sensitivity) for folder in folders]
+    models = [_load(part, sensitivity) for folder in folders for part in member_folders(folder)]
     model = models[0]
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)

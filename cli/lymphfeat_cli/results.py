@@ -33,6 +33,7 @@ _COLUMNS = {
 _GROUPS = {
     "train": "trained on (fit, not skill)",
     "validation": "validation",
+    "out of fold": "training patients, out of fold",
     "new": "others",
 }
 

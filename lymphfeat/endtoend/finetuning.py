@@ -21,7 +21,7 @@ from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Job, parts_of, prepare
 from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.errors import ModelError
-from lymphfeat.heads import resolve
+from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import CHECKPOINT_FILE, replace_file
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
@@ -46,6 +46,7 @@ def fine_tune(
     weights of another training are in the split's folder and `force` is not set.
     """
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
+    require_linear(settings.head)
     labelled = cohort.labelled()
     pixels: PixelCache | None = None
     for number, split in enumerate(splits, start=1):

@@ -2,7 +2,8 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from lymphfeat import __version__
 from lymphfeat.backbones import LoadedWeights, build_backbone, choose_device, choose_precision
 from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend.initial import start_from
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.heads import HeadStack, initial_scorer
 from lymphfeat.images import find_normalization
@@ -99,10 +101,15 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
     )
     generator = torch.Generator().manual_seed(settings.seed)
     weight, bias = initial_scorer(backbone.channels, generator)
+    head = HeadStack([settings.head], weight[None], bias[None])
+    if settings.init_head is not None:
+        held_out = parts.validation.ids if parts.validation else ()
+        head = start_from(Path(settings.init_head), settings.head, held_out, weights.sha256)
+        settings = replace(settings, head=head.settings[0])
     fingerprint = cohort_fingerprint(cohort)
     model = Model(
         backbone,
-        HeadStack([settings.head], weight[None], bias[None]),
+        head,
         recipe=ModelRecipe(
             backbone=settings.backbone.backbone,
             output_stride=settings.backbone.output_stride,

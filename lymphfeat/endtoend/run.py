@@ -11,7 +11,13 @@ from lymphfeat.compute import cpu_threads
 from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
-from lymphfeat.endtoend.submission import HEADERS, write_submission
+from lymphfeat.endtoend.submission import (
+    HEADERS,
+    IMAGES_FILE,
+    PATIENTS_FILE,
+    SUBMISSION_FILE,
+    write_submission,
+)
 from lymphfeat.errors import ModelError
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
@@ -24,8 +30,6 @@ from lymphfeat.model import (
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 
-PATIENTS_FILE, IMAGES_FILE = "predictions.csv", "images.csv"
-SUBMISSION_FILE = "submission.csv"
 OUTPUTS = (
     FACTS_FILE,
     WEIGHTS_FILE,

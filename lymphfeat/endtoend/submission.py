@@ -8,6 +8,8 @@ import pandas as pd
 from lymphfeat.errors import SettingsError
 from lymphfeat.model import replace_file
 
+PATIENTS_FILE, IMAGES_FILE = "predictions.csv", "images.csv"
+SUBMISSION_FILE = "submission.csv"
 HEADERS = ("Id,Predicted", "ID,LABEL")
 
 

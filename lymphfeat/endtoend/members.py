@@ -1,0 +1,216 @@
+"""K-fold members: a model trained without each fold, their average, and what is chosen out of fold.
+
+Each member is a model folder of its own, `fold-0`, `fold-1`, …; `members.json`, written last, names
+them. Threshold, calibration and operating points come from the probabilities of each fold by the
+member that has not seen it (METHOD §4).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lymphfeat.calibration import Decision
+from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.cohort import Cohort
+from lymphfeat.compute import cpu_threads
+from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
+from lymphfeat.endtoend.fitting import decode, fit
+from lymphfeat.endtoend.job import Job, parts_of, prepare
+from lymphfeat.endtoend.pixels import PixelCache
+from lymphfeat.endtoend.submission import (
+    HEADERS,
+    IMAGES_FILE,
+    PATIENTS_FILE,
+    SUBMISSION_FILE,
+    write_submission,
+)
+from lymphfeat.errors import ModelError
+from lymphfeat.heads import require_linear, resolve
+from lymphfeat.model import (
+    CHECKPOINT_FILE,
+    FACTS_FILE,
+    MEMBERS_FILE,
+    MEMBERS_FORMAT,
+    Model,
+    Predictions,
+    average_predictions,
+    patient_metrics,
+    replace_file,
+)
+from lymphfeat.progress import Progress, silent
+from lymphfeat.settings import EndToEndSettings
+from lymphfeat.splits import Split, kfold_splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Models of one training whose probabilities are averaged."""
+
+    models: tuple[Model, ...]
+    decision: Decision
+    # "out of fold": the labelled patients, each by the member that has not seen it
+    metrics: Mapping[str, Mapping[str, float | None]]
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability above which the members' mean is called tumoral."""
+        return self.decision.threshold
+
+    @property
+    def threshold_from(self) -> str:
+        """Say what the threshold was chosen on."""
+        return self.decision.threshold_from
+
+
+def train_folds(
+    cohort: Cohort,
+    settings: EndToEndSettings,
+    out: Path,
+    *,
+    folds: int,
+    force: bool = False,
+    submission_header: str = HEADERS[0],
+    progress: Progress = silent,
+) -> Members:
+    """Train a member without each fold of the labelled patients; write all they predict to `out`.
+
+    Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
+    one honest probability of a labelled patient), images.csv, submission.csv, the mean curves and
+    members.json. Interrupted, it goes on when called again. Raises ModelError when finished members
+    or a model are in `out` and `force` is not set.
+    """
+    settings = replace(settings, head=resolve(settings.head), validation=0.0)
+    require_linear(settings.head)
+    labelled = cohort.labelled()
+    (repeat,) = kfold_splits(
+        labelled.ids, labelled.labels, folds=folds, seeds=1, seed=settings.seed
+    )
+    _make_way(out, force)
+    with cpu_threads(settings.threads):
+        jobs, histories = _train(cohort, labelled, repeat.outer, settings, out, force, progress)
+        models = [job.model for job in jobs]
+        predicted = [_predict(model, cohort, settings, progress) for model in models]
+    out_of_fold = pd.concat(
+        part.patients[part.patients["id"].isin(split.validation)]
+        for part, split in zip(predicted, repeat.outer, strict=True)
+    )
+    decision = _decide(out_of_fold, folds)
+    for number, (model, history) in enumerate(zip(models, histories, strict=True)):
+        model.decision = decision
+        write_curves(history, out / f"fold-{number}")
+        model.save(out / f"fold-{number}")
+    predictions = average_predictions(predicted, [decision] * folds)
+    _write(out, cohort, predictions, out_of_fold, histories, submission_header)
+    members = Members(
+        models=tuple(models),
+        decision=decision,
+        metrics={"out of fold": patient_metrics(out_of_fold, decision.threshold)},
+    )
+    _publish(out, members)
+    for number in range(folds):
+        (out / f"fold-{number}" / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return members
+
+
+def _make_way(out: Path, force: bool) -> None:
+    for name in (MEMBERS_FILE, FACTS_FILE):
+        if not (out / name).exists():
+            continue
+        if not force:
+            raise ModelError(
+                f"{out}: a finished model is there; choose another --out, or train anew with "
+                "--force."
+            )
+        (out / name).unlink()
+
+
+def _train(
+    cohort: Cohort,
+    labelled: Cohort,
+    splits: Sequence[Split],
+    settings: EndToEndSettings,
+    out: Path,
+    force: bool,
+    progress: Progress,
+) -> tuple[list[Job], list[list[Row]]]:
+    """Train the members one after the other; a finished one is read from its last checkpoint."""
+    pixels: PixelCache | None = None
+    jobs, histories = [], []
+    for number, split in enumerate(splits):
+        job = prepare(cohort, parts_of(labelled, split), settings)
+        checkpoint = Checkpoint(out / f"fold-{number}" / CHECKPOINT_FILE, job.identity)
+        if force:
+            checkpoint.discard_another()
+        pixels = pixels or decode(labelled, job, progress)
+        histories.append(
+            fit(job, pixels, labelled, checkpoint, _numbered(progress, number, len(splits)))
+        )
+        job.model.backbone.to("cpu")
+        jobs.append(job)
+    return jobs, histories
+
+
+def _numbered(progress: Progress, number: int, count: int) -> Progress:
+    def report(done: int, total: int, text: str = "") -> None:
+        progress(number * total + done, count * total, f"fold {number + 1}/{count} {text}")
+
+    return report
+
+
+def _predict(
+    model: Model, cohort: Cohort, settings: EndToEndSettings, progress: Progress
+) -> Predictions:
+    predictions = model.predict(
+        cohort, device=settings.device, precision=settings.precision, progress=progress
+    )
+    model.backbone.to("cpu")
+    return predictions
+
+
+def _decide(out_of_fold: pd.DataFrame, folds: int) -> Decision:
+    return Decision.learn(
+        out_of_fold["probability"].to_numpy(np.float64),
+        out_of_fold["label"].to_numpy(np.int64),
+        source=f"out-of-fold probabilities of the {len(out_of_fold)} training patients "
+        f"({folds} folds)",
+    )
+
+
+def _write(
+    out: Path,
+    cohort: Cohort,
+    predictions: Predictions,
+    out_of_fold: pd.DataFrame,
+    histories: Sequence[Sequence[Row]],
+    header: str,
+) -> None:
+    unseen = out_of_fold.set_index("id")["probability"]
+    patients = predictions.patients.copy()
+    patients["out_of_fold"] = patients["id"].map(unseen)
+    replace(predictions, patients=patients).save(out / PATIENTS_FILE, out / IMAGES_FILE)
+    if cohort.submission_ids:
+        write_submission(patients, cohort.submission_ids, out / SUBMISSION_FILE, header)
+    means = [
+        {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        for rows in zip(*histories, strict=True)
+    ]
+    write_curves(means, out)
+    draw_curves(means, out)
+
+
+def _publish(out: Path, members: Members) -> None:
+    content = {
+        "format": MEMBERS_FORMAT,
+        "members": [f"fold-{number}" for number in range(len(members.models))],
+        **members.decision.to_json(),
+        "metrics": members.metrics,
+    }
+    text = json.dumps(content, indent=2)
+    replace_file(out / MEMBERS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+OUTPUTS = (MEMBERS_FILE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE, *CURVES)

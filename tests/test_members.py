@@ -1,0 +1,186 @@
+"""K-fold members: their average, what is chosen out of fold, and heads to begin with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import train_end_to_end, train_folds
+from lymphfeat.endtoend.initial import read_initial_head
+from lymphfeat.endtoend.job import parts_of, prepare
+from lymphfeat.errors import LeakageError, ModelError, SettingsError
+from lymphfeat.extract import extract
+from lymphfeat.fit import fit_head
+from lymphfeat.heads import resolve
+from lymphfeat.model import Model, member_folders
+from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.splits import kfold_splits
+from lymphfeat_cli.main import cli
+from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FOLDS = 2
+SETTINGS = tiny_settings(epochs=2, tta=True)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_red_cohort(tmp_path_factory.mktemp("red")))
+
+
+@pytest.fixture(scope="module")
+def trained(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("members") / "m"
+    train_folds(cohort, SETTINGS, out, folds=FOLDS)
+    return out
+
+
+def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
+    members = [Model.load(folder) for folder in member_folders(trained)]
+    assert [path.name for path in member_folders(trained)] == ["fold-0", "fold-1"]
+    labelled = cohort.labelled()
+    for member in members:
+        facts = member.facts
+        assert not set(facts.trained_on) & set(facts.validated_on)
+        assert {*facts.trained_on, *facts.validated_on} == set(labelled.ids)
+    assert sorted(id for m in members for id in m.facts.validated_on) == sorted(labelled.ids)
+
+
+def test_probabilities_are_averaged_and_the_threshold_is_out_of_fold(
+    trained: Path, cohort: Cohort
+) -> None:
+    members = [Model.load(folder) for folder in member_folders(trained)]
+    each = [m.predict(cohort, device="cpu").patients.set_index("id") for m in members]
+    written = pd.read_csv(trained / "predictions.csv").set_index("id")
+    mean = np.mean([table["probability"] for table in each], axis=0)
+    np.testing.assert_allclose(written["probability"], mean, rtol=1e-5)
+    for member, table in zip(members, each, strict=True):
+        unseen = list(member.facts.validated_on)
+        np.testing.assert_allclose(
+            written.loc[unseen, "out_of_fold"], table.loc[unseen, "probability"], rtol=1e-5
+        )
+    assert written["out_of_fold"].isna().sum() == 2  # the unlabelled
+    threshold = members[0].threshold
+    assert "out-of-fold probabilities of the 10 training patients (2 folds)" in (
+        members[0].threshold_from
+    )
+    labelled = written.dropna(subset="label")
+    called = labelled["out_of_fold"] > threshold
+    told = json.loads((trained / "members.json").read_text())
+    sensitivity = called[labelled["label"] == 1].mean()
+    assert told["metrics"]["out of fold"]["sensitivity"] == pytest.approx(sensitivity)
+    submission = pd.read_csv(trained / "submission.csv").set_index("Id")["Predicted"]
+    assert (submission == (written.loc[submission.index, "probability"] > threshold)).all()
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_in_a_later_fold_ends_with_the_same_bits(
+    trained: Path, cohort: Cohort, tmp_path: Path
+) -> None:
+    def stopping(done: int, total: int, text: str = "") -> None:
+        if text.startswith("fold 2/2 epoch 2/2"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_folds(cohort, SETTINGS, tmp_path, folds=FOLDS, progress=stopping)
+    seen: list[str] = []
+    train_folds(
+        cohort,
+        SETTINGS,
+        tmp_path,
+        folds=FOLDS,
+        progress=lambda done, total, text="": seen.append(text),
+    )
+    assert not any(text.startswith(("fold 1/2", "fold 2/2 epoch 1/")) for text in seen)
+    for name in ("fold-0", "fold-1"):
+        torch.testing.assert_close(
+            load_file(tmp_path / name / "model.safetensors"),
+            load_file(trained / name / "model.safetensors"),
+            rtol=0,
+            atol=0,
+        )
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+    with pytest.raises(ModelError, match="a finished model is there"):
+        train_folds(cohort, SETTINGS, tmp_path, folds=FOLDS)
+
+
+def test_from_the_command_line(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["--cohort", str(cohort.root), "--threads", "1", "--device", "cpu"]
+    tiny = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE), "--epochs", "1", "--folds", "2"]
+    result = CliRunner().invoke(cli, ["endtoend", *line, *tiny])
+    assert result.exit_code == 0, result.output
+    assert "training patients, out of fold" in result.stdout
+    assert "wrote models/endtoend/members.json" in result.stdout
+    predicted = CliRunner().invoke(cli, ["predict", *line])
+    assert predicted.exit_code == 0, predicted.output
+    assert "spread" in Path("predictions.csv").read_text().splitlines()[0]
+    told = CliRunner().invoke(cli, ["info", "models/endtoend"])
+    assert told.exit_code == 0, told.output
+    assert "kind: k-fold members" in told.stdout
+
+
+# --- heads to begin with -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    settings = ExtractSettings(backbone=BACKBONE, device="cpu", threads=1, precision="float32")
+    store = extract(cohort, folder / "s.h5", settings)
+    heads = [resolve(HeadSettings(agg="bnsigmoid", lr=0.05))]
+    fit = FitSettings(seeds=1, folds=3, epochs=4, batch_size=4, device="cpu", threads=1)
+    fit_head(store, heads, fit, folder / "run", save=True)
+    return folder / "run"
+
+
+def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Cohort) -> None:
+    settings = tiny_settings("mean", init_head=str(run))
+    labelled = cohort.labelled()
+    (repeat,) = kfold_splits(labelled.ids, labelled.labels, folds=3, seeds=1)
+    tensors = load_file(run / "heads.safetensors")
+    by_split = [
+        next(v for k, v in tensors.items() if k.endswith(f"{split.id}/weight"))
+        for split in repeat.outer
+    ]
+    split = repeat.outer[1]
+    everyone = replace(split, train=(*split.train, *split.validation), validation=())
+    job = prepare(cohort, parts_of(labelled, everyone), settings)
+    torch.testing.assert_close(job.model.head.weight[0], torch.stack(by_split).mean(0))
+    assert job.model.head_settings.agg == "bnsigmoid"
+    assert job.settings.head.lr == settings.head.lr
+    # With patients held out only the split that did not train on them counts.
+    job = prepare(cohort, parts_of(labelled, split), settings)
+    torch.testing.assert_close(job.model.head.weight[0], by_split[1])
+    weight = prepare(cohort, parts_of(labelled, split), tiny_settings()).weights.sha256
+    assert read_initial_head(run, (), weight).name == "bnsigmoid lr=0.05"
+    with pytest.raises(LeakageError, match="all of them did"):
+        read_initial_head(run, labelled.ids, weight)
+
+
+def test_training_from_a_head_runs(run: Path, cohort: Cohort, tmp_path: Path) -> None:
+    settings = tiny_settings("mean", epochs=1, init_head=str(run))
+    model = train_end_to_end(cohort, settings, tmp_path)
+    assert model.head_settings.agg == "bnsigmoid"
+
+
+def test_a_head_of_other_features_is_refused(run: Path, cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="must be fitted on the features of the very weights"):
+        read_initial_head(run, (), "0" * 64)
+    settings = tiny_settings(init_head=str(tmp_path))
+    with pytest.raises(SettingsError, match="must be a run of `lymphfeat fit-head --save`"):
+        train_end_to_end(cohort, settings, tmp_path / "m")
