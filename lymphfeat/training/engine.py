@@ -104,7 +104,7 @@ def _fit_block(
     count: Callable[[int, int], None],
 ) -> None:
     """Fit some of the fits of a result together, and write what came of them into it."""
-    groups = _group(result.fits, positions)
+    groups = _group(result.fits, positions, sampling)
     trainers = [_make_trainer(features, result.fits, group, sampling, tta=tta) for group in groups]
     for epoch in range(result.losses.shape[1]):
         for trainer, group in zip(trainers, groups, strict=True):
@@ -143,21 +143,22 @@ def _bytes_of(head: HeadSettings, channels: int, batch_size: int) -> int:
     return 4 * channels * (10 + 3 * batch)
 
 
-def _group(fits: Sequence[Fit], positions: Sequence[int]) -> list[list[int]]:
+def _group(fits: Sequence[Fit], positions: Sequence[int], sampling: Sampling) -> list[list[int]]:
     """Group the positions of fits that can be trained as one stack."""
-    groups: dict[HeadSettings, list[int]] = defaultdict(list)
+    groups: dict[tuple[str, HeadSettings], list[int]] = defaultdict(list)
     for position in positions:
-        groups[_stack_key(fits[position].head)].append(position)
+        groups[_stack_key(fits[position].head, sampling)].append(position)
     return list(groups.values())
 
 
-def _stack_key(head: HeadSettings) -> HeadSettings:
+def _stack_key(head: HeadSettings, sampling: Sampling) -> tuple[str, HeadSettings]:
     """Blank out what may differ within one stack."""
     if AGGREGATORS[head.agg].family == "network":
-        return HeadSettings(agg="attention")
+        return "image", HeadSettings(agg="attention")
     if AGGREGATORS[head.agg].family == "ranking":
-        return replace(learning(head), lr=1.0, weight_decay=0.0, class_weights="none")
-    return HeadSettings(agg="mean", unit=unit_of(head))
+        own = replace(learning(head), lr=1.0, weight_decay=0.0, class_weights="none")
+        return head.unit, own
+    return unit_of(head, sampling), HeadSettings(agg="mean")
 
 
 def _make_trainer(

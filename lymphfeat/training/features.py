@@ -102,9 +102,19 @@ class Instances:
     def n_instances(self) -> int:
         return int(self.images[-1]) * self.per_image
 
+    @property
+    def mean_size(self) -> float:
+        """How many instances a patient has, on average."""
+        return self.n_instances / (len(self.images) - 1)
+
     def of_patient(self, patient: int) -> Tensor:
         """Return a patient's instances (m, C)."""
         return self.source.span(int(self.images[patient]), int(self.images[patient + 1]), 0)
+
+    def images_of(self, patients: Tensor) -> Tensor:
+        """Return the rows of all images of some patients (b,), patient after patient."""
+        first, last = self.images[patients], self.images[patients + 1]
+        return torch.cat([torch.arange(*ends) for ends in zip(first, last, strict=True)])
 
     def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
         """Return single instances (…, C) by their rows (…), each in its view (…)."""
@@ -202,7 +212,11 @@ class Features:
         return pixels.flatten(1, 2)
 
     def of_unit(self, unit: str) -> Instances:
-        """Return the instances of a unit."""
+        """Return the instances of a unit: pixel, image, or patient (the mean of its images)."""
+        if unit == "patient":
+            count, total, _ = self.patient_sums
+            means = (total / count).to(self.dtype)[None]  # (1, P, C)
+            return Instances(Resident(means, 1), 1, np.arange(len(self.row) + 1), self.device)
         source: Source = Resident(self._pooled, 1)
         if unit == "pixel":
             per_image = math.prod(self._maps.shape[3:])

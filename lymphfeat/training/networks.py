@@ -112,9 +112,10 @@ class NetworkTrainer:
         return torch.stack(losses)
 
     def _read(self, batch: Batch) -> Tensor:
-        if batch.images is not None:
-            return self._instances.source.gather(batch.images, batch.views)[:, 0]
-        return torch.cat([self._instances.of_patient(row) for row in batch.patients.tolist()])
+        images = batch.images
+        if images is None:
+            images = self._instances.images_of(batch.patients)
+        return self._instances.source.gather(images, batch.views)[:, 0]
 
     @torch.no_grad()
     def _probability(self, head: NetworkHead) -> NDArray[np.float32]:

@@ -28,11 +28,14 @@ from lymphfeat.training.scorers import Scorers, score
 _LANE_HEADS = 64  # at most, in one lane
 _STEP_VALUES = 24 << 20  # logits held at a time, of several lanes' batches
 _EVALUATED_HEADS = 256  # at a time
+_SMALL = 8  # instances of a patient, below which reading is cheaper than sharing what is read
 
 
-def unit_of(head: HeadSettings) -> str:
-    """Return what to read: the mean over pixels is the mean over images, for a sixteenth of it."""
-    return "image" if head.agg == "mean" else head.unit
+def unit_of(head: HeadSettings, sampling: Sampling) -> str:
+    """Return what to read: a mean of scores is the score of the mean, of whole patients too."""
+    if head.agg != "mean":
+        return head.unit
+    return "patient" if sampling.whole else "image"
 
 
 class WeightedTrainer:
@@ -52,7 +55,8 @@ class WeightedTrainer:
         # aggregator's.
         self._positions = sorted(positions, key=lambda p: (fits[p].split.id, fits[p].head.agg))
         own = [fits[position] for position in self._positions]
-        self._instances = features.of_unit(unit_of(own[0].head))
+        self._instances = features.of_unit(unit_of(own[0].head, sampling))
+        self._sharing = sampling.whole and self._instances.mean_size >= _SMALL
         self._views = range(sampling.views if tta else 1)
         self._labels = features.labels
         self._scorers = Scorers(features, own)
@@ -112,7 +116,7 @@ class WeightedTrainer:
         held = 0
         for i, (lane, batch) in enumerate(zip(lanes, batches, strict=True)):
             values = int(batch.sizes.sum()) * self._instances.per_image * lane.width
-            if block and (held + values > _STEP_VALUES or batch.images is not None):
+            if block and (held + values > _STEP_VALUES or not self._sharing):
                 yield block
                 block, held = [], 0
             block.append(i)
@@ -128,7 +132,11 @@ class WeightedTrainer:
         slopes: "_Slopes",
     ) -> None:
         """Add the losses of some lanes and their gradients by the folded scorers."""
-        reads = _reads(self._instances, lanes, batches)
+        reads: _Reads = (
+            _SharedReads(self._instances, lanes, batches)
+            if self._sharing
+            else _OwnReads(self._instances, lanes[0], batches[0])
+        )
         of_logits = []
         for lane, batch, logits in zip(lanes, batches, reads.logits(weight, bias), strict=True):
             bags = Bags.of(batch.sizes * self._instances.per_image, logits.device)
@@ -261,12 +269,6 @@ class _Reads(Protocol):
         """Add to the gradient by all scorers (H, C) what each lane's slopes (m, K) make."""
 
 
-def _reads(instances: Instances, lanes: Sequence[_Lane], batches: Sequence[Batch]) -> _Reads:
-    if batches[0].images is None:
-        return _SharedReads(instances, lanes, batches)
-    return _DrawnReads(instances, lanes[0], batches[0])
-
-
 class _SharedReads:
     """Whole patients, each read once for all lanes that want it."""
 
@@ -281,22 +283,6 @@ class _SharedReads:
             for patient, (start, stop) in zip(batch.patients.tolist(), pairwise(ends), strict=True):
                 wanted[patient].append((lane, slice(start, stop)))
         self._wanted = dict(wanted)  # patient -> lanes, and where in the lane's batch
-        self._columns = self._list_columns()
-
-    def _list_columns(self) -> dict[int, Tensor]:
-        """List the scorers of each patient's lanes; all on the device at once."""
-        ranges = {
-            patient: [
-                column
-                for lane, _ in uses
-                for column in range(self._lanes[lane].columns.start, self._lanes[lane].columns.stop)
-            ]
-            for patient, uses in self._wanted.items()
-        }
-        flat = torch.tensor([column for columns in ranges.values() for column in columns])
-        flat = flat.to(self._instances.device)
-        parts = torch.split(flat, [len(columns) for columns in ranges.values()])
-        return dict(zip(ranges, parts, strict=True))
 
     def logits(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
         out = [
@@ -304,11 +290,15 @@ class _SharedReads:
             for length, lane in zip(self._lengths, self._lanes, strict=True)
         ]
         for patient, uses in self._wanted.items():
-            columns = self._columns[patient]
-            values = score(self._instances.of_patient(patient), weight[columns], bias[columns])
-            widths = [self._lanes[lane].width for lane, _ in uses]
-            for (lane, rows), part in zip(uses, torch.split(values, widths, dim=1), strict=True):
-                out[lane][rows] = part
+            columns = [self._lanes[lane].columns for lane, _ in uses]
+            weights = torch.cat([weight[own] for own in columns])  # (columns, C)
+            biases = torch.cat([bias[own] for own in columns])
+            values = score(self._instances.of_patient(patient), weights, biases)
+            start = 0
+            for lane, rows in uses:
+                stop = start + self._lanes[lane].width
+                out[lane][rows] = values[:, start:stop]
+                start = stop
         return out
 
     def add_gradient(self, slopes: Sequence[Tensor], gradient: Tensor) -> None:
@@ -316,18 +306,20 @@ class _SharedReads:
             instances = self._instances.of_patient(patient)
             slope = torch.cat([slopes[lane][rows] for lane, rows in uses], dim=1)  # (m, columns)
             share = (slope.to(instances.dtype).mT @ instances).float()
-            widths = [self._lanes[lane].width for lane, _ in uses]
-            for (lane, _), part in zip(uses, torch.split(share, widths), strict=True):
-                gradient[self._lanes[lane].columns] += part
+            start = 0
+            for lane, _ in uses:
+                stop = start + self._lanes[lane].width
+                gradient[self._lanes[lane].columns] += share[start:stop]
+                start = stop
 
 
-class _DrawnReads:
-    """Images drawn for one lane, gathered."""
+class _OwnReads:
+    """One lane's images, gathered."""
 
     def __init__(self, instances: Instances, lane: _Lane, batch: Batch) -> None:
-        assert batch.images is not None
         self._lane = lane
-        self._instances = instances.source.gather(batch.images, batch.views).flatten(0, 1)  # (m, C)
+        images = instances.images_of(batch.patients) if batch.images is None else batch.images
+        self._instances = instances.source.gather(images, batch.views).flatten(0, 1)  # (m, C)
 
     def logits(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
         return [score(self._instances, weight[self._lane.columns], bias[self._lane.columns])]
