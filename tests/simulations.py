@@ -1,0 +1,119 @@
+"""Simulated cohorts whose truth is known, and studies of them (METHOD §4)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lymphfeat.baselines import learn_logistic
+from lymphfeat.evaluation import Floats, Labels, Learner, Patients, Scores, cross_fit, measure
+from lymphfeat.intervals import Estimate, estimate, t_half_width
+from lymphfeat.metrics import balanced_accuracy
+from lymphfeat.protocol import make_plan
+from lymphfeat.settings import FitSettings
+from lymphfeat.training import Features
+
+_FRESH = 1000  # patients on whom a fitted model's true figure is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One simulated study: the intervals it reports, and its models' true balanced accuracies."""
+
+    ours: Estimate  # of one model, Nadeau–Bengio
+    difference: Estimate  # of two models, paired by split
+    naive: tuple[float, float]  # of the same figures, as if the splits were independent
+    true: float  # mean over the splits' models, each on thousands of fresh patients
+    true_difference: float
+
+
+def draw_patients(rng: np.random.Generator, n: int) -> tuple[Floats, Labels]:
+    """Draw inputs (n, 4), of which the third and fourth say less than the first two; labels."""
+    labels = (np.arange(n) % 3 > 0).astype(np.int64)
+    strength = np.array([0.9, 0.6, 0.45, 0.0])
+    return rng.normal((labels[:, None] - 0.5) * strength, 1), labels
+
+
+def run_study(
+    seed: int, *, patients: int = 60, folds: int = 3, repeats: int = 2, protocol: str = "honest"
+) -> Study:
+    """Measure two models (inputs 1–2, inputs 3–4) as a protocol does, on one simulated cohort."""
+    rng = np.random.default_rng(seed)
+    inputs, labels = draw_patients(rng, patients)
+    fresh = draw_patients(rng, _FRESH)
+    ids = [f"P{i}" for i in range(patients)]
+    settings = FitSettings(protocol=protocol, seeds=repeats, folds=folds, seed=seed)
+    people = Patients(ids, labels, make_plan(ids, labels, settings))
+    found = [_measure(people, inputs[:, part], (fresh[0][:, part], fresh[1])) for part in _PARTS]
+    ratio = people.plan.test_to_train
+    values, truths = zip(*found, strict=True)
+    naive = t_half_width(values[0])
+    return Study(
+        ours=estimate(values[0], ratio),
+        difference=estimate(values[0] - values[1], ratio),
+        naive=(values[0].mean() - naive, values[0].mean() + naive),
+        true=truths[0],
+        true_difference=truths[0] - truths[1],
+    )
+
+
+_PARTS = (slice(0, 2), slice(2, 4))
+
+
+def _measure(
+    people: Patients, inputs: Floats, fresh: tuple[Floats, Labels]
+) -> tuple[Floats, float]:
+    """Return a model's figure in each split, and the true one, mean over the splits' models."""
+    outer, inner = cross_fit(people, learn_logistic, lambda _: inputs)
+    scores = Scores(name="model", kind="head", outer=outer, inner=inner)
+    runs = measure(people, scores, calibration="none").runs
+    true = [
+        _true(learn_logistic, inputs[train], people.labels[train], threshold, fresh)
+        for train, threshold in zip(people.train, runs["threshold"], strict=True)
+    ]
+    return runs["ba"].to_numpy(float), float(np.mean(true))
+
+
+def _true(
+    learner: Learner,
+    inputs: Floats,
+    labels: Labels,
+    threshold: float,
+    fresh: tuple[Floats, Labels],
+) -> float:
+    return float(balanced_accuracy(learner(inputs, labels)(fresh[0]), fresh[1], threshold))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """The share of studies whose 95 % interval holds the truth."""
+
+    ours: float
+    difference: float
+    naive: float
+
+
+def coverage(studies: list[Study]) -> Coverage:
+    """Compare intervals with the truth: the mean true figure over all studies."""
+    true = float(np.mean([study.true for study in studies]))
+    difference = float(np.mean([study.true_difference for study in studies]))
+
+    def share(intervals: list[tuple[float, float]], truth: float) -> float:
+        return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+    return Coverage(
+        ours=share([(s.ours.low, s.ours.high) for s in studies], true),
+        difference=share([(s.difference.low, s.difference.high) for s in studies], difference),
+        naive=share([s.naive for s in studies], true),
+    )
+
+
+def noise_features(
+    seed: int, sizes: NDArray[np.int64], labels: Labels, channels: int = 24
+) -> Features:
+    """Make feature maps (1×1) that say nothing of anybody; the bag sizes are as given."""
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(size=(int(sizes.sum()), channels, 1, 1)).astype(np.float16)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    ids = [f"P{i}" for i in range(len(sizes))]
+    return Features(maps, maps[..., 0, 0].astype(np.float32), offsets, ids, labels)
