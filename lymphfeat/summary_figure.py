@@ -73,7 +73,7 @@ def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None
             axes.axhline(auc, color=color, linestyle=line, linewidth=1, label=f"{name} alone")
     hidden = len(heads) - _SHOWN_CURVES
     title = f"best {_SHOWN_CURVES} of {len(heads)}" if hidden > 0 else None
-    axes.legend(title=title, fontsize="small", frameon=False, loc="lower right")
+    axes.legend(title=title, fontsize="small", framealpha=0.9, edgecolor="none", loc="best")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation ROC-AUC, mean of runs")
     _grid(axes)
