@@ -87,12 +87,23 @@ def fit_head(
             shared=find_shared_images(store, next(iter(store.feature_sets))),
             progress=progress,
         )
+        if dtype != torch.float32:
+            outcome.summary["bfloat16_change"] = outcome.summary["head"].map(_roundings(outcome))
         if witness is not None:
             patients = np.repeat(np.arange(len(store.ids)), store.n_images)
             aucs = witness_aucs(outcome, features, patients, witness)
             outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
         files = _write(outcome, store, settings, out, save) if is_first() else ()
     return Run(folder=out, settings=settings, outcome=outcome, files=files)
+
+
+def _roundings(outcome: Outcome) -> dict[str, float]:
+    """Return for each head how far bfloat16 moves any patient's last probability."""
+    largest: dict[str, float] = {}
+    for fit, change in zip(outcome.fitted.fits, outcome.fitted.rounding.tolist(), strict=True):
+        name = head_name(fit.head)
+        largest[name] = max(change, largest.get(name, 0.0))
+    return largest
 
 
 def load_features(

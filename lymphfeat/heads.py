@@ -335,12 +335,17 @@ def resolve(settings: HeadSettings) -> HeadSettings:
 
 
 def require_linear(settings: HeadSettings) -> None:
-    """Raise SettingsError for a network: it is no linear scorer of instances."""
+    """Raise SettingsError for what only heads on cached maps know: networks, class weights."""
     if AGGREGATORS[settings.agg].network is not None:
         linear = [name for name, row in AGGREGATORS.items() if row.network is None]
         raise SettingsError(
             f"agg (={settings.agg}) must be one of {', '.join(linear)} here; attention, "
             "transformer and lstm are trained on cached maps, by fit-head."
+        )
+    if settings.class_weights != "none":
+        raise SettingsError(
+            f"class_weights (={settings.class_weights}) must be none here; heads on cached maps "
+            "know it, by fit-head."
         )
 
 

@@ -253,6 +253,16 @@ def test_splits_of_another_run_are_taken_and_give_the_same_figures(
     assert "must name patients of this cohort; got P44" in refused.output
 
 
+def test_the_table_says_where_bfloat16_differs(folder: Path, tmp_path: Path) -> None:
+    few = ("--seeds", "2", "--epochs", "2", "--protocol", "report", "--precision", "bfloat16")
+    result = run(folder, *few, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert "bfloat16 moves p by" in result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (change,) = [row["bfloat16_change"] for row in summary if row["head"] == "top10"]
+    assert 0 < change < 0.1
+
+
 def test_two_processes_share_the_heads(folder: Path, tmp_path: Path) -> None:
     arguments = ["fit-head", "--store", str(folder / "features.h5"), "--threads", "1"]
     arguments += ["--agg", "mean", "--agg", "topk", "--agg", "attention", "--width", "4"]

@@ -199,4 +199,6 @@ def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -
 def test_training_through_a_backbone_refuses_networks() -> None:
     with pytest.raises(SettingsError, match=r"agg \(=lstm\) must be one of top1, .* by fit-head"):
         require_linear(settings_of("lstm"))
+    with pytest.raises(SettingsError, match=r"class_weights \(=balanced\) must be none here"):
+        require_linear(settings_of("topk", class_weights="balanced"))
     require_linear(settings_of("topk"))

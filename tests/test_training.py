@@ -323,6 +323,29 @@ def test_blocks_are_the_whole(features: Features) -> None:
     assert "epoch 2 of 2, block" in seen[-1][2]
 
 
+def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:
+    heads = [*HEADS[:6], resolve(HeadSettings(agg="bnsigmoid", lr=0.05))]
+    heads.append(resolve(HeadSettings(agg="attention", width=4, lr=0.05)))
+    fits = [Fit(head=head, split=_splits(1)[0]) for head in heads]
+    exact, rounded = (
+        fit_heads(make_features(viewed, dtype=dtype), fits, epochs=2, batch_size=BATCH)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (exact.rounding == 0).all()
+    assert (rounded.rounding > 0).all()
+    assert (rounded.rounding < 0.1).all()
+    np.testing.assert_allclose(rounded.curves[:, 0], exact.curves[:, 0], atol=0.2)
+    # By definition: the weights of the run, applied in float32.
+    scores = rounded.image_logits(4, viewed[:, 0].mean((-2, -1), dtype=np.float32))
+    again = [
+        references.ranking_probability(part.tolist(), min(3, len(part)), bottom=True)
+        for part in np.split(scores, BOUNDS[1:-1])
+    ]
+    assert (heads[4].agg, heads[4].unit) == ("topbottomk", "image")
+    change = np.abs(rounded.curves[4, -1] - np.array(again)).max()
+    np.testing.assert_allclose(rounded.rounding[4], change, atol=1e-5)
+
+
 def test_weights_apply_to_raw_features(features: Features, maps: NDArray[np.float16]) -> None:
     head = resolve(HeadSettings(agg="mean", lr=0.05))
     fitted = fit_heads(features, [Fit(head=head, split=_splits(1)[0])], epochs=2, batch_size=BATCH)

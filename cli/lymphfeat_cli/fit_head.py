@@ -251,6 +251,9 @@ def _show(outcome: "Outcome", settings: "FitSettings") -> None:
     else:
         columns += ["log loss", "calibrated", "ECE", "calibrated"]
         names += ["log_loss", "log_loss_calibrated", "ece", "ece_calibrated"]
+    if "bfloat16_change" in summary:
+        columns.append("bfloat16 moves p by up to")
+        names.append("bfloat16_change")
     if "witness_auc" in summary:
         columns.append("cell AUC")
         names.append("witness_auc")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from lymphfeat.compute import available_memory
@@ -32,6 +33,9 @@ class Trainer(Protocol):
 
     def run_epoch(self, epoch: int, result: FittedHeads) -> None:
         """Train for an epoch and evaluate; write losses and probabilities."""
+
+    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
+        """Evaluate on other features, into a result of one epoch."""
 
     def keep(self, result: FittedHeads) -> None:
         """Write what was learnt."""
@@ -61,7 +65,8 @@ def fit_heads(
     With several `views` one of them is drawn for every image at every step; evaluation sees the
     identity, or with `tta` takes the mean over the views. Heads that need more than `memory` bytes
     (None: a quarter of what is free) are fitted block after block. Under torchrun every process
-    fits its share and returns all. Progress counts heads × epochs.
+    fits its share and returns all. With bfloat16 features the last probabilities are compared with
+    the same weights' in float32. Progress counts heads × epochs.
     """
     sampling = Sampling(batch_size=batch_size, images_per_patient=images_per_patient, views=views)
     share = own_share(fits)
@@ -110,8 +115,24 @@ def _fit_block(
         for trainer, group in zip(trainers, groups, strict=True):
             trainer.run_epoch(epoch, result)
             count(len(group), epoch)
+    if features.dtype != torch.float32:
+        _compare_with_float32(features, result, positions, trainers)
     for trainer in trainers:
         trainer.keep(result)
+
+
+def _compare_with_float32(
+    features: Features, result: FittedHeads, positions: Sequence[int], trainers: Sequence[Trainer]
+) -> None:
+    exact = FittedHeads.empty(
+        result.fits, epochs=1, patients=len(features.labels), channels=features.channels
+    )
+    in_float32 = features.in_float32()
+    for trainer in trainers:
+        trainer.evaluate_on(in_float32, exact)
+    own = list(positions)
+    difference = np.abs(exact.curves[own, 0] - result.curves[own, -1])  # (fits, P)
+    result.rounding[own] = difference.max(1)
 
 
 def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) -> list[list[int]]:

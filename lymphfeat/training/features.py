@@ -166,8 +166,9 @@ class Features:
         self._maps = maps if maps.ndim == 5 else maps[:, None]
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        averages = np.moveaxis(pooled if pooled.ndim == 3 else pooled[:, None], 1, 0)
-        self._pooled = torch.from_numpy(np.array(averages, order="C")).to(self.device, dtype)
+        self._averages = pooled if pooled.ndim == 3 else pooled[:, None]
+        by_view = np.array(np.moveaxis(self._averages, 1, 0), order="C")
+        self._pooled = torch.from_numpy(by_view).to(self.device, dtype)  # (V, N, C)
         self.offsets = offsets
         self.labels = torch.from_numpy(np.array(labels)).to(self.device)
         self.row = {patient: row for row, patient in enumerate(ids)}
@@ -236,6 +237,18 @@ class Features:
             squares.append(bags.sum(images.double() ** 2))
         count = torch.from_numpy(np.diff(self.offsets))[:, None].to(self.device)
         return count, torch.cat(totals), torch.cat(squares)
+
+    def in_float32(self) -> "Features":
+        """Return the same features in float32, pixels read from the file."""
+        return Features(
+            self._maps,
+            self._averages,
+            self.offsets,
+            list(self.row),
+            self.labels.cpu().numpy(),
+            device=self.device,
+            memory=0,
+        )
 
     def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self.row[patient] for patient in patients])

@@ -36,6 +36,8 @@ class FittedHeads:
     weight: NDArray[np.float32]  # (fits, C), as applied to raw features; NaN of networks
     bias: NDArray[np.float32]  # (fits,)
     extras: dict[str, NDArray[np.float32]]  # gamma, beta, running_mean, running_var: (fits,)
+    # (fits,) how far any patient's last probability is from the same weights' in float32
+    rounding: NDArray[np.float32]
     networks: dict[int, NetworkHead] = field(default_factory=dict)  # by position, on the CPU
 
     @classmethod
@@ -51,6 +53,7 @@ class FittedHeads:
             weight=np.full((n, channels), np.nan, np.float32),
             bias=np.full(n, np.nan, np.float32),
             extras={name: np.zeros(n, np.float32) for name in EXTRAS},
+            rounding=np.zeros(n, np.float32),
         )
 
     @classmethod
@@ -76,6 +79,7 @@ class FittedHeads:
             weight=self.weight[index],
             bias=self.bias[index],
             extras={name: values[index] for name, values in self.extras.items()},
+            rounding=self.rounding[index],
             networks={
                 new: self.networks[old] for new, old in enumerate(index) if old in self.networks
             },
@@ -91,7 +95,7 @@ class FittedHeads:
     def put(self, positions: Sequence[int], part: "FittedHeads") -> None:
         """Write the results of some of the fits."""
         index = list(positions)
-        for name in ("curves", "losses", "weight", "bias"):
+        for name in ("curves", "losses", "weight", "bias", "rounding"):
             getattr(self, name)[index] = getattr(part, name)
         for name, values in part.extras.items():
             self.extras[name][index] = values

@@ -88,6 +88,15 @@ class NetworkTrainer:
         for lane in self._lanes:
             losses = [self._step(lane, batch) for batch in lane.sampler.epoch()]
             result.losses[lane.positions, epoch] = torch.stack(losses).mean(0).cpu().numpy()
+        self._evaluate(last, epoch, result)
+
+    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
+        """Evaluate the trained networks on other features, into a result of one epoch."""
+        self._instances = features.of_unit("image")
+        self._evaluate(True, 0, result)
+
+    def _evaluate(self, last: bool, epoch: int, result: FittedHeads) -> None:
+        for lane in self._lanes:
             for position, head in zip(lane.positions, lane.heads, strict=True):
                 if last or self._fits[position].curve:
                     result.curves[position, epoch] = self._probability(head)

@@ -111,6 +111,14 @@ class RankingTrainer:
         losses = self._learn()  # (H,)
         for scorer, group in enumerate(self._positions):
             result.losses[group, epoch] = losses[scorer]
+        self._evaluate(epoch, result)
+
+    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
+        """Evaluate the trained heads on other features, into a result of one epoch."""
+        self._instances = features.of_unit(self._head.unit)
+        self._evaluate(0, result)
+
+    def _evaluate(self, epoch: int, result: FittedHeads) -> None:
         last = epoch == result.losses.shape[1] - 1
         read_outs = self._wanted(last)
         for wanted in read_outs:

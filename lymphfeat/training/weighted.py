@@ -55,7 +55,8 @@ class WeightedTrainer:
         # aggregator's.
         self._positions = sorted(positions, key=lambda p: (fits[p].split.id, fits[p].head.agg))
         own = [fits[position] for position in self._positions]
-        self._instances = features.of_unit(unit_of(own[0].head, sampling))
+        self._unit = unit_of(own[0].head, sampling)
+        self._instances = features.of_unit(self._unit)
         self._sharing = sampling.whole and self._instances.mean_size >= _SMALL
         self._views = range(sampling.views if tta else 1)
         self._labels = features.labels
@@ -146,6 +147,11 @@ class WeightedTrainer:
         reads.add_gradient(of_logits, slopes.weight)
 
     # --- evaluation -------------------------------------------------------------------------------
+
+    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
+        """Evaluate the trained heads on other features, into a result of one epoch."""
+        self._instances = features.of_unit(self._unit)
+        self._evaluate(0, result)
 
     def _evaluate(self, epoch: int, result: FittedHeads) -> None:
         """Write every patient's probability by the heads whose curve is wanted."""
