@@ -19,7 +19,7 @@ from lymphfeat.images import VIEWS, Normalization
 
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
-_SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
+SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
 _SHOWN_KEYS = 5
 
@@ -72,7 +72,7 @@ class LoadedWeights:
 def build_backbone(
     name: str,
     *,
-    weights: str = "none",
+    weights: str = "auto",
     seed: int = 0,
     image_size: int = 112,
     output_stride: int | None = None,
@@ -93,7 +93,7 @@ def build_backbone(
     _check_spatial(backbone, image_size)
     if weights in ("none", "imagenet"):
         return backbone, LoadedWeights(source=weights, sha256=weights_sha256(model))
-    path = _SHIPPED_PATH if weights == SHIPPED else Path(weights)
+    path = SHIPPED_PATH if weights == SHIPPED else Path(weights)
     load_weights(backbone, path)
     return backbone, LoadedWeights(
         source=weights if weights == SHIPPED else path.name,
@@ -207,7 +207,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors or .pth file as float32 (integers stay integers)."""
     if not path.is_file():
         raise WeightsError(
-            f"weights (={path}) must be none, imagenet or an existing file; got no such file."
+            f"weights (={path}) must be bloodcells, none, imagenet or an existing file; "
+            "got no such file."
         )
     try:
         content = (

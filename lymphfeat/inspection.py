@@ -1,9 +1,11 @@
-"""What a path holds: a feature store, a run or a model, and whether it is whole."""
+"""What a path holds: a store, a run, a model or weights, and whether it is whole."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from lymphfeat.backbones import SHIPPED, SHIPPED_PATH, read_facts, read_weights
 from lymphfeat.errors import SettingsError
 from lymphfeat.fit import RUN_FILES
 from lymphfeat.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
@@ -15,6 +17,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
     A store's rows and a model's tensors are read and checked against their checksums.
     """
+    if path.suffix == ".safetensors" or str(path) == SHIPPED:
+        return _describe_weights(SHIPPED_PATH if str(path) == SHIPPED else path)
     if path.is_file() or path.suffix in (".h5", ".hdf5"):
         store = FeatureStore.open(path)
         store.verify()
@@ -31,6 +35,22 @@ def inspect(path: Path) -> dict[str, Any]:
         f"path (={path}) must hold {FACTS_FILE} (a model) or config.json (a run); got neither. "
         "If what wrote it was interrupted, run it again."
     )
+
+
+def _describe_weights(path: Path) -> dict[str, Any]:
+    tensors = read_weights(path)
+    facts = read_facts(path)
+    return {
+        "kind": "weights",
+        "whole": all(bool(tensor.isfinite().all()) for tensor in tensors.values()),
+        "path": str(path),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        **facts,
+        # Long lists of ids: they are in the file.
+        "patients": len(facts.get("patients", ())),
+        "trained_on": len(facts.get("trained_on", ())),
+    }
 
 
 def _describe_model(path: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class BackboneSettings:
     """Which backbone sees what: together with the weights' hash, what a feature map depends on."""
 
     backbone: str = "resnet18"
-    weights: str = "none"  # none | imagenet | a .safetensors or .pth file
+    # auto (bloodcells for resnet18, else none) | bloodcells | none | imagenet | a file
+    weights: str = "auto"
     crop: int = 112  # pixels, about the image's centre (report §4.1)
     normalization: str = "imagenet"  # or "challenge" (METHOD §3)
     output_stride: int | None = None  # 8, 16 or 32; None is the backbone's own

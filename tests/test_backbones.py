@@ -1,5 +1,6 @@
 """Backbones: spatial maps from every family, weights files, and what is refused."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lymphfeat.backbones import (
+    SHIPPED_PATH,
     Backbone,
     build_backbone,
     choose_device,
@@ -183,7 +185,7 @@ def test_misfits_are_named(tmp_path: Path) -> None:
         ("w.pth", b"no weights", "cannot be read as weights ("),
         ("w.safetensors", b"no weights", "cannot be read as weights ("),
         ("w.pth", b"", "cannot be read as weights ("),
-        ("w.pth", None, "must be none, imagenet or an existing file; got no such file"),
+        ("w.pth", None, "must be bloodcells, none, imagenet or an existing file; got no such file"),
     ],
 )
 def test_unreadable_weights(tmp_path: Path, name: str, content: Any, message: str) -> None:
@@ -262,3 +264,29 @@ def test_devices_and_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", cpu) == fast
     with pytest.raises(SettingsError, match=re.escape("precision (=float16) must be auto")):
         choose_precision("float16", cpu)
+
+
+# --- shipped weights -----------------------------------------------------------------------------
+
+
+def test_shipped_weights_are_the_default_of_resnet18() -> None:
+    _, default = build_backbone("resnet18")
+    _, named = build_backbone("resnet18", weights="bloodcells")
+    assert default == named
+    assert default.source == "bloodcells"
+    assert default.pretraining["recipe"]["method"] == "vicreg"
+    assert build_backbone("test_resnet")[1].source == "none"
+
+
+def test_shipped_weights_are_what_their_card_says() -> None:
+    card = SHIPPED_PATH.with_suffix(".md").read_text(encoding="utf-8")
+    content = SHIPPED_PATH.read_bytes()
+    assert hashlib.sha256(content).hexdigest() in card
+    assert build_backbone("resnet18")[1].sha256 in card
+    assert len(content) <= 24e6
+    assert SHIPPED_PATH.with_suffix(".csv").is_file()
+
+
+def test_shipped_weights_for_another_backbone() -> None:
+    with pytest.raises(WeightsError, match=re.escape("must be used with backbone resnet18")):
+        build_backbone("resnet34", weights="bloodcells")

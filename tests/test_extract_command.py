@@ -83,7 +83,10 @@ def test_another_recipe_needs_force(root: Path) -> None:
     [
         (["--cohort", "nowhere"], "cohort folder nowhere does not exist"),
         (["--backbone", "resnet81"], "backbone (=resnet81) must be a timm model; did you mean"),
-        (["--weights", "gone.pth"], "weights (=gone.pth) must be none, imagenet or an existing"),
+        (
+            ["--weights", "gone.pth"],
+            "weights (=gone.pth) must be bloodcells, none, imagenet or",
+        ),
         (["--crop", "100"], "size (=53x53) must be at least the crop (=100)"),
         (["--crop", "4"], "crop (=4) must be at least 8"),
         (["--out", "cells/cohort.csv"], "cells/cohort.csv: is not a readable HDF5 file"),

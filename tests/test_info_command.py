@@ -107,3 +107,20 @@ def test_nothing_of_ours(tmp_path: Path) -> None:
     assert re.search(r"gone\.h5\) must be an existing file; make it", refusal(tmp_path / "gone.h5"))
     assert "notes.txt: is not a readable HDF5 file" in refusal(tmp_path / "notes.txt")
     assert "must hold model.json (a model) or config.json (a run); got nei" in refusal(tmp_path)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_shipped_weights() -> None:
+    told = json.loads(info("bloodcells", "--json").stdout)
+    assert (told["kind"], told["whole"], told["patients"]) == ("weights", True, 0)
+    assert told["recipe"]["backbone"] == "resnet18"
+
+
+def test_weights_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"no")
+    assert "cannot be read as weights" in refusal(tmp_path / "w.safetensors")
+    assert "must be bloodcells, none, imagenet or an existing file" in refusal(
+        tmp_path / "x.safetensors"
+    )

@@ -19,6 +19,7 @@ from lymphfeat_cli.options import (
     seed_option,
     show_json,
     threads_option,
+    weights_option,
 )
 from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
 
@@ -47,12 +48,7 @@ An interrupted training goes on when the same line is run again.""",
 )
 @head_options(agg="bnsigmoid", lr=1e-4)
 @click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
-@click.option(
-    "--weights",
-    default="none",
-    show_default=True,
-    help="none (random), imagenet (timm's, needs a network) or a .safetensors/.pth file.",
-)
+@weights_option
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--head-lr", type=float, help="The head's own. [default: --lr]")
 @click.option(

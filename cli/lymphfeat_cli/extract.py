@@ -16,6 +16,7 @@ from lymphfeat_cli.options import (
     progress_bar,
     show_json,
     threads_option,
+    weights_option,
 )
 
 
@@ -35,12 +36,7 @@ Examples:
     help="The store to write. [default: cache/features.h5]",
 )
 @click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
-@click.option(
-    "--weights",
-    default="none",
-    show_default=True,
-    help="none (random), imagenet (timm's, needs a network) or a .safetensors/.pth file.",
-)
+@weights_option
 @click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
 @click.option(
     "--normalization",

@@ -1,4 +1,4 @@
-"""`lymphfeat info`: what a store, a run or a model is, and whether it is whole."""
+"""`lymphfeat info`: what a store, a run, a model or weights are, and whether they are whole."""
 
 from pathlib import Path
 
@@ -13,12 +13,16 @@ from lymphfeat_cli.options import output_options, show_json
 Examples:
   lymphfeat info cache/features.h5
   lymphfeat info runs/topk-honest
-  lymphfeat info models/endtoend --json""",
+  lymphfeat info models/endtoend --json
+  lymphfeat info bloodcells""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @output_options
 def command(path: Path, as_json: bool, quiet: bool) -> None:
-    """Say what a feature store, a run folder or a model folder is, and whether it is whole."""
+    """Say what a feature store, a run, a model or weights are, and whether they are whole.
+
+    PATH is a file or a folder; `bloodcells` names the shipped weights.
+    """
     from lymphfeat.inspection import inspect
 
     facts = inspect(path)

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "audit": "Read a cohort and say what is in it, what is odd, and what leaks.",
     "extract": "Cohort -> feature store: one spatial feature map per image.",
-    "info": "Say what a feature store, a run or a model is, and whether it is whole.",
+    "info": "Say what a store, a run, a model or weights are, and whether they are whole.",
     "fit-head": "Feature store -> every MIL head over every split, and a table.",
     "endtoend": "Cohort -> final model, trained through the backbone; predictions; submission.",
     "compare": "Runs -> their rows side by side, paired by split, with intervals and p.",

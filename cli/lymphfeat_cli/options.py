@@ -2,7 +2,8 @@
 
 --cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict
 --device, --threads                           extract, fit-head, endtoend, predict
---seed                                        extract, fit-head, endtoend, synth
+--seed                                        extract, fit-head, endtoend, pretrain, synth
+--weights                                     extract, endtoend
 --json, --quiet                               every command
 --force                                       every command that writes
 """
@@ -90,6 +91,13 @@ threads_option = click.option(
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all randomness."
+)
+weights_option = click.option(
+    "--weights",
+    default="auto",
+    show_default=True,
+    help="bloodcells (shipped, resnet18), none (random), imagenet (timm's, needs a network) or a "
+    ".safetensors/.pth file; auto is bloodcells for resnet18, else none.",
 )
 force_option = click.option("--force", is_flag=True, help="Overwrite what is already there.")
 output_options = stack(
