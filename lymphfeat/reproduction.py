@@ -236,7 +236,7 @@ def draw_depths(table: pd.DataFrame, path: Path) -> None:
     names = [name.removeprefix("bnsigmoid, ") for name in table["name"]]
     _bars(left, table, names, {"report": "report_log_loss", "honest": "honest_log_loss"})
     left.set_ylabel("validation loss")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.25 * left.get_ylim()[1])  # room for the legend
     _accuracies(right, table, names)
     figure.suptitle("Impact of ResNet depth (report, figure 3), heads on frozen maps")
     figure.savefig(path, dpi=130)
