@@ -150,6 +150,8 @@ def reproduce_report(
             force=force,
             progress=progress,
         )
+        if store.recipe["weights"] == "none":
+            warnings.append(f"{place}: random weights; name others by --weights to learn anything.")
         warnings += [f"{place}: {line}" for line in both.honest.outcome.warnings]
         for row in rows:
             found[row.name, "report"] = _of(both.report.outcome.summary, row)
