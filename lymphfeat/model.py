@@ -395,12 +395,19 @@ class CohortScorer:
     """Scores the images of cohorts, batch after batch, with a frozen model."""
 
     def __init__(
-        self, model: Model, views: Sequence[str], *, dtype: torch.dtype, device: torch.device
+        self,
+        model: Model,
+        views: Sequence[str],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        unit: str | None = None,
     ) -> None:
+        """Take the unit to score, None for the head's own."""
         self._backbone = model.backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(model.head).eval().to(device)
         self._recipe = model.recipe
-        self._unit = model.head_settings.unit
+        self._unit = model.head_settings.unit if unit is None else unit
         self._views, self._dtype, self._device = views, dtype, device
 
     def score(self, cohort: Cohort, batch_size: int, progress: Progress) -> Tensor:

@@ -133,21 +133,69 @@ def render_cell(
     slide: the patient's slide; drawn anew when not given.
     large: a normal cell with abundant pale cytoplasm; drawn from the slide's share when not given.
     """
+    drawn = _draw_cell(rng, atypical, difficulty, slide, large, size)
+    slide, cell = drawn.slide, drawn.cell
+    covered = cell.covered
+    density = _RED_CELL[:, None, None] * _red_cells(
+        rng, slide, drawn.radius, drawn.middle, size
+    )  # (3, size, size)
+    _add_platelets(rng, density, slide, size / FRAME)
+    window = np.s_[:, *_patch(size, len(covered))]
+    density[window] = density[window] * (1 - covered) + cell.density
+    return _photograph(rng, density, slide)
+
+
+def cell_extent(
+    rng: np.random.Generator,
+    atypical: bool,
+    difficulty: float,
+    *,
+    slide: Slide | None = None,
+    large: bool | None = None,
+    size: int = FRAME,
+) -> Float:
+    """Return how far each pixel lies in the cell that `render_cell` draws of the same generator.
+
+    (size, size), 1 inside the cell, 0 outside.
+    """
+    covered = _draw_cell(rng, atypical, difficulty, slide, large, size).cell.covered
+    extent = np.zeros((size, size), np.float32)
+    extent[_patch(size, len(covered))] = covered
+    return extent
+
+
+def _patch(size: int, side: int) -> tuple[slice, slice]:
+    """Place a cell's patch in the middle of the image."""
+    begin = (size - side) // 2
+    return np.s_[begin : begin + side, begin : begin + side]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    slide: Slide
+    radius: float  # px in a frame of FRAME
+    middle: NDArray[np.float64]  # (2,) likewise, off the frame's
+    cell: "_Cell"
+
+
+def _draw_cell(
+    rng: np.random.Generator,
+    atypical: bool,
+    difficulty: float,
+    slide: Slide | None,
+    large: bool | None,
+    size: int,
+) -> _Drawn:
     slide = draw_slide(rng) if slide is None else slide
     large = bool(rng.random() < slide.large_share) if large is None else large
     traits = draw_traits(rng, atypical, difficulty, slide, large)
-    scale = size / FRAME
     middle = rng.uniform(-3, 3, 2)  # px: the cell finder's error
-    cell = _lymphocyte(rng, traits, slide, middle, scale)  # (3, p, p)
-    covered = cell.covered
-    density = _RED_CELL[:, None, None] * _red_cells(
-        rng, slide, traits.nucleus + traits.cytoplasm, middle, size
-    )  # (3, size, size)
-    _add_platelets(rng, density, slide, scale)
-    begin = (size - covered.shape[0]) // 2
-    window = np.s_[:, begin : begin + covered.shape[0], begin : begin + covered.shape[0]]
-    density[window] = density[window] * (1 - covered) + cell.density
-    return _photograph(rng, density, slide)
+    return _Drawn(
+        slide=slide,
+        radius=traits.nucleus + traits.cytoplasm,
+        middle=middle,
+        cell=_lymphocyte(rng, traits, slide, middle, size / FRAME),
+    )
 
 
 # --- the lymphocyte ---------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lymphfeat.errors import CohortError
 from lymphfeat.progress import Progress, silent
-from lymphfeat.smears import draw_slide, render_cell
+from lymphfeat.smears import cell_extent, draw_slide, render_cell
 from lymphfeat.synthetic_patients import (
     TABLE_COLUMNS,
     TEST,
@@ -39,7 +39,9 @@ from lymphfeat.synthetic_patients import (
 __all__ = [
     "CELL_CLASSES",
     "SyntheticSettings",
+    "cell_extents",
     "count_synthetic_cohort",
+    "is_synthetic_cohort",
     "render_cell",
     "write_plate",
     "write_synthetic_cohort",
@@ -288,11 +290,56 @@ def _render_patient(out: Path, settings: SyntheticSettings, patient: SyntheticPa
                 cells[index] == _ATYPICAL,
                 settings.difficulty,
                 slide=slide,
-                large=cells[index] == _LARGE if cells[index] != _ATYPICAL else None,
+                large=_is_large(cells[index]),
                 size=settings.image_size,
             )
             _write(path, _encode(pixels))
     return patient.images
+
+
+def _is_large(cell: str) -> bool | None:
+    return cell == _LARGE if cell != _ATYPICAL else None
+
+
+# --- where the cells are ----------------------------------------------------------------------
+
+
+def is_synthetic_cohort(root: Path) -> bool:
+    """Tell whether a folder holds a synthetic cohort of this version."""
+    return _Manifest.read(root / MANIFEST).settings.get("version") == _VERSION
+
+
+def cell_extents(root: Path, images: Sequence[Path]) -> NDArray[np.float32]:
+    """Return where the cells of images of a synthetic cohort lie: (n, side, side), 1 inside.
+
+    Truth, for scoring maps. Raises CohortError for an image that is not the cohort's.
+    """
+    plain = dict(_Manifest.read(root / MANIFEST).settings)
+    if plain.pop("version", None) != _VERSION:
+        raise CohortError(f"{root} must be a synthetic cohort of this version; got none.")
+    settings = SyntheticSettings(**plain | {"witness_share": tuple(plain["witness_share"])})
+    patients = {patient.folder: patient for patient in plan_patients(settings)}
+    extents = [_cell_extent(settings, patients, path.relative_to(root)) for path in images]
+    return np.stack(extents)
+
+
+def _cell_extent(
+    settings: SyntheticSettings, patients: dict[str, SyntheticPatient], image: Path
+) -> NDArray[np.float32]:
+    patient = patients.get(image.parent.as_posix())
+    names = _names(patient.images) if patient else []
+    if patient is None or image.name not in names:
+        raise CohortError(f"{image} must be an image of the synthetic cohort; it holds no such.")
+    index = names.index(image.name)
+    cell = _cell_classes(settings, patient)[index]
+    return cell_extent(
+        _generator(settings, patient, index),
+        cell == _ATYPICAL,
+        settings.difficulty,
+        slide=draw_slide(_generator(settings, patient)),
+        large=_is_large(cell),
+        size=settings.image_size,
+    )
 
 
 def _encode(pixels: NDArray[np.uint8]) -> bytes:
@@ -359,9 +406,12 @@ def write_plate(
 def _plate_cell(settings: SyntheticSettings, cell: str, row: int, column: int) -> NDArray[np.uint8]:
     key = (_PLATE_KEY, row, column)
     rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=key))
-    large = cell == _LARGE if cell != _ATYPICAL else None
     return render_cell(
-        rng, cell == _ATYPICAL, settings.difficulty, large=large, size=settings.image_size
+        rng,
+        cell == _ATYPICAL,
+        settings.difficulty,
+        large=_is_large(cell),
+        size=settings.image_size,
     )
 
 

@@ -13,6 +13,7 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 
 # A module imports only from rows below its own, or, in its own row, from those to its right.
 LAYERS = (
+    ("explain",),
     ("inspection", "demo"),
     ("reproduction", "optimism"),
     ("fit", "extract", "endtoend", "pretraining", "audit"),
