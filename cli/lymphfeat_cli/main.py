@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "Runs -> their rows side by side, paired by split, with intervals and p.",
     "reproduce": "Cohort -> the report's figures, beside honest ones and the published.",
     "predict": "Model + cohort -> predictions (labels not needed).",
+    "explain": "Model + cohort -> one HTML page of what the model saw, and figures.",
     "pretrain": "Unlabelled cells -> backbone weights, self-supervised.",
     "synth": "Write a synthetic cohort that looks like the real thing.",
 }

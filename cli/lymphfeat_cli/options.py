@@ -1,6 +1,6 @@
 """Options and output shared by the commands.
 
---cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict
+--cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict, explain
 --device, --threads                           extract, fit-head, endtoend, predict
 --seed                                        extract, fit-head, endtoend, pretrain, synth
 --weights                                     extract, endtoend

@@ -27,9 +27,7 @@ def roc_curve(probability: Doubles, labels: NDArray[np.int64]) -> Doubles:
     return np.concatenate([[[0.0, 0.0]], np.stack([false, true], 1)])
 
 
-def calibration_curve(
-    probability: Doubles, labels: NDArray[np.int64], bins: int = 5
-) -> Doubles:
+def calibration_curve(probability: Doubles, labels: NDArray[np.int64], bins: int = 5) -> Doubles:
     """Return (mean probability, share tumoral, patients, low, high) of equal groups: (K, 5).
 
     low and high are the share's 95 % interval after Wilson 1927.
@@ -95,9 +93,9 @@ class Distribution:
     instances: str  # "pixels" or "images"
 
     @classmethod
-    def of(cls, model: Model, maps: Floats, sizes: NDArray[np.int64], bins: int = 32) -> (
-        "Distribution"
-    ):
+    def of(
+        cls, model: Model, maps: Floats, sizes: NDArray[np.int64], bins: int = 32
+    ) -> "Distribution":
         """Count the logits of each patient's instances, from maps (N, h, w)."""
         pixels = model.head_settings.unit == "pixel"
         logits = maps.reshape(len(maps), -1)
@@ -111,6 +109,8 @@ class Distribution:
         return cls(
             edges=edges,
             counts=np.array([np.histogram(part, edges)[0] for part in parts], np.int64),
-            weight=None if curve is None else curve.weight((edges[1:] + edges[:-1]) / 2),
+            weight=None
+            if curve is None
+            else curve.weight(((edges[1:] + edges[:-1]) / 2).astype(np.float32)),
             instances="pixels" if pixels else "images",
         )

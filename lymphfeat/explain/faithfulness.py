@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,12 @@ class Deletion:
     def area(self) -> float:
         """Return the area between the curves: the mean over k of highest less random."""
         return float((self.highest - self.random).mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the curves and their area as plain values."""
+        curves = ("k", "highest", "random", "random_low", "random_high")
+        values = {name: getattr(self, name).tolist() for name in curves}
+        return values | {"area": self.area, "patients": self.patients, "draws": self.draws}
 
     @property
     def surely(self) -> bool:

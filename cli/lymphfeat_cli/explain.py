@@ -1,0 +1,204 @@
+"""`lymphfeat explain`: model + cohort -> one HTML page of what the model saw, and figures."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lymphfeat_cli.options import (
+    cohort_options,
+    device_option,
+    force_option,
+    load_cohort,
+    output_options,
+    progress_bar,
+    seed_option,
+    show_json,
+    threads_option,
+)
+from lymphfeat_cli.results import show_metrics, show_truth, truth_option
+
+if TYPE_CHECKING:
+    from lymphfeat.explain.explanation import Explanation
+
+PAGE, CELL = Path("report.html"), Path("cell.png")
+
+
+@click.command(
+    "explain",
+    epilog="""\b
+Examples:
+  lymphfeat explain --cohort DIR
+  lymphfeat explain --model models/endtoend --cohort DIR --out report.html --figures pdf
+  lymphfeat explain --image DIR/P7/000003.jpg --out cell.png
+The page is one file: open it in a browser, no network is needed.""",
+)
+@click.option(
+    "--model",
+    "folder",
+    type=click.Path(path_type=Path),
+    default="models/endtoend",
+    show_default=True,
+    help="A model folder, as `lymphfeat endtoend` writes it.",
+)
+@cohort_options
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Explain this one cell, and no cohort.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The page, or with --image the figure (.png, .pdf, .svg). "
+    "[default: report.html; cell.png]",
+)
+@click.option(
+    "--figures",
+    type=click.Choice(["png", "pdf", "both", "none"]),
+    default="png",
+    show_default=True,
+    help="Figures in the folder beside the page.",
+)
+@click.option(
+    "--plates",
+    type=click.IntRange(0),
+    default=6,
+    show_default=True,
+    help="So many patients' plates as figures, those called wrongly first.",
+)
+@click.option(
+    "--megabytes",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="The page's greatest size: beyond, pictures get smaller, then are left out.",
+)
+@truth_option
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
+)
+@seed_option
+@device_option
+@threads_option
+@force_option
+@output_options
+def command(
+    folder: Path,
+    cohort: Path | None,
+    table: Path | None,
+    allow_missing: bool,
+    reference_date: datetime,
+    image: Path | None,
+    out: Path | None,
+    figures: str,
+    plates: int,
+    megabytes: int,
+    truth: tuple[Path, ...],
+    batch_size: int,
+    seed: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what a model saw: scores of every cell, maps, shares of the decision.
+
+    Writes one HTML page and figures beside it, and prints how faithful they are: whether deleting
+    the highest-scored cells moves probabilities more than deleting random ones.
+    """
+    out = out or (CELL if image else PAGE)
+    _check_free(out, force)
+    if image is not None:
+        _explain_image(folder, image, out, device, as_json)
+        return
+    from lymphfeat.explain.explanation import explain
+    from lymphfeat.explain.report import write_report
+    from lymphfeat.model import Model
+    from lymphfeat.truth import Truth
+
+    model = Model.load(folder)
+    known = Truth.read(truth) if truth else None
+    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
+    with progress_bar("scoring", quiet) as progress:
+        explanation = explain(
+            model,
+            patients,
+            truth=known,
+            seed=seed,
+            device=device,
+            threads=threads,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    with progress_bar("picturing", quiet) as progress:
+        files = write_report(
+            explanation,
+            out,
+            budget=megabytes * 1_000_000,
+            plates=plates,
+            formats={"both": ("png", "pdf"), "none": ()}.get(figures, (figures,)),
+            progress=progress,
+        )
+    if as_json:
+        show_json(_result(explanation, files))
+    else:
+        _show(explanation, files)
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} exists; choose another --out, or overwrite by --force.")
+    if not out.parent.is_dir():
+        raise click.UsageError(f"folder {out.parent} does not exist; make it first.")
+
+
+def _explain_image(folder: Path, image: Path, out: Path, device: str, as_json: bool) -> None:
+    from lymphfeat.explain.report import write_cell
+    from lymphfeat.model import Model
+
+    cell = write_cell(Model.load(folder), image, out, device=device)
+    if as_json:
+        result = {"image": str(image), "logit": cell.logit, "probability": cell.probability}
+        show_json(result | {"map": cell.grid.tolist(), "files": [str(out)]})
+        return
+    click.echo(f"{image}: score {cell.probability:.3f} (logit {cell.logit:+.3f})")
+    click.echo("Logits of its fields:")
+    for row in cell.grid:
+        click.echo("  " + " ".join(f"{value:+7.2f}" for value in row))
+    click.echo(f"wrote {out}")
+
+
+def _result(explanation: "Explanation", files: list[Path]) -> dict[str, object]:
+    deletion, overlap = explanation.deletion, explanation.overlap
+    return {
+        "patients": len(explanation.patients),
+        "images": len(explanation.images),
+        "metrics": explanation.metrics(),
+        "deletion": None if deletion is None else deletion.to_json(),
+        "truth": explanation.truth_scores(),
+        "overlap": None if overlap is None else vars(overlap),
+        "files": [str(path) for path in files],
+    }
+
+
+def _show(explanation: "Explanation", files: list[Path]) -> None:
+    from lymphfeat.explain.text import deletion_told, summary
+
+    click.echo(summary(explanation))
+    show_metrics("Labelled patients", explanation.metrics())
+    if explanation.deletion is not None:
+        click.echo(deletion_told(explanation.deletion))
+    show_truth(explanation.truth_scores())
+    overlap = explanation.overlap
+    if overlap is not None:
+        click.echo(
+            f"Maps of {overlap.images} atypical cells: AUC {overlap.auc:.3f} of fields on the cell "
+            f"against beside it; the highest is on it in {overlap.pointing:.0%} "
+            f"(chance {overlap.cell_share:.0%})."
+        )
+    click.echo(f"wrote {files[0]}")
+    if len(files) > 1:
+        click.echo(f"wrote {len(files) - 1} figures to {files[1].parent}")
