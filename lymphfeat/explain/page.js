@@ -74,7 +74,7 @@ function between(map, n, x, y) {  // smooth between the middles of the grid's fi
 let mapMode = "off";
 const MODES = { off: "Cells", smooth: "Score map", raw: "Raw grid" };
 function modeSwitch(name, onchange) {
-  return el("fieldset", {}, el("legend", {}, "Show"), el("div", { class: "seg" }, Object.entries(MODES).map(([mode, title]) =>
+  return el("fieldset", { id: name }, el("legend", {}, "Show"), el("div", { class: "seg" }, Object.entries(MODES).map(([mode, title]) =>
     el("label", {}, el("input", { type: "radio", name, value: mode, checked: mode === mapMode, onchange: () => { mapMode = mode; onchange(); } }), el("span", {}, title)))));
 }
 function legend() {
