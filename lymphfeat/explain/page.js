@@ -8,7 +8,8 @@ const sigmoid = x => 1 / (1 + Math.exp(-x));
 const classOf = p => p.label === null ? "u" : String(p.label);
 const nameOf = label => label === null ? "unknown" : CLASSES[label];
 const fixed = (x, digits = 2) => x === null || Number.isNaN(x) ? "–" : x.toFixed(digits).replace("-", "−");
-const signed = x => (x > 0 ? "+" : "") + fixed(x);
+const signed = (x, digits = 2) => (x > 0 ? "+" : "") + fixed(x, digits);
+const score = x => x === null ? "–" : x < .005 ? "< 0.01" : x > .995 ? "> 0.99" : fixed(x);
 const percent = x => `${(100 * x).toFixed(x < .1 ? 1 : 0)}\u00a0%`;
 
 function el(tag, attributes = {}, ...children) {
@@ -168,7 +169,7 @@ const COLUMNS = [
   ["id", "Patient", p => p.index, p => el("a", { href: `#patient=${p.index}` }, p.id)],
   ["label", "Label", p => p.label ?? -1, p => el("span", { class: `chip c${classOf(p)}` }, nameOf(p.label)), "text"],
   ["p", "Probability", p => p.p, p => el("span", {}, fixed(p.p), el("span", { class: "gauge", "aria-hidden": "true" }, el("i", { style: `width:${100 * p.p}%` }), el("b", { style: `left:${100 * model.threshold}%` })))],
-  ["margin", "− threshold", p => p.p - model.threshold, p => signed(p.p - model.threshold)],
+  ["margin", "p − threshold", p => p.p - model.threshold, p => signed(p.p - model.threshold)],
   ["called", "Called", p => p.called, p => CLASSES[p.called], "text"],
   ["error", "Verdict", p => p.error ? 2 : p.error === null ? 0 : 1, p => el("span", { class: p.error ? "verdict-error" : "" }, p.error === null ? "–" : p.error ? "✗ error" : "✓ right"), "text"],
   ["n", "Images", p => p.n, p => String(p.n)],
@@ -233,7 +234,7 @@ function showExtremes() {
   for (const { label, ends } of data.extremes) for (const [end, cells] of ends) $("extremes").append(el("div", { class: "card", "data-strip": `${label}-${end}` },
     el("h3", {}, el("span", { class: `chip c${label}` }, `${CLASSES[label]} patients: ${end} cells`)),
     el("div", { class: "strip" }, cells.map(([patient, name, logit, thumb]) => el("button", { type: "button", class: "tile", onclick: () => openCell(patient, name) },
-      picture({ patient, name, logit, thumb, mark: 0 }, "off"), el("span", { class: "t" }, el("b", {}, fixed(sigmoid(logit))), el("span", { class: "who" }, patients[patient].id)))))));
+      picture({ patient, name, logit, thumb, mark: 0 }, "off"), el("span", { class: "t" }, el("b", {}, score(sigmoid(logit))), el("span", { class: "who" }, patients[patient].id)))))));
 }
 
 // --- one patient ------------------------------------------------------------------------------
@@ -263,12 +264,12 @@ function tile(cell, _, all) {
   const heaviest = most(all);
   return el("button", { type: "button", class: "tile", "data-name": cell.name, onclick: () => openCell(cell.patient, cell.name) }, picture(cell),
     el("span", { class: "weight", "aria-hidden": "true" }, el("i", { style: `width:${100 * cell.weight / heaviest}%` })),
-    el("span", { class: "t" }, el("b", {}, fixed(sigmoid(cell.logit))), el("span", {}, percent(cell.weight))));
+    el("span", { class: "t" }, el("b", {}, score(sigmoid(cell.logit))), el("span", {}, percent(cell.weight))));
 }
 function decisionPanel(p) {
-  const drop = p.without === null ? "It has one image only." : `${fixed(p.p_explained)} → ${fixed(p.without)}`;
+  const drop = p.without === null ? "It has one image only." : `${score(p.p_explained)} → ${score(p.without)}`;
   const rows = [["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest cell", drop], ["Clinical attributes", "not read by this model: nothing to leave out"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
-  return el("div", { class: "card" }, el("h3", {}, "Probability of tumoral"), el("div", { class: "big" }, fixed(p.p)),
+  return el("div", { class: "card" }, el("h3", {}, "Probability of tumoral"), el("div", { class: "big" }, score(p.p)),
     el("div", { class: "scale", role: "img", "aria-label": `probability ${fixed(p.p)}, threshold ${fixed(model.threshold)}` }, el("span", { class: "at", style: `left:${100 * p.p}%` }), el("span", { class: "cut", style: `left:${100 * model.threshold}%` }, `threshold ${fixed(model.threshold)}`)),
     el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
 }
@@ -278,10 +279,10 @@ function sharesPanel(p, block) {
   const rows = top.map(c => [el("button", { type: "button", onclick: () => openCell(c.patient, c.name) }, `cell ${c.rank}`), c.share]);
   if (others.length) rows.push([`${others.length} other cell${others.length > 1 ? "s" : ""}`, sum]);
   if (Math.abs(p.rest) > 1e-4) rows.push([model.rest, p.rest]);
-  const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9);
+  const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
   const bar = share => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${share < 0 ? "reactive" : "tumoral"});${share < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(share) / scale}%` })));
-  const end = model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained)}` : `probability ${fixed(p.total)}`;
-  return el("div", { class: "card" }, el("h3", {}, "How it came about"), el("table", { class: "shares" }, el("tbody", {}, rows.map(([name, share]) => el("tr", {}, el("td", {}, name), bar(share), el("td", {}, signed(share)))),
+  const end = model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
+  return el("div", { class: "card" }, el("h3", {}, "How it came about"), el("table", { class: "shares" }, el("tbody", {}, rows.map(([name, share]) => el("tr", {}, el("td", {}, name), bar(share), el("td", {}, signed(share, digits)))),
     el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end)))), el("p", { class: "note" }, model.shares));
 }
 function distributionPanel(p, block) {
