@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lymphfeat.bags import Bags
+from lymphfeat.calibration import Calibration
 from lymphfeat.cohort import Cohort
 from lymphfeat.explain.explanation import Explanation, explain
 from lymphfeat.explain.faithfulness import overlap_with_cells
@@ -151,6 +153,16 @@ def test_roles_and_errors_first(cohort: Cohort) -> None:
     ordered = found.patients.set_index("id").loc[worst_first(found)]
     wrong = ordered["error"].fillna(False).to_numpy(bool)
     assert (np.diff(wrong.astype(int)) <= 0).all()
+
+
+def test_calibrated_where_the_model_is(cohort: Cohort) -> None:
+    model = make_model("mean")
+    assert explain(model, cohort, device="cpu").patients["calibrated"].isna().all()
+    model.decision = replace(model.decision, calibration=Calibration(slope=2.0))
+    found = explain(model, cohort, device="cpu").patients
+    raw = found["probability"].to_numpy(np.float64)
+    odds = (raw / (1 - raw)) ** 2
+    assert found["calibrated"].to_numpy() == pytest.approx(odds / (1 + odds), abs=1e-5)
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -114,6 +114,15 @@ def test_a_cell_opens_by_keyboard(cohort: Page) -> None:
     assert not cohort.locator("dialog").is_visible()
 
 
+def test_prints_without_controls(cohort: Page) -> None:
+    cohort.click("#patients tr[data-id=P3] a")
+    cohort.wait_for_selector("#plate .tile")
+    cohort.emulate_media(media="print")
+    assert cohort.locator("#plate img").first.is_visible()
+    assert not cohort.locator(".pager, .controls, nav").locator("visible=true").count()
+    cohort.emulate_media(media="screen")
+
+
 def test_sections_theme_and_strips(cohort: Page) -> None:
     assert cohort.locator("[data-strip]").count() == 4
     before = cohort.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -1,8 +1,8 @@
 """Options and output shared by the commands.
 
 --cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict, explain
---device, --threads                           extract, fit-head, endtoend, predict
---seed                                        extract, fit-head, endtoend, pretrain, synth
+--device, --threads                           extract, fit-head, endtoend, predict, explain
+--seed                                        extract, fit-head, endtoend, pretrain, synth, explain
 --weights                                     extract, endtoend
 --json, --quiet                               every command
 --force                                       every command that writes

@@ -72,10 +72,13 @@ class Explanation:
     def patients(self) -> pd.DataFrame:
         """Tabulate the patients: id, label (missing where unknown), role, n_images, probability, …
 
-        `predicted` is 1 above the model's threshold; `error` is missing where the label is.
+        `calibrated` is missing where the model has no calibration; `predicted` is 1 above its
+        threshold; `error` is missing where the label is.
         """
         labels = pd.Series(self.cohort.labels, dtype="Int64")
         labels = labels.mask(labels < 0)
+        calibration = self.model.decision.calibration
+        raw = self.predicted.astype(np.float64)
         predicted = pd.Series(self.predicted > self.model.threshold).astype("Int64")
         return pd.DataFrame(
             {
@@ -84,6 +87,7 @@ class Explanation:
                 "role": self._roles(),
                 "n_images": self.cohort.n_images,
                 "probability": self.predicted,
+                "calibrated": np.nan if calibration is None else calibration.apply(raw),
                 "predicted": predicted,
                 "error": predicted != labels,
                 "total": self.decisions.total,

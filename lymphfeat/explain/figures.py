@@ -54,7 +54,7 @@ def draw_cell(pixels: NDArray[np.uint8], grid: Floats, title: str = "") -> Figur
 
 
 def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> Figure:
-    """Draw a patient's cells from the highest score to the lowest, each over its raw grid.
+    """Draw a patient's cells from the highest score to the lowest, with score and weight.
 
     Cells counted among the highest are framed in the colour of tumoral, among the lowest in that of
     reactive.

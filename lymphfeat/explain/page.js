@@ -268,7 +268,7 @@ function tile(cell, _, all) {
 }
 function decisionPanel(p) {
   const drop = p.without === null ? "It has one image only." : `${score(p.p_explained)} → ${score(p.without)}`;
-  const rows = [["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest cell", drop], ["Clinical attributes", "not read by this model: nothing to leave out"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
+  const rows = [...(p.calibrated === null ? [] : [["Calibrated", score(p.calibrated)]]), ["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest cell", drop], ["Clinical attributes", "not read by this model: nothing to leave out"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
   return el("div", { class: "card" }, el("h3", {}, "Probability of tumoral"), el("div", { class: "big" }, score(p.p)),
     el("div", { class: "scale", role: "img", "aria-label": `probability ${fixed(p.p)}, threshold ${fixed(model.threshold)}` }, el("span", { class: "at", style: `left:${100 * p.p}%` }), el("span", { class: "cut", style: `left:${100 * model.threshold}%` }, `threshold ${fixed(model.threshold)}`)),
     el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));

@@ -161,6 +161,7 @@ def _patients(explanation: Explanation) -> list[dict[str, Any]]:
             "role": row["role"],
             "n": int(row["n_images"]),
             "p": _number(row["probability"], 5),
+            "calibrated": _number(row["calibrated"], 5),
             "called": int(row["predicted"]),
             "error": None if pd.isna(row["error"]) else bool(row["error"]),
             "p_explained": _number(decisions.probability[index], 5),
