@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.endtoend.finetuning import fine_tune
 from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.processes import count, from_first, is_first, joined_processes, rank, to_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import refuse_leakage
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
@@ -58,7 +60,8 @@ def extract(
 
     With `settings.finetune` a backbone is first trained for each of `splits` on its training
     patients, and every image's maps by it are stored under the split's id. The backbones stay in
-    the folder `<out>.backbones`: nothing is trained twice.
+    the folder `<out>.backbones`: nothing is trained twice. Under torchrun the blocks are shared out
+    over the processes, and the first one writes.
 
     A complete store of the same recipe is left as it is; an unfinished one is finished and ends
     with the same bytes as an uninterrupted run. Raises StoreError when a store of another recipe
@@ -68,11 +71,11 @@ def extract(
     if out.is_dir():
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
-    with cpu_threads(settings.threads):
+    with joined_processes(), cpu_threads(settings.threads):
         backbone, weights = _build(settings.backbone)
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
-        if out.exists() and not force:
+        if from_first(out.exists()) and not force:
             return _reuse(out, recipe)
         if settings.finetune is None:
             found = {_frozen(settings, weights): backbone}
@@ -233,28 +236,62 @@ def _extract_rows(
 ) -> None:
     paths = [path for images in cohort.images for path in images]
     first = next(iter(encoders.values()))
-    with StoreWriter(
-        out,
-        recipe=recipe,
-        cohort=cohort,
-        shape=first.map_shape(settings.backbone.crop),
-        feature_sets=list(encoders),
-        force=force,
-    ) as writer:
-        starts = [
-            start
-            for start in range(0, len(paths), settings.batch_size)
-            if not writer.finished(start, min(start + settings.batch_size, len(paths)))
-        ]
-        blocks = [(start, paths[start : start + settings.batch_size]) for start in starts]
+    with ExitStack() as stack:
+        writer = None
+        if is_first():
+            writer = stack.enter_context(
+                StoreWriter(
+                    out,
+                    recipe=recipe,
+                    cohort=cohort,
+                    shape=first.map_shape(settings.backbone.crop),
+                    feature_sets=list(encoders),
+                    force=force,
+                )
+            )
+        starts = from_first(
+            [
+                start
+                for start in range(0, len(paths), settings.batch_size)
+                if writer and not writer.finished(start, _stop(start, paths, settings))
+            ]
+        )
+        blocks = [(start, paths[start : _stop(start, paths, settings)]) for start in starts]
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
-        for start, crops in _decoded_blocks(blocks, settings):
-            pixels = np.stack([crop.pixels for crop in crops])
-            maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
-            writer.write(start, maps, np.array([crop.crc32 for crop in crops], np.uint32))
-            meter.add(len(crops))
-        writer.finish()
+        for round_ in _rounds(_decoded_blocks(blocks[rank() :: count()], settings), len(blocks)):
+            for start, maps, crc32 in to_first(_encoded(round_, encoders)):
+                if writer and maps:
+                    writer.write(start, maps, crc32)
+                    meter.add(len(crc32))
+        if writer:
+            writer.finish()
+    from_first(None)  # the others wait until the store is there
+
+
+def _stop(start: int, paths: Sequence[Path], settings: ExtractSettings) -> int:
+    return min(start + settings.batch_size, len(paths))
+
+
+Block = tuple[int, list[Crop]]
+
+
+def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
+    """Yield a process's blocks, and an empty one in the last round if it has one fewer."""
+    for _ in range(-(-blocks // count())):
+        yield next(own, (0, []))
+
+
+def _encoded(
+    block: Block, encoders: Mapping[FeatureSet, "MapEncoder"]
+) -> tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32]]:
+    start, crops = block
+    crc32 = np.array([crop.crc32 for crop in crops], np.uint32)
+    if not crops:
+        return start, {}, crc32
+    pixels = np.stack([crop.pixels for crop in crops])
+    maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
+    return start, maps, crc32
 
 
 def _decoded_blocks(

@@ -17,13 +17,14 @@ from lymphfeat.compute import cpu_threads
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
+from lymphfeat.processes import is_first, joined_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
 from lymphfeat.summary_figure import draw_summary
-from lymphfeat.training import Features, is_first, joined_processes
+from lymphfeat.training import Features
 from lymphfeat.truth import Truth
 
 RUN_FORMAT = "lymphfeat-run"

@@ -26,7 +26,16 @@ LAYERS = (
     ("synthetic", "synthetic_patients", "smears"),
     ("cells",),
     ("cohort", "tables", "rows", "attributes", "clinical"),
-    ("images", "intervals", "calibration", "metrics", "settings", "compute", "augmentation"),
+    (
+        "images",
+        "intervals",
+        "calibration",
+        "metrics",
+        "settings",
+        "compute",
+        "processes",
+        "augmentation",
+    ),
     ("progress", "errors"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}

@@ -12,6 +12,7 @@ from lymphfeat_cli.options import (
     cohort_options,
     device_option,
     force_option,
+    is_first,
     load_cohort,
     note,
     output_options,
@@ -35,6 +36,7 @@ Examples:
   lymphfeat endtoend
   lymphfeat endtoend --cohort DIR --weights resnet18.safetensors --validation 0.2
   lymphfeat endtoend --cohort DIR --agg topk --k-train 5 --epochs 20 --out models/top5
+  torchrun --nproc-per-node 8 -m lymphfeat_cli endtoend --cohort DIR
   lymphfeat endtoend --cohort DIR --folds 5 --tta --init-head runs/best
 An interrupted training goes on when the same line is run again.""",
 )
@@ -173,6 +175,8 @@ def command(
             submission_header=submission_header,
             progress=progress,
         )
+    if not is_first():
+        return  # of several processes the first shows the result
     scores = _score(known, trained.threshold, out)
     if as_json:
         show_json(_result(trained, out) | ({"truth": scores} if known else {}))

@@ -10,6 +10,7 @@ from lymphfeat_cli.options import (
     cohort_options,
     device_option,
     force_option,
+    is_first,
     load_cohort,
     note,
     output_options,
@@ -183,6 +184,8 @@ def command(
             f"The weights saw images of {len(seen)} of the {len(store.ids)} patients in "
             "pre-training, without labels: no leak of labels; say so in a report."
         )
+    if not is_first():
+        return  # of several processes the first shows the result
     if as_json:
         show_json(store.describe())
         return

@@ -155,7 +155,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
 
     Of several processes (torchrun) the first draws its own.
     """
-    if quiet or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if quiet or not sys.stderr.isatty() or not is_first():
         yield silent
         return
     bar = Progress(
@@ -174,6 +174,11 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
             bar.update(task, completed=done, total=total, text=text)
 
         yield call
+
+
+def is_first() -> bool:
+    """Return whether this process, of those that torchrun started, shows the result."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,12 +1,18 @@
-"""The backbone in training: a batch of cached crops -> instances, batch-norm as told."""
+"""The backbone in training: a batch of cached crops -> instances, batch-norm as told.
 
-from collections.abc import Iterator
+Under torchrun every process encodes its part of a batch and gets the instances of all: what follows
+the backbone, statistics of bnsigmoid included, sees the whole batch everywhere.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lymphfeat import processes
 from lymphfeat.backbones import Backbone
 from lymphfeat.compute import autocast, to_device
 from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, flip_each
@@ -32,6 +38,8 @@ class Encoder:
         self._unit = unit
         self._dtype = dtype
         self._frozen_batchnorm = frozen_batchnorm
+        for layer in batchnorms(backbone) if processes.count() > 1 else ():
+            layer.forward = partial(_common_batchnorm, layer)  # type: ignore[method-assign]
 
     def __call__(self, batch: ImageBatch, *, batchnorm_training: bool = True) -> Tensor:
         """Encode a batch in training mode, batch-norm as told."""
@@ -40,14 +48,24 @@ class Encoder:
         training = batchnorm_training and not self._frozen_batchnorm and len(batch) > 1
         for module in batchnorms(self.backbone):
             module.train(training)
-        return self._encode(batch)
+        return self._together(batch, self._encode)
 
     @torch.no_grad()
     def score(self, head: HeadStack, batch: ImageBatch, chunk_size: int) -> Tensor:
         """Return the logits (n, U) of a batch, the backbone in eval mode."""
         self.backbone.eval()
-        parts = batch.chunks(chunk_size)
-        return torch.cat([head.logits(self._encode(part))[:, :, 0] for part in parts])
+
+        def logits(part: ImageBatch) -> Tensor:
+            return head.logits(self._encode(part))[:, :, 0]
+
+        parts = batch.chunks(chunk_size * processes.count())
+        return torch.cat([self._together(part, logits) for part in parts])
+
+    def _together(self, batch: ImageBatch, encode: Callable[[ImageBatch], Tensor]) -> Tensor:
+        """Encode a batch, shared out over the processes."""
+        if len(batch) < processes.count():  # nothing to share: everybody does it all
+            return processes.one_voice(encode(batch))
+        return processes.gather_rows(encode(batch.share()), len(batch))
 
     def _encode(self, batch: ImageBatch) -> Tensor:
         device = self._pixels.device
@@ -58,6 +76,36 @@ class Encoder:
             # Back to where they lie in the file, so that a pixel has one number in every view.
             maps = flip_each(maps, to_device(batch.flips, device))
         return instances_of(maps, self._unit)
+
+
+def _common_batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Apply a batch-norm layer, training on the statistics of all processes' images together."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    values = x.float()  # (n, C, h, w)
+    n = processes.summed(values.new_tensor([values.numel() / values.shape[1]]))
+    mean = processes.summed(values.sum((0, 2, 3))) / n  # (C,)
+    centred = values - mean[:, None, None]
+    variance = processes.summed((centred * centred).sum((0, 2, 3))) / n
+    _follow(layer, mean, variance * n / (n - 1))
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    y = (centred * scale[:, None, None] + layer.bias[:, None, None]).to(x.dtype)
+    # timm's layers end in an activation of their own.
+    for name in ("drop", "act"):
+        y = getattr(layer, name, nn.Identity())(y)
+    return y
+
+
+@torch.no_grad()
+def _follow(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Move a layer's running statistics towards a batch's, if it keeps any."""
+    if layer.running_mean is None or layer.running_var is None:
+        return
+    assert layer.momentum is not None
+    layer.running_mean.lerp_(mean, layer.momentum)
+    layer.running_var.lerp_(variance, layer.momentum)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
 
 
 def batchnorms(module: nn.Module) -> list[_BatchNorm]:

@@ -23,6 +23,7 @@ from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.errors import ModelError
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import CHECKPOINT_FILE, replace_file
+from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
@@ -52,10 +53,11 @@ def fine_tune(
     for number, split in enumerate(splits, start=1):
         own = replace(settings, seed=split.seed)
         job = prepare(cohort, parts_of(labelled, split), own)
-        if _is_done(folder / split.id, job, force=force):
+        if from_first(is_first() and _is_done(folder / split.id, job, force=force)):
             continue
         pixels = pixels or decode(labelled, job, progress)
         _train(job, pixels, labelled, folder / split.id, force, _named(progress, number, splits))
+    from_first(None)  # the others wait until the last weights are written
     return {split.id: folder / split.id / BACKBONE_FILE for split in splits}
 
 
@@ -102,9 +104,11 @@ def _train(
     job: Job, pixels: PixelCache, cached: Cohort, folder: Path, force: bool, progress: Progress
 ) -> None:
     checkpoint = Checkpoint(folder / CHECKPOINT_FILE, job.identity)
-    if force:
+    if force and is_first():
         checkpoint.discard_another()
     history = fit(job, pixels, cached, checkpoint, progress)
+    if not is_first():
+        return
     write_curves(history, folder)
     model = job.model.backbone.model
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}

@@ -14,6 +14,7 @@ from lymphfeat.endtoend.pixels import PixelCache, Roster
 from lymphfeat.endtoend.training import TRAINERS, EpochResult, Trainer, evaluate
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads import AGGREGATORS
+from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 
 
@@ -48,14 +49,15 @@ def fit(
     )
     held_out = None if job.parts.validation is None else Roster.of(job.parts.validation, cached)
     history: list[Row] = []
-    state = checkpoint.read()
+    state = from_first(checkpoint.read() if is_first() else None)
     if state is not None:
         trainer.load_state(state["trainer"])
         history = state["history"]
     while len(history) < settings.epochs:
         history.append(_run_epoch(job, trainer, held_out, history, progress))
         last = len(history) == settings.epochs
-        checkpoint.write({"trainer": trainer.state(), "history": history}, last=last)
+        if is_first():
+            checkpoint.write({"trainer": trainer.state(), "history": history}, last=last)
     model.backbone.eval()
     model.head.eval()
     return history

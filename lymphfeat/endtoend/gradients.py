@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lymphfeat import processes
 from lymphfeat.endtoend.encoder import Encoder, statistics_kept
 from lymphfeat.endtoend.pixels import ImageBatch
 from lymphfeat.settings import EndToEndSettings
@@ -21,14 +22,15 @@ def backpropagate(
     encoder: Encoder, batch: ImageBatch, loss_of: LossOf, settings: EndToEndSettings
 ) -> Tensor:
     """Add the gradients of a loss to the parameters, as `settings.gradient` says; return it."""
+    n = processes.count()  # sizes are each process's
     if settings.gradient == "exact":
-        return exact_gradient(encoder, batch, loss_of, chunk_size=settings.max_backward_size)
+        return exact_gradient(encoder, batch, loss_of, chunk_size=n * settings.max_backward_size)
     return subset_gradient(
         encoder,
         batch,
         loss_of,
-        max_forward_size=settings.max_forward_size,
-        max_backward_size=settings.max_backward_size,
+        max_forward_size=n * settings.max_forward_size,
+        max_backward_size=n * settings.max_backward_size,
         no_grad_batchnorm=settings.no_grad_batchnorm,
     )
 

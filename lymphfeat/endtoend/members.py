@@ -41,6 +41,7 @@ from lymphfeat.model import (
     patient_metrics,
     replace_file,
 )
+from lymphfeat.processes import is_first, joined_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split, kfold_splits
@@ -89,10 +90,13 @@ def train_folds(
     (repeat,) = kfold_splits(
         labelled.ids, labelled.labels, folds=folds, seeds=1, seed=settings.seed
     )
-    _make_way(out, force)
-    with cpu_threads(settings.threads):
+    with joined_processes(), cpu_threads(settings.threads):
+        if is_first():
+            _make_way(out, force)
         jobs, histories = _train(cohort, labelled, repeat.outer, settings, out, force, progress)
         models = [job.model for job in jobs]
+        if not is_first():
+            return Members(models=tuple(models), decision=Decision(), metrics={})
         predicted = [_predict(model, cohort, settings, progress) for model in models]
     out_of_fold = pd.concat(
         part.patients[part.patients["id"].isin(split.validation)]
@@ -143,7 +147,7 @@ def _train(
     for number, split in enumerate(splits):
         job = prepare(cohort, parts_of(labelled, split), settings)
         checkpoint = Checkpoint(out / f"fold-{number}" / CHECKPOINT_FILE, job.identity)
-        if force:
+        if force and is_first():
             checkpoint.discard_another()
         pixels = pixels or decode(labelled, job, progress)
         histories.append(

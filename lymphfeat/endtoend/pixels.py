@@ -10,6 +10,7 @@ from lymphfeat.backbones import normalize
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import to_device
 from lymphfeat.images import Normalization, decode_crops
+from lymphfeat.processes import share
 from lymphfeat.progress import Progress, silent
 
 # Of a GPU's free memory; beyond it the crops stay in host memory and are copied batch by batch.
@@ -33,6 +34,10 @@ class ImageBatch:
     def rest(self, n: int) -> "ImageBatch":
         """Keep all but the first n images."""
         return ImageBatch(rows=self.rows[n:], flips=self.flips[n:])
+
+    def share(self) -> "ImageBatch":
+        """Keep this process's part."""
+        return ImageBatch(rows=share(self.rows), flips=share(self.flips))
 
     def chunks(self, size: int) -> list["ImageBatch"]:
         """Cut into parts of at most `size`, as equal as can be, in order."""

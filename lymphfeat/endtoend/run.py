@@ -27,6 +27,7 @@ from lymphfeat.model import (
     Model,
     Predictions,
 )
+from lymphfeat.processes import is_first, joined_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 
@@ -53,19 +54,24 @@ def train_end_to_end(
 
     Writes model.safetensors, model.json, predictions.csv, images.csv, curves.csv, curves.png and,
     when there are unlabelled patients, submission.csv. An interrupted run with the same settings
-    goes on from its last checkpoint and ends (on a CPU) with the same bits. Raises ModelError when
-    a finished model, or an unfinished one of other settings, is in `out` and `force` is not set;
-    CohortError unless patients of both classes are labelled.
+    goes on from its last checkpoint and ends (on a CPU) with the same bits. Under torchrun every
+    step's images are shared out over the processes, and the first one writes.
+
+    Raises ModelError when a finished model, or an unfinished one of other settings, is in `out` and
+    `force` is not set; CohortError unless patients of both classes are labelled.
     """
     settings = replace(settings, head=resolve(settings.head))
     require_linear(settings.head)
     parts = hold_out(cohort, settings)
-    with cpu_threads(settings.threads):
+    with joined_processes(), cpu_threads(settings.threads):
         job = prepare(cohort, parts, settings)
         checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity)
-        _make_way(out, checkpoint, force=force)
+        if is_first():
+            _make_way(out, checkpoint, force=force)
         labelled = cohort.labelled()
         history = fit(job, decode(labelled, job, progress), labelled, checkpoint, progress)
+        if not is_first():
+            return job.model
         predictions = job.model.predict(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from lymphfeat import processes
 from lymphfeat.aggregators.ranking import Ranking, effective_k
 from lymphfeat.backbones import Backbone
 from lymphfeat.bags import Bags
@@ -85,6 +86,9 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self.head.train()
         loss = backpropagate(self.encoder, batch, loss_of, self.settings)
+        processes.add_gradients(self.backbone.parameters())
+        # Every process has the head's whole gradient; the mean keeps them from drifting apart.
+        processes.add_gradients(self.head.parameters(), mean=True)
         self._optimizer.step()
         return loss
 

@@ -4,7 +4,6 @@ from lymphfeat.training.adam import StackedAdam
 from lymphfeat.training.engine import fit_heads
 from lymphfeat.training.features import Features
 from lymphfeat.training.fits import Fit, FittedHeads, split_generator
-from lymphfeat.training.processes import is_first, joined_processes
 
 __all__ = [
     "Features",
@@ -12,7 +11,5 @@ __all__ = [
     "FittedHeads",
     "StackedAdam",
     "fit_heads",
-    "is_first",
-    "joined_processes",
     "split_generator",
 ]

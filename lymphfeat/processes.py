@@ -1,0 +1,140 @@
+"""The processes that torchrun started, and what they do together; alone, everything does nothing.
+
+Between main memories tensors travel by gloo, between GPUs by NCCL.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the processes of torchrun for a while; alone, or joined already, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number, 0 when it is alone."""
+    return distributed.get_rank() if _together() else 0
+
+
+def count() -> int:
+    """Return how many processes work together."""
+    return distributed.get_world_size() if _together() else 1
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that writes and shows results."""
+    return rank() == 0
+
+
+def from_first(value: T) -> T:
+    """Return what the first process has."""
+    if count() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def to_first(value: T) -> list[T]:
+    """Return what every process has to the first one, nothing to the others."""
+    if count() == 1:
+        return [value]
+    values: list[Any] | None = [None] * count() if is_first() else None
+    distributed.gather_object(value, values)
+    return values or []
+
+
+def share(rows: Tensor) -> Tensor:
+    """Return this process's part of rows, the parts as equal as can be and in order."""
+    return rows.tensor_split(count())[rank()]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, n: int) -> Tensor:
+        sizes = [len(part) for part in torch.empty(n, 0).tensor_split(count())]
+        ctx.start = sum(sizes[: rank()])
+        ctx.size = sizes[rank()]
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Every process has the whole loss, so the gradient of its own rows is whole, too.
+        return gradients[0][ctx.start : ctx.start + ctx.size].contiguous(), None
+
+
+def gather_rows(own: Tensor, n: int) -> Tensor:
+    """Put the parts of `share` of n rows together again: everybody has all; differentiable.
+
+    Of a loss that every process computes of all rows, each gets the gradient by its own part:
+    the gradient by what made the parts is the sum over processes.
+    """
+    gathered: Tensor = own if count() == 1 else _Gather.apply(own, n)
+    return gathered
+
+
+def one_voice(values: Tensor) -> Tensor:
+    """Let what every process computes alike count once in sums of gradients."""
+    n = count()
+    return values if n == 1 else values / n + (values - values / n).detach()
+
+
+def add_gradients(parameters: Iterable[Tensor], *, mean: bool = False) -> None:
+    """Replace gradients by their sum, or mean, over all processes."""
+    if count() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    if mean:
+        flat /= count()
+    parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum of values over all processes; differentiable."""
+    total: Tensor = values if count() == 1 else _Sum.apply(values)
+    return total

@@ -1,0 +1,126 @@
+"""Two processes under torchrun (gloo) against one: the same weights, the same bytes, one message."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import train_end_to_end
+from lymphfeat.extract import extract
+from lymphfeat.settings import EndToEndSettings, ExtractSettings, HeadSettings
+from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
+from tests.tiny import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+EXTRACT = ExtractSettings(backbone=BACKBONE, device="cpu", threads=1, batch_size=4)
+
+# A small step size, and plain float32: rounding differs where sums are taken in parts.
+WAYS = {
+    "subset": ("bnsigmoid", {"gradient": "subset"}),
+    "exact": ("bnsigmoid", {"gradient": "exact"}),
+    "frozen": ("mean", {"gradient": "exact", "frozen_batchnorm": True}),
+    "ranking": ("topk", {}),
+}
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import train_end_to_end
+from lymphfeat.extract import extract
+from tests.test_distributed import EXTRACT, WAYS, settings_of
+cohort = Cohort.load(sys.argv[1])
+for way in WAYS:
+    train_end_to_end(cohort, settings_of(way, processes=2), Path(sys.argv[2]) / way)
+extract(cohort, Path(sys.argv[2]) / "s.h5", EXTRACT)
+"""
+
+
+def settings_of(way: str, *, processes: int) -> EndToEndSettings:
+    """Return settings whose sizes, which are each process's, make the same global batch."""
+    agg, changes = WAYS[way]
+    return tiny_settings(
+        head=HeadSettings(agg=agg, lr=1e-4),
+        max_forward_size=4 // processes,
+        max_backward_size=6 // processes,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_red_cohort(tmp_path_factory.mktemp("red")))
+
+
+@pytest.fixture(scope="module")
+def together(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("together")
+    (out / "script.py").write_text(SCRIPT)
+    line = [*TORCHRUN, str(out / "script.py"), str(cohort.root), str(out)]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_together_gives_what_one_process_gives(
+    way: str, cohort: Cohort, together: Path, tmp_path: Path
+) -> None:
+    train_end_to_end(cohort, settings_of(way, processes=1), tmp_path)
+    one = load_file(tmp_path / "model.safetensors")
+    two = load_file(together / way / "model.safetensors")
+    torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-5)
+    begin = load_file(tmp_path / "model.safetensors")["backbone.conv_stem.weight"]
+    assert not torch.equal(begin, torch.zeros_like(begin))
+
+
+def test_extracting_together_gives_the_same_bytes(
+    cohort: Cohort, together: Path, tmp_path: Path
+) -> None:
+    alone = extract(cohort, tmp_path / "s.h5", EXTRACT)
+    assert (together / "s.h5").read_bytes() == alone.path.read_bytes()
+
+
+def command(cohort: Path, out: Path, *arguments: str) -> list[str]:
+    backbone = ["--backbone", BACKBONE.backbone, "--crop", str(BACKBONE.crop), "--device", "cpu"]
+    line = ["-m", "lymphfeat_cli", "endtoend", "--cohort", str(cohort), "--out", str(out)]
+    return [*TORCHRUN, *line, *backbone, *arguments]
+
+
+def test_an_error_ends_the_job_with_its_message(cohort: Cohort, tmp_path: Path) -> None:
+    line = command(cohort.root, tmp_path / "m", "--agg", "nose")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "Error: agg (=nose) must be one of" in done.stderr
+
+
+def test_a_process_that_dies_ends_the_job(cohort: Cohort, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    line = command(cohort.root, out, "--epochs", "100000")
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(line, env=ENVIRONMENT, stderr=log, stdout=log)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists():
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    workers = [
+        pid for pid in children if b"lymphfeat_cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert job.wait(timeout=120) != 0
+    told = (tmp_path / "log").read_text()
+    assert re.search(r"exitcode *: -9|Signal 9 \(SIGKILL\)", told), told
