@@ -29,7 +29,7 @@ from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.endtoend.finetuning import fine_tune
 from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
-from lymphfeat.processes import count, from_first, is_first, joined_processes, rank, to_first
+from lymphfeat.processes import count, from_first, is_first, join_processes, rank, to_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import refuse_leakage
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
@@ -71,7 +71,8 @@ def extract(
     if out.is_dir():
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
-    with joined_processes(), cpu_threads(settings.threads):
+    join_processes()
+    with cpu_threads(settings.threads):
         backbone, weights = _build(settings.backbone)
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)

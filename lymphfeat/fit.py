@@ -17,7 +17,7 @@ from lymphfeat.compute import cpu_threads
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
-from lymphfeat.processes import is_first, joined_processes
+from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
@@ -73,7 +73,8 @@ def fit_head(
     check_run_folder(out, force)
     device = choose_device(settings.device)
     witness = None if truth is None else _witnesses(store, truth)
-    with joined_processes(), cpu_threads(settings.threads):
+    join_processes()
+    with cpu_threads(settings.threads):
         dtype = choose_precision(settings.precision, device)
         features = load_features(store, dtype, device, views=settings.views)
         outcome = run_protocol(

@@ -3,9 +3,9 @@
 Between main memories tensors travel by gloo, between GPUs by NCCL.
 """
 
+import atexit
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -14,20 +14,18 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
-@contextmanager
-def joined_processes() -> Iterator[None]:
-    """Join the processes of torchrun for a while; alone, or joined already, do nothing."""
+def join_processes() -> None:
+    """Join the processes of torchrun, for as long as this one lives; alone, do nothing.
+
+    Not for a while only: processes that leave and meet again find each other's old addresses.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
-        yield
         return
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    atexit.register(distributed.destroy_process_group)
 
 
 def _together() -> bool:

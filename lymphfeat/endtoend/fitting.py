@@ -24,6 +24,22 @@ def decode(cohort: Cohort, job: Job, progress: Progress = silent) -> PixelCache:
     return PixelCache.decode(cohort, recipe.crop, recipe.normalization, job.device, progress)
 
 
+def make_trainer(job: Job, pixels: PixelCache, cached: Cohort) -> Trainer:
+    """Make the trainer of a job's model, which moves to the device."""
+    model = job.model
+    model.backbone.to(job.device).to(memory_format=torch.channels_last)
+    model.head.to(job.device)
+    return TRAINERS[AGGREGATORS[job.settings.head.agg].family](
+        model.backbone,
+        model.head,
+        pixels,
+        Roster.of(job.parts.train, cached),
+        job.settings,
+        dtype=job.dtype,
+        generator=job.generator,
+    )
+
+
 def fit(
     job: Job,
     pixels: PixelCache,
@@ -35,18 +51,8 @@ def fit(
 
     `pixels` are the images of the cohort `cached`, which has the job's patients.
     """
-    model, settings, device = job.model, job.settings, job.device
-    model.backbone.to(device).to(memory_format=torch.channels_last)
-    model.head.to(device)
-    trainer = TRAINERS[AGGREGATORS[settings.head.agg].family](
-        model.backbone,
-        model.head,
-        pixels,
-        Roster.of(job.parts.train, cached),
-        settings,
-        dtype=job.dtype,
-        generator=job.generator,
-    )
+    model, settings = job.model, job.settings
+    trainer = make_trainer(job, pixels, cached)
     held_out = None if job.parts.validation is None else Roster.of(job.parts.validation, cached)
     history: list[Row] = []
     state = from_first(checkpoint.read() if is_first() else None)

@@ -41,7 +41,7 @@ from lymphfeat.model import (
     patient_metrics,
     replace_file,
 )
-from lymphfeat.processes import is_first, joined_processes
+from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split, kfold_splits
@@ -90,7 +90,8 @@ def train_folds(
     (repeat,) = kfold_splits(
         labelled.ids, labelled.labels, folds=folds, seeds=1, seed=settings.seed
     )
-    with joined_processes(), cpu_threads(settings.threads):
+    join_processes()
+    with cpu_threads(settings.threads):
         if is_first():
             _make_way(out, force)
         jobs, histories = _train(cohort, labelled, repeat.outer, settings, out, force, progress)

@@ -27,7 +27,7 @@ from lymphfeat.model import (
     Model,
     Predictions,
 )
-from lymphfeat.processes import is_first, joined_processes
+from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 
@@ -63,7 +63,8 @@ def train_end_to_end(
     settings = replace(settings, head=resolve(settings.head))
     require_linear(settings.head)
     parts = hold_out(cohort, settings)
-    with joined_processes(), cpu_threads(settings.threads):
+    join_processes()
+    with cpu_threads(settings.threads):
         job = prepare(cohort, parts, settings)
         checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity)
         if is_first():
