@@ -28,7 +28,8 @@ Examples:
   lymphfeat extract
   lymphfeat extract --cohort DIR --weights resnet18.safetensors --views 4
   lymphfeat extract --cohort DIR --backbone efficientnet_b0 --weights imagenet
-  lymphfeat extract --cohort DIR --finetune-epochs 20 --splits kfold:5 --out cache/tuned.h5""",
+  lymphfeat extract --cohort DIR --finetune-epochs 20 --splits kfold:5 --out cache/tuned.h5
+  torchrun --nproc-per-node 8 -m lymphfeat_cli extract --cohort DIR""",
 )
 @cohort_options
 @click.option(

@@ -62,18 +62,24 @@ class LazyGroup(click.Group):
         except LymphfeatError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"{_error()}: {error}", err=True)
             ctx.exit(EXIT_BAD_INPUT)
         except BrokenPipeError:
             raise
         except OSError as error:  # a full disk, a folder one may not write in
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"{_error()}: {error}", err=True)
             ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("Interrupted: what was finished is kept; run the same line again.", err=True)
             ctx.exit(EXIT_FAILED)
+
+
+def _error() -> str:
+    """Return how an error begins; of several processes (torchrun), whose it is."""
+    rank = os.environ.get("RANK", "0")
+    return "Error" if rank == "0" else f"Error in process {rank}"
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:

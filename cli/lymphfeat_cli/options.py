@@ -112,8 +112,9 @@ def cache_path(name: str) -> Path:
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
-    click.echo(text, err=True)
+    """Say something beside the result, on stderr; of several processes the first does."""
+    if is_first():
+        click.echo(text, err=True)
 
 
 def load_cohort(
