@@ -54,11 +54,20 @@ class Augmentation:
         return sample(fields, torch.stack(rows, dim=1), n, self.size)
 
     def _stain(self, views: Tensor, dice: "_Dice") -> Tensor:
-        views = views * dice.about_one(self.brightness) * dice.about_one(self.stain, channels=3)
-        grey = views.mean(1, keepdim=True)  # (n, 1, size, size)
-        views = grey + (views - grey) * dice.about_one(self.saturation)
-        mean = views.mean((2, 3), keepdim=True)  # (n, 3, 1, 1)
-        return mean + (views - mean) * dice.about_one(self.contrast)
+        gain = dice.about_one(self.brightness) * dice.about_one(self.stain, channels=3)
+        return recolour(views, gain, dice.about_one(self.saturation), dice.about_one(self.contrast))
+
+
+def recolour(views: Tensor, gain: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """Change the colours of views (n, 3, H, W) by factors: gain (n, 3, 1, 1), others (n, 1, 1, 1).
+
+    Saturation moves a pixel from its grey, contrast from the mean of its view and channel.
+    """
+    views = views * gain
+    grey = views.mean(1, keepdim=True)  # (n, 1, H, W)
+    views = grey + (views - grey) * saturation
+    mean = views.mean((2, 3), keepdim=True)  # (n, 3, 1, 1)
+    return mean + (views - mean) * contrast
 
 
 def centre_views(fields: Tensor, size: int, zoom: float) -> Tensor:

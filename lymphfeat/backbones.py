@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from lymphfeat.errors import SettingsError, WeightsError
@@ -100,6 +101,23 @@ def build_backbone(
         sha256=weights_sha256(model),
         pretraining=read_facts(path),
     )
+
+
+def stages(backbone: Backbone) -> list[list[nn.Parameter]]:
+    """Return a backbone's parameters by stage, the stem's first, as timm groups them.
+
+    Raises SettingsError for the few models of which timm knows no stages.
+    """
+    try:
+        matcher = backbone.model.group_matcher(coarse=True)  # type: ignore[operator]
+    except AttributeError:
+        raise SettingsError(
+            f"backbone (={backbone.name}) must have stages to freeze or to train at several rates; "
+            "timm knows none. Train all of it at one rate."
+        ) from None
+    groups = group_parameters(backbone.model, matcher)
+    named = dict(backbone.model.named_parameters())
+    return [[named[name] for name in groups[stage]] for stage in sorted(groups)]
 
 
 def choose_weights(weights: str, backbone: str) -> str:

@@ -1,6 +1,8 @@
 """How work is run: CPU threads, autocast, transfers to the device, and its rate."""
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +48,14 @@ def available_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # no such group, or "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: of a GPU's memory, or of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class RateMeter:

@@ -118,10 +118,15 @@ def stream_crops(
 
 
 def decode_crops(
-    paths: Sequence[Path], crop: int, *, threads: int = 2, progress: Progress = silent
+    paths: Sequence[Path],
+    crop: int,
+    *,
+    into: NDArray[np.uint8] | None = None,
+    threads: int = 2,
+    progress: Progress = silent,
 ) -> NDArray[np.uint8]:
-    """Decode all centre crops into one array, (N, 3, crop, crop) uint8."""
-    pixels = np.empty((len(paths), 3, crop, crop), np.uint8)
+    """Decode all centre crops into one array, (N, 3, crop, crop) uint8, given or made."""
+    pixels = np.empty((len(paths), 3, crop, crop), np.uint8) if into is None else into
     for row, image in enumerate(stream_crops(paths, crop, threads=threads)):
         pixels[row] = image.pixels
         progress(row + 1, len(paths))

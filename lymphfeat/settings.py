@@ -164,8 +164,13 @@ class EndToEndSettings:
     frozen_batchnorm: bool = False  # keep the backbone's batch-norm statistics as loaded
     no_grad_batchnorm: str = "train"  # batch-norm in the chunks without gradients: train | eval
     head_lr: float | None = None  # None is the head's lr for all
+    layer_decay: float = 1.0  # a stage learns at so many times the rate of the stage above it
+    freeze_stages: int = 0  # of the backbone, from the stem up: they keep their weights
     init_head: str | None = None  # a run of fit-head whose best head training begins with
     flips: bool = True
+    # Strengths, 0 is off (report §4.1: they "heavily impaired the accuracy"); see endtoend.views.
+    colour_jitter: float = 0.0
+    affine: float = 0.0
     validation: float = 0.0  # share of labelled patients held out to draw the curves
     tta: bool = False  # predict the mean over the four flips
     seed: int = 0
@@ -177,6 +182,14 @@ class EndToEndSettings:
         for name in ("epochs", "batch_size", "max_forward_size", "max_backward_size"):
             _require_at_least(getattr(self, name), 1, name)
         _require_at_least(self.images_per_patient, 1, "images_per_patient")
+        _require_at_least(self.freeze_stages, 0, "freeze_stages")
+        require(
+            0 < self.layer_decay <= 1,
+            f"layer_decay (={self.layer_decay}) must lie in (0, 1].",
+        )
+        for name in ("colour_jitter", "affine"):
+            strength = getattr(self, name)
+            require(0 <= strength < 1, f"{name} (={strength}) must lie in [0, 1).")
         _require_one_of(self.gradient, ("subset", "exact"), "gradient")
         _require_one_of(self.no_grad_batchnorm, ("train", "eval"), "no_grad_batchnorm")
         require(0 <= self.validation < 1, f"validation (={self.validation}) must lie in [0, 1).")

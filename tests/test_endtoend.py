@@ -17,18 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lymphfeat.backbones import build_backbone
+from lymphfeat.backbones import build_backbone, stages
 from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import pixels as pixels_module
 from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.endtoend.encoder import batchnorms
 from lymphfeat.endtoend.gradients import LossOf
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, unflipped
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, as_they_are
 from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches
 from lymphfeat.errors import CohortError, ModelError, SettingsError
 from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
 from lymphfeat.images import NORMALIZATIONS
 from lymphfeat.model import Model, Predictions
-from lymphfeat.settings import EndToEndSettings, HeadSettings
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
 from tests.tiny import SIDE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -112,6 +113,29 @@ def test_every_head_trains(head: HeadSettings, cohort: Cohort, tmp_path: Path) -
     assert any(not torch.equal(before[key], after[key]) for key in before if "weight" in key)
 
 
+@pytest.mark.parametrize(
+    ("name", "output_stride"), [("resnet18", 8), ("test_vit", None), ("test_efficientnet", 16)]
+)
+def test_every_kind_of_backbone_trains(
+    name: str, output_stride: int | None, cohort: Cohort, tmp_path: Path
+) -> None:
+    backbone = BackboneSettings(
+        backbone=name, weights="none", crop=SIDE, output_stride=output_stride
+    )
+    ways: dict[str, Any] = {"gradient": "exact", "colour_jitter": 0.05, "affine": 0.05, "layer_decay": 0.7}
+    settings = tiny_settings(backbone=backbone, epochs=1, freeze_stages=1, **ways)
+    model = train_end_to_end(cohort, settings, tmp_path)
+    first, _ = build_backbone(name, weights="none", image_size=SIDE, output_stride=output_stride)
+    changed = {
+        key
+        for key, value in first.named_parameters()
+        if not torch.equal(value, dict(model.backbone.named_parameters())[key])
+    }
+    frozen = {id(parameter) for parameter in stages(first)[0]}
+    learning = {key for key, value in first.named_parameters() if id(value) not in frozen}
+    assert changed == learning
+
+
 def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> None:
     model = train_end_to_end(cohort, tiny_settings(validation=0.4), tmp_path)
     held_out = set(model.facts.validated_on)
@@ -180,6 +204,7 @@ import sys
 from pathlib import Path
 import torch
 from lymphfeat.cohort import Cohort
+from lymphfeat.endtoend import pixels as pixels_module
 from lymphfeat.endtoend import train_end_to_end
 from tests.tiny import tiny_settings
 torch.set_num_threads(1)
@@ -294,7 +319,7 @@ def make_trainer(settings: EndToEndSettings) -> Trainer:
 def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HeadSettings(agg="topk", k_train=2, loss=loss)
     trainer = make_trainer(tiny_settings(head=head, batch_size=16))
-    logits = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 5)[:, 0].tolist()
+    logits = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 5)[:, 0].tolist()
     expected = []
     for start, stop in ((0, 1), (1, 5), (5, 8), (8, 13)):
         ranked = sorted(range(start, stop), key=lambda row: -logits[row])
@@ -315,8 +340,8 @@ def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPa
 def test_scoring_is_in_eval_mode() -> None:
     trainer = make_trainer(tiny_settings())
     before = [b.clone() for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
-    together = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 13)
-    apart = trainer.encoder.score(trainer.head, unflipped(torch.arange(13)), 2)
+    together = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 13)
+    apart = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 2)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
     after = [b for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
@@ -352,3 +377,57 @@ def test_full_batches(n: int, size: int) -> None:
     assert batches
     assert torch.cat(batches).tolist() == list(range(max(n // size * size, min(n, size))))
     assert len(batches) == 1 or {len(batch) for batch in batches} == {size}
+
+
+# --- what learns, and how fast --------------------------------------------------------------------
+
+
+def test_frozen_stages_keep_weights_and_statistics() -> None:
+    trainer = make_trainer(tiny_settings(freeze_stages=2))
+    before = {k: v.clone() for k, v in trainer.backbone.model.state_dict().items()}
+    trainer.run_epoch()
+    after = trainer.backbone.model.state_dict()
+    kept = {name for name, values in before.items() if torch.equal(values, after[name])}
+    lowest = {name for name in before if name.startswith(("conv_stem", "bn1", "blocks.0"))}
+    assert kept == lowest
+
+
+def test_no_stage_left_to_learn() -> None:
+    with pytest.raises(SettingsError, match=r"freeze_stages \(=6\) must leave one of the 6 stages"):
+        make_trainer(tiny_settings(freeze_stages=6))
+
+
+def test_lower_stages_learn_more_slowly() -> None:
+    settings = tiny_settings(layer_decay=0.5, freeze_stages=2, head_lr=0.7)
+    trainer = make_trainer(settings)
+    rates: dict[torch.nn.Parameter, float] = {}
+    for group in trainer.optimizer.param_groups:
+        rates |= dict.fromkeys(group["params"], group["lr"])
+    lr = settings.head.lr
+    for name, parameter in trainer.backbone.model.named_parameters():
+        if parameter.requires_grad:  # blocks.1 is stage 2; the last, 5, has the last convolution
+            stage = int(name[7]) + 1 if name.startswith("blocks") else 5
+            assert rates[parameter] == pytest.approx(lr * 0.5 ** (5 - stage)), name
+        else:
+            assert parameter not in rates
+    assert rates[trainer.head.weight] == 0.7
+
+
+def test_crops_that_memory_has_no_room_for_are_mapped(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings()
+    train_end_to_end(cohort, settings, tmp_path / "memory")
+    monkeypatch.setattr(pixels_module, "available_memory", lambda device: 1000)
+    mapped = pixels_module._make_room((4, 3, 8, 8))
+    assert isinstance(mapped, np.memmap)
+    assert mapped.shape == (4, 3, 8, 8)
+    train_end_to_end(cohort, settings, tmp_path / "mapped")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("memory", "mapped"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_room_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels_module, "available_memory", lambda device: 0)
+    with pytest.raises(SettingsError, match="fit neither memory nor the temporary folder"):
+        pixels_module._make_room((2**40, 3, 112, 112))

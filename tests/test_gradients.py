@@ -13,14 +13,17 @@ from lymphfeat.backbones import Backbone, build_backbone
 from lymphfeat.bags import Bags
 from lymphfeat.endtoend.encoder import Encoder, batchnorms, statistics_kept
 from lymphfeat.endtoend.gradients import backpropagate, exact_gradient, subset_gradient
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, draw_flips, flip_each, unflipped
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, as_they_are
 from lymphfeat.endtoend.training import Bag, PatientLoss, SelectedLoss
+from lymphfeat.endtoend.views import draw_views, flip_each, unaltered
 from lymphfeat.heads import AGGREGATORS, HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS
 from lymphfeat.settings import EndToEndSettings, HeadSettings
 from tests.tiny import one_thread as one_thread
 
 CPU = torch.device("cpu")
+# All that may change a view: the passes of the exact gradient must see the same ones.
+ALTERED = EndToEndSettings(colour_jitter=0.1, affine=0.1)
 SIZES = torch.tensor([1, 7, 4])
 N = 12
 LABELS = torch.tensor([1.0, 0.0, 1.0])
@@ -42,13 +45,13 @@ class Setting:
         self.encoder = Encoder(self.backbone, cache, unit=unit, frozen_batchnorm=frozen)
         with torch.no_grad():
             Encoder(self.backbone, cache, unit=unit)(
-                unflipped(torch.arange(N))
+                as_they_are(torch.arange(N))
             )  # statistics worth freezing
         settings = resolve(HeadSettings(agg=agg, unit=unit))
         weight = torch.randn(1, self.backbone.channels, generator=generator)
         self.head = HeadStack([settings], weight, torch.zeros(1)).train()
         self.order = torch.randperm(N, generator=generator)
-        self.batch = ImageBatch(rows=self.order, flips=draw_flips(N, generator))
+        self.batch = ImageBatch(rows=self.order, views=draw_views(N, ALTERED, generator))
         bag = Bag(rows=torch.arange(N), sizes=SIZES)
         self.loss_of = PatientLoss(self.head, bag, self.order, LABELS, CPU)
 
@@ -219,9 +222,10 @@ def test_a_pixel_keeps_its_number_when_flipped() -> None:
     cache = PixelCache(pixels, NORMALIZATIONS["imagenet"], CPU)
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
     encoder = Encoder(Pooling(), cache, unit="pixel")
-    plain = unflipped(torch.arange(4))
-    torch.testing.assert_close(encoder(replace(plain, flips=flips)), encoder(plain))
-    assert not torch.equal(cache.load(replace(plain, flips=flips)), cache.load(plain))
+    plain = as_they_are(torch.arange(4))
+    flipped = replace(plain, views=replace(plain.views, flips=flips))
+    torch.testing.assert_close(encoder(flipped), encoder(plain))
+    assert not torch.equal(cache.load(flipped), cache.load(plain))
 
 
 def test_flips_one_by_one() -> None:
@@ -233,7 +237,7 @@ def test_flips_one_by_one() -> None:
 
 @given(n=st.integers(0, 40), size=st.integers(1, 15))
 def test_chunks_are_equal_ordered_and_bounded(n: int, size: int) -> None:
-    chunks = unflipped(torch.arange(n)).chunks(size)
+    chunks = as_they_are(torch.arange(n)).chunks(size)
     assert [row for chunk in chunks for row in chunk.rows.tolist()] == list(range(n))
     lengths = [len(chunk) for chunk in chunks]
     assert not n or (max(lengths) <= size and max(lengths) - min(lengths) <= 1)
@@ -243,5 +247,5 @@ def test_statistics_kept_also_when_it_fails() -> None:
     setting = Setting(frozen=False)
     before = setting.statistics()
     with pytest.raises(IndexError), statistics_kept(setting.backbone):
-        setting.encoder(ImageBatch(rows=torch.tensor([0, 1, N]), flips=torch.zeros(3, 2)))
+        setting.encoder(ImageBatch(rows=torch.tensor([0, 1, N]), views=unaltered(3)))
     torch.testing.assert_close(setting.statistics(), before, rtol=0, atol=0)

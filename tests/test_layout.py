@@ -42,7 +42,7 @@ ORDER = {name: place for place, name in enumerate(name for row in LAYERS for nam
 # What a package's modules import of each other, by the same rule.
 ENDTOEND = (
     *("run", "members", "finetuning", "submission", "fitting", "training", "gradients", "job"),
-    *("initial", "curves", "encoder", "pixels"),
+    *("initial", "curves", "encoder", "pixels", "views"),
 )
 
 

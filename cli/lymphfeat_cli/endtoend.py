@@ -54,6 +54,20 @@ An interrupted training goes on when the same line is run again.""",
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--head-lr", type=float, help="The head's own. [default: --lr]")
 @click.option(
+    "--layer-decay",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Each stage of the backbone learns at so many times the rate of the one above.",
+)
+@click.option(
+    "--freeze-stages",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="So many stages, from the stem up, keep weights and batch-norm (resnet18 has 5).",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
@@ -96,6 +110,21 @@ An interrupted training goes on when the same line is run again.""",
 @click.option("--freeze-batchnorm", is_flag=True, help="Keep batch-norm statistics as loaded.")
 @click.option(
     "--flips/--no-flips", default=True, show_default=True, help="Random flips in training."
+)
+@click.option(
+    "--colour-jitter",
+    "--color-jitter",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Change brightness of each channel, saturation and contrast by up to this share.",
+)
+@click.option(
+    "--affine",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Turn by up to so many half-turns; magnify and shift accordingly.",
 )
 @click.option(
     "--validation",

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lymphfeat import processes
 from lymphfeat.backbones import Backbone
 from lymphfeat.compute import autocast, to_device
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, flip_each
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache
+from lymphfeat.endtoend.views import flip_each
 from lymphfeat.heads import HeadStack
 from lymphfeat.model import instances_of
 
@@ -47,7 +48,7 @@ class Encoder:
         # The statistics of a single image are none.
         training = batchnorm_training and not self._frozen_batchnorm and len(batch) > 1
         for module in batchnorms(self.backbone):
-            module.train(training)
+            module.train(training and _learns(module))
         return self._together(batch, self._encode)
 
     @torch.no_grad()
@@ -72,9 +73,10 @@ class Encoder:
         with autocast(device, self._dtype):
             maps = self.backbone(self._pixels.load(batch))  # (n, C, h, w)
         maps = maps.float()
-        if self._unit == "pixel" and batch.flips.any():
-            # Back to where they lie in the file, so that a pixel has one number in every view.
-            maps = flip_each(maps, to_device(batch.flips, device))
+        if self._unit == "pixel" and batch.views.flips.any():
+            # Back to where they lie in the file, so that a pixel has one number in every view
+            # (under affine places, roughly).
+            maps = flip_each(maps, to_device(batch.views.flips, device))
         return instances_of(maps, self._unit)
 
 
@@ -106,6 +108,11 @@ def _follow(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     layer.running_var.lerp_(variance, layer.momentum)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Say whether a layer is not frozen; one without parameters is not."""
+    return all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def batchnorms(module: nn.Module) -> list[_BatchNorm]:

@@ -8,6 +8,7 @@ import torch
 
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
+from lymphfeat.compute import peak_memory
 from lymphfeat.endtoend.curves import Row, metric_columns
 from lymphfeat.endtoend.job import Job
 from lymphfeat.endtoend.pixels import PixelCache, Roster
@@ -99,6 +100,7 @@ def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str,
         **metric_columns("train", result.probability, labels, threshold),
         "seconds": seconds,
         "images_per_second": result.images / seconds,
+        "peak_memory_gb": peak_memory(job.device) / 1e9,
     }
 
 
@@ -114,5 +116,5 @@ def _shown(row: Row) -> str:
     validation = f" validation BA {row['validation_ba']:.3f}" if "validation_ba" in row else ""
     return (
         f" loss {row['loss']:.3f} BA {row['train_ba']:.3f}{validation}"
-        f" {row['images_per_second']:.0f} images/s"
+        f" {row['images_per_second']:.0f} images/s {row['peak_memory_gb']:.1f} GB"
     )

@@ -1,51 +1,68 @@
-"""Crops decoded once and kept as bytes; normalised and flipped on the device, batch by batch."""
+"""Crops decoded once and kept as bytes; made into views and normalised on the device, by batches.
 
+Crops that memory has no room for lie in an unnamed file in the temporary folder ($TMPDIR), mapped.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.backbones import normalize
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import to_device
+from lymphfeat.compute import available_memory, to_device
+from lymphfeat.endtoend.views import Views, unaltered
+from lymphfeat.errors import SettingsError
 from lymphfeat.images import Normalization, decode_crops
 from lymphfeat.processes import share
 from lymphfeat.progress import Progress, silent
 
 # Of a GPU's free memory; beyond it the crops stay in host memory and are copied batch by batch.
 _RESIDENT_SHARE = 0.4
+# Of the free host memory; beyond it the crops are mapped from a file.
+_HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images to be seen in one go: rows of a `PixelCache`, and how each is flipped. On the CPU."""
+    """Images to be seen in one go: rows of a `PixelCache`, and how each is seen. On the CPU."""
 
     rows: Tensor  # (n,) int64
-    flips: Tensor  # (n, 2) bool: left-right, upside-down
+    views: Views
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def first(self, n: int) -> "ImageBatch":
         """Keep the first n images."""
-        return ImageBatch(rows=self.rows[:n], flips=self.flips[:n])
+        return self._cut(lambda table: table[:n])
 
     def rest(self, n: int) -> "ImageBatch":
         """Keep all but the first n images."""
-        return ImageBatch(rows=self.rows[n:], flips=self.flips[n:])
+        return self._cut(lambda table: table[n:])
 
     def share(self) -> "ImageBatch":
         """Keep this process's part."""
-        return ImageBatch(rows=share(self.rows), flips=share(self.flips))
+        return self._cut(share)
 
     def chunks(self, size: int) -> list["ImageBatch"]:
         """Cut into parts of at most `size`, as equal as can be, in order."""
         count = -(-len(self) // size)
         if not count:
             return []
-        parts = zip(self.rows.tensor_split(count), self.flips.tensor_split(count), strict=True)
-        return [ImageBatch(rows=rows, flips=flips) for rows, flips in parts]
+        return [
+            self._cut(lambda table, part=part: table.tensor_split(count)[part])  # type: ignore[misc]
+            for part in range(count)
+        ]
+
+    def _cut(self, cut: Callable[[Tensor], Tensor]) -> "ImageBatch":
+        return ImageBatch(rows=cut(self.rows), views=self.views.map(cut))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +87,12 @@ class Roster:
         return len(self.sizes)
 
     def images(self) -> "ImageBatch":
-        """Return all images, patient after patient, none of them flipped."""
+        """Return all images, patient after patient, as they are."""
         rows = [
             torch.arange(start, start + size)
             for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
         ]
-        return unflipped(torch.cat(rows))
+        return as_they_are(torch.cat(rows))
 
 
 class PixelCache:
@@ -103,17 +120,18 @@ class PixelCache:
         def report(done: int, total: int, text: str = "") -> None:
             progress(done, total, "decoding images")
 
-        pixels = decode_crops(paths, crop, threads=torch.get_num_threads(), progress=report)
+        room = _make_room((len(paths), 3, crop, crop))
+        pixels = decode_crops(
+            paths, crop, into=room, threads=torch.get_num_threads(), progress=report
+        )
         return cls(torch.from_numpy(pixels), normalization, device)
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def load(self, batch: ImageBatch) -> Tensor:
-        """Return the images of a batch, flipped and normalised: (n, 3, H, W) on the device."""
-        pixels = self._gather(batch.rows)
-        if batch.flips.any():
-            pixels = flip_each(pixels, to_device(batch.flips, self.device))
+        """Return the views of a batch, normalised: (n, 3, H, W) on the device."""
+        pixels = batch.views.apply(self._gather(batch.rows))
         images = normalize(pixels, self._normalization)
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -130,20 +148,22 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
     return bool(pixels.nbytes < _RESIDENT_SHARE * free)
 
 
-def flip_each(images: Tensor, flips: Tensor) -> Tensor:
-    """Flip each of (n, C, H, W) left-right where flips (n, 2) says so, and upside-down likewise."""
-    for column, dim in ((0, -1), (1, -2)):
-        images = torch.where(flips[:, column, None, None, None], images.flip(dim), images)
-    return images
+def as_they_are(rows: Tensor) -> ImageBatch:
+    """Return the batch of rows (n,), their views unaltered."""
+    return ImageBatch(rows=rows, views=unaltered(len(rows)))
 
 
-def draw_flips(n: int, generator: torch.Generator, *, enabled: bool = True) -> Tensor:
-    """Draw whether to flip each of n images: (n, 2) bool, each with probability one half."""
-    if not enabled:
-        return torch.zeros(n, 2, dtype=torch.bool)
-    return torch.rand(n, 2, generator=generator) < 0.5
-
-
-def unflipped(rows: Tensor) -> ImageBatch:
-    """Return the batch of rows (n,), none of them flipped."""
-    return ImageBatch(rows=rows, flips=torch.zeros(len(rows), 2, dtype=torch.bool))
+def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an array in memory, or mapped from an unnamed file if memory has no room for it."""
+    size = math.prod(shape)
+    if size <= _HOST_SHARE * available_memory(torch.device("cpu")):
+        return np.empty(shape, np.uint8)
+    try:
+        with tempfile.TemporaryFile() as file:  # the map keeps it
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not later
+            return np.memmap(file, np.uint8, "w+", shape=shape)
+    except OSError as error:
+        raise SettingsError(
+            f"crops of {shape[0]} images fit neither memory nor the temporary folder ({error}); "
+            "set TMPDIR to a folder with more room, or choose a smaller --crop."
+        ) from None

@@ -17,12 +17,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lymphfeat import processes
 from lymphfeat.aggregators.ranking import Ranking, effective_k
-from lymphfeat.backbones import Backbone
+from lymphfeat.backbones import Backbone, stages
 from lymphfeat.bags import Bags
 from lymphfeat.compute import to_device
 from lymphfeat.endtoend.encoder import Encoder
 from lymphfeat.endtoend.gradients import LossOf, backpropagate
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, draw_flips, unflipped
+from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, as_they_are
+from lymphfeat.endtoend.views import Views, draw_views
+from lymphfeat.errors import SettingsError
 from lymphfeat.heads import HeadStack
 from lymphfeat.model import read_out
 from lymphfeat.progress import Progress, silent
@@ -75,7 +77,8 @@ class Trainer:
             frozen_batchnorm=settings.frozen_batchnorm,
         )
         self.roster = roster
-        self._optimizer = _make_optimizer(backbone, head, settings)
+        freeze(backbone, settings.freeze_stages)
+        self.optimizer = _make_optimizer(backbone, head, settings)
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train for one epoch; progress counts its steps."""
@@ -83,13 +86,13 @@ class Trainer:
 
     def step(self, batch: ImageBatch, loss_of: LossOf) -> Tensor:
         """Take one step on a batch and return its loss, left on the device."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.head.train()
         loss = backpropagate(self.encoder, batch, loss_of, self.settings)
         processes.add_gradients(self.backbone.parameters())
         # Every process has the head's whole gradient; the mean keeps them from drifting apart.
         processes.add_gradients(self.head.parameters(), mean=True)
-        self._optimizer.step()
+        self.optimizer.step()
         return loss
 
     def draw(self, patients: Tensor) -> Bag:
@@ -104,9 +107,9 @@ class Trainer:
             return torch.arange(start, start + size)
         return start + torch.randperm(size, generator=self.generator)[:most].sort().values
 
-    def flips(self, n: int) -> Tensor:
-        """Draw the flips of n images: (n, 2)."""
-        return draw_flips(n, self.generator, enabled=self.settings.flips)
+    def views(self, n: int) -> Views:
+        """Draw the views of n images."""
+        return draw_views(n, self.settings, self.generator)
 
     def shuffled(self, n: int) -> Tensor:
         """Draw an order of n things."""
@@ -117,7 +120,7 @@ class Trainer:
         return {
             "backbone": self.backbone.model.state_dict(),
             "head": self.head.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -125,7 +128,7 @@ class Trainer:
         """Go on from what `state` returned."""
         self.backbone.model.load_state_dict(state["backbone"])
         self.head.load_state_dict(state["head"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
 
 
@@ -133,11 +136,41 @@ def _make_optimizer(
     backbone: Backbone, head: HeadStack, settings: EndToEndSettings
 ) -> torch.optim.Adam:
     lr = settings.head.lr
-    groups = [
-        {"params": list(backbone.parameters()), "lr": lr},
+    groups: list[dict[str, Any]] = [
+        *_backbone_groups(backbone, settings),
         {"params": list(head.parameters()), "lr": settings.head_lr or lr},
     ]
     return torch.optim.Adam(groups, lr=lr, weight_decay=settings.head.weight_decay, fused=True)
+
+
+def _backbone_groups(backbone: Backbone, settings: EndToEndSettings) -> list[dict[str, Any]]:
+    """Return what of the backbone learns, by stage if the stages differ in their rate."""
+    lr = settings.head.lr
+    if settings.layer_decay == 1:
+        return [{"params": [p for p in backbone.parameters() if p.requires_grad], "lr": lr}]
+    from_top = reversed(stages(backbone)[settings.freeze_stages :])
+    return [
+        {"params": parameters, "lr": lr * settings.layer_decay**depth}
+        for depth, parameters in enumerate(from_top)
+    ]
+
+
+def freeze(backbone: Backbone, count: int) -> None:
+    """Let the backbone's lowest stages keep their weights and batch-norm statistics.
+
+    Raises SettingsError unless a stage is left to learn.
+    """
+    if not count:
+        return
+    found = stages(backbone)
+    if count >= len(found):
+        raise SettingsError(
+            f"freeze_stages (={count}) must leave one of the {len(found)} stages of "
+            f"{backbone.name} to learn. For a head alone use `lymphfeat fit-head`."
+        )
+    for parameters in found[:count]:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def full_batches(order: Tensor, size: int) -> Iterator[Tensor]:
@@ -159,7 +192,7 @@ class WeightedTrainer(Trainer):
         for done, patients in enumerate(batches):
             bag = self.draw(patients)
             order = self.shuffled(len(bag.rows))
-            batch = ImageBatch(rows=bag.rows[order], flips=self.flips(len(order)))
+            batch = ImageBatch(rows=bag.rows[order], views=self.views(len(order)))
             loss_of = PatientLoss(self.head, bag, order, self.roster.labels[patients], self.device)
             losses.append(self.step(batch, loss_of))
             logits.append(loss_of.patient_logit)
@@ -204,7 +237,7 @@ class RankingTrainer(Trainer):
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Rank with the backbone in eval mode, then learn from each patient's highest instances."""
         bag = self.draw(torch.arange(len(self.roster)))
-        images = unflipped(bag.rows)
+        images = as_they_are(bag.rows)
         logits = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U)
         bags = Bags(to_device(bag.sizes, self.device))
         probability = read_out(self.head, bags, logits).probability
@@ -238,7 +271,7 @@ class RankingTrainer(Trainer):
             bag = Bag(rows=torch.cat(members), sizes=torch.tensor([len(m) for m in members]))
             order = self.shuffled(len(bag.rows))
             batch = ImageBatch(
-                rows=rows[bag.rows[order] // per_image], flips=self.flips(len(order))
+                rows=rows[bag.rows[order] // per_image], views=self.views(len(order))
             )
             loss_of = SelectedLoss(
                 self.head,
