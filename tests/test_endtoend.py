@@ -122,7 +122,12 @@ def test_every_kind_of_backbone_trains(
     backbone = BackboneSettings(
         backbone=name, weights="none", crop=SIDE, output_stride=output_stride
     )
-    ways: dict[str, Any] = {"gradient": "exact", "colour_jitter": 0.05, "affine": 0.05, "layer_decay": 0.7}
+    ways: dict[str, Any] = {
+        "gradient": "exact",
+        "colour_jitter": 0.05,
+        "affine": 0.05,
+        "layer_decay": 0.7,
+    }
     settings = tiny_settings(backbone=backbone, epochs=1, freeze_stages=1, **ways)
     model = train_end_to_end(cohort, settings, tmp_path)
     first, _ = build_backbone(name, weights="none", image_size=SIDE, output_stride=output_stride)

@@ -35,7 +35,7 @@ class Encoder:
     ) -> None:
         """Take a backbone that is on the pixels' device; `frozen_batchnorm` never trains it."""
         self.backbone = backbone
-        self._pixels = pixels
+        self.pixels = pixels
         self._unit = unit
         self._dtype = dtype
         self._frozen_batchnorm = frozen_batchnorm
@@ -69,9 +69,9 @@ class Encoder:
         return processes.gather_rows(encode(batch.share()), len(batch))
 
     def _encode(self, batch: ImageBatch) -> Tensor:
-        device = self._pixels.device
+        device = self.pixels.device
         with autocast(device, self._dtype):
-            maps = self.backbone(self._pixels.load(batch))  # (n, C, h, w)
+            maps = self.backbone(self.pixels.load(batch))  # (n, C, h, w)
         maps = maps.float()
         if self._unit == "pixel" and batch.views.flips.any():
             # Back to where they lie in the file, so that a pixel has one number in every view

@@ -1,0 +1,222 @@
+"""End-to-end training against its limit: the bare backbone, forward and backward, on ready tensors.
+
+    python benchmarks/endtoend.py rate                  # a step's images/s by the bare backbone's
+    python benchmarks/endtoend.py rate --threads 1 --clock cpu   # on a machine that others use too
+    python benchmarks/endtoend.py memory                # a patient of 512 and one of 5,000 images
+    python benchmarks/endtoend.py challenge --epochs 40 # 163 patients, 13,453 images (wants a GPU)
+
+Images are random bytes. In `rate` every image of a step gets its gradient, and the two take turns.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+import numpy as np
+import torch
+
+from lymphfeat.backbones import build_backbone, choose_device, choose_precision
+from lymphfeat.compute import autocast, peak_memory
+from lymphfeat.endtoend.pixels import PixelCache, Roster, as_they_are
+from lymphfeat.endtoend.training import TRAINERS, Trainer
+from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
+from lymphfeat.images import find_normalization
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+
+CROP = 112
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CHALLENGE = (163, 13_453)  # labelled patients, their images
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to compute, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+    clock: Callable[[], float] = time.perf_counter
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_trainer(sizes: list[int], settings: EndToEndSettings, machine: Machine) -> Trainer:
+    """Make a trainer on patients of so many random images each."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (sum(sizes), 3, CROP, CROP)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    cache = PixelCache(pixels, find_normalization("imagenet"), machine.device)
+    backbone, _ = build_backbone(
+        settings.backbone.backbone, weights="none", image_size=settings.backbone.crop
+    )
+    backbone.to(machine.device).to(memory_format=torch.channels_last)
+    weight, bias = initial_scorer(backbone.channels, generator)
+    head = resolve(settings.head)
+    roster = Roster(
+        starts=torch.tensor([0, *np.cumsum(sizes)[:-1].tolist()]),
+        sizes=torch.tensor(sizes),
+        labels=(torch.arange(len(sizes)) % 2).float(),
+    )
+    return TRAINERS[AGGREGATORS[head.agg].family](
+        backbone,
+        HeadStack([head], weight[None], bias[None]).to(machine.device),
+        cache,
+        roster,
+        settings,
+        dtype=machine.dtype,
+        generator=generator,
+    )
+
+
+def seconds_of(work: Callable[[], object], machine: Machine) -> float:
+    """Return how long some work takes."""
+    machine.wait()
+    start = machine.clock()
+    work()
+    machine.wait()
+    return machine.clock() - start
+
+
+@click.group()
+def cli() -> None:
+    """Measure end-to-end training."""
+
+
+def machine_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every measurement has."""
+    for option in (
+        click.option("--backbone", default="resnet18", show_default=True),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--precision", default="auto", show_default=True),
+        click.option("--threads", type=int, default=torch.get_num_threads(), show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+def _machine(device: str, precision: str, threads: int, clock: str = "wall") -> Machine:
+    torch.set_num_threads(threads)
+    chosen = choose_device(device)
+    return Machine(device=chosen, dtype=choose_precision(precision, chosen), clock=CLOCKS[clock])
+
+
+@cli.command()
+@machine_options
+@click.option("--patients", default=4, show_default=True, help="A step's.")
+@click.option("--images", default=32, show_default=True, help="Each patient's.")
+@click.option("--repeats", default=7, show_default=True)
+@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", show_default=True)
+def rate(
+    backbone: str,
+    device: str,
+    precision: str,
+    threads: int,
+    patients: int,
+    images: int,
+    repeats: int,
+    clock: str,
+) -> None:
+    """Compare a training step with the bare backbone on the same images."""
+    machine = _machine(device, precision, threads, clock)
+    settings = EndToEndSettings(
+        backbone=BackboneSettings(backbone=backbone, weights="none", crop=CROP),
+        batch_size=patients,
+        max_backward_size=patients * images,
+    )
+    trainer = make_trainer([images] * patients, settings, machine)
+    n = patients * images
+    ready = trainer.encoder.pixels.load(as_they_are(torch.arange(n)))
+    trainer.backbone.train()
+    with torch.no_grad():
+        shape = trainer.backbone(ready[:2]).shape[1:]
+    gradient = torch.randn(n, *shape, device=machine.device)
+
+    def bare() -> None:
+        trainer.backbone.zero_grad(set_to_none=True)
+        with autocast(machine.device, machine.dtype):
+            maps = trainer.backbone(ready)
+        maps.float().backward(gradient)
+
+    for _ in range(2):
+        bare()
+        trainer.run_epoch()
+    ratios = []
+    for _ in range(repeats):
+        limit, ours = seconds_of(bare, machine), seconds_of(trainer.run_epoch, machine)
+        ratios.append(limit / ours)
+        print(f"bare {n / limit:7.1f} images/s   step {n / ours:7.1f} images/s   {ratios[-1]:.3f}")
+    print(
+        f"{backbone}, {n} images a step, {machine.dtype}: median {np.median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
+@cli.command()
+@click.option("--images", default="512,5000", show_default=True, help="Of the patient, in turn.")
+@click.option("--gradient", default="subset", show_default=True)
+def memory(images: str, gradient: str) -> None:
+    """Train one step on a patient of many images, each in a process of its own."""
+    for count in images.split(","):
+        subprocess.run([sys.executable, __file__, "one", count, gradient], check=True)
+
+
+@cli.command(hidden=True)
+@click.argument("images", type=int)
+@click.argument("gradient")
+def one(images: int, gradient: str) -> None:
+    """Train one step on one patient, and one of a single image."""
+    machine = _machine("auto", "auto", torch.get_num_threads())
+    settings = EndToEndSettings(
+        backbone=BackboneSettings(weights="none", crop=CROP),
+        head=HeadSettings(agg="bnsigmoid", lr=1e-4),
+        batch_size=2,
+        gradient=gradient,
+    )
+    trainer = make_trainer([images, 1], settings, machine)
+    before = peak_memory(machine.device)
+    taken = seconds_of(trainer.run_epoch, machine)
+    peak, crops = peak_memory(machine.device), images * 3 * CROP * CROP
+    print(
+        f"{images:6d} images, {gradient}: {taken:6.1f} s, peak {peak / 1e9:.2f} GB, "
+        f"{before / 1e9:.2f} GB before; {crops / 1e9:.2f} GB of it are crops",
+        flush=True,
+    )
+
+
+@cli.command()
+@machine_options
+@click.option("--epochs", default=40, show_default=True)
+def challenge(backbone: str, device: str, precision: str, threads: int, epochs: int) -> None:
+    """Train on a random cohort of the challenge's size, with the default settings."""
+    machine = _machine(device, precision, threads)
+    patients, images = CHALLENGE
+    sizes = np.full(patients, images // patients)
+    sizes[: images - sizes.sum()] += 1
+    settings = EndToEndSettings(
+        backbone=BackboneSettings(backbone=backbone, weights="none", crop=CROP)
+    )
+    trainer = make_trainer(sizes.tolist(), settings, machine)
+    trainer.run_epoch()
+    seen = 0
+
+    def train() -> None:
+        nonlocal seen
+        for _ in range(epochs):
+            seen += trainer.run_epoch().images
+
+    taken = seconds_of(train, machine)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"{backbone}, {epochs} epochs: {taken:.1f} s, {seen / taken:.0f} images/s, peak "
+        f"{peak_memory(machine.device) / 1e9:.1f} GB on {machine.device}, {host:.1f} GB of the host"
+    )
+
+
+if __name__ == "__main__":
+    cli()
