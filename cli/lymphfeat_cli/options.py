@@ -11,6 +11,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -135,6 +136,8 @@ def load_cohort(
             f"No cohort named (--cohort, {COHORT_VARIABLE}): "
             f"using the built-in synthetic cohort in {cohort}."
         )
+        while not is_first() and not (cohort / "truth.csv").exists():
+            time.sleep(0.1)  # the first process writes it, this file last
         if not (cohort / "truth.csv").exists():
             with progress_bar("rendering cells", quiet) as progress:
                 write_synthetic_cohort(SyntheticSettings(), cohort, progress=progress)
