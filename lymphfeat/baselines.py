@@ -4,11 +4,14 @@ An image model that doesn't beat bag size has learnt a shortcut; a fused one tha
 clinical attributes is worth nothing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from lymphfeat.attributes import standardise
+from lymphfeat.attributes import attribute_matrix, choose_attributes, standardise
 from lymphfeat.calibration import logistic
+from lymphfeat.cohort import Cohort
 from lymphfeat.evaluation import (
     BAG_SIZE,
     CLINICAL,
@@ -21,6 +24,7 @@ from lymphfeat.evaluation import (
     Scores,
     cross_fit,
 )
+from lymphfeat.splits import Split
 
 
 def fit_baselines(
@@ -37,6 +41,27 @@ def fit_baselines(
     ]
     if attributes.shape[1]:
         found.append(_baseline(patients, CLINICAL, learn_logistic, attributes))
+    return found
+
+
+def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
+    """Predict each labelled patient by baselines fitted on a split's training patients.
+
+    Returns probabilities (P,) by the baseline's name, in the cohort's order; NaN for patients whom
+    no split holds out.
+    """
+    attributes = attribute_matrix(known.table, choose_attributes(known.table))
+    sizes = np.log(known.n_images.astype(float))[:, None]  # (P, 1)
+    ways = {MAJORITY: (learn_majority, sizes), BAG_SIZE: (learn_logistic, sizes)}
+    if attributes.shape[1]:
+        ways[CLINICAL] = (learn_logistic, attributes)
+    place = {id: row for row, id in enumerate(known.ids)}
+    found = {name: np.full(len(known.ids), np.nan) for name in ways}
+    for split in splits:
+        train, held_out = ([place[id] for id in ids] for ids in (split.train, split.validation))
+        for name, (learn, inputs) in ways.items():
+            predict = learn(inputs[train], known.labels[train])
+            found[name][held_out] = predict(inputs[held_out])
     return found
 
 

@@ -1,12 +1,14 @@
-"""Images that stand on both sides of a split: found in a store, refused in a plan."""
+"""Images that stand on both sides of a split: found in a store or cohort, refused in a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lymphfeat.cohort import Cohort
 from lymphfeat.errors import LeakageError
 from lymphfeat.splits import Split
 from lymphfeat.store import FeatureStore
@@ -27,17 +29,37 @@ def find_shared_images(store: FeatureStore, features: str) -> list[SharedImage]:
     may collide), or when their features are to the last bit (the same pixels in another file).
     """
     pooled = np.array(store.pooled(features)[:, 0])  # (N, C)
-    owner = np.repeat(np.arange(len(store.ids)), store.n_images)
+    groups = [*_same_files(store.crc32, pooled), *_same_features(pooled)]
+    return _between_patients(groups, store.ids, store.n_images, store.image_names)
+
+
+def find_shared_crops(crops: NDArray[np.uint8], cohort: Cohort) -> list[SharedImage]:
+    """Return the pictures that different patients of a cohort have in common.
+
+    crops: (N, 3, H, W), its decoded images. Two are the same when their pixels are.
+    """
+    names = [path.name for images in cohort.images for path in images]
+    return _between_patients(_same_bytes(crops), cohort.ids, cohort.n_images, names)
+
+
+def _between_patients(
+    groups: Iterable[list[int]],
+    ids: Sequence[str],
+    n_images: NDArray[np.int64],
+    names: Sequence[str],
+) -> list[SharedImage]:
+    """Keep, of groups of rows with the same picture, those of several patients."""
+    owner = np.repeat(np.arange(len(ids)), n_images)
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for rows in [*_same_files(store.crc32, pooled), *_same_features(pooled)]:
+    for rows in groups:
         first = dict(zip(reversed(owner[rows].tolist()), reversed(rows), strict=True))
         if len(first) > 1:
             owners = tuple(sorted(first))
             found[tuple(first[o] for o in owners)] = owners
     return [
         SharedImage(
-            patients=tuple(store.ids[o] for o in owners),
-            names=tuple(store.image_names[row] for row in rows),
+            patients=tuple(ids[o] for o in owners),
+            names=tuple(names[row] for row in rows),
         )
         for rows, owners in found.items()
     ]
@@ -53,12 +75,17 @@ def _same_files(crc32: NDArray[np.uint32], pooled: NDArray[np.float32]) -> list[
 
 
 def _same_features(pooled: NDArray[np.float32]) -> list[list[int]]:
+    same = _same_bytes(pooled)
+    copies = sum(len(rows) - 1 for rows in same)
+    # A backbone that sees no difference says nothing of images.
+    return same if copies <= len(pooled) / 2 else []
+
+
+def _same_bytes(rows: NDArray[Any]) -> list[list[int]]:
     groups: dict[bytes, list[int]] = {}
-    for row, values in enumerate(pooled):
+    for row, values in enumerate(rows):
         groups.setdefault(blake2b(values.tobytes(), digest_size=16).digest(), []).append(row)
-    if len(groups) < len(pooled) / 2:  # a backbone that sees no difference says nothing of images
-        return []
-    return [rows for rows in groups.values() if len(rows) > 1]
+    return [found for found in groups.values() if len(found) > 1]
 
 
 def refuse_shared_images(splits: Sequence[Split], shared: Sequence[SharedImage]) -> None:
@@ -74,6 +101,6 @@ def refuse_shared_images(splits: Sequence[Split], shared: Sequence[SharedImage])
             raise LeakageError(
                 f"the same image must not be trained on and evaluated on; got {where}, torn apart "
                 f"by split {split.id} ({len(torn)} such images). `lymphfeat audit` lists them: "
-                "mend the cohort, keep such patients together by --splits FILE, or go on with "
-                "--allow-shared-images."
+                "mend the cohort, keep such patients on one side (fit-head --splits FILE), or go "
+                "on with --allow-shared-images."
             )

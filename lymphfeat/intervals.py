@@ -1,13 +1,14 @@
 """Intervals and tests for figures of repeated splits, and of one fixed model (METHOD §4)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from lymphfeat.metrics import METRICS, all_metrics
+from lymphfeat.metrics import METRICS, all_metrics, roc_auc
 
 Floats = NDArray[np.float64]
 
@@ -78,6 +79,38 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
+def _draw(
+    rows: Sequence[NDArray[np.int64]], draws: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw as many of each group of rows as it has, with replacement: (draws, P)."""
+    return np.concatenate(
+        [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
+    )
+
+
+def bootstrap_auc_gain(
+    probabilities: Floats,
+    others: Floats,
+    labels: NDArray[np.int64],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return by how much one AUC exceeds another on the same patients, and its 95 % interval.
+
+    Patients (P,) are drawn as in `bootstrap_metrics`, for both alike. NaN without both classes.
+    """
+    rows = [np.flatnonzero(labels == label) for label in (0, 1)]
+    if not all(len(part) for part in rows):
+        return math.nan, math.nan, math.nan
+    drawn = _draw(rows, draws, np.random.default_rng(seed))
+    told = labels[drawn[0]]
+    gains = roc_auc(probabilities[drawn], told) - roc_auc(others[drawn], told)
+    low, high = np.quantile(gains, [0.025, 0.975])
+    gain = float(roc_auc(probabilities, labels) - roc_auc(others, labels))
+    return gain, float(low), float(high)
+
+
 def bootstrap_metrics(
     probabilities: Floats,
     labels: NDArray[np.int64],
@@ -98,12 +131,8 @@ def bootstrap_metrics(
     if not all(len(part) for part in rows):
         return dict.fromkeys(METRICS, (math.nan, math.nan))
     generator = np.random.default_rng(seed)
-    drawn = np.concatenate(
-        [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
-    )  # (draws, P)
-    found = all_metrics(
-        probabilities[drawn], np.repeat([0, 1], [len(part) for part in rows]), threshold
-    )
+    drawn = _draw(rows, draws, generator)
+    found = all_metrics(probabilities[drawn], labels[drawn[0]], threshold)
     for name, part, right in (
         ("specificity", rows[0], probabilities[rows[0]] <= threshold),
         ("sensitivity", rows[1], probabilities[rows[1]] > threshold),

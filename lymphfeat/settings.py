@@ -173,6 +173,7 @@ class EndToEndSettings:
     affine: float = 0.0
     validation: float = 0.0  # share of labelled patients held out to draw the curves
     tta: bool = False  # predict the mean over the four flips
+    allow_shared_images: bool = False  # in training and held-out patients: a leak
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"

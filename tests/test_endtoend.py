@@ -151,7 +151,8 @@ def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> Non
     assert set(predictions["id"][predictions["split"] == "validation"]) == held_out
     curves = pd.read_csv(tmp_path / "curves.csv")
     assert {"train_ba", "validation_ba", "validation_log_loss"} <= set(curves.columns)
-    assert set(model.facts.metrics) == {"train", "validation"}
+    baselines = ["baseline: majority", "baseline: bag size"]
+    assert list(model.facts.metrics) == ["train", "validation", *baselines]
 
 
 def test_no_submission_without_unlabelled_patients(cohort: Cohort, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_json_and_truth(root: Path) -> None:
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["model"] == "m"
-    assert set(told["metrics"]) == {"train", "validation"}
+    baselines = ["baseline: majority", "baseline: bag size"]
+    assert list(told["metrics"]) == ["train", "validation", *baselines]
     assert {"m/model.json", "m/submission.csv"} <= set(told["files"])
     assert 0 <= told["truth"]["witness_auc"] <= 1
     assert told["truth"]["hidden_patients"] == 2

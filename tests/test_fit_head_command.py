@@ -16,6 +16,7 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_text
+from tests.tiny import BACKBONE, write_cohort_with_a_copy
 
 PATIENTS, IMAGES = 24, 3
 WITNESS_SHIFT = 6.0
@@ -304,3 +305,19 @@ def test_both_protocols_and_their_difference(folder: Path, tmp_path: Path) -> No
     for protocol in ("report", "honest"):
         config = json.loads((out / protocol / "config.json").read_text())
         assert config["settings"]["protocol"] == protocol
+
+
+def test_an_image_in_patients_of_both_sides(tmp_path: Path) -> None:
+    root = write_cohort_with_a_copy(tmp_path / "c")
+    store = str(tmp_path / "s.h5")
+    backbone = ["--backbone", BACKBONE.backbone, "--crop", str(BACKBONE.crop), "--device", "cpu"]
+    made = CliRunner().invoke(cli, ["extract", "--cohort", str(root), "--out", store, *backbone])
+    assert made.exit_code == 0, made.output
+    line = ["fit-head", "--store", store, "--agg", "mean", "--seeds", "1", "--epochs", "1"]
+    line += ["--out", str(tmp_path / "run")]
+    refused = CliRunner().invoke(cli, line)
+    assert refused.exit_code == 2, refused.output
+    assert "got 1.png of P1 = 0.png of P8, torn apart by split" in refused.stderr
+    assert "--allow-shared-images" in refused.stderr
+    allowed = CliRunner().invoke(cli, [*line, "--allow-shared-images"])
+    assert allowed.exit_code == 0, allowed.output

@@ -5,8 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from lymphfeat.intervals import bootstrap_metrics, corrected_factor, estimate, holm, t_half_width
+from lymphfeat.intervals import (
+    bootstrap_auc_gain,
+    bootstrap_metrics,
+    corrected_factor,
+    estimate,
+    holm,
+    t_half_width,
+)
 from lymphfeat.metrics import METRICS, all_metrics
 
 
@@ -98,3 +106,21 @@ def test_bootstrap_of_a_faultless_model_still_has_width() -> None:
 def test_bootstrap_of_one_class_is_unknown() -> None:
     intervals = bootstrap_metrics(np.array([0.2, 0.8]), np.array([1, 1]), 0.5)
     assert np.isnan(intervals["ba"]).all()
+
+
+def test_auc_gain_against_a_plain_bootstrap() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.repeat([0, 1], [25, 40])
+    one = labels + rng.normal(0, 1.0, 65)
+    other = labels + rng.normal(0, 2.0, 65)
+    gain, low, high = bootstrap_auc_gain(one, other, labels)
+    assert gain == pytest.approx(roc_auc_score(labels, one) - roc_auc_score(labels, other))
+    gains = []
+    for _ in range(1000):
+        drawn = np.concatenate([rng.choice(25, 25), 25 + rng.choice(40, 40)])
+        gains.append(
+            roc_auc_score(labels[drawn], one[drawn]) - roc_auc_score(labels[drawn], other[drawn])
+        )
+    assert [low, high] == pytest.approx(np.quantile(gains, [0.025, 0.975]), abs=0.03)
+    assert bootstrap_auc_gain(one, one, labels) == (0, 0, 0)
+    assert all(np.isnan(bootstrap_auc_gain(one[:25], one[:25], labels[:25])))

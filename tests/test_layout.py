@@ -1,7 +1,9 @@
 """The direction of imports (DESIGN §3), and what the library leaves to the command line."""
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +44,7 @@ ORDER = {name: place for place, name in enumerate(name for row in LAYERS for nam
 # What a package's modules import of each other, by the same rule.
 ENDTOEND = (
     *("run", "members", "finetuning", "submission", "fitting", "training", "gradients", "job"),
-    *("initial", "curves", "encoder", "pixels", "views"),
+    *("initial", "curves", "encoder", "pixels", "views", "baselines"),
 )
 
 
@@ -128,3 +130,18 @@ def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
         else:
             continue
         assert {name.split(".")[0] for name in names} <= light, path.name
+
+
+def test_every_package_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["pretrain"]]
+    declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
+    called = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where module and package differ
+    own = {"lymphfeat", "lymphfeat_cli"} | sys.stdlib_module_names
+    roots = {
+        name.split(".")[0]
+        for folder in (LIBRARY, CLI)
+        for path in modules(folder)
+        for name in imports(path)
+    } - own
+    assert {called.get(root, root) for root in roots} <= declared

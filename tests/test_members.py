@@ -1,6 +1,7 @@
 """K-fold members: their average, what is chosen out of fold, and heads to begin with."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend import train_end_to_end, train_folds
@@ -22,8 +25,9 @@ from lymphfeat.heads import resolve
 from lymphfeat.model import Model, member_folders
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.splits import kfold_splits
+from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
-from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
+from tests.tiny import BACKBONE, SIDE, tiny_settings, write_cohort_with_a_copy, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,3 +188,66 @@ def test_a_head_of_other_features_is_refused(run: Path, cohort: Cohort, tmp_path
     settings = tiny_settings(init_head=str(tmp_path))
     with pytest.raises(SettingsError, match="must be a run of `lymphfeat fit-head --save`"):
         train_end_to_end(cohort, settings, tmp_path / "m")
+
+
+# --- what stands beside it ------------------------------------------------------------------------
+
+
+def test_baselines_stand_beside_the_members(trained: Path, cohort: Cohort) -> None:
+    metrics = json.loads((trained / "members.json").read_text())["metrics"]
+    assert list(metrics) == ["out of fold", "baseline: majority", "baseline: bag size"]
+    labelled = cohort.labelled()
+    (repeat,) = kfold_splits(labelled.ids, labelled.labels, folds=FOLDS, seeds=1, seed=0)
+    sizes = dict(zip(labelled.ids, np.log(labelled.n_images), strict=True))
+    labels = dict(zip(labelled.ids, labelled.labels, strict=True))
+    told = {}
+    for split in repeat.outer:
+        x = np.array([sizes[id] for id in split.train])
+        centre, spread = x.mean(), x.std()
+        model = LogisticRegression().fit(
+            ((x - centre) / spread)[:, None], [labels[id] for id in split.train]
+        )
+        for id in split.validation:
+            told[id] = model.predict_proba([[(sizes[id] - centre) / spread]])[0, 1]
+    y = [labels[id] for id in told]
+    bag_size = metrics["baseline: bag size"]
+    assert bag_size["auc"] == pytest.approx(roc_auc_score(y, list(told.values())))
+    assert bag_size["log_loss"] == pytest.approx(log_loss(y, list(told.values())), rel=1e-3)
+    gain = metrics["out of fold"]["auc"] - bag_size["auc"]
+    assert bag_size["auc_gain"] == pytest.approx(gain)
+    assert bag_size["auc_gain_low"] <= gain <= bag_size["auc_gain_high"]
+
+
+def line_of(cohort: Path, out: Path, *arguments: str) -> list[str]:
+    backbone = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE), "--device", "cpu"]
+    line = ["endtoend", "--cohort", str(cohort), "--out", str(out), "--epochs", "1", *backbone]
+    return [*line, "--batch-size", "4", *arguments]
+
+
+@pytest.mark.parametrize("held_out", [("--folds", "5"), ("--validation", "0.4")])
+def test_an_image_on_both_sides_is_refused(tmp_path: Path, held_out: tuple[str, str]) -> None:
+    root = write_cohort_with_a_copy(tmp_path / "c")
+    line = line_of(root, tmp_path / "m", *held_out)
+    result = CliRunner().invoke(cli, line)
+    assert result.exit_code == 2, result.output
+    assert re.search(r"got 1.png of P1 = 0.png of P8, torn apart", result.stderr)
+    assert not (tmp_path / "m" / "model.json").exists()
+    allowed = CliRunner().invoke(cli, [*line, "--allow-shared-images"])
+    assert allowed.exit_code == 0, allowed.output
+    assert "baseline: bag size" in allowed.stdout
+
+
+def test_without_held_out_patients_nothing_is_refused(tmp_path: Path) -> None:
+    root = write_cohort_with_a_copy(tmp_path / "c")
+    result = CliRunner().invoke(cli, line_of(root, tmp_path / "m"))
+    assert result.exit_code == 0, result.output
+    assert "baseline" not in result.stdout
+
+
+@pytest.mark.parametrize("low", [-0.1, 0.0, 0.1])
+def test_a_model_that_does_not_beat_bag_size_is_told(
+    low: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_of_bag_size({"baseline: bag size": {"auc": 0.8, "auc_gain_low": low}})
+    told = "does not beat bag size alone (AUC 0.80)" in capsys.readouterr().err
+    assert told == (low <= 0)

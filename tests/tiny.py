@@ -1,5 +1,6 @@
 """A cohort and a backbone that train in a second: reddish images make a patient tumoral."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,4 +64,11 @@ def write_red_cohort(
         (root / "truth.csv").write_text(
             "".join(f"{line}\n" for line in witnesses), encoding="utf-8"
         )
+    return root
+
+
+def write_cohort_with_a_copy(root: Path) -> Path:
+    """Write a cohort in which P1 has P8's only image among its own, under another name."""
+    write_red_cohort(root)
+    shutil.copy(root / "P8" / "0.png", root / "P1" / "1.png")
     return root

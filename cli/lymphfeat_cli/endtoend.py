@@ -1,5 +1,6 @@
 """`lymphfeat endtoend`: cohort -> final model, trained through the backbone."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,11 @@ An interrupted training goes on when the same line is run again.""",
     help="Begin with the best linear head of this run of fit-head --save, on the same weights; it "
     "brings its own --agg and options.",
 )
+@click.option(
+    "--allow-shared-images",
+    is_flag=True,
+    help="Go on though one image is in a training and in a held-out patient: a leak.",
+)
 @click.option("--tta", is_flag=True, help="Predict the mean over the four flips.")
 @click.option(
     "--normalization",
@@ -264,6 +270,17 @@ def _result(trained: "Model | Members", out: Path) -> dict[str, object]:
     }
 
 
+def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Say so when the model's AUC is not surely above that of bag size."""
+    beside = metrics.get("baseline: bag size", {})
+    low = beside.get("auc_gain_low")
+    if low is not None and not low > 0:
+        note(
+            f"Warning: the model does not beat bag size alone (AUC {beside['auc']:.2f}); what it "
+            "learnt may be how many images a patient has."
+        )
+
+
 def _files(out: Path) -> list[str]:
     from lymphfeat.endtoend.members import OUTPUTS as OF_MEMBERS
     from lymphfeat.endtoend.run import OUTPUTS
@@ -274,6 +291,7 @@ def _files(out: Path) -> list[str]:
 
 def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> None:
     show_metrics("Patients, as the final model predicts them", trained.metrics)
+    warn_of_bag_size(trained.metrics)
     show_truth(scores)
     click.echo(f"Threshold {trained.threshold:g} ({trained.threshold_from}).")
     for path in _files(out):

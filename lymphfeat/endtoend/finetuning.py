@@ -46,6 +46,7 @@ def fine_tune(
     The seed is the split's. What is interrupted goes on when called again. Raises ModelError when
     weights of another training are in the split's folder and `force` is not set.
     """
+    # Where patients share images, the heads on these features are refused (guards).
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
     require_linear(settings.head)
     labelled = cohort.labelled()

@@ -17,6 +17,7 @@ from lymphfeat.calibration import Decision
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
+from lymphfeat.endtoend.baselines import measure_baselines
 from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Job, parts_of, prepare
@@ -29,6 +30,7 @@ from lymphfeat.endtoend.submission import (
     write_submission,
 )
 from lymphfeat.errors import ModelError
+from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
     CHECKPOINT_FILE,
@@ -82,7 +84,8 @@ def train_folds(
     Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
     one honest probability of a labelled patient), images.csv, submission.csv, the mean curves and
     members.json. Interrupted, it goes on when called again. Raises ModelError when finished members
-    or a model are in `out` and `force` is not set.
+    or a model are in `out` and `force` is not set, LeakageError when patients of different folds
+    share an image.
     """
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
     require_linear(settings.head)
@@ -113,7 +116,10 @@ def train_folds(
     members = Members(
         models=tuple(models),
         decision=decision,
-        metrics={"out of fold": patient_metrics(out_of_fold, decision.threshold)},
+        metrics={
+            "out of fold": patient_metrics(out_of_fold, decision.threshold),
+            **measure_baselines(out_of_fold, labelled, repeat.outer, threshold=None),
+        },
     )
     _publish(out, members)
     for number in range(folds):
@@ -150,7 +156,10 @@ def _train(
         checkpoint = Checkpoint(out / f"fold-{number}" / CHECKPOINT_FILE, job.identity)
         if force and is_first():
             checkpoint.discard_another()
-        pixels = pixels or decode(labelled, job, progress)
+        if pixels is None:
+            pixels = decode(labelled, job, progress)
+            if not settings.allow_shared_images:
+                refuse_shared_images(splits, find_shared_crops(pixels.crops(), labelled))
         histories.append(
             fit(job, pixels, labelled, checkpoint, _numbered(progress, number, len(splits)))
         )

@@ -135,6 +135,10 @@ class PixelCache:
         images = normalize(pixels, self._normalization)
         return images.contiguous(memory_format=torch.channels_last)
 
+    def crops(self) -> NDArray[np.uint8]:
+        """Return all crops: (N, 3, H, W)."""
+        return self._pixels.cpu().numpy()
+
     def _gather(self, rows: Tensor) -> Tensor:
         if self._resident:
             return self._pixels[to_device(rows, self.device)]

@@ -8,6 +8,7 @@ import pandas as pd
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
+from lymphfeat.endtoend.baselines import measure_baselines
 from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
@@ -19,6 +20,7 @@ from lymphfeat.endtoend.submission import (
     write_submission,
 )
 from lymphfeat.errors import ModelError
+from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
     CHECKPOINT_FILE,
@@ -30,6 +32,7 @@ from lymphfeat.model import (
 from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
+from lymphfeat.splits import Split
 
 OUTPUTS = (
     FACTS_FILE,
@@ -58,7 +61,8 @@ def train_end_to_end(
     step's images are shared out over the processes, and the first one writes.
 
     Raises ModelError when a finished model, or an unfinished one of other settings, is in `out` and
-    `force` is not set; CohortError unless patients of both classes are labelled.
+    `force` is not set; CohortError unless patients of both classes are labelled; LeakageError when
+    a training and a held-out patient share an image.
     """
     settings = replace(settings, head=resolve(settings.head))
     require_linear(settings.head)
@@ -70,19 +74,34 @@ def train_end_to_end(
         if is_first():
             _make_way(out, checkpoint, force=force)
         labelled = cohort.labelled()
-        history = fit(job, decode(labelled, job, progress), labelled, checkpoint, progress)
+        pixels = decode(labelled, job, progress)
+        splits = [_split_of(parts)] if parts.validation else []
+        if not settings.allow_shared_images:
+            refuse_shared_images(splits, find_shared_crops(pixels.crops(), labelled))
+        history = fit(job, pixels, labelled, checkpoint, progress)
         if not is_first():
             return job.model
         predictions = job.model.predict(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )
     patients = _mark(predictions.patients, parts)
-    job.model.facts = replace(job.model.facts, metrics=job.model.measure(patients))
+    metrics = job.model.measure(patients)
+    if splits:
+        held_out = patients[patients["split"] == "validation"]
+        metrics |= measure_baselines(held_out, labelled, splits, threshold=job.model.threshold)
+    job.model.facts = replace(job.model.facts, metrics=metrics)
     _write(out, job.model, replace(predictions, patients=patients), history)
     if cohort.submission_ids:
         write_submission(patients, cohort.submission_ids, out / SUBMISSION_FILE, submission_header)
     checkpoint.remove()
     return job.model
+
+
+def _split_of(parts: Parts) -> Split:
+    assert parts.validation is not None
+    return Split(
+        id="validation", seed=0, repeat=0, train=parts.train.ids, validation=parts.validation.ids
+    )
 
 
 def _make_way(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
