@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,8 +236,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # each format fails in its own ways; all mean the same to the user
+        # torch's own words would have the user load a pickle, which may run any code.
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "no state dict of tensors alone" if pickled else _first_line(error)
         raise WeightsError(
-            f"{path}: cannot be read as weights ({_first_line(error)}); "
+            f"{path}: cannot be read as weights ({reason}); "
             "it must be a .safetensors file or a .pth state dict."
         ) from None
     for wrapper in ("state_dict", "model"):  # how training scripts commonly wrap a state dict

@@ -315,12 +315,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     if not path.is_file():
-        hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
-        unfinished = (folder / CHECKPOINT_FILE).exists()
-        raise ModelError(
-            f"model (={folder}) must be a folder with {FACTS_FILE}; got none; "
-            f"{hint if unfinished else 'make one with `lymphfeat endtoend`'}."
-        )
+        hint = "make one with `lymphfeat endtoend`"
+        if (folder / CHECKPOINT_FILE).exists():
+            hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
+        elif (folder / MEMBERS_FILE).exists():
+            hint = f"it holds k-fold members: choose one of them, as {member_folders(folder)[0]}"
+        raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

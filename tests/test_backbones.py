@@ -182,7 +182,7 @@ def test_misfits_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("w.pth", b"no weights", "cannot be read as weights ("),
+        ("w.pth", b"no weights", "cannot be read as weights (no state dict of tensors alone); it"),
         ("w.safetensors", b"no weights", "cannot be read as weights ("),
         ("w.pth", b"", "cannot be read as weights ("),
         ("w.pth", None, "must be bloodcells, none, imagenet or an existing file; got no such file"),

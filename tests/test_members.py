@@ -133,6 +133,12 @@ def test_from_the_command_line(
     predicted = CliRunner().invoke(cli, ["predict", *line])
     assert predicted.exit_code == 0, predicted.output
     assert "spread" in Path("predictions.csv").read_text().splitlines()[0]
+    assert (
+        "trained on (fit, not skill) │       10 │" in predicted.stdout
+    )  # by one member or another
+    assert "validation" not in predicted.stdout
+    with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, as .*fold-0"):
+        Model.load(Path("models/endtoend"))
     told = CliRunner().invoke(cli, ["info", "models/endtoend"])
     assert told.exit_code == 0, told.output
     assert "kind: k-fold members" in told.stdout

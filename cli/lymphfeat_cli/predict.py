@@ -166,8 +166,9 @@ def _as_one(models: "list[Model]") -> "Model":
         threshold=mean_threshold([each.decision for each in models]),
         threshold_from=f"the mean of {len(models)} models",
     )
-    seen = [id for each in models for id in each.facts.trained_on]
-    model.facts = replace(model.facts, trained_on=tuple(dict.fromkeys(seen)))
+    seen = dict.fromkeys(id for each in models for id in each.facts.trained_on)
+    unseen = tuple(id for id in model.facts.validated_on if id not in seen)
+    model.facts = replace(model.facts, trained_on=tuple(seen), validated_on=unseen)
     return model
 
 
