@@ -8,7 +8,6 @@
 Images are random bytes. In `rate` every image of a step gets its gradient, and the two take turns.
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -211,7 +210,7 @@ def challenge(backbone: str, device: str, precision: str, threads: int, epochs: 
             seen += trainer.run_epoch().images
 
     taken = seconds_of(train, machine)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    host = peak_memory(torch.device("cpu")) / 1e9
     print(
         f"{backbone}, {epochs} epochs: {taken:.1f} s, {seen / taken:.0f} images/s, peak "
         f"{peak_memory(machine.device) / 1e9:.1f} GB on {machine.device}, {host:.1f} GB of the host"

@@ -76,7 +76,7 @@ def train_end_to_end(
         labelled = cohort.labelled()
         pixels = decode(labelled, job, progress)
         splits = [_split_of(parts)] if parts.validation else []
-        if not settings.allow_shared_images:
+        if splits and not settings.allow_shared_images:
             refuse_shared_images(splits, find_shared_crops(pixels.crops(), labelled))
         history = fit(job, pixels, labelled, checkpoint, progress)
         if not is_first():
