@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lymphfeat.errors import ModelError
-from lymphfeat.model import replace_file
+from lymphfeat.files import replace_file
 from lymphfeat.store import differing_fields
 
 _FORMAT = "lymphfeat-checkpoint-1"

@@ -8,7 +8,7 @@ is whole or is refused.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from lymphfeat.calibration import Decision
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.errors import ModelError
+from lymphfeat.files import replace_file
 from lymphfeat.heads import HeadStack
 from lymphfeat.images import VIEWS, Crop, Normalization, stream_crops
 from lymphfeat.intervals import bootstrap_metrics
@@ -303,13 +304,6 @@ class Model:
 def _network(backbone: Backbone, head: HeadStack) -> nn.ModuleDict:
     """Name the tensors of a model file: backbone.<timm's key>, head.<key>."""
     return nn.ModuleDict({"backbone": backbone.model, "head": head})
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    write(unfinished)
-    unfinished.replace(path)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

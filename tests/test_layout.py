@@ -38,7 +38,7 @@ LAYERS = (
         "processes",
         "augmentation",
     ),
-    ("progress", "errors"),
+    ("progress", "errors", "files"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from lymphfeat.files import replace_file
 from lymphfeat.metrics import all_metrics
-from lymphfeat.model import replace_file
 
 Row = Mapping[str, float]
 CURVES = ("curves.csv", "curves.png")

@@ -21,8 +21,9 @@ from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Job, parts_of, prepare
 from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.errors import ModelError
+from lymphfeat.files import replace_file
 from lymphfeat.heads import require_linear, resolve
-from lymphfeat.model import CHECKPOINT_FILE, replace_file
+from lymphfeat.model import CHECKPOINT_FILE
 from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings

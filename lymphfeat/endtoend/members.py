@@ -30,6 +30,7 @@ from lymphfeat.endtoend.submission import (
     write_submission,
 )
 from lymphfeat.errors import ModelError
+from lymphfeat.files import replace_file
 from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
@@ -41,7 +42,6 @@ from lymphfeat.model import (
     Predictions,
     average_predictions,
     patient_metrics,
-    replace_file,
 )
 from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.model import replace_file
+from lymphfeat.files import replace_file
 
 PATIENTS_FILE, IMAGES_FILE = "predictions.csv", "images.csv"
 SUBMISSION_FILE = "submission.csv"

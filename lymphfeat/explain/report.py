@@ -21,8 +21,9 @@ from lymphfeat.explain.figures import (
 )
 from lymphfeat.explain.page import BUDGET, render_page
 from lymphfeat.explain.scores import Floats, score_image
+from lymphfeat.files import replace_file
 from lymphfeat.images import decode_crop
-from lymphfeat.model import Model, replace_file
+from lymphfeat.model import Model
 from lymphfeat.progress import Progress, silent
 
 PLATES = 6  # patients drawn as figures unless told otherwise
