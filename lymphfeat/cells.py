@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort import walk_folder
 from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.identity import file_hashes
 
 GROUPINGS = ("patients", "classes", "none")
 
@@ -57,10 +58,11 @@ class Cells:
         return self.names if self.grouping == "patients" else ()
 
     def fingerprint(self) -> str:
-        """Hash the groups, names and sizes of all files."""
+        """Hash the groups, names and contents of all files."""
         digest = hashlib.sha256()
-        for path, group in zip(self.paths, self.groups, strict=True):
-            line = f"{self.names[group]}/{path.name}:{path.stat().st_size}\n"
+        hashes = file_hashes(self.paths)
+        for path, group, hash in zip(self.paths, self.groups, hashes, strict=True):
+            line = f"{self.names[group]}/{path.name}:{hash}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import torch
 
 from lymphfeat.errors import ModelError
 from lymphfeat.files import replace_file
-from lymphfeat.store import differing_fields
+from lymphfeat.identity import differing_fields
 
 _FORMAT = "lymphfeat-checkpoint-1"
 # Writing takes at most this share of the time: short epochs are not all written.

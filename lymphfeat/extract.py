@@ -28,6 +28,7 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.endtoend.finetuning import fine_tune
 from lymphfeat.errors import SettingsError, StoreError
+from lymphfeat.identity import cohort_fingerprint, differing_fields
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.processes import count, from_first, is_first, join_processes, rank, to_first
 from lymphfeat.progress import Progress, silent
@@ -40,8 +41,6 @@ from lymphfeat.store import (
     FeatureStore,
     MapShape,
     StoreWriter,
-    cohort_fingerprint,
-    differing_fields,
 )
 
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import StoreError
+from lymphfeat.identity import differing_fields
 from lymphfeat.splits import Split
 
 FORMAT = "lymphfeat"
@@ -97,39 +98,8 @@ def _canonical(recipe: Recipe) -> str:
     return json.dumps(recipe, sort_keys=True)
 
 
-def cohort_fingerprint(cohort: Cohort) -> dict[str, Any]:
-    """Describe a cohort for a recipe: its size, and a hash of its table, names and file sizes."""
-    digest = hashlib.sha256(cohort.table.to_csv().encode())
-    for id, paths in zip(cohort.ids, cohort.images, strict=True):
-        digest.update(f"{id}:{len(paths)}\n".encode())  # an image may change its patient
-        for path in paths:
-            digest.update(_encode(f"{path.name}:{path.stat().st_size}\n"))
-    return {
-        "patients": len(cohort.table),
-        "images": int(cohort.offsets[-1]),
-        "sha256": digest.hexdigest(),
-    }
-
-
 def _encode(text: str) -> bytes:
     return text.encode(errors="surrogateescape")  # file names need not be valid UTF-8
-
-
-def differing_fields(ours: Recipe, theirs: Recipe, prefix: str = "") -> list[str]:
-    """Name the fields in which two recipes differ, with both values."""
-    lines = []
-    for key in sorted(set(ours) | set(theirs)):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differing_fields(a, b, f"{prefix}{key}.")
-        elif json.dumps(a) != json.dumps(b):  # a tuple comes back from a file as a list
-            lines.append(f"{prefix}{key} is {_shown(b)} there, {_shown(a)} now")
-    return lines
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}…"
 
 
 # --- writing -------------------------------------------------------------------------------------

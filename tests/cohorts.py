@@ -77,9 +77,11 @@ def write_challenge(root: Path, suffix: str = ".jpg", side: int = 16) -> Path:
     return root
 
 
-def write_own(root: Path, *lines: str, bags: Mapping[str, int] | None = None) -> Path:
+def write_own(
+    root: Path, *lines: str, bags: Mapping[str, int] | None = None, suffix: str = ".png"
+) -> Path:
     """Write a cohort of one's own: the table's lines and, by default, two images for each id."""
     write_text(root / "cohort.csv", *lines)
     ids = [line.split(",")[0] for line in lines[1:]]
-    write_bags(root, dict.fromkeys(ids, 2) if bags is None else bags)
+    write_bags(root, dict.fromkeys(ids, 2) if bags is None else bags, suffix)
     return root

@@ -53,16 +53,18 @@ def test_said_grouping_wins(tmp_path: Path) -> None:
     assert Cells.find(tmp_path, "none").names == ("",)
 
 
-def test_fingerprint_knows_names_groups_and_sizes(tmp_path: Path) -> None:
+def test_fingerprint_knows_names_groups_and_contents(tmp_path: Path) -> None:
     prints = set()
     for grouping in ("patients", "none"):
         put_images(tmp_path / "a", 2)
         prints.add(Cells.find(tmp_path, grouping).fingerprint())
     (tmp_path / "a" / "0.png").write_bytes(b"other")
     prints.add(Cells.find(tmp_path, "none").fingerprint())
+    (tmp_path / "a" / "0.png").write_bytes(b"OTHER")  # of the same size
+    prints.add(Cells.find(tmp_path, "none").fingerprint())
     (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "x.png")
     prints.add(Cells.find(tmp_path, "none").fingerprint())
-    assert len(prints) == 4
+    assert len(prints) == 5
 
 
 def test_what_is_no_folder_of_images(tmp_path: Path) -> None:

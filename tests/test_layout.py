@@ -26,7 +26,7 @@ LAYERS = (
     ("heads", "aggregators"),
     ("bags", "store", "backbones", "splits"),
     ("synthetic", "synthetic_patients", "smears"),
-    ("cells",),
+    ("cells", "identity"),
     ("cohort", "tables", "rows", "attributes", "clinical"),
     (
         "images",

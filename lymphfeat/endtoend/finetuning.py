@@ -23,12 +23,12 @@ from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.errors import ModelError
 from lymphfeat.files import replace_file
 from lymphfeat.heads import require_linear, resolve
+from lymphfeat.identity import differing_fields
 from lymphfeat.model import CHECKPOINT_FILE
 from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
-from lymphfeat.store import differing_fields
 
 BACKBONE_FILE = "backbone.safetensors"
 

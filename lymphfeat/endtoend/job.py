@@ -17,11 +17,11 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend.initial import start_from
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.heads import HeadStack, initial_scorer
+from lymphfeat.identity import cohort_fingerprint
 from lymphfeat.images import find_normalization
 from lymphfeat.model import Model, ModelRecipe, TrainingFacts
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
-from lymphfeat.store import cohort_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
