@@ -1,8 +1,8 @@
 """What was read, for recipes to name it: hashes of files, patients and cohorts. No torch.
 
-A file's hash is that of its contents. It is kept in the user's cache folder with the file's path,
-size and modification time, so that a large cohort is read once. The cache is a convenience: a command
-works as well where it cannot be read or written.
+A file's hash is that of its contents. The user's cache folder keeps it with the file's path, size
+and modification time, so that a large cohort is read once. The cache is a convenience: every
+command works as well where it cannot be read or written.
 """
 
 import hashlib

@@ -198,9 +198,23 @@ def test_a_forced_store_that_fails_keeps_the_old(
     assert out.read_bytes() == before
 
 
-def test_goes_on_after_a_bad_image(
-    cohort: Cohort, root: Path, tmp_path: Path, written: list[int]
-) -> None:
+def test_goes_on_after_an_interruption(cohort: Cohort, tmp_path: Path, written: list[int]) -> None:
+    def interrupt(done: int, total: int, text: str = "") -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    extract(cohort, tmp_path / "whole.h5", SETTINGS)
+    out = tmp_path / "s.h5"
+    with pytest.raises(KeyboardInterrupt):
+        extract(cohort, out, SETTINGS, progress=interrupt)
+    assert not out.exists()
+    written.clear()
+    extract(cohort, out, SETTINGS)
+    assert written == [8]
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_restored_image_is_another(cohort: Cohort, root: Path, tmp_path: Path) -> None:
     extract(cohort, tmp_path / "whole.h5", SETTINGS)
     bad = root / "P10" / "000004.png"  # the last of three blocks
     good = bad.read_bytes()
@@ -210,9 +224,9 @@ def test_goes_on_after_a_bad_image(
         extract(cohort, out, SETTINGS)
     assert not out.exists()
     bad.write_bytes(good)
-    written.clear()
-    extract(cohort, out, SETTINGS)
-    assert written == [8]
+    with pytest.raises(StoreError, match=r"cohort\.sha256 is .* start over with --force"):
+        extract(cohort, out, SETTINGS)
+    extract(cohort, out, SETTINGS, force=True)
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
