@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.images import VIEWS, Normalization
+from lymphfeat.provenance import NOBODY, Provenance
 
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
@@ -57,18 +58,7 @@ class LoadedWeights:
 
     source: str  # none, imagenet, bloodcells, or the file's name
     sha256: str  # of the weights as they stand in the backbone
-    # What `lymphfeat pretrain` wrote beside the tensors: recipe, classes, patients; else empty.
-    pretraining: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def trained_on(self) -> tuple[str, ...]:
-        """Return the patients whose labels the weights have seen."""
-        return tuple(self.pretraining.get("trained_on", ()))
-
-    @property
-    def pretrained_on(self) -> tuple[str, ...]:
-        """Return the patients whose images the weights have seen without labels."""
-        return tuple(self.pretraining.get("patients", ()))
+    provenance: Provenance = NOBODY  # whose labels and images they come from
 
 
 def build_backbone(
@@ -100,7 +90,7 @@ def build_backbone(
     return backbone, LoadedWeights(
         source=weights if weights == SHIPPED else path.name,
         sha256=weights_sha256(model),
-        pretraining=read_facts(path),
+        provenance=read_provenance(path),
     )
 
 
@@ -260,6 +250,24 @@ def read_facts(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
     return facts
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Return whose labels and images a weights file comes from; nobody's for files of others."""
+    facts = read_facts(path)
+    if "provenance" in facts:
+        return Provenance.from_json(facts["provenance"])
+    # Files of earlier versions have ids alone.
+    return Provenance.of_ids(labels=facts.get("trained_on", ()), images=facts.get("patients", ()))
+
+
+def find_provenance(weights: str, backbone: str) -> Provenance:
+    """Return whose labels and images the weights come from that `build_backbone` would load."""
+    chosen = choose_weights(weights, backbone)
+    if chosen in ("none", "imagenet"):
+        return NOBODY
+    path = SHIPPED_PATH if chosen == SHIPPED else Path(chosen)
+    return read_provenance(path) if path.is_file() else NOBODY
 
 
 def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> str:

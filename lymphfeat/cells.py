@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lymphfeat.cohort import walk_folder
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.identity import file_hashes
+from lymphfeat.provenance import PatientKey, Provenance
 
 GROUPINGS = ("patients", "classes", "none")
 
@@ -52,10 +53,17 @@ class Cells:
             grouping=grouping,
         )
 
-    @property
-    def patients(self) -> tuple[str, ...]:
-        """Return the ids of the patients seen, as far as the folders tell."""
-        return self.names if self.grouping == "patients" else ()
+    def provenance(self) -> Provenance:
+        """Return whose images these are; where folders are no patients, the images alone."""
+        hashes = np.array(file_hashes(self.paths))
+        if self.grouping != "patients":
+            return Provenance(images=tuple(PatientKey.of("", [hash]) for hash in hashes))
+        return Provenance(
+            images=tuple(
+                PatientKey.of(name, hashes[self.groups == group].tolist())
+                for group, name in enumerate(self.names)
+            )
+        )
 
     def fingerprint(self) -> str:
         """Hash the groups, names and contents of all files."""

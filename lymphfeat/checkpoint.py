@@ -15,6 +15,7 @@ import torch
 from lymphfeat.errors import ModelError
 from lymphfeat.files import replace_file
 from lymphfeat.identity import differing_fields
+from lymphfeat.provenance import Provenance
 
 _FORMAT = "lymphfeat-checkpoint-1"
 # Writing takes at most this share of the time: short epochs are not all written.
@@ -24,8 +25,9 @@ _WRITE_SHARE = 0.05
 class Checkpoint:
     """The checkpoint of one run."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], provenance: Provenance) -> None:
         self.path = path
+        self._provenance = provenance
         # Through JSON, as what is read back went.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._not_before = 0.0
@@ -67,6 +69,7 @@ class Checkpoint:
         content = {
             "format": _FORMAT,
             "identity": json.dumps(self._identity),
+            "provenance": json.dumps(self._provenance.to_json()),
             "state": dict(state),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ import pandas as pd
 from lymphfeat.errors import SettingsError
 from lymphfeat.intervals import estimate, holm
 from lymphfeat.metrics import METRICS
+from lymphfeat.provenance import is_same_patient, refuse_seen
+from lymphfeat.run_provenance import RunProvenance
 from lymphfeat.splits import Plan, Split, read_splits
 
 SMALLER_IS_BETTER = ("log_loss", "brier")
@@ -27,6 +29,7 @@ class SavedRun:
     splits: tuple[Split, ...]
     runs: pd.DataFrame  # head, split, metrics
     labels: dict[str, int]
+    provenance: RunProvenance
 
     @classmethod
     def read(cls, folder: Path) -> "SavedRun":
@@ -42,6 +45,7 @@ class SavedRun:
                 splits=tuple(read_splits(folder / "splits.json")),
                 runs=pd.read_csv(folder / "runs.csv"),
                 labels=dict(zip(predictions["patient"], predictions["label"], strict=True)),
+                provenance=RunProvenance.read(folder),
             )
         except (OSError, ValueError, KeyError) as error:
             raise SettingsError(
@@ -105,6 +109,8 @@ def compare_runs(
     if metric not in METRICS:
         raise SettingsError(f"metric (={metric}) must be one of {', '.join(METRICS)}.")
     saved = [SavedRun.read(folder) for folder in dict.fromkeys(folders)]
+    for run in saved:
+        _refuse_seen(run)
     for other in saved[1:]:
         _check_same(saved[0], other)
     rows = _choose_rows(saved, heads)
@@ -128,6 +134,14 @@ def compare_runs(
     )
 
 
+def _refuse_seen(run: SavedRun) -> None:
+    refuse_seen(
+        {id for split in run.splits for id in run.provenance.seen(split)},
+        f"{run.folder}: the backbone of its features",
+        "Fit the run on features of weights that have not seen them.",
+    )
+
+
 def _check_same(first: SavedRun, other: SavedRun) -> None:
     """Refuse runs that were not measured alike."""
     if first.protocol != other.protocol:
@@ -145,6 +159,16 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
             f"runs must be measured on the same splits; {first.folder} and {other.folder} differ "
             f"in {len(differing)}, the first {differing[0]}. Fit {other.folder} again with "
             f"--splits {first.folder / 'splits.json'}."
+        )
+    strangers = [
+        id
+        for id in first.labels
+        if not is_same_patient(first.provenance.key(id), other.provenance.key(id))
+    ]
+    if strangers:
+        raise SettingsError(
+            f"runs must be of the same patients; {first.folder} and {other.folder} have different "
+            f"images of {', '.join(strangers[:5])}. Are they of two cohorts?"
         )
     changed = [id for id, label in first.labels.items() if other.labels.get(id, label) != label]
     if changed:

@@ -28,11 +28,11 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.endtoend.finetuning import fine_tune
 from lymphfeat.errors import SettingsError, StoreError
-from lymphfeat.identity import cohort_fingerprint, differing_fields
+from lymphfeat.identity import cohort_fingerprint, differing_fields, image_hashes, patient_keys
 from lymphfeat.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.processes import count, from_first, is_first, join_processes, rank, to_first
 from lymphfeat.progress import Progress, silent
-from lymphfeat.protocol import refuse_leakage
+from lymphfeat.provenance import refuse_seen
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
 from lymphfeat.splits import Split
 from lymphfeat.store import (
@@ -80,7 +80,7 @@ def extract(
         if settings.finetune is None:
             found = {_frozen(settings, weights): backbone}
         else:
-            refuse_leakage(splits, weights.trained_on)
+            _refuse_seen(cohort, splits, weights)
             found = _fine_tuned(cohort, splits, settings, out, force, progress)
             recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in found}
         encoders = {
@@ -107,13 +107,22 @@ def _build(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
     )
 
 
+def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights) -> None:
+    held_out = {id for split in splits for id in split.validation}
+    seen = weights.provenance.labelled(patient_keys(cohort))
+    refuse_seen(
+        held_out.intersection(seen),
+        f"weights (={weights.source})",
+        "Choose weights that have not seen them, such as bloodcells or none.",
+    )
+
+
 def _frozen(settings: ExtractSettings, weights: LoadedWeights) -> FeatureSet:
     return FeatureSet(
         name="frozen",
         backbone=settings.backbone.backbone,
         weights_sha256=weights.sha256,
-        trained_on=weights.trained_on,
-        pretrained_on=weights.pretrained_on,
+        provenance=weights.provenance,
     )
 
 
@@ -138,7 +147,7 @@ def _fine_tuned(
             split,
             backbone=tuned.backbone,
             weights_sha256=weights.sha256,
-            pretrained_on=weights.pretrained_on,
+            provenance=weights.provenance,
         )
         found[feature_set] = backbone
     return found
@@ -246,6 +255,7 @@ def _extract_rows(
                     cohort=cohort,
                     shape=first.map_shape(settings.backbone.crop),
                     feature_sets=list(encoders),
+                    image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
                     force=force,
                 )
             )

@@ -20,6 +20,7 @@ from lymphfeat.heads import head_name
 from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
+from lymphfeat.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
@@ -37,6 +38,7 @@ RUN_FILES = (
     "epochs.csv",
     "predictions.csv",
     "splits.json",
+    PROVENANCE_FILE,
     "config.json",
 )
 
@@ -85,7 +87,7 @@ def fit_head(
             settings,
             table=store.table,
             splits=splits,
-            trained_on=_trained_on(store),
+            seen=RunProvenance.of(store).seen,
             shared=find_shared_images(store, next(iter(store.feature_sets))),
             progress=progress,
         )
@@ -135,11 +137,6 @@ def load_features(
     if FROZEN in store.feature_sets:
         return read(FROZEN)
     return SplitFeatures(store.splits, store.ids, store.n_images, lambda split: read(split.id))
-
-
-def _trained_on(store: FeatureStore) -> Sequence[str]:
-    """Return who must not be evaluated; a split's own features are of its training patients."""
-    return store.feature_sets[FROZEN].trained_on if FROZEN in store.feature_sets else ()
 
 
 def check_run_folder(out: Path, force: bool) -> None:
@@ -195,6 +192,9 @@ def _write(
         out / "runs.csv", index=False, float_format="%.6g"
     )
     write_splits(outcome.splits, out / "splits.json")
+    (out / PROVENANCE_FILE).write_text(
+        json.dumps(RunProvenance.of(store).to_json()), encoding="utf-8"
+    )
     outcome.summary.to_json(out / "summary.json", orient="records", indent=1, double_precision=15)
     (out / "warnings.txt").write_text(
         "".join(f"{line}\n" for line in outcome.warnings), encoding="utf-8"

@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import CohortError
+from lymphfeat.provenance import PatientKey
 
 _HASH_BYTES = 16
 # A file changed this short a time ago may change again within the tick of its file system's clock,
@@ -67,9 +68,10 @@ def cohort_fingerprint(cohort: Cohort) -> dict[str, Any]:
     }
 
 
-def patient_hashes(cohort: Cohort) -> tuple[str, ...]:
-    """Hash each patient's set of images, whatever their names and order; 32 hex digits each."""
-    return tuple(_hash("\n".join(sorted(set(hashes))).encode()) for hashes in image_hashes(cohort))
+def patient_keys(cohort: Cohort) -> tuple[PatientKey, ...]:
+    """Return what each patient of a cohort is recognised by: (P,)."""
+    found = zip(cohort.ids, image_hashes(cohort), strict=True)
+    return tuple(PatientKey.of(id, hashes) for id, hashes in found)
 
 
 def image_hashes(cohort: Cohort) -> tuple[tuple[str, ...], ...]:

@@ -5,11 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lymphfeat.backbones import SHIPPED, SHIPPED_PATH, read_facts, read_weights
+from lymphfeat.backbones import (
+    SHIPPED,
+    SHIPPED_PATH,
+    read_facts,
+    read_provenance,
+    read_weights,
+)
 from lymphfeat.errors import SettingsError
 from lymphfeat.fit import RUN_FILES
 from lymphfeat.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
+from lymphfeat.provenance import Provenance
 from lymphfeat.store import FeatureStore
+
+_LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -46,17 +55,23 @@ def _describe_weights(path: Path) -> dict[str, Any]:
         "path": str(path),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        **facts,
-        # Long lists of ids: they are in the file.
-        "patients": len(facts.get("patients", ())),
-        "trained_on": len(facts.get("trained_on", ())),
+        **{name: value for name, value in facts.items() if name not in _LONG},
+        **_counted(read_provenance(path)),
+    }
+
+
+def _counted(provenance: Provenance) -> dict[str, int]:
+    return {
+        "trained_on": len(provenance.labels),
+        "pretrained_on": len([key for key in provenance.images if key.id]),
     }
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
-    Model.load(path)  # refuses a model that is not whole
+    model = Model.load(path)  # refuses a model that is not whole
     facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    facts.get("training", {}).pop("trained_on", None)  # a long list of ids; in the file
+    training = {name: value for name, value in facts["training"].items() if name not in _LONG}
+    facts["training"] = training | _counted(model.facts.provenance)
     return {"kind": "model", "whole": True, "path": str(path), **facts}
 
 

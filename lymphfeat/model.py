@@ -38,10 +38,12 @@ from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.errors import ModelError
 from lymphfeat.files import replace_file
 from lymphfeat.heads import HeadStack
+from lymphfeat.identity import patient_keys
 from lymphfeat.images import VIEWS, Crop, Normalization, stream_crops
 from lymphfeat.intervals import bootstrap_metrics
 from lymphfeat.metrics import all_metrics
 from lymphfeat.progress import Progress, silent
+from lymphfeat.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.settings import HeadSettings
 
 FORMAT = "lymphfeat-model"
@@ -50,6 +52,10 @@ WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 _UNDECIDED = Decision()
 _WITH_INTERVAL = ("ba", "auc")
 MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
+# What a model has seen of a patient: its label in training; its label in validation, where nothing
+# was learnt from it; its images without its label; nothing.
+SEEN = ("label", "validation", "images", "no")
+ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": "new"}
 CHECKPOINT_FILE = "checkpoint.pt"  # of an unfinished end-to-end training
 
 
@@ -67,8 +73,9 @@ class ModelRecipe:
 class TrainingFacts:
     """Where a model comes from."""
 
-    trained_on: tuple[str, ...]  # patients whose LABELS it has seen
-    validated_on: tuple[str, ...] = ()
+    trained_on: tuple[str, ...]  # ids of its own training patients
+    validated_on: tuple[PatientKey, ...] = ()
+    provenance: Provenance = NOBODY  # all it comes from, its initial weights included
     cohort: Mapping[str, Any] = field(default_factory=dict)  # its fingerprint
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
@@ -84,9 +91,10 @@ class TrainingFacts:
 class Predictions:
     """What a model says of a cohort.
 
-    patients: id, label (missing where unknown), n_images, probability (of tumoral), calibrated
-        (missing where the model has no calibration), predicted (1 where the probability is above
-        the threshold); of several models also spread, the members' standard deviation.
+    patients: id, label (missing where unknown), seen (one of `SEEN`), n_images, probability (of
+        tumoral), calibrated (missing where the model has no calibration), predicted (1 where the
+        probability is above the threshold); of several models also spread, the members' standard
+        deviation.
     images: patient, image (file name), logit (the mean of its instances' logits), probability (its
         logistic), weight: the image's share in its patient's decision, adding up to 1 a patient.
     """
@@ -147,10 +155,16 @@ def average_predictions(
     threshold = mean_threshold(decisions)
     patients["predicted"] = (patients["probability"] > threshold).astype(np.int64)
     patients["spread"] = probabilities.std(0)
+    patients["seen"] = _most_seen([table["seen"] for table in tables])
     images = members[0].images.copy()
     for name in ("logit", "probability", "weight"):
         images[name] = np.mean([member.images[name] for member in members], axis=0)
     return Predictions(patients=patients, images=images)
+
+
+def _most_seen(columns: Sequence["pd.Series[str]"]) -> list[str]:
+    """Return what the members together have seen of each patient."""
+    return [min(seen, key=SEEN.index) for seen in zip(*columns, strict=True)]
 
 
 def mean_threshold(decisions: Sequence[Decision]) -> float:
@@ -230,7 +244,11 @@ class Model:
             **self.decision.to_json(),
             "tta": self.tta,
             "weights_sha256": weights_sha256(_network(self.backbone, self.head)),
-            "training": asdict(self.facts),
+            "training": asdict(self.facts)
+            | {
+                "validated_on": keys_to_json(self.facts.validated_on),
+                "provenance": self.facts.provenance.to_json(),
+            },
         }
 
     @classmethod
@@ -274,20 +292,31 @@ class Model:
             return self._read_out(cohort, logits)
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-        """Measure the labelled ones of predicted patients, by what the model knows of their ids.
+        """Measure the labelled ones of predicted patients, by what the model has seen of them.
 
-        The groups are "train" (their labels were learnt from: tells how well the model fits, not
-        how well it predicts), "validation" and "new".
+        The groups are "train" (their labels were learnt from, by the model or by what it was made
+        of: how well the model fits, not how well it predicts), "validation" and "new".
         """
         known = patients[patients["label"].notna()]
-        role = dict.fromkeys(self.facts.trained_on, "train")
-        role |= dict.fromkeys(self.facts.validated_on, "validation")
-        groups = known["id"].map(lambda id: role.get(id, "new"))
+        groups = known["seen"].map(ROLE_OF)
         return {
             group: patient_metrics(known[groups == group], self.threshold)
             for group in ("train", "validation", "new")
             if (groups == group).any()
         }
+
+    def seen(self, patients: Sequence[PatientKey]) -> list[str]:
+        """Say of each patient what the model has seen of it, as one of `SEEN`."""
+        validated = Provenance(labels=self.facts.validated_on)
+
+        def seen_of(patient: PatientKey) -> str:
+            if self.facts.provenance.has_label_of(patient):
+                return "label"
+            if validated.has_label_of(patient):
+                return "validation"
+            return "images" if self.facts.provenance.has_images_of(patient) else "no"
+
+        return [seen_of(patient) for patient in patients]
 
     def _read_out(self, cohort: Cohort, logits: Tensor) -> Predictions:
         images = Bags.of(cohort.n_images)
@@ -296,7 +325,9 @@ class Model:
         weight = torch.stack([view.weight for view in read]).mean(0).numpy()  # (N,)
         logit = logits.mean((0, 2)).numpy()  # (N,)
         return Predictions(
-            patients=_patient_table(cohort, probability, self.decision),
+            patients=_patient_table(
+                cohort, self.seen(patient_keys(cohort)), probability, self.decision
+            ),
             images=_image_table(cohort, logit, weight),
         )
 
@@ -345,11 +376,22 @@ def _build(facts: Mapping[str, Any]) -> Model:
         HeadStack([settings], zeros, torch.zeros(1)),
         recipe=recipe,
         facts=TrainingFacts(
-            **training | {name: tuple(training[name]) for name in ("trained_on", "validated_on")}
+            **training
+            | {
+                "trained_on": tuple(training["trained_on"]),
+                "validated_on": keys_from_json(training["validated_on"]),
+                "provenance": _read_provenance(training),
+            }
         ),
         decision=Decision.from_json(facts),
         tta=bool(facts["tta"]),
     )
+
+
+def _read_provenance(training: Mapping[str, Any]) -> Provenance:
+    if "provenance" in training:
+        return Provenance.from_json(training["provenance"])
+    return Provenance.of_ids(labels=training["trained_on"])  # of models of earlier versions
 
 
 def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:
@@ -468,7 +510,7 @@ def read_out(head: HeadStack, images: Bags, logits: Tensor) -> ReadOut:
 
 
 def _patient_table(
-    cohort: Cohort, probability: NDArray[np.float32], decision: Decision
+    cohort: Cohort, seen: Sequence[str], probability: NDArray[np.float32], decision: Decision
 ) -> pd.DataFrame:
     labels = pd.Series(cohort.labels, dtype="Int64")
     calibration = decision.calibration
@@ -476,6 +518,7 @@ def _patient_table(
         {
             "id": cohort.ids,
             "label": labels.mask(labels < 0),
+            "seen": seen,
             "n_images": cohort.n_images,
             "probability": probability,
             "calibrated": np.nan

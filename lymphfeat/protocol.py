@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ from lymphfeat.guards import SharedImage, refuse_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.metrics import all_metrics, log_loss, roc_auc
 from lymphfeat.progress import Progress, silent
+from lymphfeat.provenance import refuse_seen
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Plan, Split, check_splits, kfold_splits, report_splits
 from lymphfeat.training import Features, Fit, FittedHeads, fit_heads
@@ -84,7 +85,7 @@ def run_protocol(
     *,
     table: pd.DataFrame | None = None,
     splits: Sequence[Split] | None = None,
-    trained_on: Sequence[str] = (),
+    seen: Callable[[Split], Collection[str]] = lambda split: (),
     shared: Sequence[SharedImage] = (),
     progress: Progress = silent,
 ) -> Outcome:
@@ -92,8 +93,8 @@ def run_protocol(
 
     `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `table`
     has their clinical attributes, a row each. `splits` are taken in place of the protocol's own.
-    `trained_on` names the patients whose labels the backbone has seen: LeakageError where one of
-    them would be evaluated, and where one of the `shared` images is on both sides of a split.
+    `seen` returns a split's validation patients whose labels its features come from: LeakageError
+    where there are any, and where one of the `shared` images is on both sides of a split.
     """
     if isinstance(features, SplitFeatures):
         plan = own_plan(features, dict(zip(ids, labels.tolist(), strict=True)), settings, splits)
@@ -101,7 +102,11 @@ def run_protocol(
     else:
         plan = make_plan(ids, labels, settings, splits)
         sizes = features.bags.sizes.cpu().numpy()
-    refuse_leakage(plan.outer, trained_on)
+    refuse_seen(
+        {id for split in plan.outer for id in seen(split)},
+        "the backbone of these features",
+        "Extract with per-split fine-tuning, or with weights that have not seen them.",
+    )
     if not settings.allow_shared_images:
         refuse_shared_images(plan.outer, shared)
     patients = Patients(ids, labels, plan)
@@ -240,18 +245,6 @@ def _fit_on(
         tta=settings.tta,
         progress=progress,
     )
-
-
-def refuse_leakage(splits: Sequence[Split], trained_on: Sequence[str]) -> None:
-    """Raise LeakageError when a validation patient is one the backbone was fine-tuned on."""
-    seen = set(trained_on)
-    leaked = sorted({patient for split in splits for patient in split.validation} & seen)
-    if leaked:
-        shown = ", ".join(leaked[:10]) + (f", … ({len(leaked)} in all)" if len(leaked) > 10 else "")
-        raise LeakageError(
-            f"the backbone of these features was fine-tuned on {shown}: heads must not be "
-            "evaluated on them. Extract with per-split fine-tuning, or with frozen weights."
-        )
 
 
 def _head_scores(

@@ -9,11 +9,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lymphfeat.backbones import find_provenance
 from lymphfeat.cohort import Cohort
 from lymphfeat.extract import extract
 from lymphfeat.heads import head_name, resolve
+from lymphfeat.identity import patient_keys
 from lymphfeat.optimism import fit_both
 from lymphfeat.progress import Progress, silent
+from lymphfeat.provenance import refuse_seen
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
@@ -135,6 +138,8 @@ def reproduce_report(
     found: dict[tuple[str, str], dict[str, float]] = {}
     warnings: list[str] = []
     wanted = [row for row in ROWS if row.backbone in settings.backbones]
+    for backbone in settings.backbones:
+        _refuse_seen(cohort, _extraction(settings, backbone).backbone)
     for backbone, subset in dict.fromkeys((row.backbone, row.subset) for row in wanted):
         store = extract(
             cohort, cache / f"{backbone}.h5", _extraction(settings, backbone), progress=progress
@@ -159,6 +164,16 @@ def reproduce_report(
     table = pd.DataFrame([_tell(row, found) for row in wanted])
     files = _write(table, out)
     return Reproduction(table=table, warnings=tuple(warnings), files=files)
+
+
+def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
+    """Refuse weights that have seen labels of the cohort before anything long begins."""
+    provenance = find_provenance(backbone.weights, backbone.backbone)
+    refuse_seen(
+        provenance.labelled(patient_keys(cohort.labelled())),
+        f"weights (={backbone.weights})",
+        "Choose weights that have not seen them, such as bloodcells or none.",
+    )
 
 
 def _extraction(settings: ReproductionSettings, backbone: str) -> ExtractSettings:

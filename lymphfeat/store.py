@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -29,10 +30,11 @@ from numpy.typing import NDArray
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import StoreError
 from lymphfeat.identity import differing_fields
+from lymphfeat.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.splits import Split
 
 FORMAT = "lymphfeat"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 _SLASH = "\u2215"  # stands for the / of a covariate's name (CD4/CD8), which HDF5 takes for a path
 
@@ -46,9 +48,9 @@ class FeatureSet:
     name: str  # "frozen", or the split's id for weights fine-tuned on that split
     backbone: str
     weights_sha256: str
-    trained_on: tuple[str, ...] = ()  # patients whose LABELS the weights have seen
-    pretrained_on: tuple[str, ...] = ()  # patients whose images they have seen without labels
-    split: str = ""  # id of the split whose training patients these are
+    provenance: Provenance = NOBODY  # whose labels and images the weights have seen
+    split: str = ""  # id of the split that the weights were fine-tuned on
+    training: tuple[str, ...] = ()  # the split's training patients
     validation: tuple[str, ...] = ()  # the split's other patients
     seed: int = 0  # the split's
     repeat: int = 0  # the split's
@@ -60,16 +62,16 @@ class FeatureSet:
         *,
         backbone: str,
         weights_sha256: str,
-        pretrained_on: tuple[str, ...] = (),
+        provenance: Provenance,
     ) -> "FeatureSet":
         """Describe the maps of a backbone fine-tuned on a split's training patients."""
         return cls(
             name=split.id,
             backbone=backbone,
             weights_sha256=weights_sha256,
-            trained_on=split.train,
-            pretrained_on=pretrained_on,
+            provenance=provenance,
             split=split.id,
+            training=split.train,
             validation=split.validation,
             seed=split.seed,
             repeat=split.repeat,
@@ -121,8 +123,10 @@ class StoreWriter:
         cohort: Cohort,
         shape: MapShape,
         feature_sets: Sequence[FeatureSet],
+        image_hashes: Sequence[str] = (),
         force: bool = False,
     ) -> None:
+        """Take the (N,) content hashes of the cohort's image files; none where they are unknown."""
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal_path = path.with_name(path.name + ".journal")
@@ -133,7 +137,7 @@ class StoreWriter:
             self._blocks = self._resume(force)
             if self._blocks is None:
                 self._blocks = {}
-                self._start(cohort, shape, feature_sets)
+                self._start(cohort, shape, feature_sets, image_hashes)
             self._maps: dict[str, NDArray[Any]] = {
                 name: _map(self.partial, name, "r+") for name in _row_names(self.partial)
             }
@@ -179,11 +183,17 @@ class StoreWriter:
             self._journal.write("\n")  # the next entry must not continue a torn line
         return blocks
 
-    def _start(self, cohort: Cohort, shape: MapShape, feature_sets: Sequence[FeatureSet]) -> None:
+    def _start(
+        self,
+        cohort: Cohort,
+        shape: MapShape,
+        feature_sets: Sequence[FeatureSet],
+        image_hashes: Sequence[str],
+    ) -> None:
         self._journal.seek(0)
         self._journal.truncate()
         self.partial.unlink(missing_ok=True)
-        _create(self.partial, self._recipe, cohort, shape, feature_sets)
+        _create(self.partial, self._recipe, cohort, shape, feature_sets, image_hashes)
         _fsync(self.partial)
         self._append({"recipe": self._recipe})
 
@@ -302,6 +312,7 @@ def _create(
     cohort: Cohort,
     shape: MapShape,
     feature_sets: Sequence[FeatureSet],
+    image_hashes: Sequence[str],
 ) -> None:
     n = int(cohort.offsets[-1])
     with h5py.File(path, "w", libver=("v108", "v110")) as file:
@@ -314,6 +325,8 @@ def _create(
         images = file.create_group("images")
         _write_strings(images, "name", [path.name for paths in cohort.images for path in paths])
         _allocate(images, "crc32", (n,), np.uint32)
+        if image_hashes:
+            _write_strings(images, "hash", image_hashes)
         for feature_set in feature_sets:
             features = _allocate(
                 file.require_group("features"), feature_set.name, shape.rows(n), np.float16
@@ -327,16 +340,19 @@ def _create(
                     feature_set.repeat,
                 )
                 _write_strings(
+                    file.require_group("training"), feature_set.name, feature_set.training
+                )
+                _write_strings(
                     file.require_group("validation"), feature_set.name, feature_set.validation
                 )
-            # A dataset of its own: an attribute is limited to 64 kB.
+            # Datasets of their own: an attribute is limited to 64 kB.
+            provenance = feature_set.provenance
+            _write_strings(file.require_group("trained_on"), feature_set.name, provenance.label_ids)
             _write_strings(
-                file.require_group("trained_on"), feature_set.name, feature_set.trained_on
+                file.require_group("provenance"),
+                feature_set.name,
+                [_canonical(provenance.to_json())],
             )
-            if feature_set.pretrained_on:
-                _write_strings(
-                    file.require_group("pretrained_on"), feature_set.name, feature_set.pretrained_on
-                )
             pooled = (n, shape.views, shape.channels)
             _allocate(file.require_group("pooled"), feature_set.name, pooled, np.float32)
 
@@ -414,6 +430,7 @@ class FeatureStore:
     offsets: NDArray[np.int64]  # (P + 1,) patient p's images are rows offsets[p]:offsets[p+1]
     image_names: tuple[str, ...]  # (N,)
     crc32: NDArray[np.uint32]  # (N,)
+    image_hashes: tuple[str, ...]  # (N,) of the image files' contents; empty in old stores
     feature_sets: Mapping[str, FeatureSet]
     shape: MapShape
     submission_ids: tuple[str, ...]
@@ -434,6 +451,7 @@ class FeatureStore:
                 offsets=file["patients/offsets"][:],
                 image_names=tuple(_read_strings(file["images/name"])),
                 crc32=file["images/crc32"][:],
+                image_hashes=_read_image_hashes(file["images"]),
                 feature_sets=sets,
                 shape=MapShape(
                     views=first.shape[1],
@@ -481,15 +499,27 @@ class FeatureStore:
             "bytes": self.path.stat().st_size,
             "recipe_sha256": self.recipe_sha256,
             "recipe": dict(self.recipe),
-            "pretrained_on": {
-                name: len(self.pretrained_patients(name)) for name in self.feature_sets
-            },
+            "trained_on": {name: len(self.label_seen(name)) for name in self.feature_sets},
+            "pretrained_on": {name: len(self.images_seen(name)) for name in self.feature_sets},
         }
 
-    def pretrained_patients(self, name: str = "frozen") -> list[str]:
-        """Name the patients here whose images the weights saw in pre-training, without labels."""
-        seen = set(self.feature_sets[self._known(name)].pretrained_on)
-        return [id for id in self.ids if id in seen]
+    def label_seen(self, name: str = "frozen") -> tuple[str, ...]:
+        """Name the patients here whose labels the weights have seen, by whatever id."""
+        return self.feature_sets[self._known(name)].provenance.labelled(self.keys)
+
+    def images_seen(self, name: str = "frozen") -> tuple[str, ...]:
+        """Name the patients here whose images the weights have seen without labels."""
+        return self.feature_sets[self._known(name)].provenance.pictured(self.keys)
+
+    @cached_property
+    def keys(self) -> tuple[PatientKey, ...]:
+        """Return what each patient is recognised by: (P,)."""
+        if not self.image_hashes:
+            return tuple(PatientKey(id=id) for id in self.ids)
+        return tuple(
+            PatientKey.of(id, self.image_hashes[start:stop])
+            for id, start, stop in zip(self.ids, self.offsets[:-1], self.offsets[1:], strict=True)
+        )
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -515,7 +545,7 @@ class FeatureStore:
                 id=found.split,
                 seed=found.seed,
                 repeat=found.repeat,
-                train=found.trained_on,
+                train=found.training,
                 validation=found.validation,
             )
             for found in self.feature_sets.values()
@@ -566,7 +596,7 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
 def _check_format(file: h5py.File, path: Path) -> None:
     if file.attrs.get("format") != FORMAT:
         raise StoreError(f"{path}: is an HDF5 file but no lymphfeat feature store.")
-    version = int(file.attrs["format_version"])
+    version = _version(file)
     if version > FORMAT_VERSION:
         raise StoreError(
             f"{path}: format_version (={version}) must be at most {FORMAT_VERSION}; "
@@ -576,25 +606,49 @@ def _check_format(file: h5py.File, path: Path) -> None:
         raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
 
 
+def _version(file: h5py.File) -> int:
+    return int(file.attrs["format_version"])
+
+
 def _read_strings(dataset: h5py.Dataset) -> list[str]:
     return [value.decode(errors="surrogateescape") for value in dataset[:]]
 
 
+def _read_image_hashes(group: h5py.Group) -> tuple[str, ...]:
+    return tuple(_read_strings(group["hash"])) if "hash" in group else ()
+
+
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
     attributes = file["features"][name].attrs
-    pretrained = name in file.get("pretrained_on", {})
-    validated = name in file.get("validation", {})
+    split = str(attributes["split"])
+    # In version 1 the training patients of a split were those of "trained_on".
+    sides = ("trained_on" if _version(file) == 1 else "training", "validation")
+    training, validation = (_read_ids(file, side, name) if split else () for side in sides)
     return FeatureSet(
         name=name,
         backbone=str(attributes["backbone"]),
         weights_sha256=str(attributes["weights_sha256"]),
-        trained_on=tuple(_read_strings(file["trained_on"][name])),
-        pretrained_on=tuple(_read_strings(file["pretrained_on"][name])) if pretrained else (),
-        split=str(attributes["split"]),
-        validation=tuple(_read_strings(file["validation"][name])) if validated else (),
+        provenance=_read_provenance(file, name),
+        split=split,
+        training=training,
+        validation=validation,
         seed=int(attributes.get("seed", 0)),
         repeat=int(attributes.get("repeat", 0)),
     )
+
+
+def _read_provenance(file: h5py.File, name: str) -> Provenance:
+    if _version(file) == 1:
+        return Provenance.of_ids(
+            labels=_read_ids(file, "trained_on", name),
+            images=_read_ids(file, "pretrained_on", name),
+        )
+    (text,) = _read_strings(file["provenance"][name])
+    return Provenance.from_json(json.loads(text))
+
+
+def _read_ids(file: h5py.File, group: str, name: str) -> tuple[str, ...]:
+    return tuple(_read_strings(file[group][name])) if name in file.get(group, {}) else ()
 
 
 def _read_patients(group: h5py.Group) -> pd.DataFrame:

@@ -25,7 +25,11 @@ def test_folders_beside_a_table_are_patients_and_the_table_is_not_read(tmp_path:
     (tmp_path / "table.csv").write_bytes(b"\xff\x00 no table at all")
     cells = Cells.find(tmp_path)
     assert cells.grouping == "patients"
-    assert cells.names == cells.patients == ("P10", "P2")
+    assert cells.names == ("P10", "P2")
+    assert [(key.id, len(key.images)) for key in cells.provenance().images] == [
+        ("P10", 1),
+        ("P2", 2),
+    ]
     assert cells.groups.tolist() == [0, 1, 1]
     assert [path.parent.name for path in cells.paths] == ["P10", "P2", "P2"]
 
@@ -34,11 +38,8 @@ def test_folders_without_a_table_are_classes(tmp_path: Path) -> None:
     put_images(tmp_path / "monocyte", 1)
     put_images(tmp_path / "basophil", 2)
     cells = Cells.find(tmp_path)
-    assert (cells.grouping, cells.names, cells.patients) == (
-        "classes",
-        ("basophil", "monocyte"),
-        (),
-    )
+    assert (cells.grouping, cells.names) == ("classes", ("basophil", "monocyte"))
+    assert [key.id for key in cells.provenance().images] == ["", "", ""]
 
 
 def test_one_folder_is_no_class(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_one_folder_is_no_class(tmp_path: Path) -> None:
 def test_said_grouping_wins(tmp_path: Path) -> None:
     put_images(tmp_path / "a", 1)
     put_images(tmp_path / "b", 1)
-    assert Cells.find(tmp_path, "patients").patients == ("a", "b")
+    assert Cells.find(tmp_path, "patients").grouping == "patients"
     assert Cells.find(tmp_path, "none").names == ("",)
 
 

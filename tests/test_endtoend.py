@@ -143,7 +143,7 @@ def test_every_kind_of_backbone_trains(
 
 def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> None:
     model = train_end_to_end(cohort, tiny_settings(validation=0.4), tmp_path)
-    held_out = set(model.facts.validated_on)
+    held_out = {key.id for key in model.facts.validated_on}
     assert len(held_out) == 4
     assert held_out.isdisjoint(model.facts.trained_on)
     assert cohort.select(held_out).labels.sum() == 2

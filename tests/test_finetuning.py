@@ -60,7 +60,7 @@ def test_every_patient_is_stored_under_every_split(store: FeatureStore, cohort: 
     splits = {split.id: split for split in splits_of(cohort, "kfold:3+inner")}
     assert {split.id: split for split in store.splits} == splits
     for name, found in store.feature_sets.items():
-        assert found.trained_on == splits[name].train
+        assert found.provenance.label_ids == splits[name].train
         assert len(store.features(name)) == cohort.offsets[-1]
     assert len({found.weights_sha256 for found in store.feature_sets.values()}) == 6
     assert not np.array_equal(store.features("kfold3-r0-f0"), store.features("kfold3-r0-f1"))
@@ -75,8 +75,9 @@ def test_maps_are_those_of_the_weights_beside_the_store(
     plain = extract(cohort, tmp_path / "p.h5", replace(SETTINGS, backbone=backbone, finetune=None))
     np.testing.assert_array_equal(plain.features("frozen"), store.features("kfold3-r0-f1"))
     # The file itself knows whom it was trained on, wherever it is used.
-    assert plain.feature_sets["frozen"].trained_on == store.feature_sets["kfold3-r0-f1"].trained_on
-    with pytest.raises(LeakageError, match="was fine-tuned on P"):
+    tuned = store.feature_sets["kfold3-r0-f1"]
+    assert plain.feature_sets["frozen"].provenance == tuned.provenance
+    with pytest.raises(LeakageError, match="learnt from the labels of P"):
         fit_head(plain, HEADS, replace(FIT, folds=3), tmp_path / "run")
 
 
@@ -126,7 +127,7 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
     splits = splits_of(cohort, "all")
     out = tmp_path / "s.h5"
     one = extract(cohort, out, SETTINGS, splits=splits)
-    assert one.feature_sets["all"].trained_on == cohort.labelled().ids
+    assert one.feature_sets["all"].provenance.label_ids == cohort.labelled().ids
     with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: nobody is left"):
         fit_head(one, HEADS, FIT, tmp_path / "run")
     seen: list[str] = []
@@ -183,7 +184,7 @@ def test_initial_weights_must_not_know_the_validation_patients(
 ) -> None:
     weights = store.path.with_name("tuned.h5.backbones") / "kfold3-r0-f0" / "backbone.safetensors"
     settings = replace(SETTINGS, backbone=replace(BACKBONE, weights=str(weights)))
-    with pytest.raises(LeakageError, match="was fine-tuned on P"):
+    with pytest.raises(LeakageError, match="learnt from the labels of P"):
         extract(cohort, tmp_path / "s.h5", settings, splits=splits_of(cohort, "report:1"))
 
 

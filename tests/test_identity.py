@@ -16,7 +16,7 @@ from lymphfeat.identity import (
     differing_fields,
     file_hashes,
     image_hashes,
-    patient_hashes,
+    patient_keys,
 )
 from tests.cohorts import write_image, write_own
 
@@ -87,21 +87,21 @@ def test_an_edited_image_of_the_same_size_is_another(tmp_path: Path, suffix: str
     image = settle(cohort.images[0][1])
     before, patients, size = (
         cohort_fingerprint(cohort),
-        patient_hashes(cohort),
+        patient_keys(cohort),
         image.stat().st_size,
     )
     write_image(image, seed=77)
     assert image.stat().st_size == size
     assert cohort_fingerprint(cohort) != before
-    assert patient_hashes(cohort)[0] != patients[0]
-    assert patient_hashes(cohort)[1] == patients[1]
+    assert patient_keys(cohort)[0] != patients[0]
+    assert patient_keys(cohort)[1] == patients[1]
 
 
 def test_a_patient_is_its_images_whatever_they_are_called(tmp_path: Path) -> None:
     root = write_own(tmp_path / "a", "id,label", "P1,0", "P2,1", bags={"P1": 3, "P2": 2})
     cohort = Cohort.load(root)
-    p1, p2 = patient_hashes(cohort)
-    assert p1 != p2
+    p1, p2 = patient_keys(cohort)
+    assert p1.images != p2.images
     assert [len(hashes) for hashes in image_hashes(cohort)] == [3, 2]
     assert image_hashes(cohort)[1] == tuple(reference(path) for path in cohort.images[1])
 
@@ -110,9 +110,11 @@ def test_a_patient_is_its_images_whatever_they_are_called(tmp_path: Path) -> Non
         path.rename(other / "X" / f"{name}.png")
     for name in ("000000", "000001", "000002"):
         (other / "X" / f"{name}.png").unlink()
-    renamed = dict(zip(("P1", "X"), patient_hashes(Cohort.load(other)), strict=True))
-    assert renamed["X"] == p1
-    assert renamed["P1"] not in (p1, p2)  # the same id, other images
+    for index, path in enumerate(sorted((other / "P1").iterdir())):
+        write_image(path, seed=900 + index)
+    renamed = dict(zip(("P1", "X"), patient_keys(Cohort.load(other)), strict=True))
+    assert renamed["X"].images == p1.images
+    assert not {*renamed["P1"].images} & {*p1.images, *p2.images}  # the same id, other images
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:

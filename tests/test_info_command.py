@@ -114,7 +114,7 @@ def test_nothing_of_ours(tmp_path: Path) -> None:
 
 def test_shipped_weights() -> None:
     told = json.loads(info("bloodcells", "--json").stdout)
-    assert (told["kind"], told["whole"], told["patients"]) == ("weights", True, 0)
+    assert (told["kind"], told["whole"], told["trained_on"]) == ("weights", True, 0)
     assert told["recipe"]["backbone"] == "resnet18"
 
 

@@ -21,6 +21,7 @@ LAYERS = (
     ("fit", "extract", "endtoend", "pretraining", "audit"),
     ("checkpoint",),
     ("summary_figure", "comparison_figure", "comparison", "truth"),
+    ("run_provenance",),
     ("protocol", "guards", "model", "fusion", "baselines", "shortcuts"),
     ("training", "evaluation"),
     ("heads", "aggregators"),
@@ -38,7 +39,7 @@ LAYERS = (
         "processes",
         "augmentation",
     ),
-    ("progress", "errors", "files"),
+    ("progress", "provenance", "errors", "files"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.

@@ -22,6 +22,7 @@ from lymphfeat.errors import LeakageError, ModelError, SettingsError
 from lymphfeat.extract import extract
 from lymphfeat.fit import fit_head
 from lymphfeat.heads import resolve
+from lymphfeat.identity import patient_keys
 from lymphfeat.model import Model, member_folders
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.splits import kfold_splits
@@ -54,9 +55,12 @@ def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
     labelled = cohort.labelled()
     for member in members:
         facts = member.facts
-        assert not set(facts.trained_on) & set(facts.validated_on)
-        assert {*facts.trained_on, *facts.validated_on} == set(labelled.ids)
-    assert sorted(id for m in members for id in m.facts.validated_on) == sorted(labelled.ids)
+        held_out = {key.id for key in facts.validated_on}
+        assert not set(facts.trained_on) & held_out
+        assert {*facts.trained_on, *held_out} == set(labelled.ids)
+        assert set(facts.provenance.label_ids) == set(facts.trained_on)
+    held_out_ids = [key.id for member in members for key in member.facts.validated_on]
+    assert sorted(held_out_ids) == sorted(labelled.ids)
 
 
 def test_probabilities_are_averaged_and_the_threshold_is_out_of_fold(
@@ -68,7 +72,7 @@ def test_probabilities_are_averaged_and_the_threshold_is_out_of_fold(
     mean = np.mean([table["probability"] for table in each], axis=0)
     np.testing.assert_allclose(written["probability"], mean, rtol=1e-5)
     for member, table in zip(members, each, strict=True):
-        unseen = list(member.facts.validated_on)
+        unseen = [key.id for key in member.facts.validated_on]
         np.testing.assert_allclose(
             written.loc[unseen, "out_of_fold"], table.loc[unseen, "probability"], rtol=1e-5
         )
@@ -179,7 +183,7 @@ def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Coh
     weight = prepare(cohort, parts_of(labelled, split), tiny_settings()).weights.sha256
     assert read_initial_head(run, (), weight).name == "bnsigmoid lr=0.05"
     with pytest.raises(LeakageError, match="all of them did"):
-        read_initial_head(run, labelled.ids, weight)
+        read_initial_head(run, patient_keys(labelled), weight)
 
 
 def test_training_from_a_head_runs(run: Path, cohort: Cohort, tmp_path: Path) -> None:

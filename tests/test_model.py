@@ -16,6 +16,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.heads import HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS, decode_crop
 from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts
+from lymphfeat.provenance import PatientKey, Provenance
 from lymphfeat.settings import HeadSettings
 from tests.tiny import SIDE, write_red_cohort
 from tests.tiny import one_thread as one_thread
@@ -41,7 +42,12 @@ def make_model(agg: str = "bnsigmoid", unit: str = "", k_agg: int = 2) -> Model:
             crop=SIDE,
             normalization=NORMALIZATIONS["challenge"],
         ),
-        facts=TrainingFacts(trained_on=("P0", "P1"), validated_on=("P2",), epochs=3),
+        facts=TrainingFacts(
+            trained_on=("P0", "P1"),
+            validated_on=(PatientKey(id="P2"),),
+            provenance=Provenance.of_ids(labels=("P0", "P1")),
+            epochs=3,
+        ),
     )
 
 

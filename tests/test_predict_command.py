@@ -38,6 +38,7 @@ def test_writes_tables_and_submission(root: Path) -> None:
     assert list(patients.columns) == [
         "id",
         "label",
+        "seen",
         "n_images",
         "probability",
         "calibrated",

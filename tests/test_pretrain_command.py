@@ -37,7 +37,7 @@ def test_a_store_of_pretrained_weights_names_the_patients_seen(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert "12 of the 12 patients" in result.stderr
     opened = FeatureStore.open(store)
-    assert sorted(opened.pretrained_patients()) == sorted(opened.ids)
+    assert sorted(opened.images_seen()) == sorted(opened.ids)
     assert opened.recipe["weights"] == "mine.safetensors"
     described = json.loads(run("info", store, "--json").stdout)
     assert described["pretrained_on"] == {"frozen": 12}

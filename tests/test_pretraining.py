@@ -124,9 +124,10 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
 
     _, loaded = build_backbone(TINY.backbone, weights=str(trained.weights), image_size=32)
     assert loaded.sha256 == trained.sha256
-    facts = loaded.pretraining
+    facts = read_facts(trained.weights)
     assert facts["classes"] == {"green": 12, "red": 12}
-    assert facts["patients"] == []
+    assert loaded.provenance.labels == ()
+    assert len(loaded.provenance.images) == 24  # of no patient: one by one
     assert facts["recipe"]["method"] == "vicreg"
     assert facts["recipe"]["init"] == "none"
     assert facts["recipe"]["steps"] == 6 * 4

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import StoreError
+from lymphfeat.provenance import PatientKey, Provenance
 from lymphfeat.store import (
     FeatureSet,
     FeatureStore,
@@ -34,7 +35,7 @@ from tests.stores import (
     write_store,
 )
 
-GOLDEN = Path(__file__).parent / "data" / "format-v1.h5"
+GOLDENS = {version: Path(__file__).parent / "data" / f"format-v{version}.h5" for version in (1, 2)}
 
 
 def siblings(path: Path) -> list[str]:
@@ -120,8 +121,9 @@ def test_plain_h5py_reads_what_the_format_says(tmp_path: Path) -> None:
         name="kfold5-r0-f3",
         backbone="tiny",
         weights_sha256="1" * 64,
-        trained_on=("P0", "P2"),
+        provenance=Provenance(labels=(PatientKey(id="X7", images=("ab", "cd")),)),
         split="kfold5-r0-f3",
+        training=("P0", "P2"),
     )
     maps, n = made_up_maps(7), 7
     with open_writer(tmp_path / "s.h5", cohort, feature_sets=[FROZEN, tuned]) as writer:
@@ -140,18 +142,25 @@ def test_plain_h5py_reads_what_the_format_says(tmp_path: Path) -> None:
                 *("features", "features/frozen", "features/kfold5-r0-f3"),
                 *("pooled", "pooled/frozen", "pooled/kfold5-r0-f3"),
                 *("trained_on", "trained_on/frozen", "trained_on/kfold5-r0-f3"),
+                *("provenance", "provenance/frozen", "provenance/kfold5-r0-f3"),
+                *("training", "training/kfold5-r0-f3"),
                 *("validation", "validation/kfold5-r0-f3"),
             ]
         )
         assert file.attrs["format"] == "lymphfeat"
-        assert file.attrs["format_version"] == 1
+        assert file.attrs["format_version"] == 2
         assert file.attrs["complete"] == 1
         assert json.loads(file.attrs["recipe"]) == RECIPE
         assert file.attrs["recipe_sha256"] == recipe_sha256(RECIPE)
         assert list(file["patients/id"].asstr()) == ["P0", "P1", "P2"]
         assert list(file["patients/label"]) == [0, 1, -1]
         assert list(file["patients/offsets"]) == [0, 2, 3, 7]
-        assert list(file["trained_on/kfold5-r0-f3"].asstr()) == ["P0", "P2"]
+        assert list(file["training/kfold5-r0-f3"].asstr()) == ["P0", "P2"]
+        assert list(file["trained_on/kfold5-r0-f3"].asstr()) == ["X7"]
+        assert json.loads(file["provenance/kfold5-r0-f3"].asstr()[0]) == {
+            "labels": [{"id": "X7", "images": "ab cd"}],
+            "images": [],
+        }
         features, pooled = file["features/kfold5-r0-f3"], file["pooled/kfold5-r0-f3"]
         assert (features.shape, features.dtype) == ((7, 2, 3, 2, 1), np.float16)
         assert (pooled.shape, pooled.dtype) == ((7, 2, 3), np.float32)
@@ -187,13 +196,14 @@ def test_many_patients(tmp_path: Path) -> None:
     # Their ids take more than the 64 kB of a small HDF5 attribute.
     cohort = made_up_cohort([1] * 30_000)
     n, shape = 30_000, MapShape(views=1, channels=1, height=1, width=1)
-    trained = FeatureSet(name="all", backbone="b", weights_sha256="", trained_on=cohort.ids)
+    seen = Provenance(labels=tuple(PatientKey.of(id, [f"{id:032}"]) for id in cohort.ids))
+    trained = FeatureSet(name="all", backbone="b", weights_sha256="", provenance=seen)
     path = tmp_path / "s.h5"
     with open_writer(path, cohort, shape=shape, feature_sets=[trained]) as writer:
         writer.write(0, {"all": made_up_maps(n, shape)}, np.zeros(n, np.uint32))
         writer.finish()
     store = FeatureStore.open(path)
-    assert store.feature_sets["all"].trained_on == cohort.ids
+    assert store.feature_sets["all"].provenance == seen
     assert store.submission_ids == cohort.submission_ids
 
 
@@ -402,15 +412,15 @@ def test_refuses_what_is_no_store(tmp_path: Path) -> None:
 
 def test_refuses_a_newer_format(tmp_path: Path) -> None:
     write_store(tmp_path / "s.h5")
-    alter(tmp_path / "s.h5", lambda file: file.attrs.modify("format_version", 2))
+    alter(tmp_path / "s.h5", lambda file: file.attrs.modify("format_version", 3))
     with pytest.raises(
-        StoreError, match=re.escape("format_version (=2) must be at most 1; update")
+        StoreError, match=re.escape("format_version (=3) must be at most 2; update")
     ):
         FeatureStore.open(tmp_path / "s.h5")
 
 
 @pytest.mark.parametrize(
-    "gone", ["patients", "patients/id", "images/crc32", "features", "trained_on/frozen"]
+    "gone", ["patients", "patients/id", "images/crc32", "features", "provenance/frozen"]
 )
 def test_missing_parts_name_the_file(tmp_path: Path, gone: str) -> None:
     path = tmp_path / "s.h5"
@@ -468,11 +478,25 @@ def golden_cohort() -> Any:
 def write_golden(path: Path) -> None:
     """Write the golden store: once for each format version, never again."""
     tuned = FeatureSet(
-        name="kfold5-r0-f3", backbone="tiny", weights_sha256="1" * 64, trained_on=("P0", "P1")
+        name="kfold5-r0-f3",
+        backbone="tiny",
+        weights_sha256="1" * 64,
+        provenance=Provenance(
+            labels=(PatientKey(id="P0", images=("0a", "0b")), PatientKey(id="P1")),
+            images=(PatientKey(id="P2", images=("0c",)),),
+        ),
+        split="kfold5-r0-f3",
+        training=("P0", "P1"),
+        validation=("P2",),
     )
     shape = MapShape(views=1, channels=2, height=2, width=2)
     with StoreWriter(
-        path, recipe=RECIPE, cohort=golden_cohort(), shape=shape, feature_sets=[FROZEN, tuned]
+        path,
+        recipe=RECIPE,
+        cohort=golden_cohort(),
+        shape=shape,
+        feature_sets=[FROZEN, tuned],
+        image_hashes=[f"{row:032x}" for row in range(6)],
     ) as writer:
         maps = np.arange(48, dtype=np.float32).reshape(6, 1, 2, 2, 2)
         crc32 = np.arange(6, dtype=np.uint32)
@@ -480,14 +504,16 @@ def write_golden(path: Path) -> None:
         writer.finish()
 
 
-def test_reads_format_1() -> None:
-    store = FeatureStore.open(GOLDEN)
+@pytest.mark.parametrize("version", [1, 2])
+def test_reads_every_format(version: int) -> None:
+    store = FeatureStore.open(GOLDENS[version])
     store.verify()
     maps = np.arange(48, dtype=np.float32).reshape(6, 1, 2, 2, 2)
     assert np.array_equal(store.features(), maps)
     assert np.array_equal(store.features("kfold5-r0-f3"), -maps)
     assert np.array_equal(store.pooled(), maps.mean((3, 4)))
-    assert store.feature_sets["kfold5-r0-f3"].trained_on == ("P0", "P1")
+    assert store.feature_sets["kfold5-r0-f3"].provenance.label_ids == ("P0", "P1")
+    assert store.label_seen("kfold5-r0-f3") == (("P0", "P1") if version == 1 else ("P1",))
     pd.testing.assert_frame_equal(store.table, golden_cohort().table, check_dtype=False)
     assert store.covariates == ("age", "Größe/cm")
     assert store.submission_ids == ("P2",)
@@ -495,9 +521,9 @@ def test_reads_format_1() -> None:
     assert store.shape == MapShape(views=1, channels=2, height=2, width=2)
 
 
-def test_the_writer_still_writes_format_1(tmp_path: Path) -> None:
+def test_the_writer_still_writes_the_newest_format(tmp_path: Path) -> None:
     write_golden(tmp_path / "s.h5")
-    with h5py.File(GOLDEN) as golden, h5py.File(tmp_path / "s.h5") as now:
+    with h5py.File(GOLDENS[2]) as golden, h5py.File(tmp_path / "s.h5") as now:
         names: list[str] = []
         golden.visit(names.append)
         for name in ["/", *names]:

@@ -42,23 +42,29 @@ def tiny_settings(agg: str = "bnsigmoid", **changes: Any) -> EndToEndSettings:
 
 
 def write_red_cohort(
-    root: Path, labels: str = "0101010101??", truth: bool = False, side: int = SIDE
+    root: Path,
+    labels: str = "0101010101??",
+    truth: bool = False,
+    side: int = SIDE,
+    *,
+    seed: int = 0,
+    prefix: str = "P",
 ) -> Path:
     """Write patients P0, P1, … with the labels given (? unknown), one to four images each.
 
     The first image of a tumoral patient is reddish; so is that of an unlabelled one of odd number.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     table, witnesses = ["id,label"], ["ID,FILE,LABEL,IS_WITNESS"]
     for number, label in enumerate(labels):
-        table.append(f"P{number},{label.replace('?', '')}")
+        table.append(f"{prefix}{number},{label.replace('?', '')}")
         for index in range(1 + number % 4):
             red = index == 0 and (label == "1" or (label == "?" and number % 2 == 1))
             pixels = rng.integers(0, 120, (side, side, 3)) + np.array([100 * red, 0, 0])
-            path = root / f"P{number}" / f"{index}.png"
+            path = root / f"{prefix}{number}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(path)
-            witnesses.append(f"P{number},{path.name},{number % 2},{int(red)}")
+            witnesses.append(f"{prefix}{number},{path.name},{number % 2},{int(red)}")
     (root / "cohort.csv").write_text("".join(f"{line}\n" for line in table), encoding="utf-8")
     if truth:
         (root / "truth.csv").write_text(

@@ -179,7 +179,7 @@ def command(
             force=force,
             progress=progress,
         )
-    seen = store.pretrained_patients(next(iter(store.feature_sets)))
+    seen = store.images_seen(next(iter(store.feature_sets)))
     if seen:
         note(
             f"The weights saw images of {len(seen)} of the {len(store.ids)} patients in "

@@ -155,7 +155,7 @@ def _load(folder: Path, sensitivity: float | None) -> "Model":
 
 
 def _as_one(models: "list[Model]") -> "Model":
-    """Return the first model, measured as all of them: what any was trained on counts as such."""
+    """Return the first model, with the decision of all of them."""
     from dataclasses import replace
 
     from lymphfeat.model import mean_threshold
@@ -166,9 +166,6 @@ def _as_one(models: "list[Model]") -> "Model":
         threshold=mean_threshold([each.decision for each in models]),
         threshold_from=f"the mean of {len(models)} models",
     )
-    seen = dict.fromkeys(id for each in models for id in each.facts.trained_on)
-    unseen = tuple(id for id in model.facts.validated_on if id not in seen)
-    model.facts = replace(model.facts, trained_on=tuple(seen), validated_on=unseen)
     return model
 
 

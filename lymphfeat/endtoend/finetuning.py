@@ -105,7 +105,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
 def _train(
     job: Job, pixels: PixelCache, cached: Cohort, folder: Path, force: bool, progress: Progress
 ) -> None:
-    checkpoint = Checkpoint(folder / CHECKPOINT_FILE, job.identity)
+    checkpoint = Checkpoint(folder / CHECKPOINT_FILE, job.identity, job.model.facts.provenance)
     if force and is_first():
         checkpoint.discard_another()
     history = fit(job, pixels, cached, checkpoint, progress)
@@ -116,8 +116,7 @@ def _train(
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     facts = {
         "identity": job.identity,
-        "trained_on": job.model.facts.trained_on,
-        "patients": job.weights.pretrained_on,
+        "provenance": job.model.facts.provenance.to_json(),
     }
     content = save(tensors, {FACTS_KEY: json.dumps(facts)})
     replace_file(folder / BACKBONE_FILE, lambda path: path.write_bytes(content))

@@ -14,12 +14,13 @@ from sklearn.model_selection import train_test_split
 from lymphfeat import __version__
 from lymphfeat.backbones import LoadedWeights, build_backbone, choose_device, choose_precision
 from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend.initial import start_from
+from lymphfeat.endtoend.initial import read_initial_head
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.heads import HeadStack, initial_scorer
-from lymphfeat.identity import cohort_fingerprint
+from lymphfeat.identity import cohort_fingerprint, patient_keys
 from lymphfeat.images import find_normalization
 from lymphfeat.model import Model, ModelRecipe, TrainingFacts
+from lymphfeat.provenance import Provenance, refuse_seen
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
 
@@ -99,13 +100,21 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
         image_size=settings.backbone.crop,
         output_stride=settings.backbone.output_stride,
     )
+    held_out = patient_keys(parts.validation) if parts.validation else ()
+    refuse_seen(
+        weights.provenance.labelled(held_out),
+        f"weights (={weights.source})",
+        "Choose weights that have not seen them, such as bloodcells or none.",
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     weight, bias = initial_scorer(backbone.channels, generator)
     head = HeadStack([settings.head], weight[None], bias[None])
+    provenance = weights.provenance | Provenance(labels=patient_keys(parts.train))
     if settings.init_head is not None:
-        held_out = parts.validation.ids if parts.validation else ()
-        head = start_from(Path(settings.init_head), settings.head, held_out, weights.sha256)
-        settings = replace(settings, head=head.settings[0])
+        found = read_initial_head(Path(settings.init_head), held_out, weights.sha256)
+        settings = replace(settings, head=replace(found.settings, lr=settings.head.lr))
+        head = found.as_stack(settings.head)
+        provenance |= found.provenance
     fingerprint = cohort_fingerprint(cohort)
     model = Model(
         backbone,
@@ -116,7 +125,7 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
             crop=settings.backbone.crop,
             normalization=find_normalization(settings.backbone.normalization),
         ),
-        facts=_facts(parts, settings, weights, fingerprint),
+        facts=_facts(parts, settings, weights, fingerprint, provenance),
         tta=settings.tta,
     )
     return Job(
@@ -136,10 +145,12 @@ def _facts(
     settings: EndToEndSettings,
     weights: LoadedWeights,
     fingerprint: Mapping[str, Any],
+    provenance: Provenance,
 ) -> TrainingFacts:
     return TrainingFacts(
         trained_on=parts.train.ids,
-        validated_on=parts.validation.ids if parts.validation else (),
+        validated_on=patient_keys(parts.validation) if parts.validation else (),
+        provenance=provenance,
         cohort=fingerprint,
         settings=asdict(settings),
         epochs=settings.epochs,

@@ -153,7 +153,9 @@ def _train(
     jobs, histories = [], []
     for number, split in enumerate(splits):
         job = prepare(cohort, parts_of(labelled, split), settings)
-        checkpoint = Checkpoint(out / f"fold-{number}" / CHECKPOINT_FILE, job.identity)
+        checkpoint = Checkpoint(
+            out / f"fold-{number}" / CHECKPOINT_FILE, job.identity, job.model.facts.provenance
+        )
         if force and is_first():
             checkpoint.discard_another()
         if pixels is None:

@@ -70,7 +70,7 @@ def train_end_to_end(
     join_processes()
     with cpu_threads(settings.threads):
         job = prepare(cohort, parts, settings)
-        checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity)
+        checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity, job.model.facts.provenance)
         if is_first():
             _make_way(out, checkpoint, force=force)
         labelled = cohort.labelled()

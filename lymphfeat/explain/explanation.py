@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from lymphfeat.cohort import Cohort
 from lymphfeat.explain.faithfulness import Deletion, Overlap, delete_images, measure_overlap
 from lymphfeat.explain.scores import Decisions, Floats, decide, ranks, score_maps
-from lymphfeat.model import Model
+from lymphfeat.identity import patient_keys
+from lymphfeat.model import ROLE_OF, Model
 from lymphfeat.progress import Progress, silent
 from lymphfeat.truth import Truth
 
@@ -75,6 +76,7 @@ class Explanation:
         `calibrated` is missing where the model has no calibration; `predicted` is 1 above its
         threshold; `error` is missing where the label is.
         """
+        seen = self.model.seen(patient_keys(self.cohort))
         labels = pd.Series(self.cohort.labels, dtype="Int64")
         labels = labels.mask(labels < 0)
         calibration = self.model.decision.calibration
@@ -84,7 +86,8 @@ class Explanation:
             {
                 "id": self.cohort.ids,
                 "label": labels,
-                "role": self._roles(),
+                "seen": seen,
+                "role": [ROLE_OF[each] for each in seen],
                 "n_images": self.cohort.n_images,
                 "probability": self.predicted,
                 "calibrated": np.nan if calibration is None else calibration.apply(raw),
@@ -95,12 +98,6 @@ class Explanation:
                 "without_top": self.decisions.without_top,
             }
         )
-
-    def _roles(self) -> list[str]:
-        facts = self.model.facts
-        role = dict.fromkeys(facts.trained_on, "train")
-        role |= dict.fromkeys(facts.validated_on, "validation")
-        return [role.get(id, "new") for id in self.cohort.ids]
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """Measure the labelled patients: those trained on, validated on, and new ones apart."""

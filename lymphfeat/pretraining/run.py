@@ -28,6 +28,7 @@ from lymphfeat.pretraining.curve import Row, draw_curve, write_curve
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
 from lymphfeat.pretraining.trainer import Trainer
 from lymphfeat.progress import Progress, silent
+from lymphfeat.provenance import Provenance
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
@@ -68,13 +69,16 @@ def pretrain(
             image_size=settings.view_size,
         )
         recipe = _recipe(cells, settings, init)
-        checkpoint = Checkpoint(out.with_suffix(".checkpoint"), recipe)
+        provenance = init.provenance | cells.provenance()
+        checkpoint = Checkpoint(out.with_suffix(".checkpoint"), recipe, provenance)
         if force:
             checkpoint.remove()
         checkpoint.read()  # refuses another run's before images are decoded
         trainer, fields, groups = _prepare(cells, backbone, settings, progress)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
-    sha256 = write_weights(backbone, out, _facts(cells, recipe | {"steps": trainer.step}))
+    sha256 = write_weights(
+        backbone, out, _facts(cells, recipe | {"steps": trainer.step}, provenance)
+    )
     write_curve(curve, out.with_suffix(".csv"))
     draw_curve(curve, out.with_suffix(".png"), cells.grouping)
     checkpoint.remove()
@@ -111,8 +115,12 @@ def _recipe(cells: Cells, settings: PretrainSettings, init: LoadedWeights) -> di
     }
 
 
-def _facts(cells: Cells, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {"recipe": dict(recipe), "classes": _classes(cells), "patients": list(cells.patients)}
+def _facts(cells: Cells, recipe: Mapping[str, Any], provenance: Provenance) -> dict[str, Any]:
+    return {
+        "recipe": dict(recipe),
+        "classes": _classes(cells),
+        "provenance": provenance.to_json(),
+    }
 
 
 def _classes(cells: Cells) -> dict[str, int]:
