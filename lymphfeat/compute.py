@@ -1,7 +1,7 @@
 """How work is run: CPU threads, autocast, transfers to the device, and its rate."""
 
+import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from lymphfeat.progress import Progress
+
+_GROUPS = Path("/sys/fs/cgroup")
+# By controllers in /proc/self/cgroup (version 2 names none): the files of a group's limit and of
+# what it uses, and which line of memory.stat is the part of that taken by unused cached files.
+_NAMES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+_ASSUMED_MEMORY = 4 << 30  # where the system does not say: Windows
 
 
 @contextmanager
@@ -37,25 +46,64 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def available_memory(device: torch.device) -> int:
-    """Return how many bytes a device has free; of the CPU's, what its control group allows."""
+def available_memory(device: torch.device, groups: Path = _GROUPS) -> int:
+    """Return how many bytes a device has free; of the CPU's, what its control groups leave.
+
+    `groups` is where the system mounts control groups.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
-    with suppress(OSError, ValueError):  # no such group, or "max"
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
+    return min([_free_memory(), *_left_in_groups(groups)])
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: of a GPU's memory, or of the host's."""
+def _free_memory() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    with suppress(AttributeError, OSError, ValueError):  # macOS
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _ASSUMED_MEMORY
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Yield how many bytes each control group that this process is in may still take."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    for line in ["0::/", *lines]:  # hierarchy:controllers:path
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _NAMES:
+            continue
+        group = Path(controllers, path.lstrip("/"))  # relative to the root
+        for place in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such group, or "max"
+                yield _left(root / place, *_NAMES[controllers])
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> int:
+    used = int((group / usage).read_text(encoding="utf-8"))
+    with suppress(OSError):
+        for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
+            name, value = line.split()
+            if name == cache:  # pages of files, which make room when it is wanted
+                used -= int(value)
+    return max(int((group / limit).read_text(encoding="utf-8")) - used, 0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that this process has held: of a GPU's memory, or of the host's.
+
+    NaN on Windows, where the standard library does not know it.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 class RateMeter:

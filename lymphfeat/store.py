@@ -6,25 +6,26 @@
   closed; rows then go in place through memmaps, so no HDF5 structure is ever half written. A
   journal beside it names the finished blocks of rows with their checksums. At the end every block
   is read back and compared, the store is marked complete and renamed.
-- The journal is locked with flock while a process writes: the lock dies with its process.
+- A lock file beside it is held while a process writes. The system drops the lock when the process
+  ends, however it ends.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lymphfeat.cohort import Cohort
@@ -132,18 +133,17 @@ class StoreWriter:
         self.journal_path = path.with_name(path.name + ".journal")
         self._recipe = recipe
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = _lock(self.journal_path)
-        try:
+        with ExitStack() as opened:
+            opened.callback(_unlock, _lock(path))
+            self._journal = opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
             self._blocks = self._resume(force)
             if self._blocks is None:
                 self._blocks = {}
                 self._start(cohort, shape, feature_sets, image_hashes)
-            self._maps: dict[str, NDArray[Any]] = {
+            self._maps: dict[str, np.memmap[Any, Any]] = {
                 name: _map(self.partial, name, "r+") for name in _row_names(self.partial)
             }
-        except BaseException:
-            self._journal.close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -154,10 +154,11 @@ class StoreWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._journal.close()
+        self._opened.close()
 
     def _resume(self, force: bool) -> dict[tuple[int, int], dict[str, int]] | None:
         """Return the finished blocks of an earlier try with an equal recipe; None to start anew."""
+        self._journal.seek(0)
         text = self._journal.read()
         lines = text.splitlines()
         if not lines or not self.partial.exists():
@@ -228,6 +229,7 @@ class StoreWriter:
         for name, values in rows.items():
             self._maps[name][start:stop] = values
             checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
+            self._maps[name].flush()
         _fsync(self.partial)  # rows are on the disk before the journal says so
         self._append({"start": start, "stop": stop, "crc32": checksums})
         assert self._blocks is not None
@@ -241,7 +243,8 @@ class StoreWriter:
             file.attrs.modify("complete", np.uint8(1))
         _fsync(self.partial)
         self.partial.replace(self.path)
-        _fsync(self.path.parent)
+        _fsync_folder(self.path.parent)
+        self._journal.close()  # Windows removes no open file
         self.journal_path.unlink()
 
     def _check_whole(self) -> None:
@@ -262,20 +265,23 @@ class StoreWriter:
             raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
 
 
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who held it may have finished, and removed the journal, since it was opened here.
-        if os.fstat(file.fileno()).st_nlink == 0:
-            raise BlockingIOError
-    except BlockingIOError:
-        file.close()
+        lock.acquire(timeout=0)
+    except Timeout:
         raise StoreError(
             f"{path}: another process is writing this store; wait for it or choose another --out."
         ) from None
-    file.seek(0)
-    return file
+    return lock
+
+
+def _unlock(lock: FileLock) -> None:
+    # Removed while it is held. Who has opened the file and then gets the lock of what is no longer
+    # there tries again, in FileLock. On Windows release() removes it.
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
@@ -287,7 +293,15 @@ def _parse_line(line: str) -> dict[str, Any] | None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    with path.open("r+b") as file:  # Windows syncs no file opened for reading
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -300,7 +314,8 @@ def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.
     if len(bad):
         raise StoreError(
             f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
-            f"most {FLOAT16_MAX:.0f} (float16); check the weights, or use --precision float32."
+            f"most {FLOAT16_MAX:.0f}, for a store holds float16. Check --weights, and use the "
+            "--normalization that they were trained with."
         )
     # In C order, for means to be summed in the order in which `verify` sums them.
     return maps.astype(np.float16, order="C")
@@ -401,7 +416,7 @@ def _row_names(path: Path) -> list[str]:
     return ["images/crc32", *names]
 
 
-def _map(path: Path, name: str, mode: Any) -> NDArray[Any]:
+def _map(path: Path, name: str, mode: Any) -> np.memmap[Any, Any]:
     """Map a contiguous dataset of the file; `mode` as numpy.memmap's."""
     with h5py.File(path, "r") as file:
         dataset = file[name]

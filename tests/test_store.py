@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -344,13 +346,38 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
 
 
-def test_a_journal_removed_while_it_was_opened(
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    script = (
+        "import sys; from pathlib import Path; from tests.stores import made_up_cohort, open_writer"
+        "\nwriter = open_writer(Path(sys.argv[1]), made_up_cohort())"
+        "\nprint('locked', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == b"locked"
+    with pytest.raises(StoreError, match="another process is writing this store"):
+        open_writer(path, made_up_cohort())
+    process.kill()
+    process.communicate()
+    assert "s.h5.lock" in siblings(path)  # stays behind, and is in nobody's way
+    assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
+    assert siblings(path) == ["s.h5"]
+
+
+def test_a_lock_removed_while_it_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("fcntl")
     path = tmp_path / "s.h5"
 
     def finish_elsewhere(*_: object) -> None:
-        path.with_name("s.h5.journal").unlink()
+        path.with_name("s.h5.lock").unlink()
 
     with monkeypatch.context() as patch:
         patch.setattr("fcntl.flock", finish_elsewhere)

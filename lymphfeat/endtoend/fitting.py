@@ -114,7 +114,9 @@ def _measure(job: Job, trainer: Trainer, held_out: Roster) -> dict[str, float]:
 def _shown(row: Row) -> str:
     """Tell the figures of an epoch in a few words."""
     validation = f" validation BA {row['validation_ba']:.3f}" if "validation_ba" in row else ""
+    gigabytes = row["peak_memory_gb"]
+    memory = f" {gigabytes:.1f} GB" if math.isfinite(gigabytes) else ""
     return (
         f" loss {row['loss']:.3f} BA {row['train_ba']:.3f}{validation}"
-        f" {row['images_per_second']:.0f} images/s {row['peak_memory_gb']:.1f} GB"
+        f" {row['images_per_second']:.0f} images/s{memory}"
     )

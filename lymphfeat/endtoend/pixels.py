@@ -3,8 +3,10 @@
 Crops that memory has no room for lie in an unnamed file in the temporary folder ($TMPDIR), mapped.
 """
 
+import errno
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,10 +166,18 @@ def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
         return np.empty(shape, np.uint8)
     try:
         with tempfile.TemporaryFile() as file:  # the map keeps it
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told here, not later
+            _reserve(file.fileno(), size)
             return np.memmap(file, np.uint8, "w+", shape=shape)
     except OSError as error:
         raise SettingsError(
             f"crops of {shape[0]} images fit neither memory nor the temporary folder ({error}); "
             "set TMPDIR to a folder with more room, or choose a smaller --crop."
         ) from None
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Fail now if the disk has no room for a temporary file: a write to a map would crash."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    elif shutil.disk_usage(tempfile.gettempdir()).free < size:  # macOS, Windows
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
