@@ -17,6 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.files import replace_file
 from lymphfeat.images import VIEWS, Normalization
 from lymphfeat.provenance import NOBODY, Provenance
 
@@ -289,9 +290,8 @@ def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> s
     backbone.model.load_state_dict(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in state.items()}
-    unfinished = path.with_name(path.name + ".partial")
-    save_file(tensors, unfinished, metadata={FACTS_KEY: json.dumps(dict(facts))})
-    unfinished.replace(path)
+    metadata = {FACTS_KEY: json.dumps(dict(facts))}
+    replace_file(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
     return weights_sha256(backbone.model)
 
 

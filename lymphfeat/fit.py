@@ -15,6 +15,7 @@ from lymphfeat import __version__
 from lymphfeat.backbones import choose_device, choose_precision
 from lymphfeat.compute import cpu_threads
 from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.files import replace_file
 from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.processes import is_first, join_processes
@@ -201,7 +202,8 @@ def _write(
     )
     draw_summary(outcome, settings, out / "summary.png")
     if save:
-        save_file(_tensors(outcome), out / "heads.safetensors")
+        tensors = _tensors(outcome)
+        replace_file(out / "heads.safetensors", lambda path: save_file(tensors, path))
     (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return tuple(out / name for name in [*RUN_FILES, *(["heads.safetensors"] if save else [])])
 
