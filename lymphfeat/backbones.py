@@ -79,20 +79,42 @@ def build_backbone(
     not fit.
     """
     weights = choose_weights(weights, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # timm initialises from the global generator
-        model = _create_model(name, image_size, output_stride, pretrained=weights == "imagenet")
-    backbone = Backbone(model, name).eval()
-    _check_spatial(backbone, image_size)
+    backbone = make_backbone(
+        name,
+        seed=seed,
+        image_size=image_size,
+        output_stride=output_stride,
+        pretrained=weights == "imagenet",
+    )
     if weights in ("none", "imagenet"):
-        return backbone, LoadedWeights(source=weights, sha256=weights_sha256(model))
+        return backbone, LoadedWeights(source=weights, sha256=weights_sha256(backbone.model))
     path = SHIPPED_PATH if weights == SHIPPED else Path(weights)
     load_weights(backbone, path)
     return backbone, LoadedWeights(
         source=weights if weights == SHIPPED else path.name,
-        sha256=weights_sha256(model),
+        sha256=weights_sha256(backbone.model),
         provenance=read_provenance(path),
     )
+
+
+def make_backbone(
+    name: str,
+    *,
+    seed: int = 0,
+    image_size: int = 112,
+    output_stride: int | None = None,
+    pretrained: bool = False,
+) -> Backbone:
+    """Make a timm backbone with spatial maps, its weights random or, if `pretrained`, timm's own.
+
+    Raises SettingsError for an unknown or unsuitable one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # timm initialises from the global generator
+        model = _create_model(name, image_size, output_stride, pretrained=pretrained)
+    backbone = Backbone(model, name).eval()
+    _check_spatial(backbone, image_size)
+    return backbone
 
 
 def stages(backbone: Backbone) -> list[list[nn.Parameter]]:

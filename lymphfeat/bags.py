@@ -14,28 +14,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lymphfeat.compute import to_device
+
 
 @dataclass(frozen=True)
 class Bags:
     """How M instances are cut into B bags."""
 
     sizes: Tensor  # (B,) int64, each at least 1
-    known_total: int | None = None  # the sum of the sizes; saves asking the device
+    n_instances: int  # M, their sum: to ask the device for it would be to wait for the device
 
     @classmethod
     def of(
-        cls, sizes: Sequence[int] | NDArray[np.int64], device: torch.device | None = None
+        cls, sizes: Sequence[int] | NDArray[np.int64] | Tensor, device: torch.device | None = None
     ) -> "Bags":
+        """Take sizes (B,) from the host to a device."""
         array = np.asarray(sizes, np.int64)
-        return cls(torch.as_tensor(array, device=device), int(array.sum()))
+        host = torch.as_tensor(array)
+        return cls(host if device is None else to_device(host, device), int(array.sum()))
 
     @cached_property
     def n_bags(self) -> int:
         return len(self.sizes)
-
-    @cached_property
-    def n_instances(self) -> int:
-        return int(self.sizes.sum()) if self.known_total is None else self.known_total
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -50,7 +50,7 @@ class Bags:
 
     def times(self, n: int) -> "Bags":
         """Return the bags when every instance becomes `n` (an image its h·w pixels)."""
-        return Bags(self.sizes * n, None if self.known_total is None else self.known_total * n)
+        return Bags(self.sizes * n, self.n_instances * n)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up the values (M, H) of each bag: (B, H)."""

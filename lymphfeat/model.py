@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from lymphfeat.backbones import (
     Backbone,
-    build_backbone,
     choose_device,
     choose_precision,
     flip_view,
+    make_backbone,
     normalize,
     weights_sha256,
 )
@@ -365,7 +365,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _build(facts: Mapping[str, Any]) -> Model:
     recipe = _parse_recipe(facts["recipe"])
-    backbone, _ = build_backbone(
+    backbone = make_backbone(
         recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
     )
     settings = HeadSettings(**facts["head"])

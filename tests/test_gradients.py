@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lymphfeat.backbones import Backbone, build_backbone
 from lymphfeat.bags import Bags
@@ -77,7 +79,7 @@ def one_shot(setting: Setting, detached: slice | None = None) -> tuple[Tensor, d
     by_image: list[Tensor] = [torch.empty(0)] * N
     for place, image in enumerate(setting.order.tolist()):
         by_image[image] = instances[place]
-    bags = Bags(SIZES * instances.shape[1])
+    bags = Bags.of(SIZES * instances.shape[1])
     logit = setting.head.patient_logit(setting.head.logits(torch.cat(by_image)), bags)[:, 0]
     terms = [-torch.log(p if y else 1 - p) for p, y in zip(logit.sigmoid(), LABELS, strict=True)]
     loss = torch.stack(terms).mean()
@@ -90,6 +92,39 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the times that the host asks a device for a number, and waits for all it is doing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_waits_are_counted() -> None:
+    with Waits() as waits:
+        assert int(torch.tensor([1, 2]).sum()) == 3
+    assert waits.count == 1
+
+
+@pytest.mark.parametrize("unit", ["pixel", "image"])
+@pytest.mark.parametrize("agg", WEIGHTED)
+def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: str) -> None:
+    setting = Setting(agg, unit)
+    instances = setting.encoder(setting.batch)  # (n, U, C)
+    bag = Bag(rows=torch.arange(N), sizes=SIZES)
+    pixels = torch.zeros(N, dtype=torch.int64)
+    with Waits() as waits:
+        bags_loss = PatientLoss(setting.head, bag, setting.order, LABELS, CPU)
+        torch.autograd.backward(bags_loss(instances))
+        selected = SelectedLoss(setting.head, bag, setting.order, pixels, LABELS, CPU)
+        selected(instances.detach())
+    assert waits.count == 0
 
 
 @pytest.mark.parametrize("unit", ["pixel", "image"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lymphfeat.backbones import build_backbone, normalize
 from lymphfeat.cohort import Cohort
-from lymphfeat.errors import ModelError
+from lymphfeat.errors import ModelError, WeightsError
 from lymphfeat.heads import HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS, decode_crop
 from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts
@@ -64,6 +64,23 @@ def reference_logits(model: Model, path: Path) -> torch.Tensor:
         scorer = model.head.weight[0].view(-1, 1, 1)
         logits: torch.Tensor = (maps * scorer).sum(0) + model.head.bias[0]
         return logits.flatten()
+
+
+def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, _ = build_backbone("resnet18", weights="none", image_size=SIDE)
+    tiny = make_model()
+    model = Model(
+        backbone,
+        HeadStack([tiny.head_settings], torch.ones(1, backbone.channels), torch.zeros(1)),
+        recipe=replace(tiny.recipe, backbone="resnet18"),
+        facts=tiny.facts,
+    )
+    model.save(tmp_path)
+    monkeypatch.setattr("lymphfeat.backbones.SHIPPED_PATH", tmp_path / "gone.safetensors")
+    with pytest.raises(WeightsError):
+        build_backbone("resnet18", image_size=SIDE)
+    weight = Model.load(tmp_path).backbone.state_dict()["model.conv1.weight"]
+    assert torch.equal(weight, backbone.state_dict()["model.conv1.weight"])
 
 
 @pytest.mark.parametrize("agg", AGGS)

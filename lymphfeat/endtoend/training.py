@@ -214,7 +214,7 @@ class PatientLoss:
     ) -> None:
         """Take the batch's order: its i-th image is the bag's order[i]-th."""
         self._head = head
-        self._bags = Bags(to_device(bag.sizes, device))
+        self._bags = Bags.of(bag.sizes, device)
         self._place = to_device(order.argsort(), device)
         self._labels = to_device(labels, device)
         self.patient_logit = torch.empty(0)  # (B,) of the last call, without gradient
@@ -239,7 +239,7 @@ class RankingTrainer(Trainer):
         bag = self.draw(torch.arange(len(self.roster)))
         images = as_they_are(bag.rows)
         logits = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U)
-        bags = Bags(to_device(bag.sizes, self.device))
+        bags = Bags.of(bag.sizes, self.device)
         probability = read_out(self.head, bags, logits).probability
         selected = self._select(logits, bags)
         losses, seen = self._learn(selected, bag.rows, logits.shape[1], progress)
@@ -313,7 +313,7 @@ class SelectedLoss:
     ) -> None:
         """Take the batch's order as `PatientLoss`; pixels (n,): which of its image's is meant."""
         self._head = head
-        self._bags = Bags(to_device(bag.sizes, device))
+        self._bags = Bags.of(bag.sizes, device)
         self._place = to_device(order.argsort(), device)
         self._pixels = to_device(pixels, device)
         self._labels = to_device(labels, device)
@@ -337,5 +337,5 @@ def evaluate(
 ) -> NDArray[np.float32]:
     """Return the probabilities (P,) of patients, everything in eval mode."""
     logits = encoder.score(head, roster.images(), chunk_size)  # (N, U)
-    bags = Bags(to_device(roster.sizes, logits.device))
+    bags = Bags.of(roster.sizes, logits.device)
     return read_out(head, bags, logits).probability.cpu().numpy()
