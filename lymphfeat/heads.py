@@ -120,6 +120,8 @@ class HeadStack(nn.Module):
         if self.aggregator.weights is not None:
             return self.aggregator.weights(self.state, logits, bags)
         first = self.settings[0]
+        if first.reduce == "max":
+            return weighted.max_weights(logits, bags)
         k = effective_k(bags.sizes, first.k_agg, first.k_percent, first.k_min)
         mask = ranking.selected_mask(Ranking.of(logits, bags), k, bottom=self.aggregator.bottom)
         return mask / bags.spread(bags.sum(mask.to(logits.dtype)))

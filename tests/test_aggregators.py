@@ -180,6 +180,22 @@ def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
         assert (head.instance_weights(logits[:, :1], ragged) >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("agg", "reduce"), [("top1", "mean"), ("topk", "mean"), ("topk", "max"), ("topbottomk", "mean")]
+)
+def test_weighted_probabilities_are_the_patient_s(agg: str, reduce: str) -> None:
+    """Of equals the first counts where one instance decides."""
+    logits, ragged = stack([[0.5, 2.0, 2.0, -1.0], [3.0], [-2.0, -4.0]], heads=1)
+    settings = resolve(HeadSettings(agg=agg, k_agg=3, reduce=reduce))
+    head = HeadStack([settings], torch.zeros(1, 4), torch.zeros(1))
+    weights = head.instance_weights(logits, ragged)  # (M, 1)
+    torch.testing.assert_close(
+        ragged.sum(weights * logits.sigmoid()), head.probability(logits, ragged)
+    )
+    if reduce == "max":
+        assert weights[:, 0].tolist() == [0, 1, 0, 0, 1, 1, 0]
+
+
 @given(BAGS, st.integers(0, 1000))
 @settings(max_examples=40)
 def test_order_of_instances_and_of_patients_says_nothing(

@@ -138,11 +138,7 @@ def _shares(head: HeadStack, images: Bags, logits: Tensor, ranked: bool) -> Tens
     """Return Σ α ℓ, or of the ranking family Σ α σ(ℓ), over each image's instances: (N,)."""
     bags = images.times(logits.shape[1])
     flat = logits.reshape(-1, 1)
-    if head.settings[0].agg in ("topk", "top1") and head.settings[0].reduce == "max":
-        first = bags.argmax(flat)[:, 0]  # the highest alone decides
-        weight = torch.zeros_like(flat).index_fill_(0, first, 1.0)
-    else:
-        weight = head.instance_weights(flat, bags)
+    weight = head.instance_weights(flat, bags)
     return (weight * (flat.sigmoid() if ranked else flat)).reshape(logits.shape).sum(1)
 
 
