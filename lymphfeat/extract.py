@@ -40,10 +40,13 @@ from lymphfeat.store import (
     FeatureSet,
     FeatureStore,
     MapShape,
+    Recipe,
     StoreWriter,
 )
 
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
+# Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
+_INCIDENTAL = ("weights", "batch_size", "device", "threads", "versions")
 
 
 def extract(
@@ -62,9 +65,11 @@ def extract(
     the folder `<out>.backbones`: nothing is trained twice. Under torchrun the blocks are shared out
     over the processes, and the first one writes.
 
-    A complete store of the same recipe is left as it is; an unfinished one is finished and ends
-    with the same bytes as an uninterrupted run. Raises StoreError when a store of another recipe
-    is there and `force` is not set; CohortError for an image that cannot be read. What `force`
+    A complete store is left as it is if its recipe is the same but for what changes rounding alone
+    (batch size, device, threads, versions), which `FeatureStore.notes` then names. An unfinished
+    one is finished if its whole recipe is the same, and ends with the same bytes as an
+    uninterrupted run. Raises StoreError when a store of another recipe is there and `force` is not
+    set; CohortError for an image that cannot be read. What `force`
     overwrites stays until the new store is finished.
     """
     if out.is_dir():
@@ -222,15 +227,29 @@ def _frozen_recipe(
 
 def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
     store = FeatureStore.open(out)
-    # Which weights came of fine-tuning is known only when it is done.
-    theirs = {name: value for name, value in store.recipe.items() if name != _FINETUNED}
-    differences = differing_fields(recipe, theirs)
+    differences = differing_fields(_decisive(recipe), _decisive(store.recipe))
     if differences:
         raise StoreError(
             f"{out}: a store of another recipe is there: {'; '.join(differences)}. "
             "Choose another --out, or overwrite it with --force."
         )
-    return store
+    incidental = differing_fields(_incidental(recipe), _incidental(store.recipe))
+    if not incidental:
+        return store
+    note = (
+        f"{out} is reused, though {'; '.join(incidental)}. This changes rounding alone; "
+        "extract it again with --force if that matters."
+    )
+    return replace(store, notes=(note,))
+
+
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    # Which weights came of fine-tuning is known only when it is done.
+    return {key: recipe[key] for key in recipe if key not in (*_INCIDENTAL, _FINETUNED)}
+
+
+def _incidental(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe[key] for key in recipe if key in _INCIDENTAL}
 
 
 def _extract_rows(

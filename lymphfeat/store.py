@@ -449,6 +449,7 @@ class FeatureStore:
     feature_sets: Mapping[str, FeatureSet]
     shape: MapShape
     submission_ids: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # how it differs from what `extract` was asked for
 
     @classmethod
     def open(cls, path: Path | str) -> "FeatureStore":

@@ -1,11 +1,13 @@
 """Extraction: what stands in a store is what a slow, obvious loop computes."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.extract import MapEncoder, extract
 from lymphfeat.images import NORMALIZATIONS
 from lymphfeat.settings import BackboneSettings, ExtractSettings
-from lymphfeat.store import StoreWriter
+from lymphfeat.store import FeatureStore, StoreWriter
 from tests.cohorts import write_bags, write_image, write_own
 from tests.tiny import one_thread as one_thread
 
@@ -63,6 +65,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(StoreWriter, "write", note)
     return starts
+
+
+def interrupt(done: int, total: int, text: str = "") -> None:
+    """Press Ctrl-C after two of three blocks."""
+    if done == 8:
+        raise KeyboardInterrupt
 
 
 FLIPS: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -176,7 +184,7 @@ def test_another_recipe_is_refused_or_forced(cohort: Cohort, root: Path, tmp_pat
     extract(cohort, out, SETTINGS)
     before = out.read_bytes()
     other = replace(SETTINGS, views=2, batch_size=3)
-    message = "batch_size is 4 there, 3 now; views is ['identity'] there, ['identity'"
+    message = f"{out}: a store of another recipe is there: views is ['identity'] there, ['identity'"
     with pytest.raises(StoreError, match=re.escape(message)):
         extract(cohort, out, other)
     write_image(root / "P2" / "new.png", 7, SIDE)
@@ -184,6 +192,77 @@ def test_another_recipe_is_refused_or_forced(cohort: Cohort, root: Path, tmp_pat
         extract(Cohort.load(root), out, SETTINGS)
     assert out.read_bytes() == before
     assert extract(cohort, out, other, force=True).shape.views == 2
+
+
+def test_a_store_that_differs_in_rounding_alone_is_reused(
+    cohort: Cohort, tmp_path: Path, written: list[int]
+) -> None:
+    out = tmp_path / "s.h5"
+    assert extract(cohort, out, SETTINGS).notes == ()
+    assert extract(cohort, out, SETTINGS).notes == ()
+    with h5py.File(out, "r+") as file:  # as another machine writes it
+        recipe = json.loads(file.attrs["recipe"])
+        recipe |= {"device": "cuda", "threads": None, "weights": "copy.safetensors"}
+        recipe["versions"] |= {"torch": "1.0", "timm": "0.9", "format": 0}
+        file.attrs.modify("recipe", json.dumps(recipe))
+    before = out.read_bytes()
+    store = extract(cohort, out, replace(SETTINGS, batch_size=3))
+    assert store.path == out
+    assert out.read_bytes() == before
+    assert written == [0, 4, 8]
+    (note,) = store.notes
+    for told in (
+        "batch_size is 4 there, 3 now",
+        "device is cuda there, cpu now",
+        "threads is None there, 1 now",
+        "versions.torch is 1.0 there",
+        "versions.timm is 0.9 there",
+        "weights is copy.safetensors there, none now",
+        "--force",
+    ):
+        assert told in note
+    with pytest.raises(StoreError, match=r"recipe is there: crop is 48 there, 40 now\. Choose"):
+        extract(cohort, out, replace(SETTINGS, backbone=replace(SETTINGS.backbone, crop=40)))
+    assert extract(cohort, out, SETTINGS, force=True).notes == ()
+    assert FeatureStore.open(out).recipe["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backbone", "test_vit"),
+        ("output_stride", 8),
+        ("weights_sha256", "0" * 64),
+        ("crop", 40),
+        ("normalization", {"name": "imagenet"}),
+        ("views", ["identity", "hflip"]),
+        ("precision", "bfloat16"),
+        ("cohort", {"patients": 3, "images": 9, "sha256": "0" * 64}),  # of names and sizes
+        ("finetune", {"epochs": 3}),
+        ("new", 1),
+    ],
+)
+def test_a_store_that_differs_in_more_is_refused(
+    cohort: Cohort, tmp_path: Path, key: str, value: Any
+) -> None:
+    out = tmp_path / "s.h5"
+    extract(cohort, out, SETTINGS)
+    with h5py.File(out, "r+") as file:
+        recipe = json.loads(file.attrs["recipe"]) | {key: value, "threads": 7}
+        file.attrs.modify("recipe", json.dumps(recipe))
+    with pytest.raises(StoreError, match=f"a store of another recipe is there: {key}") as caught:
+        extract(cohort, out, SETTINGS)
+    assert "threads" not in str(caught.value)
+
+
+def test_an_unfinished_store_is_finished_by_its_own_recipe_alone(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.h5"
+    with pytest.raises(KeyboardInterrupt):
+        extract(cohort, out, SETTINGS, progress=interrupt)
+    with pytest.raises(StoreError, match=r"an unfinished store .*: threads is 1 there, 2 now"):
+        extract(cohort, out, replace(SETTINGS, threads=2))
 
 
 def test_a_forced_store_that_fails_keeps_the_old(
@@ -199,10 +278,6 @@ def test_a_forced_store_that_fails_keeps_the_old(
 
 
 def test_goes_on_after_an_interruption(cohort: Cohort, tmp_path: Path, written: list[int]) -> None:
-    def interrupt(done: int, total: int, text: str = "") -> None:
-        if done == 8:
-            raise KeyboardInterrupt
-
     extract(cohort, tmp_path / "whole.h5", SETTINGS)
     out = tmp_path / "s.h5"
     with pytest.raises(KeyboardInterrupt):

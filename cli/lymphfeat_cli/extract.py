@@ -130,8 +130,9 @@ def command(
 ) -> None:
     """Dump one spatial feature map per image to an HDF5 feature store.
 
-    An interrupted extraction goes on where it was when the same line is run again; a finished one
-    of the same recipe is left as it is.
+    An interrupted extraction goes on where it was when the same line is run again. A finished one
+    of the same recipe is left as it is; another number of threads, device or version of torch is
+    reported and does not matter.
 
     With --finetune-epochs a backbone is trained for each split before; the weights stay beside the
     store, in the folder OUT.backbones.
@@ -179,6 +180,8 @@ def command(
             force=force,
             progress=progress,
         )
+    for line in store.notes:
+        note(line)
     seen = store.images_seen(next(iter(store.feature_sets)))
     if seen:
         note(
