@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lymphfeat.attributes import attribute_matrix, choose_attributes, standardise
-from lymphfeat.calibration import logistic
 from lymphfeat.cohort import Cohort
 from lymphfeat.evaluation import (
     BAG_SIZE,
@@ -86,7 +86,8 @@ def learn_logistic(inputs: Floats, labels: Labels) -> Predictor:
 
     def predict(others: Floats) -> Floats:
         scaled = standardise(np.concatenate([inputs, others]), rows)[len(inputs) :]
-        return logistic(_with_ones(scaled) @ weights)
+        probability: Floats = expit(_with_ones(scaled) @ weights)
+        return probability
 
     return predict
 
@@ -101,7 +102,7 @@ def _newton_logistic(x: Floats, labels: Labels) -> Floats:
     penalty[-1] = 0
     weights = np.zeros(x.shape[1])
     for _ in range(50):
-        p = logistic(x @ weights)
+        p = expit(x @ weights)
         gradient = x.T @ (p - labels) + penalty * weights
         hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
         step = np.linalg.solve(hessian, gradient)

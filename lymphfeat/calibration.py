@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.metrics import choose_threshold
@@ -27,11 +28,6 @@ def logit(probabilities: Floats) -> Floats:
     return np.asarray(np.clip(values, -_FARTHEST, _FARTHEST))
 
 
-def logistic(logits: Floats) -> Floats:
-    """Return 1 / (1 + exp(−x))."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """σ(slope · logit(p) + intercept): Platt scaling, or with intercept 0 temperature scaling."""
@@ -41,7 +37,8 @@ class Calibration:
 
     def apply(self, probabilities: Floats) -> Floats:
         """Calibrate probabilities, of any shape."""
-        return logistic(self.slope * logit(probabilities) + self.intercept)
+        calibrated: Floats = expit(self.slope * logit(probabilities) + self.intercept)
+        return calibrated
 
 
 def fit_calibrations(
@@ -85,7 +82,7 @@ def _newton(
     """Maximise the likelihood of σ(a x + b) in every row: a and b, (S,)."""
     a, b = np.zeros(len(x)), np.zeros(len(x))
     for _ in range(60):
-        p = logistic(a[:, None] * x + b[:, None])
+        p = expit(a[:, None] * x + b[:, None])
         slack, weight = (p - targets) * known, p * (1 - p) * known
         gradient_a, gradient_b = (slack * x).sum(1), slack.sum(1)
         aa, ab, bb = (weight * x * x).sum(1), (weight * x).sum(1), weight.sum(1)

@@ -9,10 +9,11 @@ from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from lymphfeat.attributes import standardise
 from lymphfeat.baselines import learn_logistic
-from lymphfeat.calibration import fit_calibrations, logistic, logit
+from lymphfeat.calibration import fit_calibrations, logit
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation import (
     CLINICAL,
@@ -62,13 +63,15 @@ def _fuse(patients: Patients, head: Scores, name: str, attributes: Floats) -> Sc
 
 def learn_sum(inputs: Floats, labels: Labels) -> Predictor:
     """Add the evidence: calibrated image logit + clinical logit − the prior's, counted twice."""
-    (calibration,) = fit_calibrations(logistic(inputs[None, :, 0]), labels)
+    (calibration,) = fit_calibrations(expit(inputs[None, :, 0]), labels)
     clinical = learn_logistic(inputs[:, 1:], labels)
     share = np.array(labels.mean())
 
     def predict(others: Floats) -> Floats:
-        image = calibration.apply(logistic(others[:, 0]))
-        return logistic(logit(image) + logit(clinical(others[:, 1:])) - logit(share))
+        image = calibration.apply(expit(others[:, 0]))
+        total = logit(image) + logit(clinical(others[:, 1:])) - logit(share)
+        probability: Floats = expit(total)
+        return probability
 
     return predict
 
@@ -106,9 +109,9 @@ def _experts(parameters: Floats, x: Floats) -> tuple[Floats, Floats, Floats]:
     stretch, move = parameters[:2]
     clinical, gate = parameters[2 : 2 + d], parameters[2 + d :]
     return (
-        logistic(stretch * x[:, 0] + move),
-        logistic(x[:, 1:] @ clinical[:-1] + clinical[-1]),
-        logistic(x @ gate[:-1] + gate[-1]),
+        expit(stretch * x[:, 0] + move),
+        expit(x[:, 1:] @ clinical[:-1] + clinical[-1]),
+        expit(x @ gate[:-1] + gate[-1]),
     )
 
 

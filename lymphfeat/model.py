@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from scipy.special import expit
 from torch import Tensor, nn
 
 from lymphfeat.backbones import (
@@ -537,7 +538,7 @@ def _image_table(
             "patient": np.repeat(np.array(cohort.ids), cohort.n_images),
             "image": [name for paths in cohort.images for name in _image_names(paths, cohort.root)],
             "logit": logit,
-            "probability": 1 / (1 + np.exp(-logit)),
+            "probability": expit(logit),
             "weight": weight,
         }
     )

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import check_grad
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from lymphfeat.attributes import attribute_matrix, choose_attributes, standardise
 from lymphfeat.baselines import fit_baselines, learn_logistic
-from lymphfeat.calibration import logistic, logit
+from lymphfeat.calibration import logit
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation import Patients, Scores, find_warnings, measure, select_inside, summarise
 from lymphfeat.fusion import FUSIONS, _experts_loss, fit_fusions
@@ -36,8 +37,8 @@ def made_scores(patients: Patients, logits: np.ndarray, name: str = "head") -> S
     for place, (train, validation) in enumerate(
         zip(patients.train, patients.validation, strict=True)
     ):
-        outer[place, validation] = logistic(logits[validation])
-        inner[place, train] = logistic(logits[train])
+        outer[place, validation] = expit(logits[validation])
+        inner[place, train] = expit(logits[train])
     return Scores(name=name, kind="head", outer=outer, inner=inner)
 
 

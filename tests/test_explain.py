@@ -16,7 +16,7 @@ from lymphfeat.explain.explanation import Explanation, explain
 from lymphfeat.explain.faithfulness import overlap_with_cells
 from lymphfeat.explain.figures import smooth_map
 from lymphfeat.explain.page import render_page
-from lymphfeat.explain.report import worst_first
+from lymphfeat.explain.report import worst_first, write_cell, write_report
 from lymphfeat.explain.scores import probability_without, ranks
 from lymphfeat.model import read_out
 from lymphfeat.smears import render_cell
@@ -56,6 +56,20 @@ def test_shares_add_up_and_agree_with_predict(agg: str, unit: str, cohort: Cohor
     logit = found.decisions.additive == "logit"
     probability = 1 / (1 + np.exp(-total)) if logit else total
     assert probability == pytest.approx(found.decisions.probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("agg", AGGS)
+def test_logits_beyond_what_exp_holds(agg: str, cohort: Cohort, tmp_path: Path) -> None:
+    model = make_model(agg)
+    torch.nn.init.constant_(model.head.bias, -1000)
+    found = explain(model, cohort, device="cpu", precision="float32")
+    assert (found.images["probability"] == 0).all()
+    images = model.predict(cohort, device="cpu", precision="float32").images
+    assert (images["probability"] == 0).all()
+    write_report(found, tmp_path / "report.html")
+    image = cohort.images[0][0]
+    assert write_cell(model, image, tmp_path / "cell.png", device="cpu").probability == 0
+    assert np.isfinite(found.patients["probability"]).all()
 
 
 def test_maps_against_image_by_image(cohort: Cohort) -> None:

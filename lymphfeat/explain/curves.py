@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lymphfeat.aggregators.weighted import EPSILON
 from lymphfeat.explain.scores import Floats
@@ -77,9 +78,7 @@ class WeightCurve:
 
     def weight(self, normalized: Floats) -> Floats:
         """Return σ(β + γ z), in [0, 1]."""
-        weight: Floats = (1 / (1 + np.exp(-(self.beta + self.gamma * normalized)))).astype(
-            np.float32
-        )
+        weight: Floats = expit(self.beta + self.gamma * normalized).astype(np.float32)
         return weight
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lymphfeat.cohort import Cohort
 from lymphfeat.explain.faithfulness import Deletion, Overlap, delete_images, measure_overlap
@@ -62,7 +63,7 @@ class Explanation:
                 "image": [path.name for path in paths],
                 "rank": self.rank + 1,
                 "logit": self.logit,
-                "probability": 1 / (1 + np.exp(-self.logit)),
+                "probability": expit(self.logit),
                 "weight": self.decisions.weight,
                 "share": self.decisions.share,
                 "mark": self.decisions.mark,

@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.ndimage import zoom
+from scipy.special import expit
 
 from lymphfeat.explain.curves import Distribution, roc_curve
 from lymphfeat.explain.explanation import ROLES, Explanation
@@ -177,7 +178,7 @@ def draw_extremes(explanation: Explanation, n: int = 10) -> Figure:
 
 
 def _draw_grid(axes: Axes, grid: Floats, numbers: bool) -> None:
-    scores = 1 / (1 + np.exp(-grid))
+    scores: Floats = expit(grid)
     axes.imshow(scores, cmap="gray", vmin=0, vmax=1)
     for (y, x), score in np.ndenumerate(scores) if numbers else ():
         color = "black" if score > 0.5 else "white"
@@ -199,7 +200,7 @@ def _draw_row(axes: Axes, explanation: Explanation, index: int, cells: int = 6) 
     side = explanation.model.recipe.crop
     strip = np.full((side, 2 * cells * side, 3), 255, np.uint8)
     for place, row in enumerate(order.tolist()):
-        scores = 255 / (1 + np.exp(-explanation.maps[begin + row]))  # (h, w)
+        scores = 255 * expit(explanation.maps[begin + row])  # (h, w)
         raw = np.kron(scores, np.ones((-(-side // len(scores)),) * 2))[:side, :side]
         picture = decode_crop(explanation.cohort.images[index][row], side).pixels
         strip[:, 2 * place * side : (2 * place + 1) * side] = raw[:, :, None].astype(np.uint8)

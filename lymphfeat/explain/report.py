@@ -1,12 +1,12 @@
 """The page and the figures beside it, written whole or not at all."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.special import expit
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.explain.explanation import Explanation
@@ -104,7 +104,7 @@ def write_cell(model: Model, image: Path, out: Path, *, device: str = "auto") ->
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
     grid = score_image(model, image, device=device)
     logit = float(grid.mean())
-    probability = 1 / (1 + math.exp(-logit))
+    probability = float(expit(logit))
     pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)
     title = f"{image.name}: score {probability:.3f}. Research software, not a medical device."
     draw_cell(pixels, grid, title).savefig(out, dpi=130)
