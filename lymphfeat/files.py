@@ -204,6 +204,8 @@ def _staged(
         new.mkdir()
         try:
             yield new
+            for name, kind in kinds.items():
+                _check_names(new / name, kind)
             _flush(new)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -246,6 +248,12 @@ def _check_free(out: Path, kinds: Mapping[str, ResultKind | None], *, force: boo
             check_file(path, force=force)
         else:
             check_folder(path, kind, force=force)
+
+
+def _check_names(folder: Path, kind: ResultKind | None) -> None:
+    """Refuse, as a bug, what could not be replaced by force."""
+    strange = [path for path in files_in(folder) if kind and not kind.has(path.relative_to(folder))]
+    assert not strange, f"{strange[0]} must be one of the files of a {kind and kind.name}"
 
 
 def _flush(folder: Path) -> None:

@@ -80,6 +80,13 @@ def test_checkpoints_outlive_an_error_and_go_with_success(tmp_path: Path) -> Non
     assert names_in(tmp_path) == {"run"}
 
 
+def test_a_file_that_its_kind_does_not_name_is_a_bug(tmp_path: Path) -> None:
+    make(tmp_path / "run", "old")
+    with pytest.raises(AssertionError, match="table must be one of the files of a run"):
+        make(tmp_path / "run", "new", "mark", "table", force=True)
+    assert contents(tmp_path) == {"run/mark": b"old"}
+
+
 def test_another_process_writes_nothing(tmp_path: Path) -> None:
     with result_folder(tmp_path / "run", RUN, writes=False) as folder:
         assert not folder.exists()
