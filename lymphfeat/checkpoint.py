@@ -17,6 +17,7 @@ from lymphfeat.files import replace_file
 from lymphfeat.identity import differing_fields
 from lymphfeat.provenance import Provenance
 
+CHECKPOINT_FILE = "checkpoint.pt"  # in the folder of an unfinished result
 _FORMAT = "lymphfeat-checkpoint-1"
 # Writing takes at most this share of the time: short epochs are not all written.
 _WRITE_SHARE = 0.05
@@ -77,11 +78,13 @@ class Checkpoint:
         end = time.perf_counter()
         self._not_before = end + (end - begin) / _WRITE_SHARE
 
-    def discard_another(self) -> None:
-        """Delete the checkpoint of another run, or a damaged one."""
+    def check(self, *, force: bool) -> None:
+        """Raise ModelError for a damaged checkpoint or another run's; by force, delete that."""
         try:
             self.read()
         except ModelError:
+            if not force:
+                raise
             self.remove()
 
     def remove(self) -> None:

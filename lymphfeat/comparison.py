@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.files import recover
 from lymphfeat.intervals import estimate, holm
 from lymphfeat.metrics import METRICS
 from lymphfeat.provenance import is_same_patient, refuse_seen
@@ -34,6 +35,7 @@ class SavedRun:
     @classmethod
     def read(cls, folder: Path) -> "SavedRun":
         """Read a run folder; raises SettingsError, naming what to do, for anything else."""
+        recover(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             predictions = pd.read_csv(

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lymphfeat.comparison import Comparison
+from lymphfeat.files import replace_file
 
 _TOLD_APART, _NOT = "#c0392b", "0.45"
 NAMES = {
@@ -20,14 +21,15 @@ NAMES = {
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw each row's values and interval, and each pair's difference, as a PNG."""
+    """Draw each row's values and interval, and each pair's difference, as the suffix says."""
     n = max(len(comparison.rows), len(comparison.pairs))
     figure = Figure(figsize=(12, max(3.0, 0.36 * n + 1.6)), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_rows(left, comparison)
     _draw_pairs(right, comparison)
     figure.suptitle(f"{comparison.protocol} protocol, {len(comparison.values)} splits, paired")
-    figure.savefig(path, dpi=130)
+    kind = path.suffix[1:] or "png"
+    replace_file(path, lambda unfinished: figure.savefig(unfinished, format=kind, dpi=130))
 
 
 def _draw_rows(axes: Axes, comparison: Comparison) -> None:

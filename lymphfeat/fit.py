@@ -15,7 +15,7 @@ from lymphfeat import __version__
 from lymphfeat.backbones import choose_device, choose_precision
 from lymphfeat.compute import cpu_threads
 from lymphfeat.errors import CohortError, SettingsError
-from lymphfeat.files import replace_file
+from lymphfeat.files import ResultKind, files_in, replace_file, result_folder
 from lymphfeat.guards import find_shared_images
 from lymphfeat.heads import head_name
 from lymphfeat.processes import is_first, join_processes
@@ -42,6 +42,18 @@ RUN_FILES = (
     PROVENANCE_FILE,
     "config.json",
 )
+HEADS_FILE = "heads.safetensors"
+OPTIMISM_FILES = ("optimism.csv", "optimism.png")
+_ONE_RUN = (*RUN_FILES, HEADS_FILE)
+RUN = ResultKind(
+    name="run",
+    marks=("config.json", *OPTIMISM_FILES),
+    files=(
+        *_ONE_RUN,
+        *OPTIMISM_FILES,
+        *(f"{protocol}/{name}" for protocol in ("report", "honest") for name in _ONE_RUN),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +63,11 @@ class Run:
     folder: Path
     settings: FitSettings
     outcome: Outcome
-    files: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the files in the folder."""
+        return files_in(self.folder)
 
 
 def fit_head(
@@ -70,14 +86,17 @@ def fit_head(
 
     `splits` are taken in place of the protocol's own, as from another run's splits.json. `truth`
     names witness images: the table then also says how well each head finds them. `save` keeps the
-    heads' weights. Under torchrun the fits are shared out, and the first process writes. Raises
-    SettingsError when a run is there already and `force` is not set.
+    heads' weights. Under torchrun the fits are shared out, and the first process writes. The folder
+    is replaced as a whole, at the end. Raises SettingsError when a run is there already and `force`
+    is not set, or anything else.
     """
-    check_run_folder(out, force)
     device = choose_device(settings.device)
     witness = None if truth is None else _witnesses(store, truth)
     join_processes()
-    with cpu_threads(settings.threads):
+    with (
+        result_folder(out, RUN, force=force, writes=is_first()) as folder,
+        cpu_threads(settings.threads),
+    ):
         dtype = choose_precision(settings.precision, device)
         features = load_features(store, dtype, device, views=settings.views)
         outcome = run_protocol(
@@ -98,8 +117,9 @@ def fit_head(
             patients = np.repeat(np.arange(len(store.ids)), store.n_images)
             aucs = witness_aucs(outcome, features, patients, witness)
             outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
-        files = _write(outcome, store, settings, out, save) if is_first() else ()
-    return Run(folder=out, settings=settings, outcome=outcome, files=files)
+        if is_first():
+            _write(outcome, store, settings, folder, save)
+    return Run(folder=out, settings=settings, outcome=outcome)
 
 
 def _roundings(outcome: Outcome) -> dict[str, float]:
@@ -140,16 +160,6 @@ def load_features(
     return SplitFeatures(store.splits, store.ids, store.n_images, lambda split: read(split.id))
 
 
-def check_run_folder(out: Path, force: bool) -> None:
-    """Refuse to write over anything that is there, unless it is a run and `force` is set."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "config.json").is_file():
-        raise SettingsError(f"out (={out}) must be a new folder or a run; got something else.")
-    if not force:
-        raise SettingsError(f"out (={out}): a run is there. Choose another --out or use --force.")
-
-
 def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
     """Return which of the store's images are witnesses: (N,)."""
     images = Truth.read([path]).images
@@ -170,9 +180,8 @@ def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
 
 
 def _write(
-    outcome: Outcome, store: FeatureStore, settings: FitSettings, out: Path, save: bool
-) -> tuple[Path, ...]:
-    out.mkdir(parents=True, exist_ok=True)
+    outcome: Outcome, store: FeatureStore, settings: FitSettings, folder: Path, save: bool
+) -> None:
     config = {
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
@@ -186,26 +195,25 @@ def _write(
         },
         "thresholds": outcome.thresholds,
     }
-    # The tables first and config.json last: with it the folder is a whole run.
-    outcome.epochs.to_csv(out / "epochs.csv", index=False, float_format="%.6g")
-    outcome.predictions.to_csv(out / "predictions.csv", index=False, float_format="%.6g")
+    outcome.epochs.to_csv(folder / "epochs.csv", index=False, float_format="%.6g")
+    outcome.predictions.to_csv(folder / "predictions.csv", index=False, float_format="%.6g")
     outcome.runs.drop(columns="ba_best_epochs", errors="ignore").to_csv(
-        out / "runs.csv", index=False, float_format="%.6g"
+        folder / "runs.csv", index=False, float_format="%.6g"
     )
-    write_splits(outcome.splits, out / "splits.json")
-    (out / PROVENANCE_FILE).write_text(
-        json.dumps(RunProvenance.of(store).to_json()), encoding="utf-8"
+    write_splits(outcome.splits, folder / "splits.json")
+    provenance = json.dumps(RunProvenance.of(store).to_json())
+    (folder / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
+    outcome.summary.to_json(
+        folder / "summary.json", orient="records", indent=1, double_precision=15
     )
-    outcome.summary.to_json(out / "summary.json", orient="records", indent=1, double_precision=15)
-    (out / "warnings.txt").write_text(
+    (folder / "warnings.txt").write_text(
         "".join(f"{line}\n" for line in outcome.warnings), encoding="utf-8"
     )
-    draw_summary(outcome, settings, out / "summary.png")
+    draw_summary(outcome, settings, folder / "summary.png")
     if save:
         tensors = _tensors(outcome)
-        replace_file(out / "heads.safetensors", lambda path: save_file(tensors, path))
-    (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return tuple(out / name for name in [*RUN_FILES, *(["heads.safetensors"] if save else [])])
+        replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:

@@ -13,6 +13,7 @@ from lymphfeat.backbones import (
     read_weights,
 )
 from lymphfeat.errors import SettingsError
+from lymphfeat.files import find_checkpoints, recover, unfinished_folder
 from lymphfeat.fit import RUN_FILES
 from lymphfeat.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
 from lymphfeat.provenance import Provenance
@@ -26,6 +27,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
     A store's rows and a model's tensors are read and checked against their checksums.
     """
+    recover(path)
     if path.suffix == ".safetensors" or str(path) == SHIPPED:
         return _describe_weights(SHIPPED_PATH if str(path) == SHIPPED else path)
     if path.is_file() or path.suffix in (".h5", ".hdf5"):
@@ -33,7 +35,13 @@ def inspect(path: Path) -> dict[str, Any]:
         store.verify()
         return {"kind": "feature store", "whole": True, **store.describe()}
     if not path.is_dir():
-        raise SettingsError(f"path (={path}) must be a feature store, a run or a model folder.")
+        unfinished = unfinished_folder(path)
+        hint = f"; an unfinished one is beside it: {unfinished.name}" if unfinished.is_dir() else ""
+        raise SettingsError(
+            f"path (={path}) must be a feature store, a run or a model folder{hint}."
+        )
+    if path.suffix == ".partial":
+        return _describe_unfinished(path.with_suffix(""))
     if (path / FACTS_FILE).is_file():
         return _describe_model(path)
     if (path / MEMBERS_FILE).is_file():
@@ -85,6 +93,17 @@ def _describe_members(path: Path) -> dict[str, Any]:
         "path": str(path),
         **facts,
         **{name: members[0][name] for name in ("recipe", "head", "tta")},
+    }
+
+
+def _describe_unfinished(out: Path) -> dict[str, Any]:
+    return {
+        "kind": "unfinished result",
+        "whole": False,
+        "path": str(unfinished_folder(out)),
+        "of": str(out),
+        "checkpoints": [path.name for path in find_checkpoints(out)],
+        "to finish it": "run the same command again",
     }
 
 

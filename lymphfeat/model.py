@@ -37,7 +37,7 @@ from lymphfeat.calibration import Decision
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
 from lymphfeat.errors import ModelError
-from lymphfeat.files import replace_file
+from lymphfeat.files import find_checkpoints, recover, replace_file
 from lymphfeat.heads import HeadStack
 from lymphfeat.identity import patient_keys
 from lymphfeat.images import VIEWS, Crop, Normalization, stream_crops
@@ -57,7 +57,6 @@ MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
 # was learnt from it; its images without its label; nothing.
 SEEN = ("label", "validation", "images", "no")
 ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": "new"}
-CHECKPOINT_FILE = "checkpoint.pt"  # of an unfinished end-to-end training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +174,7 @@ def mean_threshold(decisions: Sequence[Decision]) -> float:
 
 def member_folders(folder: Path) -> list[Path]:
     """Return the model folders of k-fold members, or the folder itself."""
+    recover(folder)
     path = folder / MEMBERS_FILE
     if not path.is_file():
         return [folder]
@@ -256,6 +256,7 @@ class Model:
     def load(cls, folder: Path | str) -> "Model":
         """Read a model folder; raises ModelError, saying what to do, for one that is not whole."""
         folder = Path(folder)
+        recover(folder)
         facts = _read_facts(folder)
         try:
             model = _build(facts)
@@ -342,7 +343,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS_FILE
     if not path.is_file():
         hint = "make one with `lymphfeat endtoend`"
-        if (folder / CHECKPOINT_FILE).exists():
+        if find_checkpoints(folder):
             hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
         elif (folder / MEMBERS_FILE).exists():
             hint = f"it holds k-fold members: choose one of them, as {member_folders(folder)[0]}"

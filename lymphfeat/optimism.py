@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lymphfeat.errors import SettingsError
-from lymphfeat.fit import Run, fit_head
+from lymphfeat.files import result_folder
+from lymphfeat.fit import OPTIMISM_FILES, RUN, Run, fit_head
+from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split
@@ -46,29 +47,31 @@ def fit_both(
     """Run `fit_head` under either protocol into `out`/report and `out`/honest, and set them off.
 
     Fusions and nested epochs, which need training patients' out-of-fold probabilities, are of the
-    honest run alone. Also writes optimism.csv and optimism.png.
+    honest run alone. Also writes optimism.csv and optimism.png. The folder is replaced as a whole,
+    at the end; raises SettingsError as `fit_head` does.
     """
-    if out.is_file():
-        raise SettingsError(f"out (={out}) must be a folder; got a file. Choose another --out.")
-    runs = {
-        protocol: fit_head(
-            store,
-            heads,
-            _under(settings, protocol),
-            out / protocol,
-            splits=splits,
-            truth=truth,
-            save=save,
-            force=force,
-            progress=progress,
-        )
-        for protocol in ("report", "honest")
-    }
-    table = set_off(runs["report"].outcome.summary, runs["honest"].outcome.summary)
-    if runs["honest"].files:  # of several processes the first writes
-        table.to_csv(out / "optimism.csv", index=False, float_format="%.6g")
-        draw_optimism(table, out / "optimism.png")
-    return BothRuns(report=runs["report"], honest=runs["honest"], table=table)
+    join_processes()
+    with result_folder(out, RUN, force=force, writes=is_first()) as folder:
+        runs = {
+            protocol: fit_head(
+                store,
+                heads,
+                _under(settings, protocol),
+                folder / protocol,
+                splits=splits,
+                truth=truth,
+                save=save,
+                progress=progress,
+            )
+            for protocol in ("report", "honest")
+        }
+        table = set_off(runs["report"].outcome.summary, runs["honest"].outcome.summary)
+        if is_first():
+            csv, png = (folder / name for name in OPTIMISM_FILES)
+            table.to_csv(csv, index=False, float_format="%.6g")
+            draw_optimism(table, png)
+    report, honest = (replace(runs[name], folder=out / name) for name in ("report", "honest"))
+    return BothRuns(report=report, honest=honest, table=table)
 
 
 def _under(settings: FitSettings, protocol: str) -> FitSettings:

@@ -12,9 +12,12 @@ from matplotlib.figure import Figure
 from lymphfeat.backbones import find_provenance
 from lymphfeat.cohort import Cohort
 from lymphfeat.extract import extract
+from lymphfeat.files import ResultKind, files_in, result_folder
+from lymphfeat.fit import RUN
 from lymphfeat.heads import head_name, resolve
 from lymphfeat.identity import patient_keys
 from lymphfeat.optimism import fit_both
+from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.provenance import refuse_seen
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
@@ -22,6 +25,12 @@ from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, H
 BACKBONES = ("resnet18", "resnet34", "resnet50")
 SUBSET = 10  # images of a patient, drawn anew at every step (report §4.4)
 SUBSET_EPOCHS = 3  # times as many epochs then, of which every third is looked at
+TABLE_FILE, FIGURES = "table.csv", ("figure3.png", "figure5.png")
+REPRODUCTION = ResultKind(
+    name="reproduction",
+    marks=(TABLE_FILE,),
+    files=(TABLE_FILE, *FIGURES, *(f"resnet*/{name}" for name in RUN.files)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +142,24 @@ def reproduce_report(
     """Run the report's comparisons as heads on frozen maps, under both protocols.
 
     Feature stores go to `cache`, one a backbone, and are used again; runs, table.csv, figure3.png
-    and figure5.png to `out`. The report trained the whole network: figures differ for that too.
+    and figure5.png to `out`, which is replaced as a whole, at the end. The report trained the whole
+    network: figures differ for that too. Raises SettingsError as `fit_head` does.
     """
+    join_processes()
+    with result_folder(out, REPRODUCTION, force=force, writes=is_first()) as folder:
+        table, warnings = _reproduce(cohort, settings, folder, cache, progress)
+        if is_first():
+            _write(table, folder)
+    return Reproduction(table=table, warnings=warnings, files=files_in(out))
+
+
+def _reproduce(
+    cohort: Cohort,
+    settings: ReproductionSettings,
+    out: Path,
+    cache: Path,
+    progress: Progress,
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
     found: dict[tuple[str, str], dict[str, float]] = {}
     warnings: list[str] = []
     wanted = [row for row in ROWS if row.backbone in settings.backbones]
@@ -152,7 +177,6 @@ def reproduce_report(
             heads,
             _subset(settings.fit) if subset else settings.fit,
             out / place,
-            force=force,
             progress=progress,
         )
         if store.recipe["weights"] == "none":
@@ -161,9 +185,7 @@ def reproduce_report(
         for row in rows:
             found[row.name, "report"] = _of(both.report.outcome.summary, row)
             found[row.name, "honest"] = _of(both.honest.outcome.summary, row)
-    table = pd.DataFrame([_tell(row, found) for row in wanted])
-    files = _write(table, out)
-    return Reproduction(table=table, warnings=tuple(warnings), files=files)
+    return pd.DataFrame([_tell(row, found) for row in wanted]), tuple(warnings)
 
 
 def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
@@ -222,17 +244,15 @@ def _tell(row: Row, found: Mapping[tuple[str, str], Mapping[str, float]]) -> dic
     }
 
 
-def _write(table: pd.DataFrame, out: Path) -> tuple[Path, ...]:
-    table.to_csv(out / "table.csv", index=False, float_format="%.6g")
-    files = [out / "table.csv"]
-    for name, draw, rows in (
-        ("figure3.png", draw_depths, table[(table["agg"] == "bnsigmoid") & ~table["subset"]]),
-        ("figure5.png", draw_subsets, table[table["name"].isin(_FIGURE_5)]),
+def _write(table: pd.DataFrame, folder: Path) -> None:
+    table.to_csv(folder / TABLE_FILE, index=False, float_format="%.6g")
+    depths = table[(table["agg"] == "bnsigmoid") & ~table["subset"]]
+    subsets = table[table["name"].isin(_FIGURE_5)]
+    for name, draw, rows in zip(
+        FIGURES, (draw_depths, draw_subsets), (depths, subsets), strict=True
     ):
         if len(rows):
-            draw(rows, out / name)
-            files.append(out / name)
-    return tuple(files)
+            draw(rows, folder / name)
 
 
 # --- figures drawn like the report's --------------------------------------------------------------

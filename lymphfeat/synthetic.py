@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from lymphfeat.errors import CohortError
+from lymphfeat.files import check_file
 from lymphfeat.progress import Progress, silent
 from lymphfeat.smears import cell_extent, draw_slide, render_cell
 from lymphfeat.synthetic_patients import (
@@ -384,10 +385,10 @@ def write_plate(
 ) -> Path:
     """Draw a contact sheet, a row of cells for each class, every cell on a slide of its own.
 
-    Raises CohortError when `path` exists and `force` is not given, or cannot be written.
+    Raises SettingsError when `path` exists and `force` is not given, CohortError when it cannot be
+    written.
     """
-    if path.exists() and not force:
-        raise CohortError(f"{path} exists; name another file or overwrite it with --force.")
+    check_file(path, force=force)
     side, band = settings.image_size, 24
     plate = Image.new("RGB", (columns * side, len(CELL_CLASSES) * (side + band)), "white")
     draw = ImageDraw.Draw(plate)

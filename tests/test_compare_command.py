@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from lymphfeat.intervals import estimate, holm
 from lymphfeat.splits import kfold_splits, write_splits
 from lymphfeat_cli.main import cli
+from tests.folders import interrupt_swap
 
 IDS = [f"P{i}" for i in range(30)]
 LABELS = np.array([0, 1] * 15)
@@ -77,6 +78,14 @@ def test_two_runs_are_told_apart_by_their_names(tmp_path: Path) -> None:
     assert "b: mean is better than a: mean by 0.1" in result.output
 
 
+def test_a_run_whose_writer_was_killed_between_the_renames(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1})
+    interrupt_swap(tmp_path / "a")
+    result = compare(tmp_path, tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "a.partial").exists()
+
+
 def test_noise_is_not_told_apart(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"mean": 0.0, "max": 0.0})
     result = compare(tmp_path, tmp_path / "a", "--metric", "auc")
@@ -118,6 +127,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((tmp_path / "empty",), "must be a run folder of `lymphfeat fit-head`"),
+        ((tmp_path / "gone",), "must be a run folder of `lymphfeat fit-head`"),
         ((tmp_path / "a",), "rows to compare (=1) must be at least 2"),
         ((tmp_path / "a", "--head", "max"), "head (=max) must be one of the runs' rows: mean"),
     ):

@@ -19,6 +19,7 @@ from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.endtoend.fitting import decode, make_trainer
 from lymphfeat.endtoend.job import hold_out, prepare
 from lymphfeat.extract import extract
+from lymphfeat.files import unfinished_folder
 from lymphfeat.processes import is_first
 from lymphfeat.settings import EndToEndSettings, ExtractSettings, HeadSettings
 from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
@@ -46,7 +47,7 @@ from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.extract import extract
 from tests.test_distributed import EXTRACT, WAYS, settings_of, take_a_step
 cohort, out = Cohort.load(sys.argv[1]), Path(sys.argv[2])
-train_end_to_end(cohort, settings_of("frozen", processes=2), out)
+train_end_to_end(cohort, settings_of("frozen", processes=2), out / "m")
 for way in WAYS:
     take_a_step(cohort, settings_of(way, processes=2), out / f"{way}.safetensors")
 extract(cohort, out / "s.h5", EXTRACT)
@@ -115,8 +116,8 @@ def test_training_together_gives_the_weights_of_one_process(
     cohort: Cohort, together: Path, tmp_path: Path
 ) -> None:
     # Batch-norm frozen: else some gradients are nought but for rounding, and Adam makes it steps.
-    train_end_to_end(cohort, settings_of("frozen", processes=1), tmp_path)
-    one, two = (load_file(path / "model.safetensors") for path in (tmp_path, together))
+    train_end_to_end(cohort, settings_of("frozen", processes=1), tmp_path / "m")
+    one, two = (load_file(path / "m" / "model.safetensors") for path in (tmp_path, together))
     torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-5)
 
 
@@ -146,7 +147,7 @@ def test_a_process_that_dies_ends_the_job(cohort: Cohort, tmp_path: Path) -> Non
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(line, env=ENVIRONMENT, stderr=log, stdout=log)
     deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists():
+    while not (unfinished_folder(out) / "checkpoint.pt").exists():
         assert job.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -26,10 +26,12 @@ from lymphfeat.endtoend.gradients import LossOf
 from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, as_they_are
 from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches
 from lymphfeat.errors import CohortError, ModelError, SettingsError
+from lymphfeat.files import unfinished_folder
 from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
 from lymphfeat.images import NORMALIZATIONS
 from lymphfeat.model import Model, Predictions
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from tests.folders import contents
 from tests.tiny import SIDE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -185,7 +187,7 @@ def stop_after(epochs: int) -> Any:
 def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int = 1) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_end_to_end(cohort, settings, out, progress=stop_after(epochs))
-    assert (out / "checkpoint.pt").exists()
+    assert (unfinished_folder(out) / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("agg", ["bnsigmoid", "topk"])
@@ -202,7 +204,7 @@ def test_interrupted_training_ends_with_the_same_bits(
         pd.read_csv(tmp_path / "whole" / "curves.csv")[columns],
         pd.read_csv(tmp_path / "parts" / "curves.csv")[columns],
     )
-    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
 KILLED = """
@@ -225,7 +227,7 @@ def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path)
     arguments = [sys.executable, "-c", KILLED, str(cohort.root), str(out), str(epochs)]
     process = subprocess.Popen(arguments, cwd=Path(__file__).parents[1])
     deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (unfinished_folder(out) / "checkpoint.pt").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -240,36 +242,70 @@ def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path)
 
 
 def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_path: Path) -> None:
-    interrupt(cohort, tiny_settings(), tmp_path)
+    out = tmp_path / "m"
+    interrupt(cohort, tiny_settings(), out)
     other = tiny_settings(seed=9, images_per_patient=3)
     with pytest.raises(ModelError, match="images_per_patient is None there, 3 now; seed is 0") as e:
-        train_end_to_end(cohort, other, tmp_path)
+        train_end_to_end(cohort, other, out)
     assert "\n" not in str(e.value)
     elsewhere = tmp_path / "elsewhere"
     train_end_to_end(cohort, other, elsewhere)
-    train_end_to_end(cohort, other, tmp_path, force=True)
-    assert_same_weights(tmp_path, elsewhere)
+    train_end_to_end(cohort, other, out, force=True)
+    assert_same_weights(out, elsewhere)
 
 
 def test_a_damaged_checkpoint_is_named(cohort: Cohort, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(b"nothing of use")
+    out = tmp_path / "m"
+    unfinished_folder(out).mkdir()
+    (unfinished_folder(out) / "checkpoint.pt").write_bytes(b"nothing of use")
     with pytest.raises(
         ModelError, match=r"checkpoint.pt: cannot be read .* start over with --force"
     ):
-        train_end_to_end(cohort, tiny_settings(), tmp_path)
-    train_end_to_end(cohort, tiny_settings(epochs=1), tmp_path, force=True)
-    assert (tmp_path / "model.json").exists()
+        train_end_to_end(cohort, tiny_settings(), out)
+    train_end_to_end(cohort, tiny_settings(epochs=1), out, force=True)
+    assert (out / "model.json").exists()
+    assert not unfinished_folder(out).exists()
 
 
 def test_a_finished_model_is_kept(cohort: Cohort, tmp_path: Path) -> None:
-    train_end_to_end(cohort, tiny_settings(epochs=1), tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ModelError, match="a finished model is there; choose another --out"):
-        train_end_to_end(cohort, tiny_settings(epochs=1, seed=2), tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1, seed=2), tmp_path, force=True)
-    assert (tmp_path / "model.safetensors").read_bytes() != before
-    assert not (tmp_path / "submission.csv").exists()  # the old one would be another model's
+    out = tmp_path / "m"
+    train_end_to_end(cohort, tiny_settings(epochs=1), out)
+    before = contents(out)
+    with pytest.raises(SettingsError, match="m already holds a model; choose another --out"):
+        train_end_to_end(cohort, tiny_settings(epochs=1, seed=2), out)
+    assert contents(out) == before
+    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1, seed=2), out, force=True)
+    after = contents(out)
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert set(after) == set(before) - {"submission.csv"}  # the old one would be another model's
+
+
+def test_the_old_model_stays_until_the_new_one_is_there(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m"
+    train_end_to_end(cohort, tiny_settings(epochs=1), out)
+    before = contents(out)
+    settings = tiny_settings(epochs=2, seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_end_to_end(cohort, settings, out, force=True, progress=stop_after(1))
+    assert contents(out) == before
+
+    def crash(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lymphfeat.endtoend.run.draw_curves", crash)
+        with pytest.raises(OSError, match="no space left"):
+            train_end_to_end(cohort, settings, out, force=True)
+    assert contents(out) == before
+    seen: list[str] = []
+    train_end_to_end(
+        cohort, settings, out, force=True, progress=lambda done, total, text="": seen.append(text)
+    )
+    assert not any(text.startswith("epoch") for text in seen)  # it was trained already
+    train_end_to_end(cohort, settings, tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -292,7 +328,7 @@ def test_mistakes_are_named(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"lr \(=1e\+30\) must let the loss stay finite"):
         train_end_to_end(cohort, tiny_settings(head=head, epochs=4), tmp_path / "c")
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="must be a folder; got a file"):
+    with pytest.raises(SettingsError, match="must be a folder; got a file"):
         train_end_to_end(cohort, tiny_settings(), tmp_path / "file")
 
 

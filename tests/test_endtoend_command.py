@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lymphfeat_cli.main import cli
+from tests.folders import contents
 from tests.tiny import SIDE, write_red_cohort
 
 TINY = ["--backbone", "test_efficientnet", "--crop", str(SIDE), "--batch-size", "4"]
@@ -37,7 +38,7 @@ def test_trains_and_names_its_files(root: Path) -> None:
 
     again = run("--cohort", str(root))
     assert again.exit_code == 2
-    assert again.stderr.startswith("Error: models/endtoend: a finished model is there")
+    assert again.stderr.startswith("Error: models/endtoend already holds a model; choose another")
     assert run("--cohort", str(root), "--force").exit_code == 0
 
 
@@ -53,6 +54,7 @@ def test_json_and_truth(root: Path) -> None:
     baselines = ["baseline: majority", "baseline: bag size"]
     assert list(told["metrics"]) == ["train", "validation", *baselines]
     assert {"m/model.json", "m/submission.csv"} <= set(told["files"])
+    assert set(told["files"]) == {f"m/{name}" for name in contents(Path("m"))}
     assert 0 <= told["truth"]["witness_auc"] <= 1
     assert told["truth"]["hidden_patients"] == 2
     facts = json.loads(Path("m/model.json").read_text())

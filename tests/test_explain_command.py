@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lymphfeat_cli.main import cli
+from tests.folders import contents
 from tests.test_model import make_model
 from tests.tiny import one_thread as one_thread
 from tests.tiny import write_red_cohort
@@ -47,6 +48,42 @@ def test_json(root: Path) -> None:
     assert (told["patients"], told["files"]) == (7, ["r.html"])
     assert told["deletion"]["k"] == [1]
     assert not Path("r-figures").exists()
+
+
+def test_page_and_figures_are_of_one_day(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["--cohort", str(root), "--out", "out/r.html", "--json"]
+    Path("out").mkdir()
+    first = run(*line, "--plates", "2")
+    assert first.exit_code == 0, first.output
+    before = contents(Path("out"))
+    assert {f"out/{name}" for name in before} == set(json.loads(first.stdout)["files"])
+
+    def crash(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lymphfeat.explain.report.draw_weights", crash)
+        assert run(*line, "--plates", "1", "--force").exit_code == 1
+    assert contents(Path("out")) == before
+
+    (Path("out") / "r-figures" / "notes.txt").write_text("keep")
+    mixed = run(*line, "--force")
+    assert (mixed.exit_code, "it holds notes.txt" in mixed.stderr) == (2, True)
+    (Path("out") / "r-figures" / "notes.txt").unlink()
+    for options in (["--plates", "1"], ["--figures", "none"]):
+        again = run(*line, *options, "--force")
+        assert again.exit_code == 0, again.output
+        told = set(json.loads(again.stdout)["files"])
+        assert told == {f"out/{name}" for name in contents(Path("out"))}
+
+
+def test_figures_of_another_page_are_not_overwritten(root: Path) -> None:
+    Path("report-figures").mkdir()
+    (Path("report-figures") / "cohort.png").write_text("keep")
+    refused = run("--cohort", str(root))
+    assert (refused.exit_code, "report-figures" in refused.stderr) == (2, True)
+    assert contents(Path("report-figures")) == {"cohort.png": b"keep"}
+    assert not Path("report.html").exists()
 
 
 def test_one_image(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_text
+from tests.folders import contents
 from tests.tiny import BACKBONE, write_cohort_with_a_copy
 
 PATIENTS, IMAGES = 24, 3
@@ -217,13 +219,105 @@ def test_nothing_is_overwritten_without_force(folder: Path, tmp_path: Path) -> N
     before = (tmp_path / "run" / "config.json").stat().st_mtime_ns
     refused = run(folder, *arguments, *out)
     assert refused.exit_code == 2
-    assert "a run is there" in refused.output
+    assert "already holds a run; choose another --out or use --force" in refused.output
     assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == before
     assert run(folder, *arguments, *out, "--force").exit_code == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     foreign = run(folder, *arguments, "--out", str(tmp_path / "mine"), "--force")
-    assert "must be a new folder or a run" in foreign.output
+    assert "must be a new folder or a run; it holds notes.txt" in foreign.output
+    (tmp_path / "run" / "notes.txt").write_text("keep")
+    mixed = run(folder, *arguments, *out, "--force")
+    assert mixed.exit_code == 2
+    assert "it holds notes.txt, which is not part of one" in mixed.output
+    assert (tmp_path / "run" / "notes.txt").read_text() == "keep"
+
+
+FAST = ("--agg", "mean", "--seeds", "1", "--folds", "3", "--epochs", "1")
+
+
+def listed(result: Result) -> set[str]:
+    """Return the files that the command says it wrote."""
+    assert result.exit_code == 0, result.output
+    return set(json.loads(result.stdout)["files"])
+
+
+@pytest.mark.parametrize("options", [(), ("--save",), ("--protocol", "both", "--save")])
+def test_what_is_listed_is_what_is_there(
+    folder: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    out = tmp_path / "run"
+    told = listed(run(folder, *FAST, *options, "--out", str(out), "--json"))
+    assert told == {f"{out}/{name}" for name in contents(out)}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    shown = run(folder, *FAST, *options, "--out", str(out), "--force")
+    assert all(name in shown.stdout for name in told)
+
+
+def test_nothing_of_an_earlier_run_is_left(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    both = run(folder, *FAST, "--out", str(out), "--protocol", "both", "--json")
+    assert listed(both) == {f"{out}/{name}" for name in contents(out)}
+    again = run(folder, *FAST, "--out", str(out))
+    assert (again.exit_code, "run already holds a run; choose" in again.stderr) == (2, True)
+    saved = run(folder, *FAST, "--out", str(out), "--force", "--save", "--json")
+    assert listed(saved) == {f"{out}/{name}" for name in contents(out)}
+    assert not (out / "report").exists()
+    assert (out / "heads.safetensors").exists()
+    assert run(folder, *FAST, "--out", str(out), "--force").exit_code == 0
+    assert not (out / "heads.safetensors").exists()
+
+
+def test_a_crash_while_rewriting_leaves_the_old_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    line = (*FAST, "--out", str(out), "--force")
+    assert run(folder, *line, "--protocol", "both").exit_code == 0
+    before = contents(out)
+
+    def crash(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    for module, name in (("fit", "draw_summary"), ("optimism", "draw_optimism")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lymphfeat.{module}.{name}", crash)
+            crashed = run(folder, *line, "--protocol", "both", "--seed", "1")
+        assert crashed.exit_code == 1
+        assert contents(tmp_path) == {f"run/{name}": value for name, value in before.items()}
+
+
+KILLED_BETWEEN_THE_RENAMES = """
+import os, signal, sys
+from lymphfeat_cli.main import cli
+
+def kill(event, arguments):
+    if event == "os.rename" and os.path.abspath(arguments[1]) == os.environ["OUT"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+cli()
+"""
+
+
+def test_killed_between_the_renames(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = (*FAST, "--out", str(out))
+    assert run(folder, *line).exit_code == 0
+    arguments = ["fit-head", "--store", str(folder / "features.h5"), "--threads", "1", *line]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, *arguments, "--force", "--seed", "7"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OUT": str(out)},
+        timeout=240,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()  # the worst moment: neither is in its place
+    told = CliRunner().invoke(cli, ["info", str(out), "--json"])
+    assert told.exit_code == 0, told.output
+    described = json.loads(told.stdout)
+    assert (described["whole"], described["settings"]["seed"]) == (True, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_truth_of_another_cohort_is_refused(folder: Path, tmp_path: Path) -> None:

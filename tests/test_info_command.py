@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from lymphfeat.fit import RUN_FILES
 from lymphfeat_cli.main import cli
+from tests.folders import interrupt_swap, names_in, write
 from tests.stores import made_up_cohort, open_writer, write_store
 from tests.test_model import make_model
 
@@ -74,13 +75,13 @@ def test_a_model(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    for name in RUN_FILES:
-        (tmp_path / name).touch()
+    folder = tmp_path / "run"
+    write(folder, "", *RUN_FILES)
     config = {"settings": {"seeds": 2}, "store": {"path": "s.h5"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     summary = [{"head": "top1", "ba": 0.75, "ba_half_width": 0.1}]
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    return tmp_path
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
 
 
 def test_a_run(run: Path) -> None:
@@ -90,6 +91,20 @@ def test_a_run(run: Path) -> None:
     (run / "epochs.csv").unlink()
     told = json.loads(info(run, "--json").stdout)
     assert (told["whole"], told["missing"]) == (False, ["epochs.csv"])
+
+
+def test_a_run_whose_writer_was_killed_between_the_renames(run: Path) -> None:
+    interrupt_swap(run)
+    assert json.loads(info(run, "--json").stdout)["whole"]
+    assert names_in(run.parent) == {"run"}
+
+
+def test_an_unfinished_result(tmp_path: Path) -> None:
+    write(tmp_path / "m.partial", "", "checkpoint.pt")
+    assert "an unfinished one is beside it: m.partial" in refusal(tmp_path / "m")
+    told = json.loads(info(tmp_path / "m.partial", "--json").stdout)
+    assert (told["kind"], told["whole"]) == ("unfinished result", False)
+    assert (told["of"], told["checkpoints"]) == (str(tmp_path / "m"), ["checkpoint.pt"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {}, "store": "s.h5"}'])

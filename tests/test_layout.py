@@ -39,13 +39,13 @@ LAYERS = (
         "processes",
         "augmentation",
     ),
-    ("progress", "provenance", "errors", "files"),
+    ("progress", "provenance", "files", "errors"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.
 ENDTOEND = (
-    *("run", "members", "finetuning", "submission", "fitting", "training", "gradients", "job"),
-    *("initial", "curves", "encoder", "pixels", "views", "baselines"),
+    *("run", "members", "finetuning", "folder", "submission", "fitting", "training", "gradients"),
+    *("job", "initial", "curves", "encoder", "pixels", "views", "baselines"),
 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -28,6 +28,7 @@ from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.splits import kfold_splits
 from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
+from tests.folders import contents
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_cohort_with_a_copy, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -101,27 +102,101 @@ def test_interrupted_in_a_later_fold_ends_with_the_same_bits(
         if text.startswith("fold 2/2 epoch 2/2"):
             raise Stop
 
+    out = tmp_path / "m"
     with pytest.raises(Stop):
-        train_folds(cohort, SETTINGS, tmp_path, folds=FOLDS, progress=stopping)
+        train_folds(cohort, SETTINGS, out, folds=FOLDS, progress=stopping)
     seen: list[str] = []
     train_folds(
         cohort,
         SETTINGS,
-        tmp_path,
+        out,
         folds=FOLDS,
         progress=lambda done, total, text="": seen.append(text),
     )
     assert not any(text.startswith(("fold 1/2", "fold 2/2 epoch 1/")) for text in seen)
     for name in ("fold-0", "fold-1"):
         torch.testing.assert_close(
-            load_file(tmp_path / name / "model.safetensors"),
+            load_file(out / name / "model.safetensors"),
             load_file(trained / name / "model.safetensors"),
             rtol=0,
             atol=0,
         )
-    assert not list(tmp_path.rglob("checkpoint.pt"))
-    with pytest.raises(ModelError, match="a finished model is there"):
-        train_folds(cohort, SETTINGS, tmp_path, folds=FOLDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(SettingsError, match="already holds a model"):
+        train_folds(cohort, SETTINGS, out, folds=FOLDS)
+
+
+def test_one_model_in_place_of_members_keeps_nothing_of_them(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = contents(endtoend(cohort, "--folds", "2"))
+    refused = run_line(cohort)
+    assert refused.exit_code == 2
+    assert "Error: m already holds a model; choose another --out or use --force" in refused.stderr
+    assert contents(Path("m")) == before
+    after = contents(endtoend(cohort, "--seed", "1", "--force"))
+    assert set(after) == {
+        *("model.json", "model.safetensors", "predictions.csv", "images.csv", "submission.csv"),
+        *("curves.csv", "curves.png"),
+    }
+    predict = ["predict", "--model", "m", "--cohort", str(cohort.root), *ONE_CPU, "--json"]
+    predicted = CliRunner().invoke(cli, predict)
+    assert predicted.exit_code == 0, predicted.output
+    written, again = (
+        pd.read_csv(path).set_index("id") for path in ("m/predictions.csv", "predictions.csv")
+    )
+    assert "spread" not in again  # one model, not the members of yesterday
+    np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-5)
+
+
+def test_members_in_place_of_one_model_keep_nothing_of_it(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    endtoend(cohort)
+    assert "already holds a model" in run_line(cohort, "--folds", "2").stderr
+    after = contents(endtoend(cohort, "--folds", "3", "--force"))
+    assert "model.json" not in after
+    fewer = contents(endtoend(cohort, "--folds", "2", "--force"))
+    assert set(fewer) == {name for name in after if not name.startswith("fold-2/")}
+    assert {name.split("/")[0] for name in fewer} >= {"fold-0", "fold-1", "members.json"}
+
+
+def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path: Path) -> None:
+    def stopping(done: int, total: int, text: str = "") -> None:
+        if "epoch 2/2" in text:
+            raise Stop
+
+    out = tmp_path / "m"
+    with pytest.raises(Stop):
+        train_folds(cohort, SETTINGS, out, folds=FOLDS, progress=stopping)
+    kept = contents(tmp_path)
+    assert list(kept) == ["m.partial/fold-0.pt"]
+    with pytest.raises(SettingsError, match=r"fold-0.pt: an unfinished training of another kind"):
+        train_end_to_end(cohort, SETTINGS, out)
+    assert contents(tmp_path) == kept
+    train_end_to_end(cohort, SETTINGS, out, force=True)
+    assert not list(tmp_path.rglob("fold-*"))
+
+
+ONE_CPU = ["--threads", "1", "--device", "cpu"]
+
+
+def run_line(cohort: Cohort, *arguments: str) -> Result:
+    tiny = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE), "--epochs", "1", "--out", "m"]
+    line = ["endtoend", "--cohort", str(cohort.root), *ONE_CPU, *tiny, "--json", *arguments]
+    return CliRunner().invoke(cli, line)
+
+
+def endtoend(cohort: Cohort, *arguments: str) -> Path:
+    """Train into m; what the command says it wrote is what is there."""
+    result = run_line(cohort, *arguments)
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert sorted(files) == sorted(f"m/{name}" for name in contents(Path("m")))
+    assert [path.name for path in Path().iterdir() if path.name.startswith("m.")] == []
+    return Path("m")
 
 
 def test_from_the_command_line(

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from lymphfeat.backbones import build_backbone, normalize
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import ModelError, WeightsError
+from lymphfeat.files import unfinished_folder
 from lymphfeat.heads import HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS, decode_crop
-from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts
+from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts, member_folders
 from lymphfeat.provenance import PatientKey, Provenance
 from lymphfeat.settings import HeadSettings
+from tests.folders import contents, interrupt_swap, names_in
 from tests.tiny import SIDE, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -226,7 +228,8 @@ def _drop_facts(folder: Path) -> None:
 
 def _only_checkpoint(folder: Path) -> None:
     _drop_facts(folder)
-    (folder / "checkpoint.pt").touch()
+    unfinished_folder(folder).mkdir()
+    (unfinished_folder(folder) / "checkpoint.pt").touch()
 
 
 def _drop_tensors(folder: Path) -> None:
@@ -267,12 +270,24 @@ def _no_json(folder: Path) -> None:
     ],
 )
 def test_what_is_not_whole_is_refused(damage: object, message: str, tmp_path: Path) -> None:
-    make_model().save(tmp_path)
+    make_model().save(tmp_path / "m")
     assert callable(damage)
-    damage(tmp_path)
+    damage(tmp_path / "m")
     with pytest.raises(ModelError, match=message) as caught:
-        Model.load(tmp_path)
+        Model.load(tmp_path / "m")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_is_found_whose_writer_was_killed_between_the_renames(tmp_path: Path) -> None:
+    make_model().save(tmp_path / "m")
+    before = contents(tmp_path)
+    interrupt_swap(tmp_path / "m")
+    assert Model.load(tmp_path / "m").threshold == make_model().threshold
+    assert contents(tmp_path) == before
+    interrupt_swap(tmp_path / "m")
+    assert member_folders(tmp_path / "m") == [tmp_path / "m"]
+    assert contents(tmp_path) == before
+    assert names_in(tmp_path) == {"m"}
 
 
 def test_a_diverged_model_names_the_image(cohort: Cohort) -> None:

@@ -49,6 +49,9 @@ def test_json(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert [row["epoch"] for row in shown["curve"]] == [0, 1, 2]
+    names = {str(tmp_path / f"w.{suffix}") for suffix in ("safetensors", "csv", "png")}
+    assert set(shown["files"]) == names
+    assert {str(path) for path in tmp_path.iterdir()} == names | {str(cohort)}
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lymphfeat.pretraining.pairs import PairSampler
 from lymphfeat.pretraining.probe import nearest_neighbour_share
 from lymphfeat.pretraining.run import Pretrained, pretrain
 from lymphfeat.settings import PretrainSettings
+from tests.folders import contents
 from tests.tiny import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,7 +121,9 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     with (tmp_path / "w.csv").open(encoding="utf-8") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(e) for e in range(7)]
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "w.checkpoint").exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cells", "w.safetensors", "w.csv", "w.png"}
+    assert {path.name for path in trained.files} == names - {"cells"}
 
     _, loaded = build_backbone(TINY.backbone, weights=str(trained.weights), image_size=32)
     assert loaded.sha256 == trained.sha256
@@ -187,11 +190,44 @@ def test_another_runs_checkpoint_is_refused_and_force_starts_over(tmp_path: Path
     assert forced.sha256 == pretrain(cells, tmp_path / "new.safetensors", other).sha256
 
 
+def test_weights_and_curve_are_of_one_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    out = tmp_path / "out" / "w.safetensors"
+    pretrain(cells, out, TINY)
+    before = contents(out.parent)
+
+    def crash(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lymphfeat.pretraining.run.draw_curve", crash)
+        with pytest.raises(OSError, match="no space left"):
+            pretrain(cells, out, replace(TINY, seed=5), force=True)
+    after = contents(out.parent)
+    assert {name: after[name] for name in before} == before
+    seen: list[str] = []
+    progress = lambda done, total, text="": seen.append(f"{done} {text}")  # noqa: E731
+    pretrain(cells, out, replace(TINY, seed=5), force=True, progress=progress)
+    assert not any(line.startswith("1 ") and "views/s" in line for line in seen)  # it went on
+    assert set(contents(out.parent)) == set(before)
+    assert contents(out.parent)["w.csv"] != before["w.csv"]
+
+
+def test_a_curve_of_other_weights_is_not_overwritten(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    (tmp_path / "w.csv").write_text("precious")
+    with pytest.raises(LymphfeatError, match=r"w.csv exists"):
+        pretrain(cells, tmp_path / "w.safetensors", TINY)
+    assert (tmp_path / "w.csv").read_text() == "precious"
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     for message, out, settings in (
         ("out (=w.pth) must end in .safetensors", Path("w.pth"), TINY),
-        ("is there already", tmp_path / "there.safetensors", TINY),
+        ("there.safetensors exists; choose another", tmp_path / "there.safetensors", TINY),
         ("needs folders that are patients", tmp_path / "w.safetensors", _with_pairs()),
         ("must be at least the crop", tmp_path / "w.safetensors", replace(TINY, field=64)),
     ):

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from lymphfeat.reproduction import ROWS
 from lymphfeat_cli.main import cli
+from tests.folders import contents
 from tests.tiny import write_red_cohort
 
 
@@ -57,6 +58,18 @@ def test_table_and_figures_beside_the_published(
     assert pd.read_csv(out / "table.csv")["published"].tolist() == [
         row.published for row in ROWS if row.backbone == "resnet18"
     ]
+    assert set(told["files"]) == {f"runs/reproduce-report/{name}" for name in contents(out)}
+    before = contents(out)
     again = reproduce(*arguments)
     assert again.exit_code == 2
-    assert "a run is there" in again.output
+    assert "already holds a reproduction; choose another --out or use --force" in again.output
+
+    def crash(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lymphfeat.reproduction.draw_depths", crash)
+    crashed = reproduce(*arguments, "--seed", "3", "--force")
+    assert crashed.exit_code == 1, crashed.output
+    assert contents(tmp_path / "runs") == {
+        f"reproduce-report/{name}": value for name, value in before.items()
+    }

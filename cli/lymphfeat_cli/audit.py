@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
+from lymphfeat.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     force_option,
@@ -80,8 +81,8 @@ def command(
 
 
 def _check_out(out: Path | None, force: bool) -> None:
-    if out is not None and out.exists() and not force:
-        raise click.UsageError(f"{out} exists; choose another --out, or overwrite with --force.")
+    if out is not None:
+        check_file(out, force=force)
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"folder {out.parent} of --out does not exist; make it first.")
 

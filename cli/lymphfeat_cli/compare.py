@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lymphfeat.files import check_file
 from lymphfeat_cli.options import force_option, output_options, show_json, show_table
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ Examples:
   lymphfeat compare runs/all-honest --head bnsigmoid --head mean --metric auc
   lymphfeat compare runs/all-honest --against "bag size" --out against-bag-size.png""",
 )
-@click.argument(
-    "runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--metric",
     type=click.Choice(["ba", "sensitivity", "specificity", "auc", "log_loss", "brier"]),
@@ -60,8 +59,7 @@ def command(
     comparisons at once, and p is Holm's. Runs on different splits are refused: fit one again with
     the --splits of the other.
     """
-    if out.exists() and not force:
-        raise click.UsageError(f"{out} exists; choose another --out, or overwrite by --force.")
+    check_file(out, force=force)
     from lymphfeat.comparison import compare_runs
     from lymphfeat.comparison_figure import draw_comparison
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lymphfeat.files import files_in
 from lymphfeat_cli.head_options import head_options, only_head, pop_grid
 from lymphfeat_cli.options import (
     cohort_options,
@@ -142,7 +143,7 @@ An interrupted training goes on when the same line is run again.""",
 )
 @click.option(
     "--init-head",
-    type=click.Path(exists=True, file_okay=False),
+    type=click.Path(file_okay=False),
     help="Begin with the best linear head of this run of fit-head --save, on the same weights; it "
     "brings its own --agg and options.",
 )
@@ -263,7 +264,7 @@ def _score(known: Any, threshold: float, out: Path) -> dict[str, float]:
 def _result(trained: "Model | Members", out: Path) -> dict[str, object]:
     return {
         "model": str(out),
-        "files": _files(out),
+        "files": [str(path) for path in files_in(out)],
         "threshold": trained.threshold,
         "threshold_from": trained.threshold_from,
         "metrics": trained.metrics,
@@ -281,20 +282,12 @@ def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
         )
 
 
-def _files(out: Path) -> list[str]:
-    from lymphfeat.endtoend.members import OUTPUTS as OF_MEMBERS
-    from lymphfeat.endtoend.run import OUTPUTS
-
-    names = dict.fromkeys([*OUTPUTS, *OF_MEMBERS])
-    return [str(out / name) for name in names if (out / name).exists()]
-
-
 def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> None:
     show_metrics("Patients, as the final model predicts them", trained.metrics)
     warn_of_bag_size(trained.metrics)
     show_truth(scores)
     click.echo(f"Threshold {trained.threshold:g} ({trained.threshold_from}).")
-    for path in _files(out):
+    for path in files_in(out):
         click.echo(f"wrote {path}")
     if not (out / "submission.csv").exists():
         note("No submission written: the cohort has no unlabelled patient.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lymphfeat.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     device_option,
@@ -110,15 +111,18 @@ def command(
     the highest-scored cells moves probabilities more than deleting random ones.
     """
     out = out or (CELL if image else PAGE)
-    _check_free(out, force)
+    if not out.parent.is_dir():
+        raise click.UsageError(f"folder {out.parent} does not exist; make it first.")
     if image is not None:
+        check_file(out, force=force)
         _explain_image(folder, image, out, device, as_json)
         return
     from lymphfeat.explain.explanation import explain
-    from lymphfeat.explain.report import write_report
+    from lymphfeat.explain.report import check_report, write_report
     from lymphfeat.model import Model
     from lymphfeat.truth import Truth
 
+    check_report(out, force=force)
     model = Model.load(folder)
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
@@ -140,19 +144,13 @@ def command(
             budget=megabytes * 1_000_000,
             plates=plates,
             formats={"both": ("png", "pdf"), "none": ()}.get(figures, (figures,)),
+            force=force,
             progress=progress,
         )
     if as_json:
         show_json(_result(explanation, files))
     else:
         _show(explanation, files)
-
-
-def _check_free(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise click.UsageError(f"{out} exists; choose another --out, or overwrite by --force.")
-    if not out.parent.is_dir():
-        raise click.UsageError(f"folder {out.parent} does not exist; make it first.")
 
 
 def _explain_image(folder: Path, image: Path, out: Path, device: str, as_json: bool) -> None:

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lymphfeat.files import files_in
 from lymphfeat_cli.head_options import TEXTS, grid_option, head_options, pop_grid
 from lymphfeat_cli.options import (
     cache_path,
     device_option,
     force_option,
+    is_first,
     output_options,
     progress_bar,
     seed_option,
@@ -188,7 +190,7 @@ def command(
         )
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     table = None if isinstance(found, Run) else found.table
-    if not runs[-1].files:
+    if not is_first():
         return  # of several processes the first shows the result
     if as_json:
         show_json(_result(folder, runs, table))
@@ -199,9 +201,7 @@ def command(
         _show_optimism(table)
     for warning in runs[-1].outcome.warnings:
         click.echo(f"Warning: {warning}")
-    click.echo("Wrote " + ", ".join(str(path) for run in runs for path in run.files))
-    if table is not None:
-        click.echo(f"and {folder / 'optimism.csv'}, {folder / 'optimism.png'}")
+    click.echo("Wrote " + ", ".join(map(str, files_in(folder))))
 
 
 def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:
@@ -210,6 +210,7 @@ def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") ->
         "folder": str(folder),
         "summary": last.summary.to_dict("records"),
         "warnings": list(last.warnings),
+        "files": [str(path) for path in files_in(folder)],
     }
     if optimism is not None:
         told["report"] = runs[0].outcome.summary.to_dict("records")

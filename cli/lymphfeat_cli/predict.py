@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lymphfeat.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     device_option,
@@ -171,8 +172,7 @@ def _as_one(models: "list[Model]") -> "Model":
 
 def _check_free(files: list[Path], force: bool) -> None:
     for path in files:
-        if path.exists() and not force:
-            raise click.UsageError(f"{path} exists; choose another file, or overwrite by --force.")
+        check_file(path, force=force)
         if not path.parent.is_dir():
             raise click.UsageError(f"folder {path.parent} does not exist; make it first.")
 

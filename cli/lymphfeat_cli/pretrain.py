@@ -166,11 +166,14 @@ def command(
     with progress_bar("pre-training", quiet) as progress:
         trained = pretrain(cells, out, settings, force=force, progress=progress)
     if as_json:
+        files = [str(path) for path in trained.files]
         result = {"weights": str(out), "sha256": trained.sha256, "curve": trained.curve}
-        show_json(result)
+        show_json(result | {"files": files})
         return
     click.echo(f"{out}: {backbone}, sha256 {trained.sha256[:12]}…")
     if cells.grouping != "none":
         what = {"patients": "patient", "classes": "class"}[cells.grouping]
         before, *_, after = (row["probe"] for row in trained.curve)
         click.echo(f"nearest cell is of the same {what}: {before:.3f} before, {after:.3f} after")
+    for path in trained.files:
+        click.echo(f"wrote {path}")

@@ -1,7 +1,7 @@
 """Backbones fine-tuned per split, for feature stores: each learns from its training patients alone.
 
-A split's folder holds its checkpoint while it trains; then its weights, with the identity of their
-training, and its curves. Weights of the same identity are not trained again.
+A split's folder holds its weights, with the identity of their training, and its curves. Weights of
+the same identity are not trained again.
 """
 
 import json
@@ -14,23 +14,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from lymphfeat.backbones import FACTS_KEY, read_facts
-from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend.curves import write_curves
+from lymphfeat.endtoend.curves import CURVES, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.job import Job, parts_of, prepare
 from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.errors import ModelError
-from lymphfeat.files import replace_file
+from lymphfeat.files import ResultKind, recover, result_folder, unfinished_folder
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.identity import differing_fields
-from lymphfeat.model import CHECKPOINT_FILE
 from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
 
 BACKBONE_FILE = "backbone.safetensors"
+BACKBONE = ResultKind(
+    name="fine-tuned backbone", marks=(BACKBONE_FILE,), files=(BACKBONE_FILE, *CURVES)
+)
 
 
 def fine_tune(
@@ -75,6 +77,7 @@ def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress
 
 def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
     """Say whether these very weights are there; refuse others unless `force`."""
+    recover(folder)
     path = folder / BACKBONE_FILE
     if not path.exists():
         return False
@@ -103,21 +106,26 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _train(
-    job: Job, pixels: PixelCache, cached: Cohort, folder: Path, force: bool, progress: Progress
+    job: Job, pixels: PixelCache, cached: Cohort, out: Path, force: bool, progress: Progress
 ) -> None:
-    checkpoint = Checkpoint(folder / CHECKPOINT_FILE, job.identity, job.model.facts.provenance)
-    if force and is_first():
-        checkpoint.discard_another()
-    history = fit(job, pixels, cached, checkpoint, progress)
-    if not is_first():
-        return
-    write_curves(history, folder)
+    resumes = (CHECKPOINT_FILE,)
+    checkpoint = Checkpoint(
+        unfinished_folder(out) / CHECKPOINT_FILE, job.identity, job.model.facts.provenance
+    )
+    with result_folder(out, BACKBONE, force=force, resumes=resumes, writes=is_first()) as folder:
+        if is_first():
+            checkpoint.check(force=force)
+        history = fit(job, pixels, cached, checkpoint, progress)
+        if is_first():
+            write_curves(history, folder)
+            _save(job, folder / BACKBONE_FILE)
+
+
+def _save(job: Job, path: Path) -> None:
     model = job.model.backbone.model
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     facts = {
         "identity": job.identity,
         "provenance": job.model.facts.provenance.to_json(),
     }
-    content = save(tensors, {FACTS_KEY: json.dumps(facts)})
-    replace_file(folder / BACKBONE_FILE, lambda path: path.write_bytes(content))
-    checkpoint.remove()
+    path.write_bytes(save(tensors, {FACTS_KEY: json.dumps(facts)}))

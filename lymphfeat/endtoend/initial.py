@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lymphfeat.errors import LeakageError, SettingsError
+from lymphfeat.files import recover
 from lymphfeat.heads import HeadStack
 from lymphfeat.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.run_provenance import RunProvenance
@@ -49,6 +50,7 @@ def read_initial_head(
     splits. Raises SettingsError for a run without saved heads, on other weights, or without such a
     choice; LeakageError when every split has seen the label of one of `held_out`.
     """
+    recover(run)
     config = _read_json(run / "config.json")
     _check_weights(run, config["store"]["recipe"], weights_sha256)
     tensors = _read_tensors(run)

@@ -1,8 +1,8 @@
 """K-fold members: a model trained without each fold, their average, and what is chosen out of fold.
 
-Each member is a model folder of its own, `fold-0`, `fold-1`, …; `members.json`, written last, names
-them. Threshold, calibration and operating points come from the probabilities of each fold by the
-member that has not seen it (METHOD §4).
+Each member is a model folder of its own, `fold-0`, `fold-1`, …; `members.json` names them.
+Threshold, calibration and operating points come from the probabilities of each fold by the member
+that has not seen it (METHOD §4).
 """
 
 import json
@@ -18,8 +18,9 @@ from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
 from lymphfeat.endtoend.baselines import measure_baselines
-from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
+from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
+from lymphfeat.endtoend.folder import MODEL
 from lymphfeat.endtoend.job import Job, parts_of, prepare
 from lymphfeat.endtoend.pixels import PixelCache
 from lymphfeat.endtoend.submission import (
@@ -29,13 +30,10 @@ from lymphfeat.endtoend.submission import (
     SUBMISSION_FILE,
     write_submission,
 )
-from lymphfeat.errors import ModelError
-from lymphfeat.files import replace_file
+from lymphfeat.files import result_folder, unfinished_folder
 from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
 from lymphfeat.model import (
-    CHECKPOINT_FILE,
-    FACTS_FILE,
     MEMBERS_FILE,
     MEMBERS_FORMAT,
     Model,
@@ -83,9 +81,8 @@ def train_folds(
 
     Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
     one honest probability of a labelled patient), images.csv, submission.csv, the mean curves and
-    members.json. Interrupted, it goes on when called again. Raises ModelError when finished members
-    or a model are in `out` and `force` is not set, LeakageError when patients of different folds
-    share an image.
+    members.json. Interrupted, it goes on when called again. Raises as `train_end_to_end`, and
+    LeakageError when patients of different folds share an image.
     """
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
     require_linear(settings.head)
@@ -94,49 +91,41 @@ def train_folds(
         labelled.ids, labelled.labels, folds=folds, seeds=1, seed=settings.seed
     )
     join_processes()
-    with cpu_threads(settings.threads):
-        if is_first():
-            _make_way(out, force)
+    resumes = [_checkpoint_file(number) for number in range(folds)]
+    with (
+        result_folder(out, MODEL, force=force, resumes=resumes, writes=is_first()) as folder,
+        cpu_threads(settings.threads),
+    ):
         jobs, histories = _train(cohort, labelled, repeat.outer, settings, out, force, progress)
         models = [job.model for job in jobs]
         if not is_first():
             return Members(models=tuple(models), decision=Decision(), metrics={})
         predicted = [_predict(model, cohort, settings, progress) for model in models]
-    out_of_fold = pd.concat(
-        part.patients[part.patients["id"].isin(split.validation)]
-        for part, split in zip(predicted, repeat.outer, strict=True)
-    )
-    decision = _decide(out_of_fold, folds)
-    for number, (model, history) in enumerate(zip(models, histories, strict=True)):
-        model.decision = decision
-        write_curves(history, out / f"fold-{number}")
-        model.save(out / f"fold-{number}")
-    predictions = average_predictions(predicted, [decision] * folds)
-    _write(out, cohort, predictions, out_of_fold, histories, submission_header)
-    members = Members(
-        models=tuple(models),
-        decision=decision,
-        metrics={
-            "out of fold": patient_metrics(out_of_fold, decision.threshold),
-            **measure_baselines(out_of_fold, labelled, repeat.outer, threshold=None),
-        },
-    )
-    _publish(out, members)
-    for number in range(folds):
-        (out / f"fold-{number}" / CHECKPOINT_FILE).unlink(missing_ok=True)
+        out_of_fold = pd.concat(
+            part.patients[part.patients["id"].isin(split.validation)]
+            for part, split in zip(predicted, repeat.outer, strict=True)
+        )
+        decision = _decide(out_of_fold, folds)
+        for number, (model, history) in enumerate(zip(models, histories, strict=True)):
+            model.decision = decision
+            write_curves(history, folder / f"fold-{number}")
+            model.save(folder / f"fold-{number}")
+        predictions = average_predictions(predicted, [decision] * folds)
+        _write(folder, cohort, predictions, out_of_fold, histories, submission_header)
+        members = Members(
+            models=tuple(models),
+            decision=decision,
+            metrics={
+                "out of fold": patient_metrics(out_of_fold, decision.threshold),
+                **measure_baselines(out_of_fold, labelled, repeat.outer, threshold=None),
+            },
+        )
+        _write_facts(folder, members)
     return members
 
 
-def _make_way(out: Path, force: bool) -> None:
-    for name in (MEMBERS_FILE, FACTS_FILE):
-        if not (out / name).exists():
-            continue
-        if not force:
-            raise ModelError(
-                f"{out}: a finished model is there; choose another --out, or train anew with "
-                "--force."
-            )
-        (out / name).unlink()
+def _checkpoint_file(number: int) -> str:
+    return f"fold-{number}.pt"
 
 
 def _train(
@@ -154,10 +143,12 @@ def _train(
     for number, split in enumerate(splits):
         job = prepare(cohort, parts_of(labelled, split), settings)
         checkpoint = Checkpoint(
-            out / f"fold-{number}" / CHECKPOINT_FILE, job.identity, job.model.facts.provenance
+            unfinished_folder(out) / _checkpoint_file(number),
+            job.identity,
+            job.model.facts.provenance,
         )
-        if force and is_first():
-            checkpoint.discard_another()
+        if is_first():
+            checkpoint.check(force=force)
         if pixels is None:
             pixels = decode(labelled, job, progress)
             if not settings.allow_shared_images:
@@ -197,7 +188,7 @@ def _decide(out_of_fold: pd.DataFrame, folds: int) -> Decision:
 
 
 def _write(
-    out: Path,
+    folder: Path,
     cohort: Cohort,
     predictions: Predictions,
     out_of_fold: pd.DataFrame,
@@ -207,26 +198,22 @@ def _write(
     unseen = out_of_fold.set_index("id")["probability"]
     patients = predictions.patients.copy()
     patients["out_of_fold"] = patients["id"].map(unseen)
-    replace(predictions, patients=patients).save(out / PATIENTS_FILE, out / IMAGES_FILE)
+    replace(predictions, patients=patients).save(folder / PATIENTS_FILE, folder / IMAGES_FILE)
     if cohort.submission_ids:
-        write_submission(patients, cohort.submission_ids, out / SUBMISSION_FILE, header)
+        write_submission(patients, cohort.submission_ids, folder / SUBMISSION_FILE, header)
     means = [
         {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         for rows in zip(*histories, strict=True)
     ]
-    write_curves(means, out)
-    draw_curves(means, out)
+    write_curves(means, folder)
+    draw_curves(means, folder)
 
 
-def _publish(out: Path, members: Members) -> None:
+def _write_facts(folder: Path, members: Members) -> None:
     content = {
         "format": MEMBERS_FORMAT,
         "members": [f"fold-{number}" for number in range(len(members.models))],
         **members.decision.to_json(),
         "metrics": members.metrics,
     }
-    text = json.dumps(content, indent=2)
-    replace_file(out / MEMBERS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-OUTPUTS = (MEMBERS_FILE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE, *CURVES)
+    (folder / MEMBERS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")

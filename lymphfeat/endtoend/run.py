@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
 from lymphfeat.endtoend.baselines import measure_baselines
-from lymphfeat.endtoend.curves import CURVES, Row, draw_curves, write_curves
+from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
+from lymphfeat.endtoend.folder import MODEL
 from lymphfeat.endtoend.job import Parts, hold_out, prepare
 from lymphfeat.endtoend.submission import (
     HEADERS,
@@ -19,29 +20,14 @@ from lymphfeat.endtoend.submission import (
     SUBMISSION_FILE,
     write_submission,
 )
-from lymphfeat.errors import ModelError
+from lymphfeat.files import result_folder, unfinished_folder
 from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
-from lymphfeat.model import (
-    CHECKPOINT_FILE,
-    FACTS_FILE,
-    WEIGHTS_FILE,
-    Model,
-    Predictions,
-)
+from lymphfeat.model import Model, Predictions
 from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
-
-OUTPUTS = (
-    FACTS_FILE,
-    WEIGHTS_FILE,
-    PATIENTS_FILE,
-    IMAGES_FILE,
-    SUBMISSION_FILE,
-    *CURVES,
-)
 
 
 def train_end_to_end(
@@ -56,23 +42,31 @@ def train_end_to_end(
     """Train on a cohort's labelled patients; write the model and all it predicts to folder `out`.
 
     Writes model.safetensors, model.json, predictions.csv, images.csv, curves.csv, curves.png and,
-    when there are unlabelled patients, submission.csv. An interrupted run with the same settings
-    goes on from its last checkpoint and ends (on a CPU) with the same bits. Under torchrun every
-    step's images are shared out over the processes, and the first one writes.
+    when there are unlabelled patients, submission.csv; the folder is replaced as a whole, at the
+    end. An interrupted run with the same settings goes on from its last checkpoint and ends (on a
+    CPU) with the same bits. Under torchrun every step's images are shared out over the processes,
+    and the first one writes.
 
-    Raises ModelError when a finished model, or an unfinished one of other settings, is in `out` and
-    `force` is not set; CohortError unless patients of both classes are labelled; LeakageError when
-    a training and a held-out patient share an image.
+    Raises SettingsError when a model is in `out` and `force` is not set, or anything else;
+    ModelError when an unfinished training of other settings is there and `force` is not set;
+    CohortError unless patients of both classes are labelled; LeakageError when a training and a
+    held-out patient share an image.
     """
     settings = replace(settings, head=resolve(settings.head))
     require_linear(settings.head)
     parts = hold_out(cohort, settings)
     join_processes()
-    with cpu_threads(settings.threads):
+    resumes = (CHECKPOINT_FILE,)
+    with (
+        result_folder(out, MODEL, force=force, resumes=resumes, writes=is_first()) as folder,
+        cpu_threads(settings.threads),
+    ):
         job = prepare(cohort, parts, settings)
-        checkpoint = Checkpoint(out / CHECKPOINT_FILE, job.identity, job.model.facts.provenance)
+        checkpoint = Checkpoint(
+            unfinished_folder(out) / CHECKPOINT_FILE, job.identity, job.model.facts.provenance
+        )
         if is_first():
-            _make_way(out, checkpoint, force=force)
+            checkpoint.check(force=force)  # before images are decoded
         labelled = cohort.labelled()
         pixels = decode(labelled, job, progress)
         splits = [_split_of(parts)] if parts.validation else []
@@ -84,16 +78,17 @@ def train_end_to_end(
         predictions = job.model.predict(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )
-    patients = _mark(predictions.patients, parts)
-    metrics = job.model.measure(patients)
-    if splits:
-        held_out = patients[patients["split"] == "validation"]
-        metrics |= measure_baselines(held_out, labelled, splits, threshold=job.model.threshold)
-    job.model.facts = replace(job.model.facts, metrics=metrics)
-    _write(out, job.model, replace(predictions, patients=patients), history)
-    if cohort.submission_ids:
-        write_submission(patients, cohort.submission_ids, out / SUBMISSION_FILE, submission_header)
-    checkpoint.remove()
+        patients = _mark(predictions.patients, parts)
+        metrics = job.model.measure(patients)
+        if splits:
+            held_out = patients[patients["split"] == "validation"]
+            metrics |= measure_baselines(held_out, labelled, splits, threshold=job.model.threshold)
+        job.model.facts = replace(job.model.facts, metrics=metrics)
+        _write(folder, job.model, replace(predictions, patients=patients), history)
+        if cohort.submission_ids:
+            write_submission(
+                patients, cohort.submission_ids, folder / SUBMISSION_FILE, submission_header
+            )
     return job.model
 
 
@@ -102,26 +97,6 @@ def _split_of(parts: Parts) -> Split:
     return Split(
         id="validation", seed=0, repeat=0, train=parts.train.ids, validation=parts.validation.ids
     )
-
-
-def _make_way(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
-    """Refuse to touch another run's results, or remove them by force."""
-    if out.exists() and not out.is_dir():
-        raise ModelError(f"out (={out}) must be a folder; got a file. Choose another --out.")
-    if force:
-        _discard(out, checkpoint)
-    elif not checkpoint.path.exists() and (out / FACTS_FILE).exists():
-        raise ModelError(
-            f"{out}: a finished model is there; choose another --out, or train anew with --force."
-        )
-    checkpoint.read()
-
-
-def _discard(out: Path, checkpoint: Checkpoint) -> None:
-    """Remove results, and a checkpoint unless it is this very run's."""
-    checkpoint.discard_another()
-    for name in OUTPUTS:
-        (out / name).unlink(missing_ok=True)
 
 
 def _mark(patients: pd.DataFrame, parts: Parts) -> pd.DataFrame:
@@ -134,9 +109,8 @@ def _mark(patients: pd.DataFrame, parts: Parts) -> pd.DataFrame:
     return marked
 
 
-def _write(out: Path, model: Model, predictions: Predictions, history: list[Row]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    predictions.save(out / PATIENTS_FILE, out / IMAGES_FILE)
-    write_curves(history, out)
-    draw_curves(history, out)
-    model.save(out)
+def _write(folder: Path, model: Model, predictions: Predictions, history: list[Row]) -> None:
+    predictions.save(folder / PATIENTS_FILE, folder / IMAGES_FILE)
+    write_curves(history, folder)
+    draw_curves(history, folder)
+    model.save(folder)

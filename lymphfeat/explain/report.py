@@ -21,12 +21,25 @@ from lymphfeat.explain.figures import (
 )
 from lymphfeat.explain.page import BUDGET, render_page
 from lymphfeat.explain.scores import Floats, score_image
-from lymphfeat.files import replace_file
+from lymphfeat.files import (
+    ResultKind,
+    check_file,
+    check_folder,
+    files_in,
+    replace_file,
+    result_files,
+)
 from lymphfeat.images import decode_crop
 from lymphfeat.model import Model
 from lymphfeat.progress import Progress, silent
 
 PLATES = 6  # patients drawn as figures unless told otherwise
+_FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "weights-*")
+FIGURES = ResultKind(
+    name="set of figures",
+    marks=("cohort.png", "cohort.pdf"),
+    files=tuple(f"{name}.{suffix}" for name in _FIGURES for suffix in ("png", "pdf")),
+)
 
 
 def write_report(
@@ -37,25 +50,35 @@ def write_report(
     plates: int = PLATES,
     formats: tuple[str, ...] = ("png",),
     threads: int = 2,
+    force: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
     """Write the page to `out`, and figures into the folder beside it; return the files.
 
+    Page and figures are replaced together. Raises SettingsError as `check_report`.
+
     plates: so many patients get a plate and a distribution, those called wrongly first.
     formats: of the figures, "png", "pdf"; none for no figures.
     """
-    page = render_page(explanation, budget=budget, threads=threads, progress=progress)
-    replace_file(out, lambda path: path.write_text(page, encoding="utf-8"))
-    files = [out]
-    if formats:
-        folder = figures_folder(out)
-        folder.mkdir(exist_ok=True)
-        for name, figure in _figures(explanation, plates):
-            for suffix in formats:
-                path = folder / f"{name}.{suffix}"
-                figure.savefig(path, dpi=130)
-                files.append(path)
-    return files
+    figures = figures_folder(out)
+    with result_files(out, {figures.name: FIGURES}, force=force) as folder:
+        page = render_page(explanation, budget=budget, threads=threads, progress=progress)
+        (folder / out.name).write_text(page, encoding="utf-8")
+        if formats:
+            (folder / figures.name).mkdir()
+            for name, figure in _figures(explanation, plates):
+                for suffix in formats:
+                    figure.savefig(folder / figures.name / f"{name}.{suffix}", dpi=130)
+    return [out, *files_in(figures)]
+
+
+def check_report(out: Path, *, force: bool) -> None:
+    """Raise SettingsError when a page or its figures are there and `force` is not set.
+
+    Files in the folder of figures that are none are never overwritten.
+    """
+    check_file(out, force=force)
+    check_folder(figures_folder(out), FIGURES, force=force)
 
 
 def figures_folder(out: Path) -> Path:
@@ -107,5 +130,6 @@ def write_cell(model: Model, image: Path, out: Path, *, device: str = "auto") ->
     probability = float(expit(logit))
     pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)
     title = f"{image.name}: score {probability:.3f}. Research software, not a medical device."
-    draw_cell(pixels, grid, title).savefig(out, dpi=130)
+    figure = draw_cell(pixels, grid, title)
+    replace_file(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=130))
     return Cell(logit=logit, probability=probability, grid=grid)

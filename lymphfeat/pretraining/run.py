@@ -20,9 +20,10 @@ from lymphfeat.backbones import (
     write_weights,
 )
 from lymphfeat.cells import Cells
-from lymphfeat.checkpoint import Checkpoint
+from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.compute import cpu_threads
-from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.errors import SettingsError
+from lymphfeat.files import result_files, unfinished_folder
 from lymphfeat.images import decode_crops, find_normalization
 from lymphfeat.pretraining.curve import Row, draw_curve, write_curve
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
@@ -43,6 +44,7 @@ class Pretrained:
     weights: Path
     sha256: str
     curve: tuple[Row, ...]
+    files: tuple[Path, ...]  # the weights, the curve as CSV and as PNG
 
 
 def pretrain(
@@ -56,12 +58,18 @@ def pretrain(
     """Train a backbone on cells without their patients' labels and write its weights to `out`.
 
     Beside the .safetensors file (float16, timm's keys, the recipe in its header) come a curve as
-    CSV and PNG. An interrupted run goes on from its checkpoint, on a CPU to the same bits. Raises
-    WeightsError when `out` is there and `force` is not set, SettingsError for cells that do not
-    fit the settings, CohortError for an image that cannot be read.
+    CSV and PNG; the three are replaced together, at the end. An interrupted run goes on from its
+    checkpoint, on a CPU to the same bits. Raises SettingsError when one of them is there and
+    `force` is not set or for cells that do not fit the settings, CohortError for an image that
+    cannot be read.
     """
-    _check(cells, out, settings, force)
-    with cpu_threads(settings.threads):
+    _check(cells, out, settings)
+    csv, png = (out.with_suffix(suffix).name for suffix in (".csv", ".png"))
+    beside = dict.fromkeys((csv, png))
+    with (
+        result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE,)) as folder,
+        cpu_threads(settings.threads),
+    ):
         backbone, init = build_backbone(
             settings.backbone,
             weights=settings.init,
@@ -70,26 +78,21 @@ def pretrain(
         )
         recipe = _recipe(cells, settings, init)
         provenance = init.provenance | cells.provenance()
-        checkpoint = Checkpoint(out.with_suffix(".checkpoint"), recipe, provenance)
-        if force:
-            checkpoint.remove()
-        checkpoint.read()  # refuses another run's before images are decoded
+        checkpoint = Checkpoint(unfinished_folder(out) / CHECKPOINT_FILE, recipe, provenance)
+        checkpoint.check(force=force)  # before images are decoded
         trainer, fields, groups = _prepare(cells, backbone, settings, progress)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
-    sha256 = write_weights(
-        backbone, out, _facts(cells, recipe | {"steps": trainer.step}, provenance)
-    )
-    write_curve(curve, out.with_suffix(".csv"))
-    draw_curve(curve, out.with_suffix(".png"), cells.grouping)
-    checkpoint.remove()
-    return Pretrained(weights=out, sha256=sha256, curve=tuple(curve))
+        facts = _facts(cells, recipe | {"steps": trainer.step}, provenance)
+        sha256 = write_weights(backbone, folder / out.name, facts)
+        write_curve(curve, folder / csv)
+        draw_curve(curve, folder / png, cells.grouping)
+    files = tuple(out.with_name(name) for name in (out.name, csv, png))
+    return Pretrained(weights=out, sha256=sha256, curve=tuple(curve), files=files)
 
 
-def _check(cells: Cells, out: Path, settings: PretrainSettings, force: bool) -> None:
+def _check(cells: Cells, out: Path, settings: PretrainSettings) -> None:
     if out.suffix != ".safetensors":
         raise SettingsError(f"out (={out}) must end in .safetensors.")
-    if out.exists() and not force:
-        raise WeightsError(f"{out}: is there already; choose another --out, or --force.")
     if len(cells.paths) < _LEAST_IMAGES:
         raise SettingsError(
             f"cells (={len(cells.paths)} images) must be at least {_LEAST_IMAGES}; "
