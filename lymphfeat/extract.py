@@ -192,7 +192,12 @@ def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict
     fields = asdict(_finetune_settings(settings))
     for name in ("backbone", "precision", "device", "threads", "seed", "validation", "tta"):
         del fields[name]
-    digest = hashlib.sha256(json.dumps([asdict(split) for split in splits]).encode())
+    # What the backbones learn from: not which split serves which.
+    learnt = [
+        {name: value for name, value in asdict(split).items() if name != "parents"}
+        for split in splits
+    ]
+    digest = hashlib.sha256(json.dumps(learnt).encode())
     return {**fields, "splits": len(splits), "splits_sha256": digest.hexdigest()}
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,10 @@ class Split:
     repeat: int
     train: tuple[str, ...]
     validation: tuple[str, ...]
+    # Ids of the splits inside which this one serves: what is chosen for them is chosen on its
+    # validation patients. None for a split that is itself measured. (A fit without two folds
+    # serves both.)
+    parents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", self.id):  # it names files and features
@@ -57,23 +63,33 @@ def check_classes(labels: NDArray[np.int64], least: int) -> None:
 def report_splits(
     ids: Sequence[str], labels: NDArray[np.int64], *, seeds: int, seed: int = 0
 ) -> list[Split]:
-    """Split in halves once a seed, not stratified (METHOD §4, `report`)."""
+    """Split in halves, one pair per seed, not stratified (METHOD §4, `report`).
+
+    The seeds are the first `seeds` from `seed` on that give halves of both classes each. A seed
+    that leaves a half with one class is skipped: no AUC could be measured on it.
+    """
     check_classes(labels, 2)
-    splits = []
-    for repeat in range(seeds):
-        train, validation = train_test_split(
-            np.array(ids), test_size=0.5, random_state=seed + repeat
+    known = np.array(ids)
+    return [
+        Split(
+            id=f"report-s{drawn}",
+            seed=drawn,
+            repeat=repeat,
+            train=tuple(known[train].tolist()),
+            validation=tuple(known[validation].tolist()),
         )
-        splits.append(
-            Split(
-                id=f"report-s{seed + repeat}",
-                seed=seed + repeat,
-                repeat=repeat,
-                train=tuple(train.tolist()),
-                validation=tuple(validation.tolist()),
-            )
-        )
-    return splits
+        for repeat, (drawn, train, validation) in enumerate(islice(_halves(labels, seed), seeds))
+    ]
+
+
+def _halves(
+    labels: NDArray[np.int64], first: int
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield seeds from `first` on with the rows of their halves, of both classes each."""
+    for seed in count(first):
+        halves = train_test_split(np.arange(len(labels)), test_size=0.5, random_state=seed)
+        if all(len(np.unique(labels[half])) == 2 for half in halves):
+            yield seed, *halves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +132,7 @@ def _without_both(first: Split, second: Split, name: int) -> Split:
         repeat=first.repeat,
         train=tuple(patient for patient in first.train if patient not in outside),
         validation=(*first.validation, *second.validation),
+        parents=(first.id, second.id),
     )
 
 
@@ -138,7 +155,11 @@ class Plan:
 
     @classmethod
     def nested(cls, outer: Sequence[Split], labels: Mapping[str, int], *, folds: int = 5) -> "Plan":
-        """Plan inner splits: those of folds by pairs, those of any other split its own k-fold."""
+        """Plan inner splits: those of folds by pairs, those of any other split its own k-fold.
+
+        An inner split whose id is already that of an outer one gets another.
+        """
+        taken = {split.id for split in outer}
         inner: dict[str, tuple[Split, ...]] = {}
         repeats: dict[int, list[Split]] = {}
         for split in outer:
@@ -149,7 +170,43 @@ class Plan:
                 inner |= {split.id: tuple(repeat.inner(f)) for f, split in enumerate(members)}
             else:
                 inner |= {split.id: _inside(split, labels, folds) for split in members}
-        return cls(outer=tuple(outer), inner=tuple(inner[split.id] for split in outer))
+        return cls(
+            outer=tuple(outer),
+            inner=tuple(
+                tuple(_renamed(serving, taken) for serving in inner[split.id]) for split in outer
+            ),
+        )
+
+    @classmethod
+    def recorded(cls, splits: Iterable[Split]) -> "Plan":
+        """Plan splits that say themselves which of them serve inside which.
+
+        Those that serve none of the others are measured. Inner splits are planned when those of
+        every measured split cover its training patients, each of them once.
+        """
+        given = {split.id: split for split in splits}
+        outer = [split for split in given.values() if not set(split.parents) & set(given)]
+        inner = [
+            tuple(serving for serving in given.values() if split.id in serving.parents)
+            for split in outer
+        ]
+        if all(_cover(split, within) for split, within in zip(outer, inner, strict=True)):
+            return cls(outer=tuple(outer), inner=tuple(inner))
+        return cls.flat(outer)
+
+    @property
+    def is_nested(self) -> bool:
+        """Say whether choices can be made inside every measured split."""
+        return all(self.inner)
+
+    def only(self, ids: Sequence[str]) -> "Plan":
+        """Return the plan of some of the measured splits, in the order of their ids."""
+        place = {split.id: number for number, split in enumerate(self.outer)}
+        kept = [place[id] for id in ids]
+        return Plan(
+            outer=tuple(self.outer[number] for number in kept),
+            inner=tuple(self.inner[number] for number in kept),
+        )
 
     @property
     def inner_once(self) -> list[Split]:
@@ -160,6 +217,21 @@ class Plan:
     def test_to_train(self) -> float:
         """Return the mean ratio of validation to training patients."""
         return float(np.mean([len(s.validation) / len(s.train) for s in self.outer]))
+
+
+def _cover(split: Split, inner: Sequence[Split]) -> bool:
+    """Tell whether each training patient of a split is out of fold in one of its inner splits."""
+    outside = set(split.validation)
+    if any(outside & set(serving.train) for serving in inner):
+        return False
+    judged = Counter(patient for serving in inner for patient in serving.validation)
+    return all(judged[patient] == 1 for patient in split.train)
+
+
+def _renamed(split: Split, taken: set[str]) -> Split:
+    while split.id in taken:
+        split = replace(split, id=f"{split.id}-inner")
+    return split
 
 
 def _are_folds(splits: Sequence[Split]) -> bool:
@@ -178,7 +250,7 @@ def _inside(split: Split, labels: Mapping[str, int], folds: int) -> tuple[Split,
     check_classes(truth, folds)
     (repeat,) = kfold_splits(split.train, truth, folds=folds, seeds=1, seed=split.seed)
     return tuple(
-        replace(inner, id=f"{split.id}.{fold}", repeat=split.repeat)
+        replace(inner, id=f"{split.id}.{fold}", repeat=split.repeat, parents=(split.id,))
         for fold, inner in enumerate(repeat.outer)
     )
 
@@ -253,8 +325,11 @@ def _named_splits(
 
 
 def write_splits(splits: Sequence[Split], path: Path) -> None:
-    """Write splits as JSON: id -> training and validation patients."""
-    content = {split.id: {k: v for k, v in asdict(split).items() if k != "id"} for split in splits}
+    """Write splits as JSON: id -> seed, repeat, training and validation patients, parents."""
+    content = {
+        split.id: {name: value for name, value in asdict(split).items() if name != "id"}
+        for split in splits
+    }
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -267,8 +342,9 @@ def read_splits(path: Path) -> list[Split]:
                 id=name,
                 seed=int(entry["seed"]),
                 repeat=int(entry["repeat"]),
-                train=tuple(entry["train"]),
-                validation=tuple(entry["validation"]),
+                train=_texts(entry["train"]),
+                validation=_texts(entry["validation"]),
+                parents=_texts(entry.get("parents", [])),  # older files have none
             )
             for name, entry in content.items()
         ]
@@ -279,6 +355,35 @@ def read_splits(path: Path) -> list[Split]:
             f"{path}: must be a JSON file of splits, id -> seed, repeat, train, validation; "
             f"got {type(error).__name__}: {error}."
         ) from None
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} in place of a list of ids")
+    return tuple(values)
+
+
+def with_guessed_parents(splits: Sequence[Split]) -> list[Split]:
+    """Return splits of a store that does not record parents, with those that it must have had.
+
+    `a.0` is inside `a` when both its sides together train `a`; `a+1` when it trains without the
+    validation patients of `a` and of another split.
+    """
+    return [replace(split, parents=_guess_parents(split, splits)) for split in splits]
+
+
+def _guess_parents(split: Split, others: Sequence[Split]) -> tuple[str, ...]:
+    train, validation = set(split.train), set(split.validation)
+    for other in others:
+        outside = set(other.validation)
+        if re.fullmatch(rf"{re.escape(other.id)}\.\d+", split.id):
+            if train | validation == set(other.train):
+                return (other.id,)
+        elif re.fullmatch(rf"{re.escape(other.id)}\+\d+", split.id):
+            beside = [o.id for o in others if set(o.validation) == validation - outside]
+            if outside < validation and train | validation == set(other.train) | outside:
+                return (other.id, *beside)
+    return ()
 
 
 def check_splits(splits: Sequence[Split], labels: Mapping[str, int], source: object) -> None:

@@ -32,7 +32,7 @@ from lymphfeat.cohort import Cohort
 from lymphfeat.errors import StoreError
 from lymphfeat.identity import differing_fields
 from lymphfeat.provenance import NOBODY, PatientKey, Provenance
-from lymphfeat.splits import Split
+from lymphfeat.splits import Split, with_guessed_parents
 
 FORMAT = "lymphfeat"
 FORMAT_VERSION = 2
@@ -55,6 +55,7 @@ class FeatureSet:
     validation: tuple[str, ...] = ()  # the split's other patients
     seed: int = 0  # the split's
     repeat: int = 0  # the split's
+    parents: tuple[str, ...] | None = ()  # the split's; None in stores that do not record them
 
     @classmethod
     def of_split(
@@ -76,6 +77,7 @@ class FeatureSet:
             validation=split.validation,
             seed=split.seed,
             repeat=split.repeat,
+            parents=split.parents,
         )
 
 
@@ -354,6 +356,7 @@ def _create(
                     feature_set.seed,
                     feature_set.repeat,
                 )
+                features.attrs["parents"] = json.dumps(feature_set.parents)
                 _write_strings(
                     file.require_group("training"), feature_set.name, feature_set.training
                 )
@@ -556,17 +559,20 @@ class FeatureStore:
     @property
     def splits(self) -> tuple[Split, ...]:
         """Return the splits for which the store has features of their own, fine-tuned backbone."""
-        return tuple(
+        tuned = [found for found in self.feature_sets.values() if found.split]
+        splits = [
             Split(
                 id=found.split,
                 seed=found.seed,
                 repeat=found.repeat,
                 train=found.training,
                 validation=found.validation,
+                parents=found.parents or (),
             )
-            for found in self.feature_sets.values()
-            if found.split
-        )
+            for found in tuned
+        ]
+        recorded = all(found.parents is not None for found in tuned)
+        return tuple(splits if recorded else with_guessed_parents(splits))
 
     def features(self, name: str = "frozen") -> NDArray[np.float16]:
         """Map the feature maps called `name`, (N, V, C, h, w), read-only."""
@@ -650,6 +656,7 @@ def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
         validation=validation,
         seed=int(attributes.get("seed", 0)),
         repeat=int(attributes.get("repeat", 0)),
+        parents=_read_parents(attributes),
     )
 
 
@@ -665,6 +672,12 @@ def _read_provenance(file: h5py.File, name: str) -> Provenance:
 
 def _read_ids(file: h5py.File, group: str, name: str) -> tuple[str, ...]:
     return tuple(_read_strings(file[group][name])) if name in file.get(group, {}) else ()
+
+
+def _read_parents(attributes: h5py.AttributeManager) -> tuple[str, ...] | None:
+    if "parents" in attributes:
+        return tuple(json.loads(attributes["parents"]))
+    return None if attributes["split"] else ()
 
 
 def _read_patients(group: h5py.Group) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Patient-level splits: disjoint, covering, written and read back."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from lymphfeat.splits import (
     kfold_splits,
     read_splits,
     report_splits,
+    with_guessed_parents,
     write_splits,
 )
 
@@ -134,3 +136,82 @@ def test_foreign_splits_are_refused(
 def test_images_in_place_of_patients_are_refused() -> None:
     with pytest.raises(SettingsError, match="name each patient once; splits are of patients"):
         Split(id="x", seed=0, repeat=0, train=("P1", "P1", "P2"), validation=("P3",))
+
+
+# --- which split serves which --------------------------------------------------------------------
+
+DOTTED = [
+    Split(id="a", seed=0, repeat=0, train=tuple(IDS[:20]), validation=tuple(IDS[20:])),
+    Split(id="a.1", seed=1, repeat=1, train=tuple(IDS[20:]), validation=tuple(IDS[:20])),
+]
+
+
+def test_inner_splits_say_whom_they_serve(tmp_path: Path) -> None:
+    for splits in (
+        report_splits(IDS, LABELS, seeds=2),
+        kfold_splits(IDS, LABELS, folds=3, seeds=1)[0].outer,
+    ):
+        plan = Plan.nested(splits, LABEL_OF, folds=3)
+        every = [*plan.outer, *plan.inner_once]
+        assert Plan.recorded(every) == plan
+        write_splits(every, tmp_path / "splits.json")
+        assert Plan.recorded(read_splits(tmp_path / "splits.json")) == plan
+
+
+def test_a_split_of_ones_own_is_measured_whatever_its_name() -> None:
+    assert Plan.recorded(DOTTED).outer == tuple(DOTTED)
+
+
+def test_no_inner_split_takes_the_name_of_a_measured_one() -> None:
+    plan = Plan.nested(DOTTED, LABEL_OF, folds=3)
+    every = [*plan.outer, *plan.inner_once]
+    assert len({split.id for split in every}) == len(every) == 2 + 6
+    _check_inner(plan)
+    assert Plan.recorded(every) == plan
+
+
+def test_inner_splits_that_do_not_cover_are_no_use() -> None:
+    plan = Plan.nested(report_splits(IDS, LABELS, seeds=2), LABEL_OF, folds=3)
+    assert Plan.recorded([*plan.outer, *plan.inner_once[1:]]) == Plan.flat(plan.outer)
+
+
+def test_old_files_without_parents_are_read_and_those_of_old_stores_guessed(tmp_path: Path) -> None:
+    for splits in (
+        report_splits(IDS, LABELS, seeds=2),
+        kfold_splits(IDS, LABELS, folds=3, seeds=2)[1].outer,
+    ):
+        plan = Plan.nested(splits, LABEL_OF, folds=3)
+        every = [*plan.outer, *plan.inner_once]
+        write_splits(every, tmp_path / "splits.json")
+        content = json.loads((tmp_path / "splits.json").read_text())
+        for entry in content.values():
+            del entry["parents"]
+        (tmp_path / "splits.json").write_text(json.dumps(content))
+        read = read_splits(tmp_path / "splits.json")
+        assert not any(split.parents for split in read)
+        assert with_guessed_parents(read) == every
+    assert with_guessed_parents(DOTTED) == DOTTED  # a name alone proves nothing
+
+
+@pytest.mark.parametrize("seeds", [1, 12])
+def test_halves_hold_both_classes(seeds: int) -> None:
+    """Of the first seeds several leave a half without a reactive patient."""
+    labels = np.array([0, 0] + [1] * 10)
+    splits = report_splits(IDS[:12], labels, seeds=seeds)
+    check_splits(splits, dict(zip(IDS, labels.tolist(), strict=False)), "halves")
+    usable = []
+    for seed in range(40):
+        halves = train_test_split(labels, test_size=0.5, random_state=seed)
+        if all(set(half.tolist()) == {0, 1} for half in halves):
+            usable.append(seed)
+    assert usable[:12] != list(range(12))
+    assert [split.seed for split in splits] == usable[:seeds]
+    assert [split.repeat for split in splits] == list(range(seeds))
+    assert splits[-1].id == f"report-s{usable[seeds - 1]}"
+
+
+def test_a_word_in_place_of_a_list_of_patients_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    path.write_text('{"a": {"seed": 0, "repeat": 0, "train": "P1", "validation": ["P2"]}}')
+    with pytest.raises(SettingsError, match="'P1' in place of a list of ids"):
+        read_splits(path)
