@@ -1,6 +1,7 @@
 """Rows of several runs side by side, paired by split (METHOD §4)."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,8 +13,8 @@ import pandas as pd
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.files import recover
-from lymphfeat.intervals import estimate, holm
-from lymphfeat.metrics import METRICS
+from lymphfeat.intervals import estimate, estimate_metric, holm
+from lymphfeat.metrics import METRICS, metric_bounds
 from lymphfeat.provenance import is_same_patient, refuse_seen
 from lymphfeat.run_provenance import RunProvenance
 from lymphfeat.splits import Plan, Split, read_splits
@@ -64,9 +65,12 @@ class SavedRun:
 class Comparison:
     """What `compare_runs` found.
 
-    rows: name, run, head, mean, low, high: each row's figure with its own corrected 95 % interval.
+    rows: name, run, head, mean, low, high: each row's figure with its own corrected 95 % interval,
+        cut off at the metric's bounds.
     pairs: name, reference, difference (name − reference), low, high: simultaneous over all pairs
-        (Bonferroni), p, and p_adjusted (Holm).
+        (Bonferroni), p, p_adjusted (Holm), and last_epoch: whether both are taken at their last
+        epoch. They are where a head under `report` is set against a baseline, which has one epoch
+        only: the mean of ten best would beat it by being chosen.
     values: (splits, rows) the figures themselves.
     """
 
@@ -82,14 +86,17 @@ class Comparison:
         return tuple(self._sentence(pair) for pair in self.pairs.to_dict("records"))
 
     def _sentence(self, pair: dict[Any, Any]) -> str:
-        name, reference = pair["name"], pair["reference"]
-        if not pair["p_adjusted"] < 0.05:
-            return f"{name} and {reference} cannot be told apart (p {pair['p_adjusted']:.2g})."
+        name, reference, p = pair["name"], pair["reference"], pair["p_adjusted"]
+        at = "; both at their last epoch" if pair["last_epoch"] else ""
+        if np.isnan(p):
+            return f"{name} and {reference} cannot be told apart: one split gives no interval."
+        if p >= 0.05:
+            return f"{name} and {reference} cannot be told apart (p {p:.2g}{at})."
         better = (pair["difference"] > 0) != (self.metric in SMALLER_IS_BETTER)
         size = abs(pair["difference"])
         return (
             f"{name} is {'better' if better else 'worse'} than {reference} by {size:.3f} "
-            f"(p {pair['p_adjusted']:.2g})."
+            f"(p {p:.2g}{at})."
         )
 
 
@@ -127,11 +134,14 @@ def compare_runs(
         else [(name, reference) for name in names if name != reference]
     )
     ratio = Plan.flat(saved[0].splits).test_to_train
+    rarer = min(Counter(saved[0].labels.values()).values())
     return Comparison(
         metric=metric,
         protocol=saved[0].protocol,
-        rows=rows.join(_estimates(values, ratio), on="name"),
-        pairs=_differences(values, pairs, ratio),
+        rows=rows.drop(columns="baseline").join(
+            _estimates(values, ratio, metric, rarer), on="name"
+        ),
+        pairs=_differences(_alike(saved, rows, pairs, metric, values), ratio, metric),
         values=values,
     )
 
@@ -185,7 +195,7 @@ def _differ(id: str, first: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _choose_rows(saved: Sequence[SavedRun], heads: Sequence[str]) -> pd.DataFrame:
-    """List the rows to compare: name (with its run where two runs have the same), run, head."""
+    """List the rows to compare: name (its run before it if need be), run, head, baseline."""
     found = [(run, head) for run in saved for head in run.runs["head"].drop_duplicates()]
     # Baselines on the same splits are the same in every run: the first run's stand for all.
     kept: list[tuple[SavedRun, str]] = []
@@ -201,6 +211,7 @@ def _choose_rows(saved: Sequence[SavedRun], heads: Sequence[str]) -> pd.DataFram
             "name": names,
             "run": [str(run.folder) for run, _ in kept],
             "head": [head for _, head in kept],
+            "baseline": [_is_baseline(run, head) for run, head in kept],
         }
     )
     if not heads:
@@ -226,8 +237,15 @@ def _find(names: Sequence[str], wanted: str) -> str:
     raise SettingsError(f"head (={wanted}) must be one of the runs' rows: {', '.join(names)}.")
 
 
-def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    of = {str(run.folder): run.runs.set_index(["head", "split"])[metric] for run in saved}
+def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column of the runs' tables: (splits, rows)."""
+    for run in saved:
+        if column not in run.runs:
+            raise SettingsError(
+                f"run (={run.folder}) must hold {column} in runs.csv; an older version wrote it. "
+                "Fit it again with --force."
+            )
+    of = {str(run.folder): run.runs.set_index(["head", "split"])[column] for run in saved}
     return pd.DataFrame(
         {
             name: of[run][head]
@@ -236,30 +254,68 @@ def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, metric: str) -> pd.Da
     )
 
 
-def _estimates(values: pd.DataFrame, ratio: float) -> pd.DataFrame:
-    found = {name: estimate(column.to_numpy(float), ratio) for name, column in values.items()}
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Two rows, and what they differ by in every split."""
+
+    name: str
+    reference: str
+    differences: pd.Series  # (splits,)
+    last_epoch: bool
+
+
+def _alike(
+    saved: Sequence[SavedRun],
+    rows: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    metric: str,
+    values: pd.DataFrame,
+) -> list[_Pair]:
+    """Pair rows so that both are the mean of ten best epochs, or both a last epoch."""
+    baselines = set(rows.loc[rows["baseline"], "name"])
+    report = saved[0].protocol == "report"
+    mixed = [report and (one in baselines) != (other in baselines) for one, other in pairs]
+    last = _values(saved, rows, f"{metric}_last") if any(mixed) else values
+    return [
+        _Pair(
+            name=name,
+            reference=reference,
+            differences=own[name] - own[reference],
+            last_epoch=at_last,
+        )
+        for (name, reference), at_last in zip(pairs, mixed, strict=True)
+        for own in (last if at_last else values,)
+    ]
+
+
+def _estimates(values: pd.DataFrame, ratio: float, metric: str, rarer: int) -> pd.DataFrame:
+    bounds = metric_bounds(metric)
+    found = {
+        name: estimate_metric(column.to_numpy(float), ratio, bounds, rarer)
+        for name, column in values.items()
+    }
     return pd.DataFrame(
         {name: {"mean": e.mean, "low": e.low, "high": e.high} for name, e in found.items()}
     ).T
 
 
-def _differences(
-    values: pd.DataFrame, pairs: Sequence[tuple[str, str]], ratio: float
-) -> pd.DataFrame:
+def _differences(pairs: Sequence[_Pair], ratio: float, metric: str) -> pd.DataFrame:
     level = 1 - 0.05 / len(pairs)
+    _, largest = metric_bounds(metric)
     found = [
-        estimate((values[name] - values[reference]).to_numpy(float), ratio, level)
-        for name, reference in pairs
+        estimate(pair.differences.to_numpy(float), ratio, level, (-largest, largest))
+        for pair in pairs
     ]
     p = np.array([e.p for e in found])
     return pd.DataFrame(
         {
-            "name": [name for name, _ in pairs],
-            "reference": [reference for _, reference in pairs],
+            "name": [pair.name for pair in pairs],
+            "reference": [pair.reference for pair in pairs],
             "difference": [e.mean for e in found],
             "low": [e.low for e in found],
             "high": [e.high for e in found],
             "p": p,
             "p_adjusted": holm(p),
+            "last_epoch": [pair.last_epoch for pair in pairs],
         }
     )

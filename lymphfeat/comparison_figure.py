@@ -6,8 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lymphfeat.axes import bound_shares, draw_grid, draw_interval
 from lymphfeat.comparison import Comparison
 from lymphfeat.files import replace_file
+from lymphfeat.metrics import metric_bounds
 
 _TOLD_APART, _NOT = "#c0392b", "0.45"
 NAMES = {
@@ -38,18 +40,19 @@ def _draw_rows(axes: Axes, comparison: Comparison) -> None:
         values = comparison.values[row["name"]].to_numpy(float)
         spread = y + np.linspace(-0.25, 0.25, len(values))
         axes.plot(values, spread, ".", color="0.8", markersize=3, zorder=1)
-        _draw_interval(axes, y, row["mean"], row["low"], row["high"], "black")
+        draw_interval(axes, row["mean"], y, row["low"], row["high"], fmt="o", color="black")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel(f"{NAMES[comparison.metric]}: splits, mean, 95 % interval")
-    axes.grid(axis="x", color="0.92")
-    axes.set_axisbelow(True)
+    if metric_bounds(comparison.metric)[1] == 1:
+        bound_shares(axes, "x")
+    draw_grid(axes, "x")
 
 
 def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     pairs = comparison.pairs.iloc[::-1].to_dict("records")
     for y, pair in enumerate(pairs):
         color = _TOLD_APART if pair["p_adjusted"] < 0.05 else _NOT
-        _draw_interval(axes, y, pair["difference"], pair["low"], pair["high"], color)
+        draw_interval(axes, pair["difference"], y, pair["low"], pair["high"], fmt="o", color=color)
         axes.annotate(
             f"p {pair['p_adjusted']:.2g}",
             (pair["difference"], y),
@@ -63,11 +66,4 @@ def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylim(-0.6, len(pairs) - 0.3)
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_xlabel("difference, simultaneous 95 % interval, Holm's p")
-    axes.grid(axis="x", color="0.92")
-    axes.set_axisbelow(True)
-
-
-def _draw_interval(axes: Axes, y: int, mean: float, low: float, high: float, color: str) -> None:
-    if np.isfinite(low):
-        axes.plot([low, high], [y, y], color=color, linewidth=1.5)
-    axes.plot([mean], [y], "o", color=color, markersize=5)
+    draw_grid(axes, "x")

@@ -13,13 +13,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lymphfeat.calibration import calibration_error, fit_calibrations
-from lymphfeat.intervals import corrected_factor, estimate, t_half_width
+from lymphfeat.intervals import estimate, estimate_metric, t_half_width
 from lymphfeat.metrics import (
     METRICS,
     all_metrics,
     brier_score,
     choose_threshold,
     log_loss,
+    metric_bounds,
     oracle_balanced_accuracy,
     roc_auc,
 )
@@ -172,11 +173,27 @@ def _identify(scores: Scores, split: Split) -> dict[str, object]:
     return {"head": scores.name, "kind": scores.kind, "split": split.id, "seed": split.seed}
 
 
+def measure_as_reported(patients: Patients, scores: Scores, curves: Sequence[Floats]) -> Measured:
+    """Measure at .5 as the report did, from each split's `curves` (E, n) over the epochs."""
+    last = measure(patients, scores, calibration="none")
+    runs = [
+        run | report_run(probabilities, patients.labels[rows])
+        for run, probabilities, rows in zip(
+            last.runs.to_dict("records"), curves, patients.validation, strict=True
+        )
+    ]
+    unused = ["log_loss_calibrated", "brier_calibrated", "chosen"]
+    return Measured(
+        runs=pd.DataFrame(runs).drop(columns=unused),
+        predictions=last.predictions.drop(columns="calibrated"),
+    )
+
+
 def report_run(curves: Floats, labels: Labels) -> dict[str, object]:
     """Measure a run as the report did: curves (E, P) at .5, the mean of its ten best epochs.
 
-    Beside it the last epoch; the epochs whose log loss is lowest; and the best of 100 thresholds,
-    chosen on these patients (METHOD §4, `oracle`).
+    Beside it every metric at the last epoch, `…_last`; the mean of the ten lowest log losses; and
+    the best of 100 thresholds, chosen on these patients (METHOD §4, `oracle`).
     """
     metrics = all_metrics(curves, labels)
     best = np.argsort(-metrics["ba"], kind="stable")[:BEST_EPOCHS]
@@ -188,26 +205,28 @@ def report_run(curves: Floats, labels: Labels) -> dict[str, object]:
         "log_loss_best": float(lowest.mean()),
         "ba_oracle": float(oracle.mean()),
         "ba_best_epochs": metrics["ba"][best].tolist(),
-        "ba_last": float(metrics["ba"][-1]),
+        **{f"{name}_last": float(values[-1]) for name, values in metrics.items()},
     }
 
 
 def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """Return a row for each name: means over splits, intervals; the best first, baselines last."""
+    """Return a row for each name: means over splits, intervals; the best first, baselines last.
+
+    Beside a metric m are its corrected 95 % interval, `m_low` and `m_high`, cut off at the metric's
+    bounds, and half of that interval before the cut, `m_half_width`.
+    """
+    label_of = predictions.drop_duplicates("patient")["label"]
+    rarer = int(label_of.value_counts().min())
     errors = _calibration_errors(predictions, plan)
-    ratio = plan.test_to_train
     rows = []
     for (head, kind), group in runs.groupby(["head", "kind"], sort=False):
         row: dict[str, object] = {"head": head, "kind": kind, "runs": len(group)}
         row |= {name: float(group[name].mean()) for name in _KEPT if name in group}
         row |= errors.get(str(head), {})
-        corrected = corrected_factor(len(group), ratio)
-        row["auc_half_width"] = t_half_width(group["auc"].to_numpy(float), corrected)
-        row |= (
-            _report_intervals(group, corrected)
-            if "ba_oracle" in group
-            else {"ba_half_width": t_half_width(group["ba"].to_numpy(float), corrected)}
-        )
+        for name in METRICS:
+            row |= _interval(name, group[name], plan, metric_bounds(name), rarer)
+        if "ba_oracle" in group:
+            row |= _as_published(group, plan, rarer)
         rows.append(row)
     table = pd.DataFrame(rows)
     last = table["kind"] == "baseline"
@@ -234,21 +253,38 @@ def _calibration_errors(predictions: pd.DataFrame, plan: Plan) -> dict[str, dict
     }
 
 
-def _report_intervals(group: pd.DataFrame, corrected: float) -> dict[str, float]:
-    values = np.concatenate(group["ba_best_epochs"].tolist())
-    published = _NORMAL_95 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0
-    means = group["ba"].to_numpy(float)
-    losses = group["log_loss_best"].to_numpy(float)
+def _interval(
+    name: str, values: pd.Series, plan: Plan, bounds: tuple[float, float], rarer: int
+) -> dict[str, float]:
+    found = estimate_metric(values.to_numpy(float), plan.test_to_train, bounds, rarer)
     return {
-        "ba_half_width": t_half_width(means),
-        "ba_half_width_corrected": t_half_width(means, corrected),
-        # As published: a run's ten epochs taken as independent (METHOD §4), so far too narrow.
+        f"{name}_half_width": found.half_width,
+        f"{name}_low": found.low,
+        f"{name}_high": found.high,
+    }
+
+
+def _as_published(group: pd.DataFrame, plan: Plan, rarer: int) -> dict[str, float]:
+    """Return what only the report's protocol has, and the intervals of its kind.
+
+    Those are too narrow: `ba_half_width_uncorrected` takes the runs, whose patients overlap, as
+    independent; `ba_half_width_published` a run's ten epochs, too (METHOD §4).
+    """
+    epochs = np.concatenate(group["ba_best_epochs"].tolist())
+    published = (
+        _NORMAL_95 * epochs.std(ddof=1) / np.sqrt(len(epochs)) if len(epochs) > 1 else np.nan
+    )
+    return {
+        "ba_half_width_uncorrected": t_half_width(group["ba"].to_numpy(float)),
         "ba_half_width_published": float(published),
         "ba_oracle": float(group["ba_oracle"].mean()),
-        "ba_oracle_half_width": t_half_width(group["ba_oracle"].to_numpy(float)),
+        **_interval("ba_oracle", group["ba_oracle"], plan, metric_bounds("ba"), rarer),
         "ba_last": float(group["ba_last"].mean()),
-        "log_loss_best": float(losses.mean()),
-        "log_loss_best_half_width": t_half_width(losses),
+        "auc_last": float(group["auc_last"].mean()),
+        "log_loss_best": float(group["log_loss_best"].mean()),
+        **_interval(
+            "log_loss_best", group["log_loss_best"], plan, metric_bounds("log_loss"), rarer
+        ),
     }
 
 
@@ -256,9 +292,12 @@ def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
     """Say in plain words which image rows do not beat bag size, which fused ones not clinical.
 
     A row beats a baseline when the corrected 95 % interval of their difference in AUC, paired by
-    split, lies above 0.
+    split, lies above 0. Under `report` heads are taken at their last epoch: a baseline has one
+    epoch only, and the best of many would beat it by being chosen. A single split gives no
+    interval, and the sentence says that nothing follows from it.
     """
-    auc = runs.pivot(index="split", columns="head", values="auc")
+    metric = "auc_last" if "auc_last" in runs else "auc"
+    auc = runs.pivot(index="split", columns="head", values=metric)
     kinds = runs.drop_duplicates("head").set_index("head")["kind"]
     told = []
     for baseline, wanted, verdict in (
@@ -267,17 +306,29 @@ def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
     ):
         if baseline not in auc:
             continue
-        names = [str(name) for name in kinds.index if kinds[name] in wanted]
-        worse = [name for name in names if _does_not_beat(auc, name, baseline, plan)]
+        gains = {
+            str(name): estimate((auc[name] - auc[baseline]).to_numpy(float), plan.test_to_train)
+            for name in kinds.index[kinds.isin(wanted)]
+        }
+        worse = [name for name, gain in gains.items() if gain.low <= 0]
+        unknown = [name for name, gain in gains.items() if np.isnan(gain.low)]
         if worse:
+            at = ", heads at their last epoch" if metric == "auc_last" else ""
             told.append(
-                f"{', '.join(worse[:4])}{f' and {len(worse) - 4} more' if len(worse) > 4 else ''}: "
-                f"{'does' if len(worse) == 1 else 'do'} not beat {baseline} alone "
-                f"(AUC {auc[baseline].mean():.2f}); {verdict}."
+                f"{_listed(worse)}: {'does' if len(worse) == 1 else 'do'} not beat {baseline} "
+                f"alone (AUC {auc[baseline].mean():.2f}{at}); {verdict}."
+            )
+        if unknown:
+            reason = (
+                "one split gives no interval. Use more --seeds"
+                if len(auc) == 1
+                else "in some splits no AUC can be measured"
+            )
+            told.append(
+                f"{_listed(unknown)}: not compared with {baseline} alone, because {reason}."
             )
     return tuple(told)
 
 
-def _does_not_beat(auc: pd.DataFrame, name: str, baseline: str, plan: Plan) -> bool:
-    difference = estimate((auc[name] - auc[baseline]).to_numpy(float), plan.test_to_train)
-    return not difference.low > 0
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"

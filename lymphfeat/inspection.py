@@ -107,6 +107,17 @@ def _describe_unfinished(out: Path) -> dict[str, Any]:
     }
 
 
+def _accuracy(row: dict[str, Any]) -> str:
+    """Write a row's balanced accuracy with its corrected 95 % interval, if it has one."""
+    ba = float(row["ba"])
+    # Runs of older versions have no ends; under `report` the corrected width had its own name.
+    half = row.get("ba_half_width_corrected", row["ba_half_width"])
+    if half is None:
+        return f"{ba:.3f}"
+    low, high = row.get("ba_low", max(ba - half, 0)), row.get("ba_high", min(ba + half, 1))
+    return f"{ba:.3f} ({low:.3f} to {high:.3f})"
+
+
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -119,9 +130,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
             "path": str(path),
             "settings": config["settings"],
             "store": config["store"]["path"],
-            "balanced accuracy": {
-                row["head"]: f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}" for row in summary
-            },
+            "balanced accuracy": {row["head"]: _accuracy(row) for row in summary},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path}: is a damaged run ({error}); fit it again.") from None

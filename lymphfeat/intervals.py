@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over splits with its interval, and the p of the hypothesis that it is 0."""
+    """A mean over splits with its interval, and the p of the hypothesis that it is 0.
+
+    `low` and `high` are kept within the bounds of what is estimated; `half_width` is half of the
+    interval before that. All are NaN of a single split.
+    """
 
     mean: float
     low: float
     high: float
+    half_width: float
     p: float
-
-    @property
-    def half_width(self) -> float:
-        """Return half of the interval's width."""
-        return (self.high - self.low) / 2
 
 
 def corrected_factor(n: int, test_to_train: float) -> float:
@@ -51,12 +51,45 @@ def t_half_width(
     return float(stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(factor * values.var(ddof=1)))
 
 
-def estimate(values: Floats, test_to_train: float, level: float = 0.95) -> Estimate:
-    """Return the mean of one figure a split (n,) with its corrected t interval and two-sided p."""
+def estimate(
+    values: Floats,
+    test_to_train: float,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """Return the mean of one value per split (n,) with its corrected t interval and two-sided p.
+
+    The interval is cut off at `bounds`, which cannot make it miss more often: what is estimated
+    lies between them.
+    """
     n, mean = len(values), float(values.mean())
     factor = corrected_factor(n, test_to_train)
     half = t_half_width(values, factor, level)
-    return Estimate(mean=mean, low=mean - half, high=mean + half, p=_two_sided(values, factor))
+    low, high = np.clip([mean - half, mean + half], *bounds).tolist()
+    return Estimate(mean=mean, low=low, high=high, half_width=half, p=_two_sided(values, factor))
+
+
+def estimate_metric(
+    values: Floats, test_to_train: float, bounds: tuple[float, float], rarer: int
+) -> Estimate:
+    """Return `estimate` of a metric (n,) with these bounds, measured on patients.
+
+    Splits that are all faultless show no variance; the lower end then comes from `rarer`, the
+    number of patients in the smaller class (see `faultless_low`).
+    """
+    found = estimate(values, test_to_train, bounds=bounds)
+    if len(values) < 2 or bounds[1] != 1 or (values < 1).any():
+        return found
+    low = faultless_low(rarer)
+    return replace(found, low=low, half_width=1 - low)
+
+
+def faultless_low(patients: int) -> float:
+    """Return the lower end of the 95 % interval of a share of 1 among so many patients.
+
+    It is the share at which all of them being right has probability .025.
+    """
+    return float(0.025 ** (1 / patients))
 
 
 def _two_sided(values: Floats, factor: float) -> float:
@@ -86,6 +119,18 @@ def _draw(
     return np.concatenate(
         [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
     )
+
+
+def draw_counts(labels: NDArray[np.int64], draws: int, generator: np.random.Generator) -> Floats:
+    """Draw patients (P,) with replacement within their class; count how often each: (draws, P).
+
+    Patients whose label is not known (-1) are never drawn.
+    """
+    counts = np.zeros((draws, len(labels)))
+    for label in (0, 1):
+        (own,) = np.nonzero(labels == label)
+        counts[:, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), draws)
+    return counts
 
 
 def bootstrap_auc_gain(
@@ -148,5 +193,5 @@ def bootstrap_metrics(
         )
     }
     if found["auc"].min() == 1:
-        intervals["auc"] = 0.025 ** (1 / min(len(part) for part in rows)), 1.0
+        intervals["auc"] = faultless_low(min(len(part) for part in rows)), 1.0
     return intervals

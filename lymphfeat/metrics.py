@@ -3,11 +3,14 @@
 Arrays are (..., P): the last axis is patients, those before it heads, epochs, whatever else.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+ORACLE_THRESHOLDS: Floats = np.linspace(0, 0.99, 100)
 
 
 def sensitivity_specificity(
@@ -76,7 +79,7 @@ def oracle_balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64]) -
     Optimistic by construction; it is what the report's top-k rows are (METHOD §4).
     """
     best = np.zeros(probabilities.shape[:-1])
-    for threshold in np.linspace(0, 0.99, 100):
+    for threshold in ORACLE_THRESHOLDS:
         np.maximum(best, balanced_accuracy(probabilities, labels, threshold), out=best)
     return best
 
@@ -97,3 +100,8 @@ def all_metrics(
 
 
 METRICS = ("ba", "sensitivity", "specificity", "auc", "log_loss", "brier")
+
+
+def metric_bounds(name: str) -> tuple[float, float]:
+    """Return the least and the largest value of a metric: 0 and 1 of all but the log loss."""
+    return 0.0, math.inf if name == "log_loss" else 1.0

@@ -7,7 +7,6 @@
   is chosen on out-of-fold probabilities of training patients alone.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,14 @@ from numpy.typing import NDArray
 
 from lymphfeat.attributes import attribute_matrix, choose_attributes
 from lymphfeat.baselines import fit_baselines
-from lymphfeat.errors import LeakageError
+from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation import (
     Floats,
-    Measured,
     Patients,
     Scores,
     find_warnings,
     measure,
-    report_run,
+    measure_as_reported,
     select_inside,
     summarise,
 )
@@ -54,6 +52,16 @@ class Outcome:
     warnings: tuple[str, ...]  # in plain words: who does not beat bag size, or clinical alone
     fitted: FittedHeads  # heads x splits, in that order
     thresholds: str  # where the heads' thresholds come from
+    patients: Patients
+    scores: tuple[Scores, ...]  # what was measured, in the order of `runs`
+
+    def curves(self, name: str, every: int = 1) -> list[Floats]:
+        """Return a row's probabilities of the validation patients after one epoch in `every`.
+
+        One array (E, n) per split, in the patients' order; E is 1 for what has no epochs.
+        """
+        (scores,) = (scores for scores in self.scores if scores.name == name)
+        return _curves(self.patients, self.fitted, scores, every)
 
 
 class SplitFeatures:
@@ -112,6 +120,12 @@ def run_protocol(
     patients = Patients(ids, labels, plan)
     attributes = _attributes(table, len(ids), settings)
     nested = settings.epoch == "nested"
+    if nested and not plan.is_nested:
+        raise SettingsError(
+            "epoch (=nested) must be chosen on out-of-fold probabilities of training patients; "
+            "these features have no backbones for them. Extract with --splits kfold:5+inner, or "
+            "use --choose-epoch last."
+        )
     outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
     inner = [
         Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
@@ -120,25 +134,42 @@ def run_protocol(
     scores = [_head_scores(patients, fitted, head, nested=nested) for head in heads]
     fused = fit_fusions(patients, scores, settings.fusions, attributes)
     baselines = fit_baselines(patients, sizes, attributes)
-    selected = _select(patients, heads, scores) if all(plan.inner) else []
-    measured = [
-        measure(patients, found, calibration=settings.calibration)
-        for found in [*scores, *fused, *selected, *baselines]
-    ]
+    selected = _select(patients, heads, scores) if plan.is_nested else []
+    every = (*scores, *fused, *selected, *baselines)
+    fitted = fitted.take(range(len(outer)))
     if settings.protocol == "report":
-        measured = _as_reported(patients, fitted, measured, settings.evaluate_every)
+        measured = [
+            measure_as_reported(
+                patients, found, _curves(patients, fitted, found, settings.evaluate_every)
+            )
+            for found in every
+        ]
+    else:
+        measured = [measure(patients, found, calibration=settings.calibration) for found in every]
     runs = pd.concat([part.runs for part in measured], ignore_index=True)
     predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
     return Outcome(
         heads=tuple(heads),
         splits=plan.outer,
-        epochs=_epochs(patients, fitted.take(range(len(outer)))),
+        epochs=_epochs(patients, fitted),
         predictions=predictions,
         runs=runs,
         summary=summarise(runs, predictions, plan),
-        warnings=find_warnings(runs, plan),
-        fitted=fitted.take(range(len(outer))),
-        thresholds="from training patients" if all(plan.inner) else ".5",
+        warnings=(*_find_gaps(plan, settings), *find_warnings(runs, plan)),
+        fitted=fitted,
+        thresholds="from training patients" if plan.is_nested else ".5",
+        patients=patients,
+        scores=every,
+    )
+
+
+def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
+    """Say what the honest protocol could not choose."""
+    if settings.protocol == "report" or plan.is_nested:
+        return ()
+    return (
+        "thresholds are .5 and probabilities are not calibrated, because these features have no "
+        "backbones inside each training set. Extract with --splits kfold:5+inner to get both.",
     )
 
 
@@ -161,17 +192,20 @@ def make_plan(
     known = [patient for patient in ids if label_of[patient] >= 0]
     truth = labels[labels >= 0]
     if splits is not None:
-        check_splits(splits, label_of, "splits")
+        plan = Plan.recorded(splits)
     elif settings.protocol == "report":
-        splits = report_splits(known, truth, seeds=settings.seeds, seed=settings.seed)
+        plan = Plan.flat(report_splits(known, truth, seeds=settings.seeds, seed=settings.seed))
     else:
         repeats = kfold_splits(
             known, truth, folds=settings.folds, seeds=settings.seeds, seed=settings.seed
         )
-        splits = [split for repeat in repeats for split in repeat.outer]
+        plan = Plan.flat([split for repeat in repeats for split in repeat.outer])
+    check_splits(plan.outer, label_of, "splits")
     if settings.protocol == "report":
-        return Plan.flat(splits)
-    return Plan.nested(splits, label_of, folds=settings.folds)
+        return Plan.flat(plan.outer)
+    if plan.is_nested:
+        return plan
+    return Plan.nested(plan.outer, label_of, folds=settings.folds)
 
 
 def own_plan(
@@ -185,30 +219,27 @@ def own_plan(
     Inner splits are planned where all of them have features, too. Raises LeakageError when nobody
     is left to evaluate, or a given split is not the one that a backbone was fine-tuned on.
     """
-    own = features.splits
-    outer = [split for split in own.values() if split.validation and _parent(split.id) not in own]
-    if not outer:
+    plan = Plan.recorded(split for split in features.splits.values() if split.validation)
+    if not plan.outer:
         raise LeakageError(
             "the backbones of these features were fine-tuned on all labelled patients: nobody is "
             "left to evaluate heads on. Extract with --splits kfold:5, or with frozen weights."
         )
-    for split in splits or ():
-        if own.get(split.id) != split:
+    if splits:
+        plan = plan.only([split.id for split in _known(Plan.recorded(splits).outer, plan.outer)])
+    check_splits(plan.outer, labels, "splits of these features")
+    return Plan.flat(plan.outer) if settings.protocol == "report" else plan
+
+
+def _known(splits: Sequence[Split], own: Sequence[Split]) -> Sequence[Split]:
+    """Return splits, all of which must be among those with a backbone of their own."""
+    for split in splits:
+        if split not in own:
             raise LeakageError(
                 f"split {split.id}: no backbone of these features was fine-tuned on its training "
-                f"patients alone; theirs are {', '.join(s.id for s in outer)}."
+                f"patients alone; theirs are {', '.join(s.id for s in own)}."
             )
-    plan = Plan.flat(splits or outer)
-    if settings.protocol == "report" or not any(_parent(id) in own for id in own):
-        return plan
-    nested = Plan.nested(plan.outer, labels, folds=settings.folds)
-    return nested if all(own.get(split.id) == split for split in nested.inner_once) else plan
-
-
-def _parent(id: str) -> str:
-    """Return the id of the split inside which a split of this id would lie."""
-    inner = re.fullmatch(r"(.+)[+.]\d+", id)
-    return inner[1] if inner else ""
+    return splits
 
 
 def _fit(
@@ -254,7 +285,7 @@ def _head_scores(
 
     Best is the lowest log loss of out-of-fold probabilities.
     """
-    position = {fit.split.id: i for i, fit in enumerate(fitted.fits) if fit.head == head}
+    position = _positions(fitted, head_name(head))
     outer, inner, chosen = patients.empty(), patients.empty(), []
     n_epochs = fitted.curves.shape[1]
     for place, split in enumerate(patients.plan.outer):
@@ -289,43 +320,28 @@ def _select(
     return selected
 
 
-def _as_reported(
-    patients: Patients, fitted: FittedHeads, measured: Sequence[Measured], every: int
-) -> list[Measured]:
-    """Measure the heads' runs as the report did, and the baselines as runs of one epoch.
-
-    One epoch in `every` is looked at. `measured` begins with the heads; `fitted` holds heads ×
-    splits in their order.
-    """
-    n_splits = len(patients.plan.outer)
-    found = []
-    for place, part in enumerate(measured):
-        runs = part.runs.drop(columns=["log_loss_calibrated", "brier_calibrated", "chosen"])
-        is_head = place * n_splits < len(fitted.fits)
-        rows = []
-        for split, run in enumerate(runs.to_dict("records")):
-            validation = patients.validation[split]
-            if is_head:
-                curves = fitted.curves[place * n_splits + split][every - 1 :: every, validation]
-            else:
-                curves = _judged(part, patients, split)[None]
-            rows.append(dict(run) | report_run(curves.astype(float), patients.labels[validation]))
-        predictions = part.predictions.drop(columns="calibrated")
-        found.append(Measured(runs=pd.DataFrame(rows), predictions=predictions))
-    return found
+def _curves(patients: Patients, fitted: FittedHeads, scores: Scores, every: int) -> list[Floats]:
+    """Return what `Outcome.curves` does; `fitted` holds the fits of the measured splits."""
+    if scores.kind != "head":
+        return [scores.outer[place, rows][None] for place, rows in enumerate(patients.validation)]
+    position = _positions(fitted, scores.name)
+    return [
+        fitted.curves[position[split.id], every - 1 :: every][:, rows].astype(np.float64)
+        for split, rows in zip(patients.plan.outer, patients.validation, strict=True)
+    ]
 
 
-def _judged(part: Measured, patients: Patients, split: int) -> Floats:
-    table = part.predictions
-    return table.loc[table["split"] == patients.plan.outer[split].id, "probability"].to_numpy(float)
+def _positions(fitted: FittedHeads, name: str) -> dict[str, int]:
+    """Return where the fits of a head are, by the split's id."""
+    return {fit.split.id: i for i, fit in enumerate(fitted.fits) if head_name(fit.head) == name}
 
 
 def _epochs(patients: Patients, fitted: FittedHeads) -> pd.DataFrame:
     """Return the learning curves of all outer fits, tidy, at threshold .5."""
-    n_epochs, n_splits = fitted.losses.shape[1], len(patients.plan.outer)
+    n_epochs = fitted.losses.shape[1]
     frames = []
     for i, fit in enumerate(fitted.fits):
-        rows = patients.validation[i % n_splits]
+        rows = patients.rows(fit.split.validation)
         curves = fitted.curves[i][:, rows].astype(np.float64)
         frames.append(
             pd.DataFrame(

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lymphfeat.axes import draw_grid
 from lymphfeat.backbones import find_provenance
 from lymphfeat.cohort import Cohort
 from lymphfeat.extract import extract
@@ -16,7 +17,7 @@ from lymphfeat.files import ResultKind, files_in, result_folder
 from lymphfeat.fit import RUN
 from lymphfeat.heads import head_name, resolve
 from lymphfeat.identity import patient_keys
-from lymphfeat.optimism import fit_both
+from lymphfeat.optimism import BothRuns, bootstrap_optimism, fit_both
 from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.provenance import refuse_seen
@@ -120,9 +121,11 @@ class ReproductionSettings:
 class Reproduction:
     """What `reproduce_report` found.
 
-    table: a row for each published figure: name, published, published_half_width, report (under the
-        report's protocol and the row's own threshold convention), report_half_width, honest,
-        honest_half_width, optimism, threshold (".5" or "chosen on the patients measured").
+    table: a row for each published figure: name, published, published_half_width (as published,
+        too narrow), report (under the report's protocol and the row's own threshold convention),
+        honest, each with the corrected 95 % interval (`…_low`, `…_high`), optimism with its
+        bootstrap interval, threshold (".5" or "chosen on the patients measured"), and the log
+        losses likewise.
     """
 
     table: pd.DataFrame
@@ -160,7 +163,7 @@ def _reproduce(
     cache: Path,
     progress: Progress,
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: list[dict[str, object]] = []
     warnings: list[str] = []
     wanted = [row for row in ROWS if row.backbone in settings.backbones]
     for backbone in settings.backbones:
@@ -182,10 +185,9 @@ def _reproduce(
         if store.recipe["weights"] == "none":
             warnings.append(f"{place}: random weights; name others by --weights to learn anything.")
         warnings += [f"{place}: {line}" for line in both.honest.outcome.warnings]
-        for row in rows:
-            found[row.name, "report"] = _of(both.report.outcome.summary, row)
-            found[row.name, "honest"] = _of(both.honest.outcome.summary, row)
-    return pd.DataFrame([_tell(row, found) for row in wanted]), tuple(warnings)
+        found += [_tell(row, both) for row in rows]
+    table = pd.DataFrame(found).set_index("name").loc[[row.name for row in wanted]]
+    return table.reset_index(), tuple(warnings)
 
 
 def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
@@ -225,23 +227,28 @@ def _of(summary: pd.DataFrame, row: Row) -> dict[str, float]:
     return {str(name): value for name, value in found.items()}
 
 
-def _tell(row: Row, found: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, object]:
-    report, honest = found[row.name, "report"], found[row.name, "honest"]
-    ours = report["ba_oracle" if row.oracle else "ba"]
+def _tell(row: Row, both: BothRuns) -> dict[str, object]:
+    report, honest = (_of(run.outcome.summary, row) for run in (both.report, both.honest))
+    ours = "ba_oracle" if row.oracle else "ba"
+    low, high = bootstrap_optimism(both.report, both.honest, head_name(row.head), oracle=row.oracle)
     return {
         **{k: v for k, v in asdict(row).items() if not k.startswith("published")},
         "threshold": "chosen on the patients measured" if row.oracle else ".5",
         "published": row.published,
         "published_half_width": row.published_half_width,
-        "report": ours,
-        "report_half_width": report["ba_oracle_half_width" if row.oracle else "ba_half_width"],
-        "honest": honest["ba"],
-        "honest_half_width": honest["ba_half_width"],
-        "optimism": ours - honest["ba"],
-        "report_log_loss": report["log_loss_best"],
-        "report_log_loss_half_width": report["log_loss_best_half_width"],
-        "honest_log_loss": honest["log_loss"],
+        **_with_interval("report", report, ours),
+        **_with_interval("honest", honest, "ba"),
+        "optimism": report[ours] - honest["ba"],
+        "optimism_low": low,
+        "optimism_high": high,
+        **_with_interval("report_log_loss", report, "log_loss_best"),
+        **_with_interval("honest_log_loss", honest, "log_loss"),
     }
+
+
+def _with_interval(name: str, row: Mapping[str, float], metric: str) -> dict[str, float]:
+    """Return a metric of a summary and its interval under another name."""
+    return {f"{name}{end}": row[f"{metric}{end}"] for end in ("", "_low", "_high")}
 
 
 def _write(table: pd.DataFrame, folder: Path) -> None:
@@ -272,9 +279,9 @@ def draw_depths(table: pd.DataFrame, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     names = [name.removeprefix("bnsigmoid, ") for name in table["name"]]
     _bars(left, table, names, {"report": "report_log_loss", "honest": "honest_log_loss"})
-    left.set_ylabel("validation loss")
-    left.set_ylim(0, 1.25 * left.get_ylim()[1])  # room for the legend
+    left.set_ylabel("validation loss, 95 % interval")
     _accuracies(right, table, names)
+    _legend(figure, right)
     figure.suptitle("Impact of ResNet depth (report, figure 3), heads on frozen maps")
     figure.savefig(path, dpi=130)
 
@@ -284,7 +291,9 @@ def draw_subsets(table: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     ordered = table.set_index("name").loc[[n for n in _FIGURE_5 if n in set(table["name"])]]
     names = [name.replace(", ", "\n").replace("ResNet-18", "all images") for name in ordered.index]
-    _accuracies(figure.subplots(), ordered, names)
+    axes = figure.subplots()
+    _accuracies(axes, ordered, names)
+    _legend(figure, axes)
     figure.suptitle("Subsets of 10 images (report, figure 5), heads on frozen maps")
     figure.savefig(path, dpi=130)
 
@@ -299,12 +308,16 @@ def _accuracies(axes: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
         fmt="D",
         color="#c0392b",
         markersize=5,
-        label="published",
+        label="published, ± as published",
     )
-    axes.set_ylabel("balanced accuracy")
-    low = float((table[["report", "honest"]].min(axis=1)).min()) - 0.1
-    axes.set_ylim(max(0.0, min(low, 0.7)), 1)
-    axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=3)
+    axes.set_ylabel("balanced accuracy, 95 % interval")
+    lowest = float(table[["report", "report_low", "honest", "honest_low"]].min().min())
+    axes.set_ylim(max(0.0, min(lowest - 0.05, 0.7)), 1)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _bars(
@@ -312,17 +325,15 @@ def _bars(
 ) -> None:
     places = np.arange(len(table))
     for shift, (label, column) in zip((-0.2, 0.2), columns.items(), strict=True):
-        half = table.get(f"{column}_half_width")
+        ends = table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]
         axes.bar(
             places + shift,
             table[column],
             0.38,
-            yerr=None if half is None else half.fillna(0),
+            yerr=[end.fillna(0) for end in ends],
             color=_BARS[label],
             label=label,
             capsize=4,
         )
     axes.set_xticks(places, names)
-    axes.legend(frameon=False, fontsize="small")
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
+    draw_grid(axes, "y")

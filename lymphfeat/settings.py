@@ -144,6 +144,10 @@ class FitSettings:
             "evaluate_every",
         ):
             _require_at_least(getattr(self, name), 1, name)
+        require(
+            self.evaluate_every <= self.epochs,
+            f"evaluate_every (={self.evaluate_every}) must be at most epochs (={self.epochs}).",
+        )
         # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
         _require_at_least(self.folds, 3, "folds")
         _require_at_least(self.threads, 1, "threads")

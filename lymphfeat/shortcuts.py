@@ -11,6 +11,7 @@ import pandas as pd
 
 from lymphfeat.clinical import UNKNOWN
 from lymphfeat.cohort import Cohort
+from lymphfeat.intervals import faultless_low
 
 Role = Literal["bag size", "covariate", "missing", "storage"]
 Z_95 = 1.959964
@@ -130,7 +131,7 @@ def _measure(
     low, high = auc - Z_95 * error, auc + Z_95 * error
     if auc == 1 and error == 0:
         # No variance is seen. As if each patient of the smaller class had won one fair pairing.
-        low = float(0.025 ** (1 / np.bincount(labels).min()))
+        low = faultless_low(int(np.bincount(labels).min()))
     words = ("higher", "lower") if category is None else ("in", "not in")
     return Predictor(
         name=name,

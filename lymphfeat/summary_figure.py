@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lymphfeat.axes import bound_shares, draw_grid, draw_interval, show_all_shares
 from lymphfeat.calibration import reliability
 from lymphfeat.evaluation import BAG_SIZE, CLINICAL
 from lymphfeat.protocol import Outcome
@@ -48,17 +49,17 @@ def _colors(summary: pd.DataFrame) -> dict[str, Color]:
 def _draw_intervals(axes: Axes, summary: pd.DataFrame, colors: dict[str, Color]) -> None:
     rows = summary.iloc[::-1].to_dict("records")
     for y, row in enumerate(rows):
-        half = row["ba_half_width"]
         marker = {"baseline": "s", "fusion": "D", "selected": "^"}.get(row["kind"], "o")
         color = "black" if row["kind"] in ("baseline", "selected") else colors[row["head"]]
-        axes.errorbar(row["ba"], y, xerr=0 if np.isnan(half) else half, fmt=marker, color=color)
+        draw_interval(axes, row["ba"], y, row["ba_low"], row["ba_high"], fmt=marker, color=color)
     axes.set_yticks(range(len(rows)), [row["head"] for row in rows])
     for name, (line, color) in _BASELINES.items():
         for ba in summary.loc[summary["head"] == name, "ba"]:
             axes.axvline(ba, color=color, linestyle=line, linewidth=1)
     axes.axvline(0.5, color="0.7", linestyle=":", linewidth=1)
     axes.set_xlabel("balanced accuracy, 95 % interval")
-    _grid(axes, "x")
+    bound_shares(axes, "x")
+    draw_grid(axes, "x")
 
 
 def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None:
@@ -76,7 +77,8 @@ def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None
     axes.legend(title=title, fontsize="small", framealpha=0.9, edgecolor="none", loc="best")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation ROC-AUC, mean of runs")
-    _grid(axes)
+    bound_shares(axes, "y")
+    draw_grid(axes)
 
 
 def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None:
@@ -98,11 +100,6 @@ def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) ->
     axes.legend(title=title, fontsize="small", title_fontsize="small", frameon=False)
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("share of tumoral patients")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    _grid(axes)
-
-
-def _grid(axes: Axes, axis: str = "both") -> None:
-    axes.grid(axis=axis, color="0.92")  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
+    show_all_shares(axes, "x")
+    show_all_shares(axes, "y")
+    draw_grid(axes)

@@ -18,13 +18,19 @@ LABELS = np.array([0, 1] * 15)
 
 
 def write_run(
-    folder: Path, gains: dict[str, float], *, seed: int = 0, protocol: str = "honest"
+    folder: Path,
+    gains: dict[str, float],
+    *,
+    seed: int = 0,
+    protocol: str = "honest",
+    folds: int | None = None,
+    **columns: float,
 ) -> pd.DataFrame:
     """Write what `compare` reads of a run: heads whose BA is a common noise plus a gain."""
     folder.mkdir()
     splits = [
         s for repeat in kfold_splits(IDS, LABELS, folds=3, seeds=2, seed=seed) for s in repeat.outer
-    ]
+    ][:folds]
     rng = np.random.default_rng(5)
     common = rng.normal(0.7, 0.05, len(splits))
     frames = [
@@ -38,7 +44,8 @@ def write_run(
         )
         for head, gain in gains.items()
     ]
-    runs = pd.concat(frames, ignore_index=True)
+    runs = pd.concat(frames, ignore_index=True).assign(**columns)
+    runs["kind"] = np.where(runs["head"] == "bag size", "baseline", "head")
     runs.to_csv(folder / "runs.csv", index=False)
     write_splits(splits, folder / "splits.json")
     (folder / "config.json").write_text(json.dumps({"settings": {"protocol": protocol}}))
@@ -143,3 +150,46 @@ def test_a_figure_is_not_overwritten_without_force(tmp_path: Path) -> None:
     assert compare(tmp_path, tmp_path / "a").exit_code == 2
     assert (tmp_path / "figure.png").read_text() == "keep"
     assert compare(tmp_path, tmp_path / "a", "--force").exit_code == 0
+
+
+def test_intervals_lie_within_what_the_metric_can_be(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.25, "max": 0.0}, brier=0.001, log_loss=0.01)
+    runs = pd.read_csv(tmp_path / "a" / "runs.csv")
+    noise = np.random.default_rng(0).uniform(0, 1, len(runs))
+    runs.assign(brier=runs["brier"] * 50 * noise, log_loss=noise * 3).to_csv(
+        tmp_path / "a" / "runs.csv", index=False
+    )
+    for metric, low, high in (("ba", 0, 1), ("brier", 0, 1), ("log_loss", 0, np.inf)):
+        result = compare(tmp_path, tmp_path / "a", "--metric", metric, "--json", "--force")
+        found = json.loads(result.stdout)
+        for row in found["rows"]:
+            assert low <= row["low"] < row["mean"] < row["high"] <= high
+        (pair,) = found["pairs"]
+        assert -high <= pair["low"] < pair["high"] <= high
+    assert {row["low"] for row in found["rows"]} == {0}  # the log loss's, with this much noise
+
+
+def test_one_split_gives_no_interval_and_no_verdict(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1}, folds=1)
+    result = compare(tmp_path, tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    assert "max and mean cannot be told apart: one split gives no interval." in result.output
+    assert "nan" not in result.output
+
+
+def test_under_report_heads_are_set_against_a_baseline_at_their_last_epoch(tmp_path: Path) -> None:
+    """The mean of ten best epochs beats a baseline, which has but one, by being chosen."""
+    runs = write_run(tmp_path / "a", {"mean": 0.2, "max": 0.2, "bag size": 0.0}, protocol="report")
+    result = compare(tmp_path, tmp_path / "a", "--against", "bag size")
+    assert result.exit_code == 2
+    assert "must hold ba_last in runs.csv; an older version wrote it" in result.output
+    last = runs["ba"].where(runs["head"] == "bag size", runs["ba"] - 0.2)
+    runs.assign(ba_last=last).to_csv(tmp_path / "a" / "runs.csv", index=False)
+    result = compare(tmp_path, tmp_path / "a", "--all-pairs", "--json")
+    pairs = {(p["name"], p["reference"]): p for p in json.loads(result.stdout)["pairs"]}
+    assert pairs["bag size", "mean"]["last_epoch"]
+    assert pairs["bag size", "mean"]["difference"] == pytest.approx(0, abs=0.02)
+    assert not pairs["max", "mean"]["last_epoch"]
+    shown = compare(tmp_path, tmp_path / "a", "--against", "bag size", "--force").output
+    assert "mean and bag size cannot be told apart (p " in shown
+    assert "both at their last epoch" in shown

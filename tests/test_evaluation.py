@@ -13,9 +13,18 @@ from lymphfeat.attributes import attribute_matrix, choose_attributes, standardis
 from lymphfeat.baselines import fit_baselines, learn_logistic
 from lymphfeat.calibration import logit
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation import Patients, Scores, find_warnings, measure, select_inside, summarise
+from lymphfeat.evaluation import (
+    Patients,
+    Scores,
+    find_warnings,
+    measure,
+    measure_as_reported,
+    select_inside,
+    summarise,
+)
 from lymphfeat.fusion import FUSIONS, _experts_loss, fit_fusions
-from lymphfeat.metrics import choose_threshold, roc_auc
+from lymphfeat.intervals import estimate
+from lymphfeat.metrics import METRICS, choose_threshold, roc_auc
 from lymphfeat.splits import Plan, kfold_splits, report_splits
 
 Table = dict[str, dict[str, Any]]
@@ -253,6 +262,66 @@ def test_warnings_name_who_does_not_beat_its_baseline() -> None:
     assert about_size.startswith("follower: does not beat bag size alone (AUC 0.")
     assert "seer" not in about_size
     assert about_clinical.startswith("follower + clinical (late): does not beat clinical alone")
+
+
+def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
+    plan = Plan.flat(report_splits(IDS, LABELS, seeds=1))
+    patients = Patients(IDS, LABELS, plan)
+    scores = made_scores(patients, 9 * signal(9, 1), "seer")
+    head = Scores(name="seer", kind="head", outer=scores.outer, inner=patients.empty())
+    baselines = fit_baselines(patients, np.arange(N) + 1, np.empty((N, 0)))
+    runs = pd.concat([measure(patients, each).runs for each in (head, *baselines)])
+    assert find_warnings(runs, plan) == (
+        "seer: not compared with bag size alone, because one split gives no interval. "
+        "Use more --seeds.",
+    )
+
+
+def test_under_report_a_last_epoch_is_set_against_bag_size() -> None:
+    """A head that says nothing has lucky epochs; the best of them must not count as a gain."""
+    plan = Plan.flat(report_splits(IDS, LABELS, seeds=10))
+    patients = Patients(IDS, LABELS, plan)
+    rng = np.random.default_rng(0)
+    baselines = fit_baselines(patients, np.full(N, 20), np.empty((N, 0)))
+    runs = []
+    for each in baselines:
+        curves = [each.outer[place, rows][None] for place, rows in enumerate(patients.validation)]
+        runs.append(measure_as_reported(patients, each, curves).runs)
+    curves = [rng.uniform(size=(200, len(rows))) for rows in patients.validation]
+    outer = patients.empty()
+    for place, rows in enumerate(patients.validation):
+        outer[place, rows] = curves[place][-1]
+    lucky = Scores(name="lucky", kind="head", outer=outer, inner=patients.empty())
+    runs.append(measure_as_reported(patients, lucky, curves).runs)
+    table = pd.concat(runs)
+    best, bag = (table.loc[table["head"] == name, "auc"] for name in ("lucky", "bag size"))
+    assert estimate((best.to_numpy() - bag.to_numpy()), plan.test_to_train).low > 0
+    (warning,) = find_warnings(table, plan)
+    assert warning.startswith("lucky: does not beat bag size alone (AUC 0.")
+    assert "heads at their last epoch" in warning
+
+
+def test_intervals_of_shares_stay_within_0_and_1() -> None:
+    patients = make_patients(seeds=1)
+    good = made_scores(patients, signal(3.5, 0))
+    _, table = figures(patients, good)
+    row = table["head"]
+    assert row["ba"] + row["ba_half_width"] > 1  # as a t interval knows no bounds
+    assert row["ba_high"] == 1
+    assert row["ba_low"] == pytest.approx(row["ba"] - row["ba_half_width"])
+    for name in METRICS:
+        assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+        if name != "log_loss":
+            assert row[f"{name}_high"] <= 1
+
+
+def test_a_faultless_head_still_has_an_interval() -> None:
+    patients = make_patients(seeds=1)
+    _, table = figures(patients, made_scores(patients, 20 * (LABELS - 0.5)))
+    row = table["head"]
+    assert (row["ba"], row["ba_high"]) == (1, 1)
+    assert row["ba_low"] == pytest.approx(1 - row["ba_half_width"])
+    assert row["ba_low"] ** (N // 3) == pytest.approx(0.025)  # the 30 reactive patients
 
 
 # --- leak guards ---------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: 
     )
     assert result.exit_code == 0, result.output
     assert f"{protocol} protocol" in result.output
+    assert ("± uncorrected" in result.output) == (protocol == "report")
     table = pd.DataFrame(json.loads((out / "summary.json").read_text())).set_index("head")
     baselines = table[table["kind"] == "baseline"]
     assert baselines.index.tolist() == table.index[-2:].tolist() == ["majority", "bag size"]
@@ -395,6 +396,7 @@ def test_both_protocols_and_their_difference(folder: Path, tmp_path: Path) -> No
     report = next(r["ba"] for r in told["report"] if r["head"] == "mean")
     honest = next(r["ba"] for r in told["summary"] if r["head"] == "mean")
     assert row["optimism"] == pytest.approx(report - honest)
+    assert -1 <= row["optimism_low"] < row["optimism_high"] <= 1
     assert (out / "optimism.png").read_bytes().startswith(b"\x89PNG")
     for protocol in ("report", "honest"):
         config = json.loads((out / protocol / "config.json").read_text())

@@ -79,7 +79,12 @@ def run(tmp_path: Path) -> Path:
     write(folder, "", *RUN_FILES)
     config = {"settings": {"seeds": 2}, "store": {"path": "s.h5"}}
     (folder / "config.json").write_text(json.dumps(config))
-    summary = [{"head": "top1", "ba": 0.75, "ba_half_width": 0.1}]
+    summary = [
+        {"head": "top1", "ba": 0.75, "ba_half_width": 0.3, "ba_low": 0.45, "ba_high": 1.0},
+        {"head": "one split", "ba": 0.6, "ba_half_width": None, "ba_low": None, "ba_high": None},
+        {"head": "old honest", "ba": 0.95, "ba_half_width": 0.1},
+        {"head": "old report", "ba": 0.6, "ba_half_width": 0.1, "ba_half_width_corrected": 0.2},
+    ]
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -87,7 +92,12 @@ def run(tmp_path: Path) -> Path:
 def test_a_run(run: Path) -> None:
     told = json.loads(info(run, "--json").stdout)
     assert (told["kind"], told["whole"], told["store"]) == ("run", True, "s.h5")
-    assert told["balanced accuracy"] == {"top1": "0.750 ± 0.100"}
+    assert told["balanced accuracy"] == {
+        "top1": "0.750 (0.450 to 1.000)",
+        "one split": "0.600",
+        "old honest": "0.950 (0.850 to 1.000)",
+        "old report": "0.600 (0.400 to 0.800)",
+    }
     (run / "epochs.csv").unlink()
     told = json.loads(info(run, "--json").stdout)
     assert (told["whole"], told["missing"]) == (False, ["epochs.csv"])

@@ -20,7 +20,7 @@ LAYERS = (
     ("reproduction", "optimism"),
     ("fit", "extract", "endtoend", "pretraining", "audit"),
     ("checkpoint",),
-    ("summary_figure", "comparison_figure", "comparison", "truth"),
+    ("summary_figure", "comparison_figure", "optimism_figure", "comparison", "truth"),
     ("run_provenance",),
     ("protocol", "guards", "model", "fusion", "baselines", "shortcuts"),
     ("training", "evaluation"),
@@ -31,6 +31,7 @@ LAYERS = (
     ("cohort", "tables", "rows", "attributes", "clinical"),
     (
         "images",
+        "axes",
         "intervals",
         "calibration",
         "metrics",

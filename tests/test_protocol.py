@@ -1,15 +1,18 @@
 """Protocols: what is measured on whom, checked against direct computation on the curves."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from lymphfeat.errors import LeakageError
+from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.guards import SharedImage
 from lymphfeat.heads import resolve
-from lymphfeat.metrics import balanced_accuracy, choose_threshold, log_loss
-from lymphfeat.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.intervals import estimate, t_half_width
+from lymphfeat.metrics import METRICS, balanced_accuracy, choose_threshold, log_loss
+from lymphfeat.protocol import Outcome, SplitFeatures, own_plan, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.splits import kfold_splits
+from lymphfeat.splits import Plan, Split, kfold_splits
 from lymphfeat.training import Features, Fit, fit_heads
 
 PATIENTS = 30
@@ -61,7 +64,22 @@ def test_report_protocol_averages_the_ten_best_epochs_of_each_run(features: Feat
         found = outcome.summary.set_index("head").loc[_name(outcome, row)]
         assert found["ba"] == pytest.approx(np.mean(figures))
         assert found["ba_oracle"] >= found["ba"] - 1e-9
-        assert found["ba_half_width_published"] < found["ba_half_width"]
+        own = outcome.runs[outcome.runs["head"] == _name(outcome, row)]
+        ratio = Plan.flat(outcome.splits).test_to_train
+        corrected = estimate(own["ba"].to_numpy(float), ratio, bounds=(0, 1))
+        assert found["ba_half_width"] == pytest.approx(corrected.half_width)
+        assert (found["ba_low"], found["ba_high"]) == (corrected.low, corrected.high)
+        assert found["ba_half_width_published"] < found["ba_half_width_uncorrected"]
+        assert found["ba_half_width_uncorrected"] == pytest.approx(
+            t_half_width(own["ba"].to_numpy(float))
+        )
+        assert found["ba_half_width"] > 1.9 * found["ba_half_width_uncorrected"]
+        oracle = estimate(own["ba_oracle"].to_numpy(float), ratio, bounds=(0, 1))
+        assert found["ba_oracle_low"] == oracle.low
+        last = outcome.epochs[outcome.epochs["epoch"] == 12]
+        assert found["auc_last"] == pytest.approx(
+            last.loc[last["head"] == found.name, "auc"].mean()
+        )
 
 
 def _name(outcome: Outcome, start: str) -> str:
@@ -160,3 +178,93 @@ def test_nested_epoch_is_the_best_inside_the_training_patients(features: Feature
     losses = log_loss(np.concatenate(probabilities, axis=1), np.concatenate(truth))
     runs = outcome.runs[outcome.runs["kind"] == "head"].set_index("split")
     assert runs["chosen"]["kfold3-r0-f1"] == f"epoch {losses.argmin() + 1}"
+
+
+# --- splits of one's own -------------------------------------------------------------------------
+
+KNOWN = [f"P{i}" for i in range(PATIENTS - 3)]
+DOTTED = [
+    Split(id="a", seed=0, repeat=0, train=tuple(KNOWN[:15]), validation=tuple(KNOWN[15:])),
+    Split(id="a.1", seed=1, repeat=1, train=tuple(KNOWN[15:]), validation=tuple(KNOWN[:15])),
+]
+
+
+def run_on(
+    features: Features | SplitFeatures, labels: np.ndarray, splits: list[Split], **changes: Any
+) -> Outcome:
+    settings = FitSettings(epochs=12, batch_size=4, folds=3, **changes)
+    ids = [f"P{i}" for i in range(PATIENTS)]
+    return run_protocol(features, ids, labels, HEADS[:1], settings, splits=splits)
+
+
+def test_every_split_of_a_file_is_measured_whatever_its_name(features: Features) -> None:
+    labels = features.labels.numpy()
+    both = run_on(features, labels, DOTTED)
+    for split in DOTTED:
+        alone = run_on(features, labels, [split]).runs
+        found = both.runs[both.runs["split"] == split.id].set_index("head")
+        assert len(found) == len(alone)
+        for name in METRICS:
+            expected = alone.set_index("head")[name]
+            np.testing.assert_allclose(found[name], expected.loc[found.index], atol=1e-5)
+
+
+def test_every_split_with_features_of_its_own_is_measured(features: Features) -> None:
+    ids = list(features.row)
+    sizes = features.bags.sizes.numpy()
+    own = SplitFeatures(DOTTED, ids, sizes, lambda split: features)
+    outcome = run_on(own, features.labels.numpy(), DOTTED[1:])
+    assert [split.id for split in outcome.splits] == ["a.1"]
+    plan = own_plan(own, dict(zip(ids, features.labels.tolist(), strict=True)), FitSettings())
+    assert plan == Plan.flat(DOTTED)
+
+
+def test_without_backbones_inside_a_training_set_nothing_is_chosen_and_that_is_said(
+    features: Features,
+) -> None:
+    labels = features.labels.numpy()
+    own = SplitFeatures(DOTTED, list(features.row), features.bags.sizes.numpy(), lambda _: features)
+    outcome = run_on(own, labels, DOTTED)
+    assert outcome.thresholds == ".5"
+    assert outcome.warnings[0].startswith("thresholds are .5 and probabilities are not calibrated")
+    with pytest.raises(
+        SettingsError, match=r"epoch \(=nested\) must be chosen on out-of-fold .*inner"
+    ):
+        run_on(own, labels, DOTTED, epoch="nested")
+    inner = Plan.nested(DOTTED, dict(zip(features.row, labels.tolist(), strict=True)), folds=3)
+    whole = SplitFeatures(
+        [*DOTTED, *inner.inner_once],
+        list(features.row),
+        features.bags.sizes.numpy(),
+        lambda _: features,
+    )
+    nested = run_on(whole, labels, DOTTED, epoch="nested")
+    assert nested.thresholds == "from training patients"
+    assert not nested.warnings or "thresholds" not in nested.warnings[0]
+    same = run_on(features, labels, DOTTED, epoch="nested")
+    heads = [each.runs.loc[each.runs["kind"] == "head"] for each in (nested, same)]
+    assert heads[0]["chosen"].tolist() == heads[1]["chosen"].tolist()
+    np.testing.assert_allclose(heads[0]["threshold"], heads[1]["threshold"], atol=1e-5)
+
+
+def test_one_class_splits_are_refused_wherever_they_come_from(features: Features) -> None:
+    labels = features.labels.numpy()
+    odd = Split(id="odd", seed=0, repeat=0, train=tuple(KNOWN[:20]), validation=("P21", "P23"))
+    own = SplitFeatures([odd], list(features.row), features.bags.sizes.numpy(), lambda _: features)
+    for given in (features, own):
+        with pytest.raises(SettingsError, match="validation patients of split odd must be of both"):
+            run_on(given, labels, [odd])
+
+
+def test_halves_of_a_rare_class_are_measured_without_nan(features: Features) -> None:
+    """Two reactive patients: half of all seeds would leave one side without any."""
+    labels = np.ones(PATIENTS, np.int64)
+    labels[[3, 11]] = 0
+    outcome = run_on(features, labels, None, protocol="report", seeds=6)  # type: ignore[arg-type]
+    assert outcome.runs[list(METRICS)].notna().all(axis=None)
+    assert [split.seed for split in outcome.splits] != list(range(6))
+
+
+def test_epochs_that_are_never_looked_at_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"evaluate_every \(=3\) must be at most epochs \(=2\)"):
+        FitSettings(epochs=2, evaluate_every=3)

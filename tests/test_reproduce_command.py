@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from lymphfeat.intervals import estimate_metric
 from lymphfeat.reproduction import ROWS
+from lymphfeat.splits import Plan, read_splits
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.tiny import write_red_cohort
@@ -46,10 +48,16 @@ def test_table_and_figures_beside_the_published(
     assert set(rows) == {row.name for row in ROWS if row.backbone == "resnet18"}
     for row in rows.values():
         assert row["optimism"] == pytest.approx(row["report"] - row["honest"])
+        assert -1 <= row["optimism_low"] <= row["optimism_high"] <= 1
+        for name in ("report", "honest"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
     out = tmp_path / "runs" / "reproduce-report"
     runs = pd.read_csv(out / "resnet18" / "report" / "runs.csv")
     top = runs[runs["head"] == "top1"]
     assert rows["top-1"]["report"] == pytest.approx(top["ba_oracle"].mean(), abs=1e-5)
+    ratio = Plan.flat(read_splits(out / "resnet18" / "report" / "splits.json")).test_to_train
+    corrected = estimate_metric(top["ba_oracle"].to_numpy(float), ratio, (0, 1), rarer=8)
+    assert rows["top-1"]["report_low"] == pytest.approx(corrected.low, abs=1e-4)
     subset = json.loads((out / "resnet18-10-images" / "honest" / "config.json").read_text())
     assert subset["settings"]["images_per_patient"] == 10
     assert subset["settings"]["epochs"] == 6

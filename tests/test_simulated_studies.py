@@ -6,7 +6,7 @@ import pytest
 from lymphfeat.protocol import Outcome, run_protocol
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.training import Features
-from tests.simulations import coverage, noise_features, run_study
+from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 
 HEADS = [HeadSettings(agg="top1", unit="image", k_agg=1, lr=0.03)]
 LABELS = np.array([0, 1, 1] * 20)
@@ -18,6 +18,16 @@ def test_intervals_cover_the_truth() -> None:
     assert found.ours >= 0.92
     assert found.difference >= 0.92
     assert found.naive < found.ours  # splits are not independent
+
+
+def test_the_interval_of_the_optimism_covers_it() -> None:
+    """At least 95 % of 200 studies, by an interval that is not needlessly wide."""
+    studies = [run_optimism_study(seed) for seed in range(200)]
+    true = float(np.mean([study.optimism for study in studies]))
+    assert true > 0.01
+    assert np.mean([study.low <= true <= study.high for study in studies]) >= 0.95
+    widths = [study.high - study.low for study in studies]
+    assert np.mean(widths) < 5 * np.std([study.optimism for study in studies])  # 3.9 at best
 
 
 def run(features: Features, protocol: str) -> Outcome:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import click
 
 from lymphfeat.files import check_file
-from lymphfeat_cli.options import force_option, output_options, show_json, show_table
+from lymphfeat_cli.options import (
+    force_option,
+    interval,
+    number,
+    output_options,
+    show_json,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from lymphfeat.comparison import Comparison
@@ -86,7 +93,7 @@ def _show(found: "Comparison") -> None:
         f"{found.protocol} protocol, {len(found.values)} splits",
         ["row", found.metric, "95 % interval"],
         [
-            [row["name"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+            [row["name"], number(row["mean"]), interval(row["low"], row["high"])]
             for row in found.rows.to_dict("records")
         ],
     )
@@ -98,10 +105,10 @@ def _show(found: "Comparison") -> None:
             [
                 pair["name"],
                 pair["reference"],
-                f"{pair['difference']:+.3f}",
-                f"{pair['low']:+.3f} to {pair['high']:+.3f}",
-                f"{pair['p']:.2g}",
-                f"{pair['p_adjusted']:.2g}",
+                number(pair["difference"], "+.3f"),
+                interval(pair["low"], pair["high"], "+.3f"),
+                number(pair["p"], ".2g"),
+                number(pair["p_adjusted"], ".2g"),
             ]
             for pair in found.pairs.to_dict("records")
         ],
@@ -109,4 +116,7 @@ def _show(found: "Comparison") -> None:
     for sentence in found.sentences:
         click.echo(sentence)
     if found.protocol == "report":
-        click.echo("These are figures of the report protocol: optimistic, though alike for all.")
+        click.echo(
+            "Rows of the report protocol are means of ten best epochs: optimistic, but alike for "
+            "all heads. A baseline has one epoch, so heads are compared with it at their last one."
+        )

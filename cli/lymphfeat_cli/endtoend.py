@@ -275,7 +275,7 @@ def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
     """Say so when the model's AUC is not surely above that of bag size."""
     beside = metrics.get("baseline: bag size", {})
     low = beside.get("auc_gain_low")
-    if low is not None and not low > 0:
+    if low is not None and low <= 0:  # not where it is NaN: nothing was measured then
         note(
             f"Warning: the model does not beat bag size alone (AUC {beside['auc']:.2f}); what it "
             "learnt may be how many images a patient has."

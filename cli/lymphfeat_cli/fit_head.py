@@ -12,12 +12,14 @@ from lymphfeat_cli.options import (
     device_option,
     force_option,
     is_first,
+    number,
     output_options,
     progress_bar,
     seed_option,
     show_json,
     show_table,
     threads_option,
+    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -222,14 +224,14 @@ def _show_optimism(table: "pd.DataFrame") -> None:
     rows = [
         [
             row["head"],
-            f"{row['report']:.3f}",
-            f"{row['honest']:.3f}",
-            f"{row['optimism']:+.3f}",
-            f"{row['by_epochs']:+.3f}",
+            number(row["report"]),
+            number(row["honest"]),
+            with_interval(row["optimism"], row["optimism_low"], row["optimism_high"], "+.3f"),
+            number(row["by_epochs"], "+.3f"),
         ]
         for row in table.to_dict("records")
     ]
-    columns = ["head", "report", "honest", "optimism", "of it by choosing epochs"]
+    columns = ["head", "report", "honest", "optimism (95 %)", "of it by choosing epochs"]
     show_table("Optimism: what the report's protocol adds to balanced accuracy", columns, rows)
 
 
@@ -244,11 +246,11 @@ def _free_folder(name: str) -> Path:
 def _show(outcome: "Outcome", settings: "FitSettings") -> None:
     summary = outcome.summary
     report = settings.protocol == "report"
-    columns = ["head", "BA ± 95 %", "sensitivity", "specificity", "AUC"]
+    columns = ["head", "BA (95 %)", "sensitivity", "specificity", "AUC"]
     names = ["sensitivity", "specificity", "auc"]
     if report:
-        columns += ["± as published", "BA last epoch", "BA oracle (optimistic)"]
-        names += ["ba_half_width_published", "ba_last", "ba_oracle"]
+        columns += ["± uncorrected", "± as published", "BA last epoch", "BA oracle (optimistic)"]
+        names += ["ba_half_width_uncorrected", "ba_half_width_published", "ba_last", "ba_oracle"]
     else:
         columns += ["log loss", "calibrated", "ECE", "calibrated"]
         names += ["log_loss", "log_loss_calibrated", "ece", "ece_calibrated"]
@@ -261,8 +263,8 @@ def _show(outcome: "Outcome", settings: "FitSettings") -> None:
     rows = [
         [
             f"baseline: {row['head']}" if row["kind"] == "baseline" else row["head"],
-            f"{row['ba']:.3f} ± {row['ba_half_width']:.3f}",
-            *(_number(row[name]) for name in names),
+            with_interval(row["ba"], row["ba_low"], row["ba_high"]),
+            *(number(row[name]) for name in names),
         ]
         for row in summary.to_dict("records")
     ]
@@ -275,7 +277,3 @@ def _show(outcome: "Outcome", settings: "FitSettings") -> None:
         f"{outcome.thresholds}"
     )
     show_table(title, columns, rows)
-
-
-def _number(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"

@@ -196,6 +196,24 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     Console(width=width).print(table)
 
 
+def number(value: float | None, form: str = ".3f") -> str:
+    """Format a number; a dash for one that is not known (None or NaN)."""
+    return "–" if value is None or value != value else format(value, form)
+
+
+def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """Format an interval; a dash for one that is not known."""
+    return "–" if number(low) == "–" else f"{number(low, form)} to {number(high, form)}"
+
+
+def with_interval(
+    value: float | None, low: float | None, high: float | None, form: str = ".3f"
+) -> str:
+    """Format a number and its interval in brackets, without one that is not known."""
+    ends = interval(low, high, form)
+    return number(value, form) + ("" if ends == "–" else f" ({ends})")
+
+
 def show_json(result: Mapping[str, object]) -> None:
     """Print a result for machines."""
     click.echo(json.dumps(result, indent=2, default=str))

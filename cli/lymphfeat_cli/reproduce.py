@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ from lymphfeat_cli.options import (
     show_json,
     show_table,
     threads_option,
+    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -127,15 +128,19 @@ def _show(found: "Reproduction") -> None:
         [
             row["name"],
             f"{row['published']:.3f} ± {row['published_half_width']:.3f}",
-            f"{row['report']:.3f} ± {row['report_half_width']:.3f}{'*' if row['oracle'] else ''}",
-            f"{row['honest']:.3f} ± {row['honest_half_width']:.3f}",
-            f"{row['optimism']:+.3f}",
+            _cell(row, "report") + ("*" if row["oracle"] else ""),
+            _cell(row, "honest"),
+            _cell(row, "optimism", "+.3f"),
         ]
         for row in found.table.to_dict("records")
     ]
     columns = ["", "published", "here, report's protocol", "here, honest", "optimism"]
-    show_table("Balanced accuracy ± half of the 95 % interval", columns, rows)
+    show_table("Balanced accuracy (95 % interval; of the published ± as published)", columns, rows)
     click.echo("* threshold chosen on the patients measured, as published for these rows.")
     for warning in found.warnings:
         click.echo(f"Warning: {warning}")
     click.echo("Wrote " + ", ".join(str(path) for path in found.files))
+
+
+def _cell(row: dict[Any, Any], name: str, form: str = ".3f") -> str:
+    return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], form)

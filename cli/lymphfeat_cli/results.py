@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from lymphfeat_cli.options import show_table
+from lymphfeat_cli.options import number, show_table, with_interval
 
 truth_option = click.option(
     "--truth",
@@ -52,8 +52,8 @@ def show_truth(scores: Mapping[str, float]) -> None:
     """Print scores against a truth file; nothing without any."""
     if "witness_auc" in scores:
         click.echo(
-            f"Witness images: AUC of image scores {_number(scores['witness_auc'])} within patients "
-            f"who have any, {_number(scores['witness_auc_all'])} over all."
+            f"Witness images: AUC of image scores {number(scores['witness_auc'])} within patients "
+            f"who have any, {number(scores['witness_auc_all'])} over all."
         )
     hidden = {
         name.removeprefix("hidden_"): value
@@ -65,12 +65,6 @@ def show_truth(scores: Mapping[str, float]) -> None:
 
 
 def _cell(values: Mapping[str, float | None], name: str) -> str:
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    interval = "" if low is None else f" ({_number(low)} to {_number(high)})"
-    return _number(values.get(name)) + interval
-
-
-def _number(value: float | None) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{value:.0f}" if float(value).is_integer() and value > 1 else f"{value:.3f}"
+    if name == "patients":
+        return number(values.get(name), ".0f")
+    return with_interval(values.get(name), values.get(f"{name}_low"), values.get(f"{name}_high"))

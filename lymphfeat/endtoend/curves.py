@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from lymphfeat.axes import show_all_shares
 from lymphfeat.files import replace_file
 from lymphfeat.metrics import all_metrics
 
@@ -52,7 +53,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     _draw_lines(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
     named = {"train_ba": "training", "validation_ba": "validation"}
     _draw_lines(right, rows, named, "balanced accuracy")
-    right.set_ylim(0, 1.02)
+    show_all_shares(right, "y")
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import zoom
 from scipy.special import expit
 
+from lymphfeat.axes import show_all_shares
 from lymphfeat.explain.curves import Distribution, roc_curve
 from lymphfeat.explain.explanation import ROLES, Explanation
 from lymphfeat.explain.faithfulness import Deletion
@@ -132,7 +133,8 @@ def draw_weights(explanation: Explanation, patient: str) -> Figure:
     if found.weight is not None:
         right = axes.twinx()
         right.plot((found.edges[1:] + found.edges[:-1]) / 2, found.weight, color=TUMORAL)
-        right.set(ylim=(0, 1.05), ylabel="weight")
+        right.set_ylabel("weight")
+        show_all_shares(right, "y")
     return figure
 
 
@@ -229,6 +231,8 @@ def _draw_roc(axes: Axes, explanation: Explanation) -> None:
             axes.legend(frameon=False, fontsize=8)
     axes.plot([0, 1], [0, 1], ":", color="0.7")
     axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+    show_all_shares(axes, "x")
+    show_all_shares(axes, "y")
 
 
 def _draw_scatter(
@@ -248,4 +252,5 @@ def _draw_scatter(
     if len(given) and given.min() > 0 and given.max() > 20 * given.min():
         axes.set_xscale("log")
     axes.axhline(explanation.model.threshold, color="0.6", linestyle=":")
-    axes.set(xlabel=name, ylabel="probability", ylim=(-0.02, 1.02))
+    axes.set(xlabel=name, ylabel="probability")
+    show_all_shares(axes, "y")

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lymphfeat.axes import show_all_shares
+
 Row = Mapping[str, float]
 COLUMNS = ("epoch", "loss", "class_loss", "class_accuracy", "probe")
 _PROBED = {
@@ -33,7 +35,7 @@ def draw_curve(rows: Sequence[Row], path: Path, grouping: str) -> None:
     left.set_ylabel("loss")
     right.plot([row["epoch"] for row in rows], [row["probe"] for row in rows], marker=".")
     right.set_ylabel(_PROBED[grouping])
-    right.set_ylim(0, 1.02)
+    show_all_shares(right, "y")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
