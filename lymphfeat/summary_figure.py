@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lymphfeat.axes import bound_shares, draw_grid, draw_interval, show_all_shares
 from lymphfeat.calibration import reliability
@@ -25,7 +26,7 @@ _BASELINES = {BAG_SIZE: ("--", "#b8860b"), CLINICAL: ("-.", "#6a5acd")}  # lines
 def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
     """Draw the summary table, the learning curves and the reliability of a run as a PNG."""
     calibrated = "calibrated" in outcome.predictions
-    height = max(4.2, 0.32 * len(outcome.summary) + 1.6)
+    height = max(5.2, 0.32 * len(outcome.summary) + 1.6)
     figure = Figure(figsize=(17 if calibrated else 12, height), layout="constrained")
     ratios = (3, 4, 3) if calibrated else (3, 4)
     panels = figure.subplots(1, len(ratios), width_ratios=ratios)
@@ -35,7 +36,10 @@ def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
     if calibrated:
         _draw_reliability(panels[2], outcome, colors)
     n = outcome.summary["runs"].iloc[0]
-    figure.suptitle(f"{settings.protocol} protocol, {n} runs a row, {settings.epochs} epochs")
+    epochs = (
+        "mean of ten best epochs" if settings.protocol == "report" else f"{settings.epoch} epoch"
+    )
+    figure.suptitle(f"{settings.protocol} protocol: {n} splits per row, {epochs}")
     figure.savefig(path, dpi=130)
 
 
@@ -52,12 +56,15 @@ def _draw_intervals(axes: Axes, summary: pd.DataFrame, colors: dict[str, Color])
         marker = {"baseline": "s", "fusion": "D", "selected": "^"}.get(row["kind"], "o")
         color = "black" if row["kind"] in ("baseline", "selected") else colors[row["head"]]
         draw_interval(axes, row["ba"], y, row["ba_low"], row["ba_high"], fmt=marker, color=color)
+        if "ba_last" in row and row["kind"] == "head":
+            axes.plot(row["ba_last"], y, marker, color=color, markerfacecolor="white", zorder=3)
     axes.set_yticks(range(len(rows)), [row["head"] for row in rows])
     for name, (line, color) in _BASELINES.items():
         for ba in summary.loc[summary["head"] == name, "ba"]:
             axes.axvline(ba, color=color, linestyle=line, linewidth=1)
     axes.axvline(0.5, color="0.7", linestyle=":", linewidth=1)
-    axes.set_xlabel("balanced accuracy, 95 % interval")
+    hollow = "; hollow: last epoch" if "ba_last" in summary else ""
+    axes.set_xlabel(f"balanced accuracy, 95 % interval{hollow}")
     bound_shares(axes, "x")
     draw_grid(axes, "x")
 
@@ -74,8 +81,9 @@ def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None
             axes.axhline(auc, color=color, linestyle=line, linewidth=1, label=f"{name} alone")
     hidden = len(heads) - _SHOWN_CURVES
     title = f"best {_SHOWN_CURVES} of {len(heads)}" if hidden > 0 else None
-    axes.legend(title=title, fontsize="small", framealpha=0.9, edgecolor="none", loc="best")
+    _legend_below(axes, title, columns=3)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation ROC-AUC, mean of runs")
     bound_shares(axes, "y")
     draw_grid(axes)
@@ -97,9 +105,22 @@ def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) ->
         told = f"{row['head']}: {row['ece']:.3f} → {row['ece_calibrated']:.3f}"
         axes.plot([], [], color=color, label=told)
     title = "calibration error, raw (dashed) → calibrated"
-    axes.legend(title=title, fontsize="small", title_fontsize="small", frameon=False)
+    _legend_below(axes, title, columns=1)
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("share of tumoral patients")
     show_all_shares(axes, "x")
     show_all_shares(axes, "y")
     draw_grid(axes)
+
+
+def _legend_below(axes: Axes, title: str | None, columns: int) -> None:
+    """Put the legend where it hides no curve."""
+    axes.legend(
+        title=title,
+        ncols=columns,
+        fontsize="small",
+        title_fontsize="small",
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+    )
