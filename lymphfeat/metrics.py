@@ -12,16 +12,20 @@ from scipy import stats
 Floats = NDArray[np.float64]
 ORACLE_THRESHOLDS: Floats = np.linspace(0, 0.99, 100)
 
+# Thresholds below every probability and at the highest: finite, so that JSON holds them.
+EVERYONE, NOBODY = -1e-9, 1.0
+
 
 def sensitivity_specificity(
     probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
 ) -> tuple[Floats, Floats]:
     """Return the shares of tumoral patients called so and of reactive ones not: (...), (...).
 
-    A patient is called tumoral when its probability is ABOVE the threshold (report §3.1). Without
-    patients of a class its share is NaN.
+    A patient is called tumoral when its probability is ABOVE the threshold (report §3.1), which is
+    (...), or (..., P) where each patient has its own. Without patients of a class its share is NaN.
     """
-    called = probabilities > np.asarray(threshold)[..., None]
+    at = np.asarray(threshold)
+    called = probabilities > (at if at.ndim == probabilities.ndim else at[..., None])
     with np.errstate(invalid="ignore"):
         sensitivity = (called & (labels == 1)).sum(-1) / np.float64((labels == 1).sum())
         specificity = (~called & (labels == 0)).sum(-1) / np.float64((labels == 0).sum())
@@ -62,10 +66,12 @@ def brier_score(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
 def choose_threshold(probabilities: Floats, labels: NDArray[np.int64]) -> float:
     """Return the threshold of the best balanced accuracy: of several, the one nearest to .5.
 
-    `probabilities` (P,) must be out of fold. Candidates lie half-way between neighbours.
+    `probabilities` (P,) must be out of fold. Candidates lie half-way between neighbours, and below
+    the lowest probability, where everyone is called tumoral.
     """
     values = np.unique(probabilities)
-    candidates = np.concatenate([[values[0] / 2], (values[:-1] + values[1:]) / 2])
+    lowest = values[0] / 2 if values[0] > 0 else EVERYONE
+    candidates = np.concatenate([[lowest], (values[:-1] + values[1:]) / 2])
     scores = balanced_accuracy(
         np.broadcast_to(probabilities, (len(candidates), len(probabilities))), labels, candidates
     )

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and slow references."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from lymphfeat.metrics import (
+    EVERYONE,
     all_metrics,
     balanced_accuracy,
     choose_threshold,
@@ -53,10 +56,26 @@ def test_chosen_threshold_is_the_best_there_is(probabilities: np.ndarray) -> Non
     best = max(
         balanced_accuracy(probabilities, LABELS, threshold)
         for threshold in [-0.01, *(np.unique(probabilities) + 1e-6)]
-        if threshold > 0
     )
-    reached = balanced_accuracy(probabilities, LABELS, chosen)
-    assert reached >= best - 1e-12 or np.unique(probabilities)[0] == 0
+    assert balanced_accuracy(probabilities, LABELS, chosen) >= best - 1e-12
+
+
+def test_calling_everyone_is_a_choice_even_where_a_probability_is_zero() -> None:
+    """Any threshold that spares the reactive patient at 1 spares tumoral ones, too."""
+    probabilities, labels = np.array([0.0, 0.0, 1.0]), np.array([1, 1, 0])
+    chosen = choose_threshold(probabilities, labels)
+    assert chosen == EVERYONE
+    assert (probabilities > chosen).all()
+    assert json.loads(json.dumps(chosen)) == chosen
+
+
+def test_a_threshold_of_each_patients_own() -> None:
+    probabilities = np.array([0.2, 0.2, 0.6, 0.6])
+    labels = np.array([0, 1, 0, 1])
+    own = np.array([0.3, 0.1, 0.7, 0.5])
+    assert balanced_accuracy(probabilities, labels, own) == 1
+    both = np.stack([probabilities, probabilities])
+    assert balanced_accuracy(both, labels, np.stack([own, 1 - own])).tolist() == [1, 0.5]
 
 
 def test_of_equally_good_thresholds_the_one_nearest_to_a_half_is_taken() -> None:
