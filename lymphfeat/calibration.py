@@ -19,6 +19,7 @@ SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points kept
 BINS = 10
 _FARTHEST = 15.0  # logits beyond are as good as certain
 _LEAST_SLOPE = 1e-3  # a calibration must not turn the ranking round
+_LEAST_SPREAD = 1e-9  # logits closer than this are one and the same
 
 
 def logit(probabilities: Floats) -> Floats:
@@ -40,6 +41,10 @@ class Calibration:
         calibrated: Floats = expit(self.slope * logit(probabilities) + self.intercept)
         return calibrated
 
+    def undo(self, calibrated: Floats) -> Floats:
+        """Return the probabilities that are calibrated to these."""
+        return logistic((logit(calibrated) - self.intercept) / self.slope)
+
 
 def fit_calibrations(
     probabilities: Floats, labels: NDArray[np.int64], method: str = "platt"
@@ -53,15 +58,21 @@ def fit_calibrations(
     if method == "none":
         return [Calibration()] * len(probabilities)
     known = ~np.isnan(probabilities)
+    count = known.sum(1, keepdims=True)
+    moved = method == "platt"
     x = logit(np.where(known, probabilities, 0.5))  # (S, P)
-    size = np.sqrt((x**2).sum(1, keepdims=True) / known.sum(1, keepdims=True))
-    size = np.maximum(size, 1e-6)
+    # About their middle, in units of their spread, logits of any model are fitted alike.
+    middle = np.where(moved, (x * known).sum(1, keepdims=True) / count, 0)
+    x = (x - middle) * known
+    size = np.sqrt((x**2).sum(1, keepdims=True) / count)
+    size = np.where(size < _LEAST_SPREAD, 1, size)
     targets = _smoothed(known, labels)
-    slope, intercept = _newton(x / size, known, targets, with_intercept=method == "platt")
+    slope, intercept = _newton(x / size, known, targets, with_intercept=moved)
     flat = slope < _LEAST_SLOPE  # nothing in these probabilities tells the label
-    share = (targets * known).sum(1) / known.sum(1)
-    intercept = np.where(flat & (method == "platt"), logit(share), intercept)
+    share = (targets * known).sum(1) / count[:, 0]
+    intercept = np.where(flat & moved, logit(share), intercept)
     slope = np.maximum(slope, _LEAST_SLOPE) / size[:, 0]
+    intercept = intercept - slope * middle[:, 0]
     return [
         Calibration(slope=float(a), intercept=float(b))
         for a, b in zip(slope, intercept, strict=True)

@@ -37,6 +37,36 @@ def test_platt_is_an_unpenalised_logistic_regression() -> None:
     assert found.intercept == pytest.approx(model.intercept_[0], abs=0.01)
 
 
+@pytest.mark.parametrize("spread", [1, 0.1, 1e-3, 1e-5])
+@pytest.mark.parametrize("middle", [-3, 0, 0.6, 6])
+def test_platt_does_not_care_where_logits_lie_nor_how_close(middle: float, spread: float) -> None:
+    """Models that have hardly learnt give everyone nearly the same probability."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 1, 1] * 24)
+    z = rng.normal(size=72) + 1.8 * labels
+    (plain,) = fit_calibrations(logistic(z)[None], labels)
+    probabilities = logistic(middle + spread * (z - z.mean()))
+    (found,) = fit_calibrations(probabilities[None], labels)
+    expected = plain.apply(logistic(z))
+    np.testing.assert_allclose(found.apply(probabilities), expected, atol=1e-4)
+
+
+def test_equal_probabilities_become_the_share_of_tumoral_patients() -> None:
+    labels = np.array([0, 1, 1] * 10)
+    (found,) = fit_calibrations(np.full((1, 30), 0.6), labels)
+    assert found.apply(np.array([0.6])) == pytest.approx([0.66], abs=0.01)
+    assert found.slope == pytest.approx(0, abs=0.01)  # nothing was learnt about other values
+
+
+@given(st.floats(-14, 14), st.floats(0.01, 5), st.floats(-5, 5))
+def test_a_calibration_is_undone(x: float, slope: float, intercept: float) -> None:
+    calibration = Calibration(slope=slope, intercept=intercept)
+    p = logistic(np.array([x]))
+    calibrated = calibration.apply(p)
+    if abs(logit(calibrated)[0]) < 14:
+        assert logit(calibration.undo(calibrated))[0] == pytest.approx(x, abs=1e-6)
+
+
 @pytest.mark.parametrize("method", ["platt", "temperature"])
 def test_overconfidence_is_undone_on_new_patients(method: str) -> None:
     (found,) = fit_calibrations(*_rows(overconfident(2000)), method)
