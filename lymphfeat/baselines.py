@@ -66,8 +66,8 @@ def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
 
 
 def _baseline(patients: Patients, name: str, learner: Learner, inputs: Floats) -> Scores:
-    outer, inner = cross_fit(patients, learner, lambda place: inputs)
-    return Scores(name=name, kind="baseline", outer=outer, inner=inner)
+    outer, inner, fitted = cross_fit(patients, learner, lambda place: inputs)
+    return Scores(name=name, kind="baseline", outer=outer, inner=inner, fitted=fitted)
 
 
 def learn_majority(inputs: Floats, labels: Labels) -> Predictor:

@@ -13,12 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lymphfeat.calibration import calibration_error, fit_calibrations
+from lymphfeat.decision import HALF, PREVALENCE, learn_threshold
 from lymphfeat.intervals import estimate, estimate_metric, t_half_width
 from lymphfeat.metrics import (
     METRICS,
     all_metrics,
     brier_score,
-    choose_threshold,
     log_loss,
     metric_bounds,
     oracle_balanced_accuracy,
@@ -72,28 +72,31 @@ class Scores:
     kind: str  # one of KINDS
     outer: Floats  # of validation patients, learnt from all training patients
     inner: Floats  # of training patients, out of fold; NaN throughout without inner splits
+    fitted: Floats  # of training patients, as they were fitted
     # Per split, what was chosen on its training patients: an epoch, a head.
     chosen: tuple[str, ...] = ()
 
 
 def cross_fit(
     patients: Patients, learner: Learner, inputs: Callable[[int], Floats]
-) -> tuple[Floats, Floats]:
+) -> tuple[Floats, Floats, Floats]:
     """Fit a learner on every split's training patients, and out of fold inside them.
 
-    `inputs` gives an outer split's (P, D). Returns outer and inner of a `Scores`.
+    `inputs` gives an outer split's (P, D). Returns outer, inner and fitted of a `Scores`.
     """
-    outer, inner = patients.empty(), patients.empty()
+    outer, inner, fitted = patients.empty(), patients.empty(), patients.empty()
     labels = patients.labels
     for place, (train, validation) in enumerate(
         zip(patients.train, patients.validation, strict=True)
     ):
         given = inputs(place)
-        outer[place, validation] = learner(given[train], labels[train])(given[validation])
+        predict = learner(given[train], labels[train])
+        outer[place, validation] = predict(given[validation])
+        fitted[place, train] = predict(given[train])
         for split, rows in patients.inner(place):
             learnt = patients.rows(split.train)
             inner[place, rows] = learner(given[learnt], labels[learnt])(given[rows])
-    return outer, inner
+    return outer, inner, fitted
 
 
 def select_inside(patients: Patients, candidates: Sequence[Scores], name: str) -> Scores:
@@ -112,6 +115,7 @@ def select_inside(patients: Patients, candidates: Sequence[Scores], name: str) -
         kind="selected",
         outer=np.stack([candidates[b].outer[place] for place, b in enumerate(best)]),
         inner=np.stack([candidates[b].inner[place] for place, b in enumerate(best)]),
+        fitted=np.stack([candidates[b].fitted[place] for place, b in enumerate(best)]),
         chosen=tuple(_described(candidates[b], place) for place, b in enumerate(best)),
     )
 
@@ -128,8 +132,19 @@ class Measured:
     predictions: pd.DataFrame  # a row a split and validation patient
 
 
-def measure(patients: Patients, scores: Scores, *, calibration: str = "platt") -> Measured:
-    """Measure at each split's own threshold, which is .5 where there is nothing to choose it on."""
+def measure(
+    patients: Patients,
+    scores: Scores,
+    *,
+    calibration: str = "platt",
+    threshold: str = PREVALENCE,
+) -> Measured:
+    """Measure at each split's own threshold, learnt by a rule of `decision.RULES`.
+
+    It is learnt on training patients, out of fold; without inner splits, on their probabilities as
+    fitted (see `Decision.of_fitted`), and nothing is calibrated. `majority` is decided at .5.
+    """
+    rule = HALF if scores.name == MAJORITY else threshold
     nested = not np.isnan(scores.inner).all()
     calibrations = fit_calibrations(
         scores.inner if nested else np.full_like(scores.inner, 0.5),
@@ -140,12 +155,15 @@ def measure(patients: Patients, scores: Scores, *, calibration: str = "platt") -
     for place, split in enumerate(patients.plan.outer):
         train, rows = patients.train[place], patients.validation[place]
         labels, probability = patients.labels[rows], scores.outer[place, rows]
-        threshold = (
-            choose_threshold(scores.inner[place, train], patients.labels[train]) if nested else 0.5
+        at = learn_threshold(
+            rule,
+            (scores.inner if nested else scores.fitted)[place, train],
+            patients.labels[train],
+            calibrations[place],
         )
         calibrated = calibrations[place].apply(probability)
-        run = _identify(scores, split) | {"threshold": threshold}
-        run |= {n: float(v) for n, v in all_metrics(probability, labels, threshold).items()}
+        run = _identify(scores, split) | {"threshold": at}
+        run |= {n: float(v) for n, v in all_metrics(probability, labels, at).items()}
         run["log_loss_calibrated"] = float(log_loss(calibrated, labels))
         run["brier_calibrated"] = float(brier_score(calibrated, labels))
         run["chosen"] = scores.chosen[place] if scores.chosen else ""
@@ -157,8 +175,8 @@ def measure(patients: Patients, scores: Scores, *, calibration: str = "platt") -
                 "patient": patients.ids[rows],
                 "probability": probability,
                 "calibrated": calibrated,
-                "threshold": np.full(len(rows), threshold),
-                "predicted": (probability > threshold).astype(int),
+                "threshold": np.full(len(rows), at),
+                "predicted": (probability > at).astype(int),
                 "label": labels,
             }
         )
@@ -175,7 +193,7 @@ def _identify(scores: Scores, split: Split) -> dict[str, object]:
 
 def measure_as_reported(patients: Patients, scores: Scores, curves: Sequence[Floats]) -> Measured:
     """Measure at .5 as the report did, from each split's `curves` (E, n) over the epochs."""
-    last = measure(patients, scores, calibration="none")
+    last = measure(patients, scores, calibration="none", threshold=HALF)
     runs = [
         run | report_run(probabilities, patients.labels[rows])
         for run, probabilities, rows in zip(

@@ -55,9 +55,13 @@ def _fuse(patients: Patients, head: Scores, name: str, attributes: Floats) -> Sc
         judged = np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
         return np.column_stack([logit(judged), attributes])  # (P, 1 + D)
 
-    outer, inner = cross_fit(patients, FUSIONS[name], inputs)
+    outer, inner, fitted = cross_fit(patients, FUSIONS[name], inputs)
     return Scores(
-        name=f"{head.name} + {CLINICAL} ({name})", kind="fusion", outer=outer, inner=inner
+        name=f"{head.name} + {CLINICAL} ({name})",
+        kind="fusion",
+        outer=outer,
+        inner=inner,
+        fitted=fitted,
     )
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from lymphfeat.metrics import METRICS, all_metrics, roc_auc
+from lymphfeat.metrics import METRICS, all_metrics, fold_auc
 
 Floats = NDArray[np.float64]
 
@@ -137,34 +137,46 @@ def bootstrap_auc_gain(
     probabilities: Floats,
     others: Floats,
     labels: NDArray[np.int64],
+    folds: NDArray[np.int64] | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Return by how much one AUC exceeds another on the same patients, and its 95 % interval.
 
-    Patients (P,) are drawn as in `bootstrap_metrics`, for both alike. NaN without both classes.
+    Patients (P,) are drawn as in `bootstrap_metrics`, for both alike; AUCs are within `folds`. NaN
+    without both classes.
     """
     rows = [np.flatnonzero(labels == label) for label in (0, 1)]
     if not all(len(part) for part in rows):
         return math.nan, math.nan, math.nan
-    drawn = _draw(rows, draws, np.random.default_rng(seed))
-    told = labels[drawn[0]]
-    gains = roc_auc(probabilities[drawn], told) - roc_auc(others[drawn], told)
-    low, high = np.quantile(gains, [0.025, 0.975])
-    gain = float(roc_auc(probabilities, labels) - roc_auc(others, labels))
+    folds = np.zeros(len(labels), np.int64) if folds is None else folds
+    counts = draw_counts(labels, draws, np.random.default_rng(seed))
+    gains = fold_auc(probabilities, labels, folds, counts) - fold_auc(others, labels, folds, counts)
+    low, high = np.nanquantile(gains, [0.025, 0.975])
+    gain = float(fold_auc(probabilities, labels, folds) - fold_auc(others, labels, folds))
     return gain, float(low), float(high)
+
+
+def _counts(drawn: NDArray[np.int64]) -> Floats:
+    """Count how often each patient is in each draw: (draws, P)."""
+    draws, patients = drawn.shape
+    rows = drawn + patients * np.arange(draws)[:, None]
+    return np.bincount(rows.ravel(), minlength=draws * patients).reshape(drawn.shape).astype(float)
 
 
 def bootstrap_metrics(
     probabilities: Floats,
     labels: NDArray[np.int64],
-    threshold: float,
+    threshold: ArrayLike,
+    folds: NDArray[np.int64] | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Return the 95 % bootstrap interval over patients of one fixed model's every metric.
+
+    `threshold` is one number or each patient's own (P,); with `folds` (P,) the AUC is `fold_auc`.
 
     Patients (P,) are drawn with replacement within their class: how many there are of each was
     collected, not found. Where nothing varies (a class all right or all wrong, an AUC of 1) drawing
@@ -177,10 +189,13 @@ def bootstrap_metrics(
         return dict.fromkeys(METRICS, (math.nan, math.nan))
     generator = np.random.default_rng(seed)
     drawn = _draw(rows, draws, generator)
-    found = all_metrics(probabilities[drawn], labels[drawn[0]], threshold)
+    at = np.broadcast_to(threshold, labels.shape)  # (P,)
+    found = all_metrics(probabilities[drawn], labels[drawn[0]], at[drawn])
+    if folds is not None:
+        found["auc"] = fold_auc(probabilities, labels, folds, _counts(drawn))
     for name, part, right in (
-        ("specificity", rows[0], probabilities[rows[0]] <= threshold),
-        ("sensitivity", rows[1], probabilities[rows[1]] > threshold),
+        ("specificity", rows[0], (probabilities <= at)[rows[0]]),
+        ("sensitivity", rows[1], (probabilities > at)[rows[1]]),
     ):
         if right.all() or not right.any():
             hits = int(right.sum())
@@ -189,9 +204,9 @@ def bootstrap_metrics(
     intervals = {
         name: (float(low), float(high))
         for name, (low, high) in (
-            (name, np.quantile(found[name], [0.025, 0.975])) for name in METRICS
+            (name, np.nanquantile(found[name], [0.025, 0.975])) for name in METRICS
         )
     }
-    if found["auc"].min() == 1:
+    if np.nanmin(found["auc"]) == 1:
         intervals["auc"] = faultless_low(min(len(part) for part in rows)), 1.0
     return intervals

@@ -52,6 +52,28 @@ def roc_auc(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
     return np.asarray(surplus / (n_positive * n_negative))
 
 
+def fold_auc(
+    probabilities: Floats,
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    counts: Floats | None = None,
+) -> Floats:
+    """Return the chance that a tumoral patient outranks a reactive one OF THE SAME FOLD, ties half.
+
+    It is the mean of the folds' AUCs (P,), each weighted by its pairs, and blind to how the scales
+    of the folds' models differ. `counts` (..., P) is how often each patient is drawn (default:
+    once): (...). NaN where no fold has both classes.
+    """
+    counts = np.ones(len(labels)) if counts is None else counts
+    tumoral, reactive = labels == 1, labels == 0
+    above = probabilities[tumoral][:, None] - probabilities[reactive]  # (T, R)
+    pairs = (folds[tumoral][:, None] == folds[reactive]).astype(float)
+    won = pairs * (0.5 + 0.5 * np.sign(above))
+    first, second = counts[..., tumoral], counts[..., reactive]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(((first @ won) * second).sum(-1) / ((first @ pairs) * second).sum(-1))
+
+
 def log_loss(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
     """Return the mean negative log likelihood: (...); probabilities are kept 1e-7 from 0 and 1."""
     kept = np.clip(probabilities, 1e-7, 1 - 1e-7)

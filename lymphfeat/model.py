@@ -9,7 +9,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy.special import expit
@@ -33,16 +33,16 @@ from lymphfeat.backbones import (
     weights_sha256,
 )
 from lymphfeat.bags import Bags
-from lymphfeat.calibration import Decision
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import RateMeter, autocast, cpu_threads
+from lymphfeat.decision import Decision, average, combine
 from lymphfeat.errors import ModelError
 from lymphfeat.files import find_checkpoints, recover, replace_file
 from lymphfeat.heads import HeadStack
 from lymphfeat.identity import patient_keys
 from lymphfeat.images import VIEWS, Crop, Normalization, stream_crops
 from lymphfeat.intervals import bootstrap_metrics
-from lymphfeat.metrics import all_metrics
+from lymphfeat.metrics import all_metrics, fold_auc
 from lymphfeat.progress import Progress, silent
 from lymphfeat.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.settings import HeadSettings
@@ -93,14 +93,20 @@ class Predictions:
 
     patients: id, label (missing where unknown), seen (one of `SEEN`), n_images, probability (of
         tumoral), calibrated (missing where the model has no calibration), predicted (1 where the
-        probability is above the threshold); of several models also spread, the members' standard
-        deviation.
+        probability is above the threshold). Of several models the probability is calibrated
+        already, and there is also spread, the standard deviation of the members' calibrated
+        probabilities.
     images: patient, image (file name), logit (the mean of its instances' logits), probability (its
         logistic), weight: the image's share in its patient's decision, adding up to 1 a patient.
     """
 
     patients: pd.DataFrame
     images: pd.DataFrame
+
+    def decided(self, decision: Decision) -> "Predictions":
+        """Return the same probabilities, calibrated and called by a decision."""
+        decided = _decided(self.patients["probability"].to_numpy(np.float64), decision)
+        return replace(self, patients=self.patients.assign(**decided))
 
     def save(self, patients: Path | None = None, images: Path | None = None) -> None:
         """Write either table as CSV, whole or not at all."""
@@ -124,15 +130,31 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
     table.to_csv(path, index=False, lineterminator="\n")
 
 
-def patient_metrics(patients: pd.DataFrame, threshold: float) -> dict[str, float | None]:
+def _decided(probability: NDArray[np.float64], decision: Decision) -> dict[str, Any]:
+    return {
+        "calibrated": np.nan
+        if decision.calibration is None
+        else decision.calibration.apply(probability),
+        "predicted": (probability > decision.threshold).astype(np.int64),
+    }
+
+
+def patient_metrics(
+    patients: pd.DataFrame, threshold: ArrayLike, folds: NDArray[np.int64] | None = None
+) -> dict[str, float | None]:
     """Measure predicted patients, all labelled; None where a class is missing.
 
-    Beside BA and AUC stand their 95 % bootstrap intervals over patients, as `ba_low`, `ba_high`, ….
+    `threshold` is one number or each patient's own. Beside BA and AUC stand their 95 % bootstrap
+    intervals over patients, as `ba_low`, `ba_high`, …. With `folds` (P,), of different models, the
+    AUC is that within folds, and `auc_pooled` that of all patients together.
     """
     labels = patients["label"].to_numpy(np.int64)
     probability = patients["probability"].to_numpy(np.float64)
     values = {k: float(v) for k, v in all_metrics(probability, labels, threshold).items()}
-    intervals = bootstrap_metrics(probability, labels, threshold)
+    if folds is not None:
+        values["auc_pooled"] = values["auc"]
+        values["auc"] = float(fold_auc(probability, labels, folds))
+    intervals = bootstrap_metrics(probability, labels, threshold, folds)
     for name in _WITH_INTERVAL:
         values[f"{name}_low"], values[f"{name}_high"] = intervals[name]
     return {"patients": len(patients)} | {
@@ -143,19 +165,19 @@ def patient_metrics(patients: pd.DataFrame, threshold: float) -> dict[str, float
 def average_predictions(
     members: Sequence[Predictions], decisions: Sequence[Decision]
 ) -> Predictions:
-    """Average what several models say of one cohort; their standard deviation is the spread.
+    """Average what several models say of one cohort, and decide as `combine` says.
 
-    Patients are decided at the mean of the members' thresholds.
+    The probability is the logistic of the mean of their calibrated logits.
     """
-    tables = [member.patients for member in members]
-    probabilities = np.stack([table["probability"].to_numpy(float) for table in tables])
-    patients = tables[0].copy()
-    patients["probability"] = probabilities.mean(0)
-    patients["calibrated"] = np.mean([table["calibrated"] for table in tables], axis=0)
-    threshold = mean_threshold(decisions)
-    patients["predicted"] = (patients["probability"] > threshold).astype(np.int64)
-    patients["spread"] = probabilities.std(0)
-    patients["seen"] = _most_seen([table["seen"] for table in tables])
+    raw = np.stack([member.patients["probability"].to_numpy(np.float64) for member in members])
+    probability = average(decisions, raw)  # (M, P) -> (P,)
+    calibrated = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
+    patients = members[0].patients.assign(
+        probability=probability,
+        **_decided(probability, combine(decisions)),
+        spread=np.std(calibrated, axis=0),
+        seen=_most_seen([member.patients["seen"] for member in members]),
+    )
     images = members[0].images.copy()
     for name in ("logit", "probability", "weight"):
         images[name] = np.mean([member.images[name] for member in members], axis=0)
@@ -165,11 +187,6 @@ def average_predictions(
 def _most_seen(columns: Sequence["pd.Series[str]"]) -> list[str]:
     """Return what the members together have seen of each patient."""
     return [min(seen, key=SEEN.index) for seen in zip(*columns, strict=True)]
-
-
-def mean_threshold(decisions: Sequence[Decision]) -> float:
-    """Return the threshold at which the average of several models decides."""
-    return float(np.mean([decision.threshold for decision in decisions]))
 
 
 def member_folders(folder: Path) -> list[Path]:
@@ -515,7 +532,6 @@ def _patient_table(
     cohort: Cohort, seen: Sequence[str], probability: NDArray[np.float32], decision: Decision
 ) -> pd.DataFrame:
     labels = pd.Series(cohort.labels, dtype="Int64")
-    calibration = decision.calibration
     return pd.DataFrame(
         {
             "id": cohort.ids,
@@ -523,10 +539,7 @@ def _patient_table(
             "seen": seen,
             "n_images": cohort.n_images,
             "probability": probability,
-            "calibrated": np.nan
-            if calibration is None
-            else calibration.apply(probability.astype(np.float64)),
-            "predicted": (probability > decision.threshold).astype(np.int64),
+            **_decided(probability.astype(np.float64), decision),
         }
     )
 

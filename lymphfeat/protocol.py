@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.attributes import attribute_matrix, choose_attributes
 from lymphfeat.baselines import fit_baselines
+from lymphfeat.decision import BEST_BA, HALF
 from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation import (
     Floats,
@@ -110,6 +111,7 @@ def run_protocol(
     else:
         plan = make_plan(ids, labels, settings, splits)
         sizes = features.bags.sizes.cpu().numpy()
+    rule = _rule(settings, plan)
     refuse_seen(
         {id for split in plan.outer for id in seen(split)},
         "the backbone of these features",
@@ -145,7 +147,10 @@ def run_protocol(
             for found in every
         ]
     else:
-        measured = [measure(patients, found, calibration=settings.calibration) for found in every]
+        measured = [
+            measure(patients, found, calibration=settings.calibration, threshold=rule)
+            for found in every
+        ]
     runs = pd.concat([part.runs for part in measured], ignore_index=True)
     predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
     return Outcome(
@@ -157,7 +162,7 @@ def run_protocol(
         summary=summarise(runs, predictions, plan),
         warnings=(*_find_gaps(plan, settings), *find_warnings(runs, plan)),
         fitted=fitted,
-        thresholds="from training patients" if plan.is_nested else ".5",
+        thresholds=_describe(rule, plan),
         patients=patients,
         scores=every,
     )
@@ -168,9 +173,28 @@ def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
     if settings.protocol == "report" or plan.is_nested:
         return ()
     return (
-        "thresholds are .5 and probabilities are not calibrated, because these features have no "
-        "backbones inside each training set. Extract with --splits kfold:5+inner to get both.",
+        "thresholds are not from out-of-fold probabilities and these are not calibrated, because "
+        "these features have no backbones inside each training set. Extract with --splits "
+        "kfold:5+inner to get both.",
     )
+
+
+def _rule(settings: FitSettings, plan: Plan) -> str:
+    if settings.protocol == "report":
+        return HALF
+    if settings.threshold == BEST_BA and not plan.is_nested:
+        raise SettingsError(
+            "threshold (=best-ba) must be chosen on out-of-fold probabilities; these features have "
+            "no backbones for inner splits. Extract with --splits kfold:5+inner, or use "
+            "--threshold prevalence."
+        )
+    return settings.threshold
+
+
+def _describe(rule: str, plan: Plan) -> str:
+    if rule == HALF:
+        return ".5"
+    return f"{rule}, from training patients" + (" out of fold" if plan.is_nested else " as fitted")
 
 
 def _attributes(table: pd.DataFrame | None, patients: int, settings: FitSettings) -> Floats:
@@ -286,7 +310,8 @@ def _head_scores(
     Best is the lowest log loss of out-of-fold probabilities.
     """
     position = _positions(fitted, head_name(head))
-    outer, inner, chosen = patients.empty(), patients.empty(), []
+    outer, inner, seen = patients.empty(), patients.empty(), patients.empty()
+    chosen = []
     n_epochs = fitted.curves.shape[1]
     for place, split in enumerate(patients.plan.outer):
         curves = np.full((n_epochs, len(patients.ids)), np.nan)
@@ -299,7 +324,15 @@ def _head_scores(
             chosen.append(f"epoch {epoch + 1}")
         inner[place, train] = curves[epoch, train]
         outer[place, validation] = fitted.curves[position[split.id], epoch, validation]
-    return Scores(name=head_name(head), kind="head", outer=outer, inner=inner, chosen=tuple(chosen))
+        seen[place, train] = fitted.curves[position[split.id], epoch, train]
+    return Scores(
+        name=head_name(head),
+        kind="head",
+        outer=outer,
+        inner=inner,
+        fitted=seen,
+        chosen=tuple(chosen),
+    )
 
 
 def _select(

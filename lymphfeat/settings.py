@@ -103,6 +103,9 @@ def _require_one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
     require(value in allowed, f"{name} (={value}) must be one of {shown}.")
 
 
+_RULES = ("prevalence", "best-ba", "0.5")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
     """How heads are fitted on a store and measured (METHOD §3–4)."""
@@ -121,6 +124,7 @@ class FitSettings:
     attributes: tuple[str, ...] = ()  # clinical columns; none is all there are
     log_attributes: tuple[str, ...] = ("lymph_count",)  # taken as logarithms
     calibration: str = "platt"  # | "temperature" | "none"
+    threshold: str = "prevalence"  # | "best-ba" | "0.5" (honest); see decision.learn_threshold
     allow_shared_images: bool = False  # in training and validation patients: a leak
     seed: int = 0  # the first of the seeds
     precision: str = "float32"
@@ -131,6 +135,7 @@ class FitSettings:
         _require_one_of(self.protocol, ("honest", "report"), "protocol")
         _require_one_of(self.epoch, ("last", "nested"), "epoch")
         _require_one_of(self.calibration, ("platt", "temperature", "none"), "calibration")
+        _require_one_of(self.threshold, _RULES, "threshold")
         require(
             self.epoch == "last" or self.protocol == "honest",
             "epoch (=nested) must go with --protocol honest; report takes each run's ten best.",
@@ -176,6 +181,8 @@ class EndToEndSettings:
     colour_jitter: float = 0.0
     affine: float = 0.0
     validation: float = 0.0  # share of labelled patients held out to draw the curves
+    # Who is called tumoral: prevalence | best-ba (with folds) | 0.5; see decision.learn_threshold.
+    threshold: str = "prevalence"
     tta: bool = False  # predict the mean over the four flips
     allow_shared_images: bool = False  # in training and held-out patients: a leak
     seed: int = 0
@@ -198,6 +205,7 @@ class EndToEndSettings:
         _require_one_of(self.gradient, ("subset", "exact"), "gradient")
         _require_one_of(self.no_grad_batchnorm, ("train", "eval"), "no_grad_batchnorm")
         require(0 <= self.validation < 1, f"validation (={self.validation}) must lie in [0, 1).")
+        _require_one_of(self.threshold, _RULES, "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)

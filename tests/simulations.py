@@ -69,8 +69,8 @@ def _measure(
     people: Patients, inputs: Floats, fresh: tuple[Floats, Labels]
 ) -> tuple[Floats, float]:
     """Return a model's figure in each split, and the true one, mean over the splits' models."""
-    outer, inner = cross_fit(people, learn_logistic, lambda _: inputs)
-    scores = Scores(name="model", kind="head", outer=outer, inner=inner)
+    outer, inner, fitted = cross_fit(people, learn_logistic, lambda _: inputs)
+    scores = Scores(name="model", kind="head", outer=outer, inner=inner, fitted=fitted)
     runs = measure(people, scores, calibration="none").runs
     true = [
         _true(learn_logistic, inputs[train], people.labels[train], threshold, fresh)

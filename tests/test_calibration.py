@@ -9,15 +9,11 @@ from sklearn.linear_model import LogisticRegression
 
 from lymphfeat.calibration import (
     Calibration,
-    Decision,
     calibration_error,
     fit_calibrations,
     logit,
-    operating_point,
     reliability,
 )
-from lymphfeat.errors import SettingsError
-from lymphfeat.metrics import choose_threshold
 
 
 def overconfident(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +40,10 @@ def test_platt_does_not_care_where_logits_lie_nor_how_close(middle: float, sprea
     rng = np.random.default_rng(0)
     labels = np.array([0, 1, 1] * 24)
     z = rng.normal(size=72) + 1.8 * labels
-    (plain,) = fit_calibrations(logistic(z)[None], labels)
-    probabilities = logistic(middle + spread * (z - z.mean()))
+    (plain,) = fit_calibrations(expit(z)[None], labels)
+    probabilities = expit(middle + spread * (z - z.mean()))
     (found,) = fit_calibrations(probabilities[None], labels)
-    expected = plain.apply(logistic(z))
+    expected = plain.apply(expit(z))
     np.testing.assert_allclose(found.apply(probabilities), expected, atol=1e-4)
 
 
@@ -61,7 +57,7 @@ def test_equal_probabilities_become_the_share_of_tumoral_patients() -> None:
 @given(st.floats(-14, 14), st.floats(0.01, 5), st.floats(-5, 5))
 def test_a_calibration_is_undone(x: float, slope: float, intercept: float) -> None:
     calibration = Calibration(slope=slope, intercept=intercept)
-    p = logistic(np.array([x]))
+    p = expit(np.array([x]))
     calibrated = calibration.apply(p)
     if abs(logit(calibrated)[0]) < 14:
         assert logit(calibration.undo(calibrated))[0] == pytest.approx(x, abs=1e-6)
@@ -90,6 +86,8 @@ def test_many_at_once_are_each_alone_whoever_is_left_out() -> None:
     (alone,) = fit_calibrations(stacked[0][None, 10:], labels[10:])
     assert together[0].slope == pytest.approx(alone.slope)
     assert together[0].intercept == pytest.approx(alone.intercept)
+    beside = np.stack([stacked[0], expit(0.02 * logit(probabilities) - 3)])
+    assert fit_calibrations(beside, labels)[0] == together[0]  # to the bit
 
 
 @given(
@@ -125,40 +123,6 @@ def test_reliability_and_its_error_by_hand() -> None:
     assert found.predicted == pytest.approx([0.05, 0.55, 0.975])
     assert found.observed == pytest.approx([0.5, 1, 1])
     assert found.error == pytest.approx((0.45 + 0.45 + 0.025) / 3)
-
-
-@given(
-    st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9]), min_size=9, max_size=9).map(np.array),
-    st.sampled_from([0.5, 0.8, 0.9, 1.0]),
-)
-def test_operating_point_is_the_highest_that_reaches_its_sensitivity(
-    probabilities: np.ndarray, target: float
-) -> None:
-    labels = np.array([0, 1, 1, 0, 1, 1, 0, 1, 1])
-    tumoral = probabilities[labels == 1]
-    found = operating_point(probabilities, labels, target)
-    if (tumoral > 0).mean() >= target:  # nothing lies above a probability of 0
-        assert (tumoral > found).mean() >= target
-    higher = [value for value in np.unique(probabilities) if value >= found]
-    assert all((tumoral > value).mean() < target for value in higher)
-
-
-def test_a_decision_is_learnt_and_survives_its_file() -> None:
-    probabilities, labels = overconfident(100)
-    decision = Decision.learn(probabilities, labels)
-    assert decision.threshold == choose_threshold(probabilities, labels)
-    assert set(decision.operating_points) == {"0.8", "0.9", "0.95", "0.99"}
-    assert Decision.from_json(decision.to_json()) == decision
-    sensitive = decision.at_sensitivity(0.95)
-    assert sensitive.threshold == operating_point(probabilities, labels, 0.95)
-    assert sensitive.calibration == decision.calibration
-
-
-def test_a_model_file_without_calibration_is_read() -> None:
-    found = Decision.from_json({"threshold": 0.4, "threshold_from": "somewhere"})
-    assert found.calibration is None
-    with pytest.raises(SettingsError, match=r"sensitivity \(=0.9\) must be an operating point"):
-        found.at_sensitivity(0.9)
 
 
 def test_calibration_keeps_certainty_finite() -> None:

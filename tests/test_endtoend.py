@@ -79,7 +79,12 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     curves = pd.read_csv(out / "curves.csv")
     assert list(curves["epoch"]) == list(range(1, 13))
     assert curves["loss"].iloc[-1] < curves["loss"].iloc[0] / 2
-    assert json.loads((out / "model.json").read_text())["threshold"] == 0.5
+    told = json.loads((out / "model.json").read_text())
+    fitted = written.patients.loc[written.patients["split"] == "train", "probability"]
+    assert told["threshold"] == pytest.approx(fitted.mean(), rel=1e-6)
+    assert "the 10 training patients, as the model fits them" in told["threshold_from"]
+    assert (written.patients["predicted"] == again.patients["predicted"]).all()
+    assert model.metrics["train"]["ba"] == 1
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def test_trains_and_names_its_files(root: Path) -> None:
     result = run("--cohort", str(root), "--submission-header", "ID,LABEL")
     assert result.exit_code == 0, result.output
     assert "trained on (fit, not skill)" in result.stdout
-    assert "Threshold 0.5 (default: a single model without folds keeps .5)" in result.stdout
+    assert "(the mean probability of the 10 training patients, as the model fits them)" in (
+        result.stdout
+    )
     for name in ("model.json", "model.safetensors", "predictions.csv", "images.csv", "curves.png"):
         assert f"wrote models/endtoend/{name}" in result.stdout
         assert Path("models/endtoend", name).stat().st_size > 0
@@ -78,6 +80,8 @@ def test_says_when_there_is_nobody_to_submit(tmp_path: Path) -> None:
         (["--k-percent", "0"], "k_percent (=0.0) must lie in (0, 100]"),
         (["--lr", "0"], "lr (=0.0) must be above 0"),
         (["--validation", "0.01"], "validation (=0.01) must leave patients of both classes"),
+        (["--threshold", "best-ba"], "threshold (=best-ba) must be chosen on out-of-fold"),
+        (["--threshold", "0.4"], "Invalid value for '--threshold'"),
         (["--validation", "1"], "Invalid value for '--validation'"),
         (["--truth", "nothing.csv"], "columns must hold ID, FILE, IS_WITNESS; got ID"),
         (["--cohort", "nowhere"], "cohort folder nowhere does not exist"),

@@ -1,5 +1,6 @@
 """Baselines, fusions, nested selection and their warnings, on made-up scores."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from lymphfeat.attributes import attribute_matrix, choose_attributes, standardise
 from lymphfeat.baselines import fit_baselines, learn_logistic
 from lymphfeat.calibration import logit
+from lymphfeat.decision import RULES, Decision
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation import (
     Patients,
@@ -24,7 +26,7 @@ from lymphfeat.evaluation import (
 )
 from lymphfeat.fusion import FUSIONS, _experts_loss, fit_fusions
 from lymphfeat.intervals import estimate
-from lymphfeat.metrics import METRICS, choose_threshold, roc_auc
+from lymphfeat.metrics import METRICS, roc_auc
 from lymphfeat.splits import Plan, kfold_splits, report_splits
 
 Table = dict[str, dict[str, Any]]
@@ -42,13 +44,14 @@ def make_patients(seeds: int = 2, labels: np.ndarray = LABELS) -> Patients:
 
 def made_scores(patients: Patients, logits: np.ndarray, name: str = "head") -> Scores:
     """Let a head say the same of a patient whether it trained on it or not."""
-    outer, inner = patients.empty(), patients.empty()
+    outer, inner, fitted = patients.empty(), patients.empty(), patients.empty()
     for place, (train, validation) in enumerate(
         zip(patients.train, patients.validation, strict=True)
     ):
         outer[place, validation] = expit(logits[validation])
         inner[place, train] = expit(logits[train])
-    return Scores(name=name, kind="head", outer=outer, inner=inner)
+        fitted[place, train] = expit(3 * logits[train])
+    return Scores(name=name, kind="head", outer=outer, inner=inner, fitted=fitted)
 
 
 def signal(strength: float, seed: int) -> np.ndarray:
@@ -121,6 +124,7 @@ def test_baselines_know_what_there_is_to_know() -> None:
     _, table = figures(patients, *fit_baselines(patients, sizes, np.empty((N, 0))))
     assert list(table) == ["majority", "bag size"]
     assert (table["majority"]["ba"], table["majority"]["auc"]) == (0.5, 0.5)
+    assert table["majority"]["sensitivity"] == 1
     assert table["bag size"]["ba"] > 0.98
     clinical = fit_baselines(patients, sizes, signal(2, 1)[:, None])[-1]
     assert clinical.name == "clinical"
@@ -129,25 +133,29 @@ def test_baselines_know_what_there_is_to_know() -> None:
 # --- thresholds and calibration ------------------------------------------------------------------
 
 
-def test_threshold_and_calibration_come_from_training_patients() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_threshold_and_calibration_come_from_training_patients(rule: str) -> None:
     patients = make_patients(seeds=1)
     scores = made_scores(patients, 4 * signal(2, 0) - 3)
-    measured = measure(patients, scores)
+    measured = measure(patients, scores, threshold=rule)
     for place, run in enumerate(measured.runs.to_dict("records")):
         train = patients.train[place]
-        assert run["threshold"] == choose_threshold(scores.inner[place, train], LABELS[train])
+        decision = Decision.learn(scores.inner[place, train], LABELS[train], rule=rule)
+        assert run["threshold"] == pytest.approx(decision.threshold, abs=1e-12)
     assert measured.runs["log_loss_calibrated"].mean() < measured.runs["log_loss"].mean() - 0.2
     _, table = figures(patients, scores)
     assert table["head"]["ece_calibrated"] < table["head"]["ece"]
 
 
-def test_without_inner_splits_the_threshold_is_one_half() -> None:
+def test_without_inner_splits_the_threshold_is_that_of_a_single_model() -> None:
     plan = Plan.flat(report_splits(IDS, LABELS, seeds=2))
     patients = Patients(IDS, LABELS, plan)
-    scores = made_scores(patients, signal(2, 0))
-    nothing = Scores(name="head", kind="head", outer=scores.outer, inner=patients.empty())
+    nothing = replace(made_scores(patients, signal(2, 0)), inner=patients.empty())
     measured = measure(patients, nothing)
-    assert (measured.runs["threshold"] == 0.5).all()
+    for place, found in enumerate(measured.runs["threshold"]):
+        single = Decision.of_fitted(nothing.fitted[place, patients.train[place]])
+        assert found == pytest.approx(single.threshold, abs=1e-12)
+    assert (measure(patients, nothing, threshold="0.5").runs["threshold"] == 0.5).all()
     assert (
         measured.predictions["calibrated"] - measured.predictions["probability"]
     ).abs().max() < (1e-9)
@@ -161,7 +169,7 @@ def test_selection_looks_at_training_patients_alone() -> None:
     patients = make_patients()
     good, bad = made_scores(patients, signal(2, 0), "good"), made_scores(patients, signal(0, 1))
     perfect = np.where(np.isnan(bad.outer), np.nan, np.broadcast_to(LABELS, bad.outer.shape))
-    tempting = Scores(name="tempting", kind="head", outer=perfect, inner=bad.inner)
+    tempting = replace(bad, name="tempting", outer=perfect)
     found = select_inside(patients, [tempting, good], "chosen")
     assert set(found.chosen) == {"good"}
     np.testing.assert_array_equal(found.outer, good.outer)
@@ -170,10 +178,8 @@ def test_selection_looks_at_training_patients_alone() -> None:
 def test_the_best_of_many_worthless_heads_is_worthless_when_chosen_inside() -> None:
     patients = make_patients()
     heads = [
-        Scores(
-            name=f"h{seed}",
-            kind="head",
-            outer=made_scores(patients, signal(0, seed)).outer,
+        replace(
+            made_scores(patients, signal(0, seed), f"h{seed}"),
             inner=made_scores(patients, signal(0, 100 + seed)).inner,
         )
         for seed in range(40)
@@ -210,7 +216,7 @@ def test_fusion_listens_to_out_of_fold_logits_alone(name: str) -> None:
     patients = make_patients()
     honest = made_scores(patients, 4 * signal(0, 0))
     leaked = np.where(np.isnan(honest.inner), np.nan, np.where(LABELS == 1, 0.99, 0.01))
-    by_heart = Scores(name="leaked", kind="head", outer=honest.outer, inner=leaked)
+    by_heart = replace(honest, name="leaked", inner=leaked)
     attributes = signal(2, 1)[:, None]
     fused = fit_fusions(patients, [honest, by_heart], [name], attributes)
     _, table = figures(patients, *fused)
@@ -268,7 +274,7 @@ def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
     plan = Plan.flat(report_splits(IDS, LABELS, seeds=1))
     patients = Patients(IDS, LABELS, plan)
     scores = made_scores(patients, 9 * signal(9, 1), "seer")
-    head = Scores(name="seer", kind="head", outer=scores.outer, inner=patients.empty())
+    head = replace(scores, inner=patients.empty())
     baselines = fit_baselines(patients, np.arange(N) + 1, np.empty((N, 0)))
     runs = pd.concat([measure(patients, each).runs for each in (head, *baselines)])
     assert find_warnings(runs, plan) == (
@@ -291,8 +297,11 @@ def test_under_report_a_last_epoch_is_set_against_bag_size() -> None:
     outer = patients.empty()
     for place, rows in enumerate(patients.validation):
         outer[place, rows] = curves[place][-1]
-    lucky = Scores(name="lucky", kind="head", outer=outer, inner=patients.empty())
-    runs.append(measure_as_reported(patients, lucky, curves).runs)
+    nothing = patients.empty()
+    lucky = Scores(name="lucky", kind="head", outer=outer, inner=nothing, fitted=nothing)
+    measured = measure_as_reported(patients, lucky, curves)
+    assert (measured.predictions["threshold"] == 0.5).all()
+    runs.append(measured.runs)
     table = pd.concat(runs)
     best, bag = (table.loc[table["head"] == name, "auc"] for name in ("lucky", "bag size"))
     assert estimate((best.to_numpy() - bag.to_numpy()), plan.test_to_train).low > 0

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
 from lymphfeat.cohort import Cohort
+from lymphfeat.decision import Decision
 from lymphfeat.errors import LeakageError, ModelError, SettingsError
 from lymphfeat.extract import extract
 from lymphfeat.fit import fit_head
@@ -164,19 +164,19 @@ def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_pat
 
 def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path: Path) -> None:
     outcome = fit_head(store, HEADS[:1], FIT, tmp_path / "run").outcome
-    assert outcome.thresholds == "from training patients"
+    assert outcome.thresholds == "prevalence, from training patients out of fold"
     split = outcome.splits[2]
-    probabilities = []
+    probabilities: list[float] = []
+    labels: list[int] = []
     for name in ("kfold3-r0-f0+2", "kfold3-r0-f1+2"):
         inner = next(s for s in store.splits if s.id == name)
         features = features_of(store, name)
         found = fit_heads(features, [Fit(head=HEADS[0], split=inner)], epochs=3, batch_size=4)
         rows = features.rows_of([p for p in inner.validation if p in split.train])
         probabilities += found.curves[0, -1, rows].tolist()
-    threshold = outcome.runs["threshold"].iloc[2]
-    gaps = np.diff(np.sort(probabilities))
-    middles = np.sort(probabilities)[:-1] + gaps / 2
-    assert np.abs(middles - threshold).min() < 1e-4 or threshold in (0, 1)
+        labels += store.labels[rows].tolist()
+    decision = Decision.learn(np.array(probabilities), np.array(labels))
+    assert outcome.runs["threshold"].iloc[2] == pytest.approx(decision.threshold, abs=1e-4)
 
 
 def test_initial_weights_must_not_know_the_validation_patients(
@@ -212,9 +212,11 @@ def test_from_the_command_line(
     fitted = run("fit-head", "--agg", "mean", "--epochs", "2", "--out", "run")
     assert fitted.exit_code == 0, fitted.output
     assert (
-        "honest protocol: 2 fits a row, last epoch, threshold .5" in fitted.stdout
+        "last epoch, threshold prevalence, from training patients as fitted" in fitted.stdout
     )  # no inner ones
-    assert (pd.read_csv("run/predictions.csv").query("kind == 'head'")["threshold"] == 0.5).all()
+    refused = run("fit-head", "--agg", "mean", "--threshold", "best-ba", "--out", "other")
+    assert refused.exit_code == 2
+    assert "threshold (=best-ba) must be chosen on out-of-fold probabilities" in refused.stderr
     written = Path("run/splits.json")
     assert set(json.loads(written.read_text())) == {"kfold2-r0-f0", "kfold2-r0-f1"}
     # A run's splits are those of the extraction: nothing is trained anew.

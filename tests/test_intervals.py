@@ -124,3 +124,20 @@ def test_auc_gain_against_a_plain_bootstrap() -> None:
     assert [low, high] == pytest.approx(np.quantile(gains, [0.025, 0.975]), abs=0.03)
     assert bootstrap_auc_gain(one, one, labels) == (0, 0, 0)
     assert all(np.isnan(bootstrap_auc_gain(one[:25], one[:25], labels[:25])))
+
+
+def test_bootstrap_with_thresholds_of_each_fold() -> None:
+    """Shifting a fold's probabilities and threshold alike changes nothing but the pooled AUC."""
+    rng = np.random.default_rng(5)
+    labels, folds = np.array([0, 1, 1] * 20), np.arange(60) // 20
+    probabilities = rng.random(60) + 0.3 * labels
+    plain = bootstrap_metrics(probabilities, labels, 0.6, folds, draws=300)
+    shifted = bootstrap_metrics(probabilities + folds, labels, 0.6 + folds, folds, draws=300)
+    for name in ("ba", "sensitivity", "specificity", "auc"):
+        assert shifted[name] == pytest.approx(plain[name]), name
+    one_fold = bootstrap_metrics(probabilities, labels, 0.6, 0 * folds, draws=300)
+    for name, interval in bootstrap_metrics(probabilities, labels, 0.6, draws=300).items():
+        assert one_fold[name] == pytest.approx(interval)
+    others = rng.random(60)
+    gain = bootstrap_auc_gain(probabilities + folds, others - folds, labels, folds)
+    assert gain == pytest.approx(bootstrap_auc_gain(probabilities, others, labels, folds))

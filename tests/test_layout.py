@@ -33,6 +33,7 @@ LAYERS = (
         "images",
         "axes",
         "intervals",
+        "decision",
         "calibration",
         "metrics",
         "settings",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
+from lymphfeat.calibration import logit
 from lymphfeat.cohort import Cohort
+from lymphfeat.decision import Decision
 from lymphfeat.endtoend import train_end_to_end, train_folds
 from lymphfeat.endtoend.initial import read_initial_head
 from lymphfeat.endtoend.job import parts_of, prepare
@@ -23,7 +27,7 @@ from lymphfeat.extract import extract
 from lymphfeat.fit import fit_head
 from lymphfeat.heads import resolve
 from lymphfeat.identity import patient_keys
-from lymphfeat.model import Model, member_folders
+from lymphfeat.model import Model, average_predictions, member_folders
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.splits import kfold_splits
 from lymphfeat_cli.endtoend import warn_of_bag_size
@@ -64,31 +68,94 @@ def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
     assert sorted(held_out_ids) == sorted(labelled.ids)
 
 
-def test_probabilities_are_averaged_and_the_threshold_is_out_of_fold(
+def predict_each(trained: Path, cohort: Cohort) -> tuple[list[Model], list[pd.DataFrame]]:
+    members = [Model.load(folder) for folder in member_folders(trained)]
+    return members, [m.predict(cohort, device="cpu").patients.set_index("id") for m in members]
+
+
+def held_out_by(member: Model) -> list[str]:
+    return [key.id for key in member.facts.validated_on]
+
+
+def test_calibrated_logits_are_averaged_and_decided_where_thresholds_were_found(
     trained: Path, cohort: Cohort
 ) -> None:
-    members = [Model.load(folder) for folder in member_folders(trained)]
-    each = [m.predict(cohort, device="cpu").patients.set_index("id") for m in members]
+    members, each = predict_each(trained, cohort)
     written = pd.read_csv(trained / "predictions.csv").set_index("id")
-    mean = np.mean([table["probability"] for table in each], axis=0)
-    np.testing.assert_allclose(written["probability"], mean, rtol=1e-5)
-    for member, table in zip(members, each, strict=True):
-        unseen = [key.id for key in member.facts.validated_on]
-        np.testing.assert_allclose(
-            written.loc[unseen, "out_of_fold"], table.loc[unseen, "probability"], rtol=1e-5
-        )
-    assert written["out_of_fold"].isna().sum() == 2  # the unlabelled
-    threshold = members[0].threshold
-    assert "out-of-fold probabilities of the 10 training patients (2 folds)" in (
+    mean = np.mean([logit(table["calibrated"].to_numpy()) for table in each], axis=0)
+    np.testing.assert_allclose(written["probability"], expit(mean), rtol=1e-5)
+    np.testing.assert_allclose(written["calibrated"], written["probability"])
+    told = json.loads((trained / "members.json").read_text())
+    decision = members[0].decision
+    assert decision.calibration is not None
+    single = decision.calibration.apply(np.array([decision.threshold]))[0]
+    assert told["threshold"] == pytest.approx(single)
+    assert (written["predicted"] == (written["probability"] > told["threshold"])).all()
+    assert "on out-of-fold probabilities of the 10 training patients (2 folds)" in (
         members[0].threshold_from
     )
-    labelled = written.dropna(subset="label")
-    called = labelled["out_of_fold"] > threshold
-    told = json.loads((trained / "members.json").read_text())
-    sensitivity = called[labelled["label"] == 1].mean()
-    assert told["metrics"]["out of fold"]["sensitivity"] == pytest.approx(sensitivity)
     submission = pd.read_csv(trained / "submission.csv").set_index("Id")["Predicted"]
-    assert (submission == (written.loc[submission.index, "probability"] > threshold)).all()
+    assert (submission == written.loc[submission.index, "predicted"]).all()
+    predictions = [m.predict(cohort, device="cpu") for m in members]
+    again = average_predictions(predictions, [m.decision for m in members]).patients
+    np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-6)
+
+
+def test_each_fold_is_measured_at_the_other_folds_threshold(trained: Path, cohort: Cohort) -> None:
+    members, each = predict_each(trained, cohort)
+    written = pd.read_csv(trained / "predictions.csv").set_index("id")
+    labels = written["label"]
+    for fold, other in ((0, 1), (1, 0)):
+        held_out, inside = held_out_by(members[fold]), held_out_by(members[other])
+        decision = Decision.learn(
+            each[other].loc[inside, "probability"].to_numpy(np.float64),
+            labels[inside].to_numpy(np.int64),
+        )
+        raw = each[fold].loc[held_out, "probability"].to_numpy(np.float64)
+        found = written.loc[held_out]
+        np.testing.assert_allclose(found["out_of_fold"], decision.calibrate(raw), rtol=1e-4)
+        assert (found["out_of_fold_predicted"] == (raw > decision.threshold)).all()
+    assert written["out_of_fold"].isna().sum() == 2  # the unlabelled
+    told = json.loads((trained / "members.json").read_text())["metrics"]["out of fold"]
+    called = written["out_of_fold_predicted"]
+    assert told["sensitivity"] == pytest.approx(called[labels == 1].mean())
+    assert told["specificity"] == pytest.approx(1 - called[labels == 0].mean())
+    parts = [(held_out_by(m), table) for m, table in zip(members, each, strict=True)]
+    aucs = [roc_auc_score(labels[ids], table.loc[ids, "probability"]) for ids, table in parts]
+    assert told["auc"] == pytest.approx(np.mean(aucs))  # folds of equally many pairs
+    known = labels.notna()
+    pooled = roc_auc_score(labels[known], written.loc[known, "out_of_fold"])
+    assert told["auc_pooled"] == pytest.approx(pooled)
+
+
+@pytest.mark.parametrize("rule", ["best-ba", "0.5"])
+def test_members_decide_by_the_rule_asked_for(rule: str, cohort: Cohort, tmp_path: Path) -> None:
+    members = train_folds(cohort, replace(SETTINGS, threshold=rule), tmp_path, folds=FOLDS)
+    single = members.models[0].decision
+    assert single.threshold_from.startswith("fixed" if rule == "0.5" else "best balanced accuracy")
+    assert rule != "0.5" or single.threshold == 0.5
+    assert members.threshold == pytest.approx(single.calibrated_threshold)
+
+
+def test_members_written_before_calibrated_means_are_read(
+    trained: Path, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old folders: thresholds in members.json are on single members' scale, calibration absent."""
+    shutil.copytree(trained, tmp_path / "old")
+    for path in [tmp_path / "old" / "members.json", *(tmp_path / "old").glob("fold-*/model.json")]:
+        content = json.loads(path.read_text())
+        content |= {"threshold": 0.4, "threshold_from": "best balanced accuracy"}
+        del content["calibration"], content["operating_points"]
+        path.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    line = ["predict", "--model", "old", "--cohort", str(cohort.root), "--json"]
+    result = CliRunner().invoke(cli, [*line, "--threads", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["threshold"] == pytest.approx(0.4)
+    _, each = predict_each(tmp_path / "old", cohort)
+    mean = np.mean([logit(table["probability"].to_numpy(np.float64)) for table in each], axis=0)
+    table = pd.read_csv("predictions.csv")
+    np.testing.assert_allclose(table["probability"], expit(mean), rtol=1e-5)
 
 
 class Stop(Exception):
@@ -208,6 +275,7 @@ def test_from_the_command_line(
     result = CliRunner().invoke(cli, ["endtoend", *line, *tiny])
     assert result.exit_code == 0, result.output
     assert "training patients, out of fold" in result.stdout
+    assert "from the other folds (whose members have seen it)" in result.stdout
     assert "wrote models/endtoend/members.json" in result.stdout
     predicted = CliRunner().invoke(cli, ["predict", *line])
     assert predicted.exit_code == 0, predicted.output
@@ -285,7 +353,7 @@ def test_baselines_stand_beside_the_members(trained: Path, cohort: Cohort) -> No
     (repeat,) = kfold_splits(labelled.ids, labelled.labels, folds=FOLDS, seeds=1, seed=0)
     sizes = dict(zip(labelled.ids, np.log(labelled.n_images), strict=True))
     labels = dict(zip(labelled.ids, labelled.labels, strict=True))
-    told = {}
+    told, aucs = {}, []
     for split in repeat.outer:
         x = np.array([sizes[id] for id in split.train])
         centre, spread = x.mean(), x.std()
@@ -294,9 +362,13 @@ def test_baselines_stand_beside_the_members(trained: Path, cohort: Cohort) -> No
         )
         for id in split.validation:
             told[id] = model.predict_proba([[(sizes[id] - centre) / spread]])[0, 1]
+        held_out = split.validation
+        aucs.append(roc_auc_score([labels[i] for i in held_out], [told[i] for i in held_out]))
     y = [labels[id] for id in told]
     bag_size = metrics["baseline: bag size"]
-    assert bag_size["auc"] == pytest.approx(roc_auc_score(y, list(told.values())))
+    assert bag_size["auc"] == pytest.approx(np.mean(aucs))
+    assert bag_size["auc_pooled"] == pytest.approx(roc_auc_score(y, list(told.values())))
+    assert metrics["baseline: majority"]["auc"] == 0.5
     assert bag_size["log_loss"] == pytest.approx(log_loss(y, list(told.values())), rel=1e-3)
     gain = metrics["out of fold"]["auc"] - bag_size["auc"]
     assert bag_size["auc_gain"] == pytest.approx(gain)

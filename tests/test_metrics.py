@@ -13,6 +13,7 @@ from lymphfeat.metrics import (
     all_metrics,
     balanced_accuracy,
     choose_threshold,
+    fold_auc,
     oracle_balanced_accuracy,
     roc_auc,
 )
@@ -88,3 +89,30 @@ def test_oracle_is_never_below_the_honest_threshold() -> None:
     assert (
         oracle_balanced_accuracy(probabilities, LABELS) >= balanced_accuracy(probabilities, LABELS)
     ).all()
+
+
+@given(PROBABILITIES, st.lists(st.integers(0, 2), min_size=9, max_size=9).map(np.array))
+def test_auc_within_folds_compares_patients_of_one_fold(
+    probabilities: np.ndarray, folds: np.ndarray
+) -> None:
+    pairs = [
+        0.5 + 0.5 * np.sign(probabilities[t] - probabilities[r])
+        for t in np.flatnonzero(LABELS == 1)
+        for r in np.flatnonzero(LABELS == 0)
+        if folds[t] == folds[r]
+    ]
+    found = fold_auc(probabilities, LABELS, folds)
+    assert found == pytest.approx(np.mean(pairs)) if pairs else np.isnan(found)
+    drawn = np.array([0, 1, 1, 3, 4, 4, 5, 8, 8])
+    twice = fold_auc(probabilities[drawn], LABELS[drawn], folds[drawn])
+    counted = fold_auc(probabilities, LABELS, folds, np.bincount(drawn, minlength=9).astype(float))
+    assert counted == pytest.approx(twice, nan_ok=True)
+
+
+def test_auc_within_folds_is_blind_to_the_folds_scales() -> None:
+    rng = np.random.default_rng(0)
+    labels, folds = np.array([0, 1] * 20), np.arange(40) // 8
+    probabilities = rng.random(40)
+    shifted = probabilities + folds
+    assert fold_auc(shifted, labels, folds) == fold_auc(probabilities, labels, folds)
+    assert fold_auc(shifted, labels, 0 * folds) == pytest.approx(roc_auc(shifted, labels))

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
+from scipy.special import expit
 
-from lymphfeat.calibration import Calibration, Decision
+from lymphfeat.calibration import Calibration, logit
+from lymphfeat.decision import Decision
 from lymphfeat_cli.main import cli
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort
@@ -139,11 +142,22 @@ def test_several_models_are_averaged_and_their_spread_told(root: Path) -> None:
     for name in ("a", "b"):
         assert run("--cohort", str(root), "--model", name, "--out", f"{name}.csv").exit_code == 0
     both = run("--cohort", str(root), "--model", "a", "--model", "b", "--json")
-    assert json.loads(both.stdout)["threshold"] == 0.4
-    members = [pd.read_csv(f"{name}.csv") for name in ("a", "b")]
+    calibration = Calibration(slope=0.5, intercept=0.1)
+    at = calibration.apply(np.array([0.3, 0.5]))
+    threshold = expit(logit(at).mean(keepdims=True))[0]
+    assert json.loads(both.stdout)["threshold"] == pytest.approx(threshold)
+    members = [pd.read_csv(f"{name}.csv")["calibrated"].to_numpy() for name in ("a", "b")]
     table = pd.read_csv("predictions.csv")
-    halves = (members[0]["probability"] - members[1]["probability"]).abs() / 2
-    assert table["spread"].to_numpy() == pytest.approx(halves.to_numpy(), abs=1e-6)
-    middle = (members[0]["probability"] + members[1]["probability"]) / 2
-    assert table["probability"].to_numpy() == pytest.approx(middle.to_numpy(), abs=1e-6)
-    assert (table["predicted"] == (table["probability"] > 0.4)).all()
+    halves = np.abs(members[0] - members[1]) / 2
+    assert table["spread"].to_numpy() == pytest.approx(halves, abs=1e-6)
+    middle = expit((logit(members[0]) + logit(members[1])) / 2)
+    assert table["probability"].to_numpy() == pytest.approx(middle, abs=1e-6)
+    assert (table["predicted"] == (table["probability"] > threshold)).all()
+    sensitive = run(
+        *("--cohort", str(root), "--model", "a", "--model", "b", "--sensitivity", "0.9"),
+        *("--force", "--json"),
+    )
+    at = calibration.apply(np.array([0.15, 0.25]))
+    assert json.loads(sensitive.stdout)["threshold"] == pytest.approx(
+        expit(logit(at).mean(keepdims=True))[0]
+    )

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lymphfeat.decision import RULES, Decision
 from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.guards import SharedImage
 from lymphfeat.heads import resolve
 from lymphfeat.intervals import estimate, t_half_width
-from lymphfeat.metrics import METRICS, balanced_accuracy, choose_threshold, log_loss
+from lymphfeat.metrics import METRICS, balanced_accuracy, log_loss
 from lymphfeat.protocol import Outcome, SplitFeatures, own_plan, run_protocol, witness_aucs
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Plan, Split, kfold_splits
@@ -41,13 +42,22 @@ def features() -> Features:
     )
 
 
-def run(features: Features, protocol: str, *, seeds: int, folds: int = 3) -> Outcome:
+def run(
+    features: Features, protocol: str, *, seeds: int, folds: int = 3, threshold: str = "prevalence"
+) -> Outcome:
     return run_protocol(
         features,
         list(features.row),
         features.labels.numpy(),
         HEADS,
-        FitSettings(protocol=protocol, epochs=12, batch_size=4, seeds=seeds, folds=folds),
+        FitSettings(
+            protocol=protocol,
+            epochs=12,
+            batch_size=4,
+            seeds=seeds,
+            folds=folds,
+            threshold=threshold,
+        ),
     )
 
 
@@ -86,8 +96,9 @@ def _name(outcome: Outcome, start: str) -> str:
     return next(str(name) for name in outcome.summary["head"] if str(name).startswith(start))
 
 
-def test_honest_thresholds_come_from_training_patients_alone(features: Features) -> None:
-    outcome = run(features, "honest", seeds=2, folds=3)
+@pytest.mark.parametrize("rule", RULES)
+def test_honest_thresholds_come_from_training_patients_alone(features: Features, rule: str) -> None:
+    outcome = run(features, "honest", seeds=2, folds=3, threshold=rule)
     labels = features.labels.numpy()
     ids = [patient for patient, label in zip(features.row, labels, strict=True) if label >= 0]
     repeats = kfold_splits(ids, labels[labels >= 0], folds=3, seeds=2)
@@ -99,7 +110,7 @@ def test_honest_thresholds_come_from_training_patients_alone(features: Features)
         rows = [features.row[p] for p in split.validation if p not in outer.validation]
         probabilities += fit.curves[0, -1, rows].tolist()
         truth += labels[rows].tolist()
-    expected = choose_threshold(np.array(probabilities), np.array(truth))
+    expected = Decision.learn(np.array(probabilities), np.array(truth), rule=rule).threshold
     runs = outcome.runs.set_index(["head", "split"])
     found = runs.loc[(_name(outcome, "mean"), outer.id), "threshold"]
     assert found == pytest.approx(expected, abs=1e-4)
@@ -225,8 +236,8 @@ def test_without_backbones_inside_a_training_set_nothing_is_chosen_and_that_is_s
     labels = features.labels.numpy()
     own = SplitFeatures(DOTTED, list(features.row), features.bags.sizes.numpy(), lambda _: features)
     outcome = run_on(own, labels, DOTTED)
-    assert outcome.thresholds == ".5"
-    assert outcome.warnings[0].startswith("thresholds are .5 and probabilities are not calibrated")
+    assert outcome.thresholds == "prevalence, from training patients as fitted"
+    assert outcome.warnings[0].startswith("thresholds are not from out-of-fold probabilities")
     with pytest.raises(
         SettingsError, match=r"epoch \(=nested\) must be chosen on out-of-fold .*inner"
     ):
@@ -239,7 +250,7 @@ def test_without_backbones_inside_a_training_set_nothing_is_chosen_and_that_is_s
         lambda _: features,
     )
     nested = run_on(whole, labels, DOTTED, epoch="nested")
-    assert nested.thresholds == "from training patients"
+    assert nested.thresholds == "prevalence, from training patients out of fold"
     assert not nested.warnings or "thresholds" not in nested.warnings[0]
     same = run_on(features, labels, DOTTED, epoch="nested")
     heads = [each.runs.loc[each.runs["kind"] == "head"] for each in (nested, same)]

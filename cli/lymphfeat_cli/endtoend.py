@@ -22,13 +22,25 @@ from lymphfeat_cli.options import (
     seed_option,
     show_json,
     threads_option,
+    threshold_option,
     weights_option,
 )
-from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
+from lymphfeat_cli.results import (
+    show_metrics,
+    show_truth,
+    submission_header_option,
+    threshold_text,
+    truth_option,
+)
 
 if TYPE_CHECKING:
     from lymphfeat.endtoend.members import Members
     from lymphfeat.model import Model
+
+CROSS_FITTED = (
+    "Out of fold: each patient is judged by the member that has not seen it, at a threshold and "
+    "calibration from the other folds (whose members have seen it); AUC is within folds."
+)
 
 
 @click.command(
@@ -138,9 +150,10 @@ An interrupted training goes on when the same line is run again.""",
 @click.option(
     "--folds",
     type=click.IntRange(2),
-    help="Train so many members, each without one fold, and average them; the threshold comes from "
-    "out-of-fold probabilities. [default: one model on all]",
+    help="Train so many members, each without one fold, and average them; threshold and "
+    "calibration come from out-of-fold probabilities. [default: one model on all]",
 )
+@threshold_option
 @click.option(
     "--init-head",
     type=click.Path(file_okay=False),
@@ -286,7 +299,9 @@ def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> No
     show_metrics("Patients, as the final model predicts them", trained.metrics)
     warn_of_bag_size(trained.metrics)
     show_truth(scores)
-    click.echo(f"Threshold {trained.threshold:g} ({trained.threshold_from}).")
+    click.echo(f"Called tumoral: {threshold_text(trained.threshold)} ({trained.threshold_from}).")
+    if "out of fold" in trained.metrics:
+        click.echo(CROSS_FITTED)
     for path in files_in(out):
         click.echo(f"wrote {path}")
     if not (out / "submission.csv").exists():

@@ -19,6 +19,7 @@ from lymphfeat_cli.options import (
     show_json,
     show_table,
     threads_option,
+    threshold_option,
     with_interval,
 )
 
@@ -58,7 +59,7 @@ Options that take several values make a grid: every combination is a head, all f
     type=click.Choice(["honest", "report", "both"]),
     default="honest",
     show_default=True,
-    help="honest: repeated stratified k-fold, thresholds from training patients. "
+    help="honest: repeated stratified k-fold, --threshold from training patients. "
     "report: halves, threshold .5, the ten best epochs (optimistic). both: and how optimistic.",
 )
 @click.option(
@@ -109,6 +110,7 @@ Options that take several values make a grid: every combination is a head, all f
     show_default=True,
     help="How probabilities are calibrated on training patients (honest).",
 )
+@threshold_option
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
     "--images-per-patient",

@@ -4,6 +4,7 @@
 --device, --threads                           extract, fit-head, endtoend, predict, explain
 --seed                                        extract, fit-head, endtoend, pretrain, synth, explain
 --weights                                     extract, endtoend
+--threshold                                   fit-head, endtoend
 --json, --quiet                               every command
 --force                                       every command that writes
 """
@@ -80,6 +81,15 @@ cohort_options = stack(
     ),
 )
 
+threshold_option = click.option(
+    "--threshold",
+    type=click.Choice(["prevalence", "best-ba", "0.5"]),
+    default="prevalence",
+    show_default=True,
+    help="Who is called tumoral. prevalence: whose calibrated probability exceeds the mean of the "
+    "training patients', which is the share of tumoral ones. best-ba: at the threshold of the best "
+    "balanced accuracy on training patients. Both are found on out-of-fold probabilities.",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

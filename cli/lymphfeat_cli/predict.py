@@ -18,7 +18,13 @@ from lymphfeat_cli.options import (
     show_json,
     threads_option,
 )
-from lymphfeat_cli.results import show_metrics, show_truth, submission_header_option, truth_option
+from lymphfeat_cli.results import (
+    show_metrics,
+    show_truth,
+    submission_header_option,
+    threshold_text,
+    truth_option,
+)
 
 if TYPE_CHECKING:
     from lymphfeat.model import Model, Predictions
@@ -40,13 +46,13 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
     default=("models/endtoend",),
     show_default=True,
     help="A model folder, as `lymphfeat endtoend` writes it. Of several, or of k-fold members, the "
-    "mean and its spread.",
+    "mean of their calibrated logits, and the spread.",
 )
 @click.option(
     "--sensitivity",
     type=click.FloatRange(0, 1, min_open=True),
     help="Decide by the model's operating point for this sensitivity (0.8, 0.9, 0.95, 0.99). "
-    "[default: its best balanced accuracy]",
+    "[default: its threshold]",
 )
 @cohort_options
 @click.option(
@@ -157,16 +163,10 @@ def _load(folder: Path, sensitivity: float | None) -> "Model":
 
 def _as_one(models: "list[Model]") -> "Model":
     """Return the first model, with the decision of all of them."""
-    from dataclasses import replace
-
-    from lymphfeat.model import mean_threshold
+    from lymphfeat.decision import combine
 
     model = models[0]
-    model.decision = replace(
-        model.decision,
-        threshold=mean_threshold([each.decision for each in models]),
-        threshold_from=f"the mean of {len(models)} models",
-    )
+    model.decision = combine([each.decision for each in models])
     return model
 
 
@@ -195,7 +195,7 @@ def _show(
     click.echo(
         f"{len(patients)} patients, {len(predictions.images)} images: "
         f"{int(patients['predicted'].sum())} called tumoral "
-        f"(probability above {model.threshold:g}: {model.threshold_from})."
+        f"({threshold_text(model.threshold)}: {model.threshold_from})."
     )
     if patients["calibrated"].isna().all():
         click.echo("No calibrated probabilities: the model has none, for it was trained once.")

@@ -64,6 +64,15 @@ def show_truth(scores: Mapping[str, float]) -> None:
         show_metrics("Against the labels that were hidden", {"unlabelled": hidden})
 
 
+def threshold_text(threshold: float) -> str:
+    """Say who is called tumoral."""
+    if threshold < 0:
+        return "everyone, whatever the probability"
+    if threshold >= 1:
+        return "nobody, whatever the probability"
+    return f"probability above {threshold:g}"
+
+
 def _cell(values: Mapping[str, float | None], name: str) -> str:
     if name == "patients":
         return number(values.get(name), ".0f")

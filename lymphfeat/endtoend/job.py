@@ -175,7 +175,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Collect what training depends on; where it runs is free to change."""
     fields = asdict(settings)
-    for name in ("device", "threads", "tta", "allow_shared_images"):
+    for name in ("device", "threads", "tta", "threshold", "allow_shared_images"):
         del fields[name]
     fields["backbone"]["weights"] = weights.sha256
     fields["precision"] = str(dtype).removeprefix("torch.")

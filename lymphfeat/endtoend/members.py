@@ -2,7 +2,7 @@
 
 Each member is a model folder of its own, `fold-0`, `fold-1`, …; `members.json` names them.
 Threshold, calibration and operating points come from the probabilities of each fold by the member
-that has not seen it (METHOD §4).
+that has not seen it; they are measured on each fold as the other folds would set them.
 """
 
 import json
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from lymphfeat.calibration import Decision
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
-from lymphfeat.endtoend.baselines import measure_baselines
+from lymphfeat.decision import Decision, combine, cross_fit_decisions
+from lymphfeat.endtoend.baselines import folds_of, measure_baselines
 from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
 from lymphfeat.endtoend.folder import MODEL
@@ -49,16 +50,16 @@ from lymphfeat.splits import Split, kfold_splits
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """Models of one training whose probabilities are averaged."""
+    """Models of one training whose calibrated logits are averaged."""
 
     models: tuple[Model, ...]
-    decision: Decision
+    decision: Decision  # about their mean
     # "out of fold": the labelled patients, each by the member that has not seen it
     metrics: Mapping[str, Mapping[str, float | None]]
 
     @property
     def threshold(self) -> float:
-        """Return the probability above which the members' mean is called tumoral."""
+        """Return the probability above which a patient is called tumoral by all of them."""
         return self.decision.threshold
 
     @property
@@ -79,8 +80,9 @@ def train_folds(
 ) -> Members:
     """Train a member without each fold of the labelled patients; write all they predict to `out`.
 
-    Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
-    one honest probability of a labelled patient), images.csv, submission.csv, the mean curves and
+    Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` and
+    `out_of_fold_predicted` are what the member that has not seen a labelled patient says of it,
+    calibrated and decided by the other folds), images.csv, submission.csv, the mean curves and
     members.json. Interrupted, it goes on when called again. Raises as `train_end_to_end`, and
     LeakageError when patients of different folds share an image.
     """
@@ -101,11 +103,12 @@ def train_folds(
         if not is_first():
             return Members(models=tuple(models), decision=Decision(), metrics={})
         predicted = [_predict(model, cohort, settings, progress) for model in models]
-        out_of_fold = pd.concat(
+        unseen = pd.concat(
             part.patients[part.patients["id"].isin(split.validation)]
             for part, split in zip(predicted, repeat.outer, strict=True)
         )
-        decision = _decide(out_of_fold, folds)
+        held_out = folds_of(unseen["id"].tolist(), repeat.outer)
+        decision, out_of_fold = _decide(unseen, held_out, settings.threshold)
         for number, (model, history) in enumerate(zip(models, histories, strict=True)):
             model.decision = decision
             write_curves(history, folder / f"fold-{number}")
@@ -114,10 +117,10 @@ def train_folds(
         _write(folder, cohort, predictions, out_of_fold, histories, submission_header)
         members = Members(
             models=tuple(models),
-            decision=decision,
+            decision=combine([decision] * folds),
             metrics={
-                "out of fold": patient_metrics(out_of_fold, decision.threshold),
-                **measure_baselines(out_of_fold, labelled, repeat.outer, threshold=None),
+                "out of fold": patient_metrics(out_of_fold, out_of_fold["threshold"], held_out),
+                **measure_baselines(out_of_fold, labelled, repeat.outer, rule=settings.threshold),
             },
         )
         _write_facts(folder, members)
@@ -178,12 +181,27 @@ def _predict(
     return predictions
 
 
-def _decide(out_of_fold: pd.DataFrame, folds: int) -> Decision:
-    return Decision.learn(
-        out_of_fold["probability"].to_numpy(np.float64),
-        out_of_fold["label"].to_numpy(np.int64),
-        source=f"out-of-fold probabilities of the {len(out_of_fold)} training patients "
-        f"({folds} folds)",
+def _decide(
+    unseen: pd.DataFrame, folds: NDArray[np.int64], rule: str
+) -> tuple[Decision, pd.DataFrame]:
+    """Learn the decision kept on all patients, and decide each fold by the others to measure it.
+
+    Returns `unseen` with calibrated probabilities, the threshold of each patient, and predictions.
+    """
+    probability = unseen["probability"].to_numpy(np.float64)
+    labels = unseen["label"].to_numpy(np.int64)
+    decision = Decision.learn(
+        probability,
+        labels,
+        rule=rule,
+        source=f"out-of-fold probabilities of the {len(unseen)} training patients "
+        f"({len(np.unique(folds))} folds)",
+    )
+    found = cross_fit_decisions(probability, labels, folds, rule=rule)
+    return decision, unseen.assign(
+        probability=found.probability,
+        threshold=found.threshold,
+        predicted=(found.probability > found.threshold).astype(np.int64),
     )
 
 
@@ -195,9 +213,11 @@ def _write(
     histories: Sequence[Sequence[Row]],
     header: str,
 ) -> None:
-    unseen = out_of_fold.set_index("id")["probability"]
+    judged = out_of_fold.set_index("id")
     patients = predictions.patients.copy()
-    patients["out_of_fold"] = patients["id"].map(unseen)
+    patients["out_of_fold"] = patients["id"].map(judged["probability"])
+    called = patients["id"].map(judged["predicted"])
+    patients["out_of_fold_predicted"] = called.astype("Int64")
     replace(predictions, patients=patients).save(folder / PATIENTS_FILE, folder / IMAGES_FILE)
     if cohort.submission_ids:
         write_submission(patients, cohort.submission_ids, folder / SUBMISSION_FILE, header)

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.cohort import Cohort
 from lymphfeat.compute import cpu_threads
+from lymphfeat.decision import BEST_BA, Decision, refuse_best_ba
 from lymphfeat.endtoend.baselines import measure_baselines
 from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
 from lymphfeat.endtoend.fitting import decode, fit
@@ -47,13 +49,15 @@ def train_end_to_end(
     CPU) with the same bits. Under torchrun every step's images are shared out over the processes,
     and the first one writes.
 
-    Raises SettingsError when a model is in `out` and `force` is not set, or anything else;
-    ModelError when an unfinished training of other settings is there and `force` is not set;
-    CohortError unless patients of both classes are labelled; LeakageError when a training and a
-    held-out patient share an image.
+    Raises SettingsError when a model is in `out` and `force` is not set, or anything else, and for
+    the threshold `best-ba`; ModelError when an unfinished training of other settings is there and
+    `force` is not set; CohortError unless patients of both classes are labelled; LeakageError when
+    a training and a held-out patient share an image.
     """
     settings = replace(settings, head=resolve(settings.head))
     require_linear(settings.head)
+    if settings.threshold == BEST_BA:
+        refuse_best_ba()
     parts = hold_out(cohort, settings)
     join_processes()
     resumes = (CHECKPOINT_FILE,)
@@ -78,11 +82,13 @@ def train_end_to_end(
         predictions = job.model.predict(
             cohort, device=settings.device, precision=settings.precision, progress=progress
         )
+        job.model.decision = _decide(predictions.patients, parts, settings.threshold)
+        predictions = predictions.decided(job.model.decision)
         patients = _mark(predictions.patients, parts)
         metrics = job.model.measure(patients)
         if splits:
             held_out = patients[patients["split"] == "validation"]
-            metrics |= measure_baselines(held_out, labelled, splits, threshold=job.model.threshold)
+            metrics |= measure_baselines(held_out, labelled, splits, rule=settings.threshold)
         job.model.facts = replace(job.model.facts, metrics=metrics)
         _write(folder, job.model, replace(predictions, patients=patients), history)
         if cohort.submission_ids:
@@ -90,6 +96,11 @@ def train_end_to_end(
                 patients, cohort.submission_ids, folder / SUBMISSION_FILE, submission_header
             )
     return job.model
+
+
+def _decide(patients: pd.DataFrame, parts: Parts, rule: str) -> Decision:
+    fitted = patients.loc[patients["id"].isin(parts.train.ids), "probability"]
+    return Decision.of_fitted(fitted.to_numpy(np.float64), rule=rule)
 
 
 def _split_of(parts: Parts) -> Split:

@@ -82,7 +82,7 @@ class Explanation:
         labels = labels.mask(labels < 0)
         calibration = self.model.decision.calibration
         raw = self.predicted.astype(np.float64)
-        predicted = pd.Series(self.predicted > self.model.threshold).astype("Int64")
+        predicted = pd.Series(raw > self.model.threshold).astype("Int64")
         return pd.DataFrame(
             {
                 "id": self.cohort.ids,
