@@ -63,7 +63,7 @@ class Decision:
     """How a model's probabilities are read: stored with it, learnt from training patients alone."""
 
     threshold: float = 0.5
-    threshold_from: str = "fixed"
+    threshold_from: str = "fixed at .5"
     calibration: Calibration | None = None
     # "0.95" -> the threshold that reached this sensitivity on out-of-fold probabilities
     operating_points: Mapping[str, float] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Decision:
         calibration = None if method == "none" else fitted
         return cls(
             threshold=learn_threshold(rule, probabilities, labels, calibration),
-            threshold_from="fixed" if rule == HALF else f"{_SAID[rule]}, on {source}",
+            threshold_from=cls.threshold_from if rule == HALF else f"{_SAID[rule]}, on {source}",
             calibration=calibration,
             operating_points={
                 f"{target:g}": operating_point(probabilities, labels, target)

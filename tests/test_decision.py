@@ -121,7 +121,7 @@ def test_other_rules() -> None:
     assert best.threshold == choose_threshold(probabilities, labels)
     assert best.threshold_from.startswith("best balanced accuracy, on out-of-fold probabilities")
     half = Decision.learn(probabilities, labels, rule="0.5")
-    assert (half.threshold, half.threshold_from) == (0.5, "fixed")
+    assert (half.threshold, half.threshold_from) == (0.5, "fixed at .5")
     assert half.calibration == best.calibration
 
 
