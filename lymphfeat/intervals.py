@@ -147,8 +147,7 @@ def bootstrap_auc_gain(
     Patients (P,) are drawn as in `bootstrap_metrics`, for both alike; AUCs are within `folds`. NaN
     without both classes.
     """
-    rows = [np.flatnonzero(labels == label) for label in (0, 1)]
-    if not all(len(part) for part in rows):
+    if not (labels == 0).any() or not (labels == 1).any():
         return math.nan, math.nan, math.nan
     folds = np.zeros(len(labels), np.int64) if folds is None else folds
     counts = draw_counts(labels, draws, np.random.default_rng(seed))
