@@ -26,6 +26,8 @@ demo: $(BIN)/lymphfeat
 	@echo "          models/demo/predictions.csv  a probability for every patient"
 	@echo "          models/demo/submission.csv   the answer for the unlabelled patients"
 
+# The same on every machine: a test names its precision, or runs in float32 and in bfloat16 whatever
+# the processor has (tests/conftest.py).
 test: $(BIN)/lymphfeat
 	$(BIN)/python -m pytest
 

@@ -383,3 +383,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in ("float32", "bfloat16"):
         raise SettingsError(f"precision (={name}) must be auto, float32 or bfloat16.")
     return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Name a precision as `choose_precision` takes it."""
+    return str(dtype).removeprefix("torch.")

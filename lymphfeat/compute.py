@@ -1,4 +1,4 @@
-"""How work is run: CPU threads, autocast, transfers to the device, and its rate."""
+"""How work is run: CPU threads, precision, transfers to the device, and its rate."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -32,6 +33,28 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# The parts of torch.backends that may round the factors of float32 products: GPUs to TF32, with 10
+# bits after the point in place of 23 (torch's default in convolutions), CPUs to bfloat16, with 7.
+_FLOAT32_PRODUCTS = (
+    *("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Compute float32 with all its bits for a while, whatever torch is set to."""
+    parts = [attrgetter(name)(torch.backends) for name in _FLOAT32_PRODUCTS]
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

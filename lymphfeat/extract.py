@@ -23,9 +23,10 @@ from lymphfeat.backbones import (
     flip_view,
     normalize,
     parse_views,
+    precision_name,
 )
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import RateMeter, autocast, cpu_threads
+from lymphfeat.compute import RateMeter, autocast, cpu_threads, whole_float32
 from lymphfeat.endtoend.finetuning import fine_tune
 from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.identity import cohort_fingerprint, differing_fields, image_hashes, patient_keys
@@ -76,7 +77,7 @@ def extract(
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
     join_processes()
-    with cpu_threads(settings.threads):
+    with cpu_threads(settings.threads), whole_float32():
         backbone, weights = _build(settings.backbone)
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
@@ -216,7 +217,7 @@ def _frozen_recipe(
         "crop": settings.backbone.crop,
         "normalization": asdict(find_normalization(settings.backbone.normalization)),
         "views": list(parse_views(settings.views)),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "batch_size": settings.batch_size,
         "device": device.type,
         # Convolutions on a CPU sum in another order with another number of threads.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lymphfeat import __version__
-from lymphfeat.backbones import choose_device, choose_precision
-from lymphfeat.compute import cpu_threads
+from lymphfeat.backbones import choose_device, choose_precision, precision_name
+from lymphfeat.compute import cpu_threads, whole_float32
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.files import ResultKind, files_in, replace_file, result_folder
 from lymphfeat.guards import find_shared_images
@@ -96,8 +96,10 @@ def fit_head(
     with (
         result_folder(out, RUN, force=force, writes=is_first()) as folder,
         cpu_threads(settings.threads),
+        whole_float32(),
     ):
         dtype = choose_precision(settings.precision, device)
+        settings = replace(settings, precision=precision_name(dtype))
         features = load_features(store, dtype, device, views=settings.views)
         outcome = run_protocol(
             features,

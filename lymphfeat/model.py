@@ -34,7 +34,7 @@ from lymphfeat.backbones import (
 )
 from lymphfeat.bags import Bags
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import RateMeter, autocast, cpu_threads
+from lymphfeat.compute import RateMeter, autocast, cpu_threads, whole_float32
 from lymphfeat.decision import Decision, average, combine
 from lymphfeat.errors import ModelError
 from lymphfeat.files import find_checkpoints, recover, replace_file
@@ -291,7 +291,7 @@ class Model:
         *,
         tta: bool | None = None,
         device: str = "auto",
-        precision: str = "auto",
+        precision: str = "float32",
         threads: int | None = None,
         batch_size: int = 64,
         progress: Progress = silent,
@@ -299,11 +299,13 @@ class Model:
         """Predict every patient and image of a cohort, each from nothing but its own images.
 
         With `tta` everything is the mean over the four flips; None is the model's own choice.
-        Images are decoded and scored in batches; only their logits are kept.
+        Images are decoded and scored in batches; only their logits are kept. `precision` is
+        float32, bfloat16 or auto; only float32 gives the same probabilities on every machine, but
+        for the order of sums.
         """
         chosen = choose_device(device)
         views = VIEWS if (self.tta if tta is None else tta) else VIEWS[:1]
-        with cpu_threads(threads):
+        with cpu_threads(threads), whole_float32():
             scorer = CohortScorer(
                 self, views, dtype=choose_precision(precision, chosen), device=chosen
             )

@@ -1,14 +1,24 @@
-"""What every test starts from: seeded global generators, and no deadlines on shared machines."""
+"""What every test starts from, on whatever machine: seeded generators, one thread, no GPU.
+
+Nor does the processor choose a precision. A test names its own (`--precision`, `tests/tiny.py`), or
+takes the fixture `auto_precision` and runs with `auto` forced either way.
+"""
 
 import os
 import random
+from collections.abc import Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line; before torch
+# Before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line
+os.environ["OMP_NUM_THREADS"] = "1"  # on tiny tensors several only wait for each other
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from lymphfeat import backbones
 
 settings.register_profile("lymphfeat", deadline=None)
 settings.load_profile("lymphfeat")
@@ -19,3 +29,23 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_processor_chooses() -> Iterator[None]:
+    """Fail a test whose precision is left to the processor: on another it would be another test."""
+
+    def refuse(device: torch.device) -> bool:
+        pytest.fail("name a precision, or take the fixture auto_precision (tests/conftest.py)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "has_fast_bfloat16", refuse)
+        yield
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make `auto` this precision, whatever the processor (which then computes it more slowly)."""
+    chosen = str(request.param)
+    monkeypatch.setattr(backbones, "has_fast_bfloat16", lambda device: chosen == "bfloat16")
+    return chosen

@@ -24,6 +24,7 @@ from lymphfeat.backbones import (
     load_weights,
     normalize,
     parse_views,
+    precision_name,
     read_facts,
     weights_sha256,
 )
@@ -261,10 +262,18 @@ def test_devices_and_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda")
     assert choose_precision("float32", cpu) == torch.float32
     assert choose_precision("bfloat16", cpu) == torch.bfloat16
-    fast = torch.bfloat16 if has_fast_bfloat16(cpu) else torch.float32
-    assert choose_precision("auto", cpu) == fast
     with pytest.raises(SettingsError, match=re.escape("precision (=float16) must be auto")):
         choose_precision("float16", cpu)
+
+
+def test_auto_is_bfloat16_where_the_processor_computes_it(
+    auto_precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert precision_name(choose_precision("auto", cpu)) == auto_precision
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        assert has_fast_bfloat16(cpu) == there
 
 
 # --- shipped weights -----------------------------------------------------------------------------

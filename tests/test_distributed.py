@@ -30,7 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-EXTRACT = ExtractSettings(backbone=BACKBONE, device="cpu", threads=1, batch_size=4)
+EXTRACT = {
+    precision: ExtractSettings(
+        backbone=BACKBONE, precision=precision, device="cpu", threads=1, batch_size=4
+    )
+    for precision in ("float32", "bfloat16")
+}
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "subset": ("bnsigmoid", {"gradient": "subset"}),
@@ -45,12 +50,14 @@ from pathlib import Path
 from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.extract import extract
-from tests.test_distributed import EXTRACT, WAYS, settings_of, take_a_step
+from tests.test_distributed import EXTRACT, WAYS, same_chunks, settings_of, take_a_step
 cohort, out = Cohort.load(sys.argv[1]), Path(sys.argv[2])
 train_end_to_end(cohort, settings_of("frozen", processes=2), out / "m")
 for way in WAYS:
     take_a_step(cohort, settings_of(way, processes=2), out / f"{way}.safetensors")
-extract(cohort, out / "s.h5", EXTRACT)
+take_a_step(cohort, same_chunks(processes=2), out / "same chunks.safetensors")
+for precision, settings in EXTRACT.items():
+    extract(cohort, out / f"{precision}.h5", settings)
 """
 
 
@@ -63,6 +70,13 @@ def settings_of(way: str, *, processes: int) -> EndToEndSettings:
         max_backward_size=6 // processes,
         **changes,
     )
+
+
+def same_chunks(*, processes: int) -> EndToEndSettings:
+    """Return settings in bfloat16 whose chunks are of the same images in one process or more."""
+    settings = settings_of("frozen", processes=2)
+    assert settings.max_backward_size == 3
+    return replace(settings, precision="bfloat16", max_backward_size=3)
 
 
 def take_a_step(cohort: Cohort, settings: EndToEndSettings, path: Path) -> None:
@@ -112,6 +126,20 @@ def test_a_step_together_is_the_step_of_one_process(
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5 * scale)
 
 
+def test_a_step_in_bfloat16_together_is_the_step_of_one_process(
+    cohort: Cohort, together: Path, tmp_path: Path
+) -> None:
+    """Of the same chunks every rounding to bfloat16 is the same; their sum is float32's."""
+    take_a_step(cohort, same_chunks(processes=1), tmp_path / "one.safetensors")
+    one = load_file(tmp_path / "one.safetensors")
+    two = load_file(together / "same chunks.safetensors")
+    exact = load_file(together / "frozen.safetensors")
+    assert set(one) == set(two)
+    assert any(not torch.equal(values, exact[name]) for name, values in one.items())
+    scale = max(float(values.abs().max()) for name, values in one.items() if "running" not in name)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6 * scale)
+
+
 def test_training_together_gives_the_weights_of_one_process(
     cohort: Cohort, together: Path, tmp_path: Path
 ) -> None:
@@ -121,17 +149,18 @@ def test_training_together_gives_the_weights_of_one_process(
     torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("precision", EXTRACT)
 def test_extracting_together_gives_the_same_bytes(
-    cohort: Cohort, together: Path, tmp_path: Path
+    precision: str, cohort: Cohort, together: Path, tmp_path: Path
 ) -> None:
-    alone = extract(cohort, tmp_path / "s.h5", EXTRACT)
-    assert (together / "s.h5").read_bytes() == alone.path.read_bytes()
+    alone = extract(cohort, tmp_path / "s.h5", EXTRACT[precision])
+    assert (together / f"{precision}.h5").read_bytes() == alone.path.read_bytes()
 
 
 def command(cohort: Path, out: Path, *arguments: str) -> list[str]:
     backbone = ["--backbone", BACKBONE.backbone, "--crop", str(BACKBONE.crop), "--device", "cpu"]
     line = ["-m", "lymphfeat_cli", "endtoend", "--cohort", str(cohort), "--out", str(out)]
-    return [*TORCHRUN, *line, *backbone, *arguments]
+    return [*TORCHRUN, *line, *backbone, "--precision", "float32", *arguments]
 
 
 def test_an_error_ends_the_job_with_its_message(cohort: Cohort, tmp_path: Path) -> None:

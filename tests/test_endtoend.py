@@ -16,22 +16,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lymphfeat.backbones import build_backbone, stages
+from lymphfeat.backbones import build_backbone, normalize, stages
+from lymphfeat.bags import Bags
 from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend import pixels as pixels_module
 from lymphfeat.endtoend import train_end_to_end
 from lymphfeat.endtoend.encoder import batchnorms
 from lymphfeat.endtoend.gradients import LossOf
+from lymphfeat.endtoend.job import hold_out, prepare
 from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, as_they_are
 from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches
 from lymphfeat.errors import CohortError, ModelError, SettingsError
 from lymphfeat.files import unfinished_folder
 from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
-from lymphfeat.images import NORMALIZATIONS
+from lymphfeat.images import NORMALIZATIONS, decode_crop
 from lymphfeat.model import Model, Predictions
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
 from tests.folders import contents
+from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -85,6 +89,50 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     assert "the 10 training patients, as the model fits them" in told["threshold_from"]
     assert (written.patients["predicted"] == again.patients["predicted"]).all()
     assert model.metrics["train"]["ba"] == 1
+
+
+def test_what_bfloat16_trained_predicts_in_float32(cohort: Cohort, tmp_path: Path) -> None:
+    """The folder's predictions are those that `predict` gives of it by default."""
+    model = train_end_to_end(cohort, tiny_settings(epochs=8, precision="bfloat16"), tmp_path)
+    assert model.facts.metrics["train"]["auc"] == 1
+    assert model.facts.settings["precision"] == "bfloat16"
+    written = Predictions.read(tmp_path / "predictions.csv", tmp_path / "images.csv")
+    loaded = Model.load(tmp_path)
+    again = loaded.predict(cohort, device="cpu", threads=1)
+    for found, expected in ((again.images, written.images), (again.patients, written.patients)):
+        np.testing.assert_array_equal(
+            found["probability"], expected["probability"].astype(np.float32)
+        )
+    rough = loaded.predict(cohort, device="cpu", threads=1, precision="bfloat16")
+    assert not np.array_equal(rough.images["probability"], again.images["probability"])
+
+
+def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    """One step on all labelled images together, batch-norm in training."""
+    labelled = cohort.labelled()
+    whole = tiny_settings("mean", epochs=1, batch_size=10, max_backward_size=99, flips=False)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        train_end_to_end(labelled, replace(whole, precision=precision), tmp_path / precision)
+        losses[precision] = float(pd.read_csv(tmp_path / precision / "curves.csv")["loss"][0])
+    job = prepare(labelled, hold_out(labelled, whole), whole)
+    network, head = job.model.backbone.train(), job.model.head
+    labels = torch.tensor(labelled.labels).float()
+
+    def loss_of(maps: torch.Tensor) -> torch.Tensor:
+        logits = head.logits(maps.flatten(2).mT)[:, :, 0].mean(1, keepdim=True)  # (N, 1)
+        patients = Bags.of(labelled.n_images).mean(logits)[:, 0]  # (P,)
+        return binary_cross_entropy_with_logits(patients, labels)[None]
+
+    pixels = [decode_crop(path, SIDE).pixels for paths in labelled.images for path in paths]
+    images = normalize(torch.from_numpy(np.stack(pixels)), job.model.recipe.normalization)
+    with torch.no_grad():
+        assert losses["float32"] == pytest.approx(float(loss_of(network(images))), rel=1e-5)
+    tolerance = bfloat16_tolerance(network, images, network.parameters(), loss_of)
+    moved = abs(losses["bfloat16"] - losses["float32"])
+    assert MORE_THAN_FLOAT32 * tolerance < moved <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -195,11 +243,15 @@ def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int
     assert (unfinished_folder(out) / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("agg", ["bnsigmoid", "topk"])
+@pytest.mark.parametrize(
+    ("agg", "precision"), [("bnsigmoid", "float32"), ("topk", "float32"), ("topk", "bfloat16")]
+)
 def test_interrupted_training_ends_with_the_same_bits(
-    agg: str, cohort: Cohort, tmp_path: Path
+    agg: str, precision: str, cohort: Cohort, tmp_path: Path
 ) -> None:
-    settings = tiny_settings(agg, epochs=3, images_per_patient=2, validation=0.4)
+    settings = tiny_settings(
+        agg, epochs=3, images_per_patient=2, validation=0.4, precision=precision
+    )
     train_end_to_end(cohort, settings, tmp_path / "whole")
     interrupt(cohort, settings, tmp_path / "parts")
     train_end_to_end(cohort, settings, tmp_path / "parts")
@@ -257,6 +309,18 @@ def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_pa
     train_end_to_end(cohort, other, elsewhere)
     train_end_to_end(cohort, other, out, force=True)
     assert_same_weights(out, elsewhere)
+
+
+def test_a_training_is_not_continued_in_another_precision(
+    auto_precision: str, cohort: Cohort, tmp_path: Path
+) -> None:
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[auto_precision]
+    interrupt(cohort, tiny_settings(precision=other), tmp_path)
+    auto = tiny_settings(precision="auto")
+    with pytest.raises(ModelError, match=f"precision is {other} there, {auto_precision} now"):
+        train_end_to_end(cohort, auto, tmp_path)
+    model = train_end_to_end(cohort, auto, tmp_path, force=True)
+    assert model.facts.settings["precision"] == auto_precision
 
 
 def test_a_damaged_checkpoint_is_named(cohort: Cohort, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.tiny import SIDE, write_red_cohort
 
 TINY = ["--backbone", "test_efficientnet", "--crop", str(SIDE), "--batch-size", "4"]
 TINY += ["--threads", "1", "--device", "cpu", "--epochs", "2", "--lr", "0.003"]
+TINY += ["--precision", "float32"]
 
 
 @pytest.fixture

@@ -80,6 +80,16 @@ def test_maps_against_image_by_image(cohort: Cohort) -> None:
         assert grid.ravel() == pytest.approx(reference.numpy(), abs=1e-3)
 
 
+def test_precision_is_that_of_predict(auto_precision: str, cohort: Cohort) -> None:
+    model = make_model("topk")
+    for found, precision in (
+        (explain(model, cohort, device="cpu"), "float32"),
+        (explain(model, cohort, device="cpu", precision="auto"), auto_precision),
+    ):
+        images = model.predict(cohort, device="cpu", precision=precision).images
+        assert found.logit == pytest.approx(images["logit"].to_numpy(), abs=1e-4)
+
+
 @pytest.mark.parametrize("agg", AGGS)
 def test_deleting_against_a_loop(agg: str, cohort: Cohort) -> None:
     found = explained(cohort, agg)

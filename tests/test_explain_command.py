@@ -86,6 +86,28 @@ def test_figures_of_another_page_are_not_overwritten(root: Path) -> None:
     assert not Path("report.html").exists()
 
 
+def test_one_image_in_a_precision(auto_precision: str, root: Path) -> None:
+    def logit(*arguments: str) -> float:
+        result = run("--image", str(root / "P1" / "0.png"), "--json", "--force", *arguments)
+        assert result.exit_code == 0, result.output
+        return float(json.loads(result.stdout)["logit"])
+
+    exact, rough = (logit("--precision", name) for name in ("float32", "bfloat16"))
+    assert exact != rough
+    assert logit() == exact
+    assert logit("--precision", "auto") == (exact if auto_precision == "float32" else rough)
+
+
+def test_a_page_in_a_precision(root: Path) -> None:
+    for name in ("float32", "bfloat16"):
+        line = ("--cohort", str(root), "--figures", "none", "--precision", name)
+        result = run(*line, "--out", f"{name}.html")
+        assert result.exit_code == 0, result.output
+    assert run("--cohort", str(root), "--figures", "none").exit_code == 0
+    assert Path("report.html").read_text() == Path("float32.html").read_text()
+    assert Path("report.html").read_text() != Path("bfloat16.html").read_text()
+
+
 def test_one_image(root: Path) -> None:
     image = str(root / "P1" / "0.png")
     result = run("--image", image, "--json")

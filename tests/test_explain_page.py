@@ -87,7 +87,7 @@ def test_a_patient_opens_and_its_maps_toggle(cohort: Page) -> None:
     cohort.wait_for_selector("#plate .tile")
     assert cohort.inner_text("#view-patient h1") == "P3"
     assert cohort.locator("#plate .tile").count() == 4
-    assert cohort.locator("#plate img").first.evaluate("image => image.complete")
+    cohort.wait_for_function("document.querySelector('#plate img').complete")
     assert cohort.locator("#plate canvas").count() == 0
     cohort.click("#plate-mode :text-is('Raw grid')")
     assert cohort.locator("#plate canvas").count() == 4
@@ -131,5 +131,6 @@ def test_sections_theme_and_strips(cohort: Page) -> None:
     cohort.click("#theme")
     for name, told in (("trust", "Deleting cells"), ("about", "What this page cannot tell")):
         cohort.click(f"nav a[data-view={name}]")
+        cohort.wait_for_selector(f"#view-{name}:not([hidden])")
         assert told in cohort.inner_text("main")
     assert "not a medical device" in cohort.inner_text("body")

@@ -27,7 +27,12 @@ from tests.tiny import one_thread as one_thread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = ExtractSettings(
-    backbone=BACKBONE, finetune=tiny_settings(epochs=1), device="cpu", threads=1, batch_size=8
+    backbone=BACKBONE,
+    finetune=tiny_settings(epochs=1),
+    precision="float32",
+    device="cpu",
+    threads=1,
+    batch_size=8,
 )
 HEADS = [resolve(HeadSettings(agg=agg, lr=0.05)) for agg in ("mean", "topk")]
 FIT = FitSettings(epochs=3, batch_size=4, device="cpu", threads=1)
@@ -198,7 +203,8 @@ def run(command: str, *arguments: str) -> Result:
 
 def extract_line(cohort: Cohort, *arguments: str) -> Sequence[str]:
     backbone = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE)]
-    return ["extract", "--cohort", str(cohort.root), *backbone, *arguments]
+    precise = ["--precision", "float32"]
+    return ["extract", "--cohort", str(cohort.root), *backbone, *precise, *arguments]
 
 
 def test_from_the_command_line(
@@ -261,6 +267,7 @@ def test_mistakes_are_one_line(
 def test_settings_name_fine_tuning_and_splits_together(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="or neither"):
         extract(cohort, tmp_path / "s.h5", SETTINGS)
-    plain = ExtractSettings(backbone=BackboneSettings(backbone="test_resnet", crop=SIDE))
+    backbone = BackboneSettings(backbone="test_resnet", crop=SIDE)
+    plain = ExtractSettings(backbone=backbone, precision="float32")
     with pytest.raises(SettingsError, match="or neither"):
         extract(cohort, tmp_path / "s.h5", plain, splits=splits_of(cohort, "report:1"))

@@ -1,6 +1,7 @@
 """The portable model: saved, loaded, damaged, applied."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lymphfeat.backbones import build_backbone, normalize
+from lymphfeat.bags import Bags
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import ModelError, WeightsError
 from lymphfeat.files import unfinished_folder
 from lymphfeat.heads import HeadStack, resolve
 from lymphfeat.images import NORMALIZATIONS, decode_crop
-from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts, member_folders
+from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts, member_folders, read_out
 from lymphfeat.provenance import PatientKey, Provenance
 from lymphfeat.settings import HeadSettings
 from tests.folders import contents, interrupt_swap, names_in
+from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, write_red_cohort
 from tests.tiny import one_thread as one_thread
 
@@ -60,12 +63,21 @@ def cohort(tmp_path: Path) -> Cohort:
 
 def reference_logits(model: Model, path: Path) -> torch.Tensor:
     """Score one image by itself: (h · w,) pixel logits."""
-    pixels = torch.from_numpy(decode_crop(path, SIDE).pixels)[None]
     with torch.no_grad():
-        maps = model.backbone(normalize(pixels, model.recipe.normalization))[0]  # (C, h, w)
-        scorer = model.head.weight[0].view(-1, 1, 1)
-        logits: torch.Tensor = (maps * scorer).sum(0) + model.head.bias[0]
-        return logits.flatten()
+        return logits_of(model, model.backbone(pixels_of(model, [path]))).flatten()
+
+
+def pixels_of(model: Model, paths: Sequence[Path]) -> torch.Tensor:
+    """Read images as the backbone sees them: (n, 3, H, W)."""
+    pixels = torch.from_numpy(np.stack([decode_crop(path, SIDE).pixels for path in paths]))
+    return normalize(pixels, model.recipe.normalization)
+
+
+def logits_of(model: Model, maps: torch.Tensor) -> torch.Tensor:
+    """Score the pixels (n, h, w) of maps (n, C, h, w)."""
+    scorer = model.head.weight[0].view(-1, 1, 1)
+    logits: torch.Tensor = (maps * scorer).sum(1) + model.head.bias[0]
+    return logits
 
 
 def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +132,43 @@ def _check_weighted(
     np.testing.assert_allclose(images["weight"], weights.sum(1), rtol=1e-3, atol=1e-6)
     probability = patients.set_index("id").loc[patient, "probability"]
     assert probability == pytest.approx(float((weights * instances).sum().sigmoid()), rel=1e-4)
+
+
+@pytest.mark.parametrize("agg", AGGS)
+def test_bfloat16_is_as_near_as_its_roundings_allow(agg: str, cohort: Cohort) -> None:
+    model = make_model(agg, "image")
+    exact, rough = (
+        model.predict(cohort, device="cpu", precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    moved = (rough.images["logit"] - exact.images["logit"]).abs().to_numpy()  # (N,)
+    tolerance = bfloat16_tolerance(
+        model.backbone,
+        pixels_of(model, [path for paths in cohort.images for path in paths]),
+        model.backbone.parameters(),
+        lambda maps: logits_of(model, maps).mean((1, 2)),
+    )
+    assert (moved <= tolerance).all()
+    assert moved.max() > MORE_THAN_FLOAT32 * tolerance.max()
+    # The patients are read out in float32, of whatever logits there are.
+    logits = torch.tensor(rough.images["logit"].to_numpy())[:, None]
+    expected = read_out(model.head, Bags.of(cohort.n_images), logits).probability
+    np.testing.assert_allclose(rough.patients["probability"], expected, rtol=1e-5)
+    if agg != "bnsigmoid":  # whose weights move, too; else no more than the logit that moves most
+        changed = (rough.patients["probability"] - exact.patients["probability"]).abs()
+        worst = np.maximum.reduceat(tolerance, cohort.offsets[:-1])
+        assert (changed <= worst / 4).all()  # the logistic's steepest slope
+
+
+def test_auto_is_one_of_them_and_float32_the_default(auto_precision: str, cohort: Cohort) -> None:
+    model = make_model()
+    by_name = {
+        name: model.predict(cohort, device="cpu", precision=name).images
+        for name in ("float32", "bfloat16", "auto")
+    }
+    pd.testing.assert_frame_equal(by_name["auto"], by_name[auto_precision])
+    pd.testing.assert_frame_equal(model.predict(cohort, device="cpu").images, by_name["float32"])
+    assert not by_name["float32"].equals(by_name["bfloat16"])
 
 
 def test_top1_reads_the_highest_image(cohort: Cohort) -> None:

@@ -79,6 +79,17 @@ def test_truth_and_metrics(root: Path) -> None:
     assert "trained on (fit, not skill)" in shown.stdout
 
 
+def test_float32_unless_asked_otherwise(auto_precision: str, root: Path) -> None:
+    written = {}
+    for name in ("float32", "bfloat16", "auto", None):
+        precision = ["--precision", name] if name else []
+        result = run("--cohort", str(root), "--force", *precision)
+        assert result.exit_code == 0, result.output
+        written[name] = Path("predictions.csv").read_text()
+    assert written[None] == written["float32"] != written["bfloat16"]
+    assert written["auto"] == written[auto_precision]
+
+
 def test_nothing_is_overwritten(root: Path) -> None:
     Path("predictions.csv").write_text("precious")
     result = run("--cohort", str(root))

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
     *("--backbone", "test_efficientnet", "--view-size", "32", "--field", str(SIDE)),
     *("--epochs", "2", "--batch-size", "4", "--threads", "1", "--device", "cpu"),
+    *("--precision", "float32"),
 ]
 
 
@@ -33,6 +34,7 @@ def test_a_store_of_pretrained_weights_names_the_patients_seen(tmp_path: Path) -
 
     store = tmp_path / "f.h5"
     backbone = ["--backbone", "test_efficientnet", "--crop", SIDE, "--weights", weights]
+    backbone += ["--precision", "float32"]
     result = run("extract", "--cohort", cohort, *backbone, "--out", store, "--threads", "1")
     assert result.exit_code == 0, result.output
     assert "12 of the 12 patients" in result.stderr

@@ -30,6 +30,7 @@ TINY = PretrainSettings(
     view_size=32,
     field=48,
     projection=16,
+    precision="float32",
     threads=1,
     device="cpu",
 )
@@ -134,6 +135,13 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     assert facts["recipe"]["method"] == "vicreg"
     assert facts["recipe"]["init"] == "none"
     assert facts["recipe"]["steps"] == 6 * 4
+
+
+def test_the_recipe_says_what_auto_was(auto_precision: str, tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    settings = replace(TINY, epochs=1, precision="auto")
+    pretrain(cells, tmp_path / "w.safetensors", settings)
+    assert read_facts(tmp_path / "w.safetensors")["recipe"]["precision"] == auto_precision
 
 
 def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:

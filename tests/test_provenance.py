@@ -47,7 +47,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE = 112
 LABELS = "010101010101"
-EXTRACT = ExtractSettings(backbone=BACKBONE, device="cpu", threads=1, batch_size=16)
+EXTRACT = ExtractSettings(
+    backbone=BACKBONE, precision="float32", device="cpu", threads=1, batch_size=16
+)
 FIT = FitSettings(seeds=1, folds=3, epochs=1, device="cpu", threads=1)
 HEADS = [resolve(HeadSettings(agg="mean"))]
 TRAINED = tuple(f"P{number}" for number in range(8))  # of laboratory A
@@ -115,6 +117,7 @@ def _pretraining(init: Path) -> PretrainSettings:
         view_size=32,
         field=48,
         projection=16,
+        precision="float32",
         threads=1,
         device="cpu",
     )
@@ -155,7 +158,10 @@ def train_with_validation_from(source: Path, cohort: Cohort, out: Path) -> None:
 
 def reproduce_with(source: Path, cohort: Cohort, out: Path) -> None:
     settings = ReproductionSettings(
-        backbones=("resnet18",), weights={"": str(source)}, fit=replace(FIT, seeds=1)
+        backbones=("resnet18",),
+        weights={"": str(source)},
+        fit=replace(FIT, seeds=1),
+        precision="float32",
     )
     reproduce_report(cohort, settings, out / "r", out)
 

@@ -17,6 +17,7 @@ from tests.tiny import write_red_cohort
 
 def reproduce(*arguments: str) -> Result:
     fast = ["--seeds", "2", "--folds", "3", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    fast += ["--precision", "float32"]
     return CliRunner().invoke(cli, ["reproduce", "report", *fast, *arguments])
 
 

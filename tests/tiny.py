@@ -35,6 +35,7 @@ def tiny_settings(agg: str = "bnsigmoid", **changes: Any) -> EndToEndSettings:
         batch_size=4,
         max_forward_size=6,
         max_backward_size=8,
+        precision="float32",
         threads=1,
         device="cpu",
     )

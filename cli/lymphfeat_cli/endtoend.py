@@ -18,6 +18,7 @@ from lymphfeat_cli.options import (
     load_cohort,
     note,
     output_options,
+    precision_option,
     progress_bar,
     seed_option,
     show_json,
@@ -175,13 +176,7 @@ An interrupted training goes on when the same line is run again.""",
 )
 @click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
 @click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="Dilated backbone.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto is bfloat16 where the processor computes it.",
-)
+@precision_option(default="auto")
 @submission_header_option
 @truth_option
 @seed_option

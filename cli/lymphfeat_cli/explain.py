@@ -13,6 +13,7 @@ from lymphfeat_cli.options import (
     force_option,
     load_cohort,
     output_options,
+    precision_option,
     progress_bar,
     seed_option,
     show_json,
@@ -81,6 +82,7 @@ The page is one file: open it in a browser, no network is needed.""",
     "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
 )
 @seed_option
+@precision_option(default="float32")
 @device_option
 @threads_option
 @force_option
@@ -99,6 +101,7 @@ def command(
     truth: tuple[Path, ...],
     batch_size: int,
     seed: int,
+    precision: str,
     device: str,
     threads: int | None,
     force: bool,
@@ -115,7 +118,7 @@ def command(
         raise click.UsageError(f"folder {out.parent} does not exist; make it first.")
     if image is not None:
         check_file(out, force=force)
-        _explain_image(folder, image, out, device, as_json)
+        _explain_image(folder, image, out, device, precision, as_json)
         return
     from lymphfeat.explain.explanation import explain
     from lymphfeat.explain.report import check_report, write_report
@@ -133,6 +136,7 @@ def command(
             truth=known,
             seed=seed,
             device=device,
+            precision=precision,
             threads=threads,
             batch_size=batch_size,
             progress=progress,
@@ -153,11 +157,13 @@ def command(
         _show(explanation, files)
 
 
-def _explain_image(folder: Path, image: Path, out: Path, device: str, as_json: bool) -> None:
+def _explain_image(
+    folder: Path, image: Path, out: Path, device: str, precision: str, as_json: bool
+) -> None:
     from lymphfeat.explain.report import write_cell
     from lymphfeat.model import Model
 
-    cell = write_cell(Model.load(folder), image, out, device=device)
+    cell = write_cell(Model.load(folder), image, out, device=device, precision=precision)
     if as_json:
         result = {"image": str(image), "logit": cell.logit, "probability": cell.probability}
         show_json(result | {"map": cell.grid.tolist(), "files": [str(out)]})

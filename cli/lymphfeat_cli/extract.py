@@ -14,6 +14,7 @@ from lymphfeat_cli.options import (
     load_cohort,
     note,
     output_options,
+    precision_option,
     progress_bar,
     show_json,
     threads_option,
@@ -55,13 +56,7 @@ Examples:
     show_default=True,
     help="Stored copies of an image: identity, hflip, vflip, both.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto is bfloat16 where the processor computes it.",
-)
+@precision_option(default="auto")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option(
     "--finetune-epochs",

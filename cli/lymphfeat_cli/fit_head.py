@@ -14,6 +14,7 @@ from lymphfeat_cli.options import (
     is_first,
     number,
     output_options,
+    precision_option,
     progress_bar,
     seed_option,
     show_json,
@@ -128,12 +129,7 @@ Options that take several values make a grid: every combination is a head, all f
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="CSV (ID, FILE, IS_WITNESS): also measure how well each head finds the witness images.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-)
+@precision_option(default="float32")
 @click.option(
     "--allow-shared-images",
     is_flag=True,

@@ -2,6 +2,7 @@
 
 --cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict, explain
 --device, --threads                           extract, fit-head, endtoend, predict, explain
+--precision                                   all that compute with images or their maps
 --seed                                        extract, fit-head, endtoend, pretrain, synth, explain
 --weights                                     extract, endtoend
 --threshold                                   fit-head, endtoend
@@ -100,6 +101,20 @@ device_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]"
 )
+
+
+def precision_option(default: str) -> Callable[[F], F]:
+    """Make --precision with this default."""
+    return click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default=default,
+        show_default=True,
+        help="bfloat16 is faster where the processor computes it, and coarser; auto is bfloat16 "
+        "there, float32 elsewhere.",
+    )
+
+
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all randomness."
 )

@@ -14,6 +14,7 @@ from lymphfeat_cli.options import (
     load_cohort,
     note,
     output_options,
+    precision_option,
     progress_bar,
     show_json,
     threads_option,
@@ -82,6 +83,7 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
 @click.option(
     "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
 )
+@precision_option(default="float32")
 @device_option
 @threads_option
 @force_option
@@ -100,6 +102,7 @@ def command(
     truth: tuple[Path, ...],
     tta: bool | None,
     batch_size: int,
+    precision: str,
     device: str,
     threads: int | None,
     force: bool,
@@ -127,6 +130,7 @@ def command(
                 patients,
                 tta=tta,
                 device=device,
+                precision=precision,
                 threads=threads,
                 batch_size=batch_size,
                 progress=progress,

@@ -9,6 +9,7 @@ from lymphfeat_cli.options import (
     force_option,
     note,
     output_options,
+    precision_option,
     progress_bar,
     seed_option,
     show_json,
@@ -89,13 +90,7 @@ Examples:
     help="Magnification of a view; 1 is the images' own scale.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto is bfloat16 where the processor computes it.",
-)
+@precision_option(default="auto")
 @seed_option
 @device_option
 @threads_option

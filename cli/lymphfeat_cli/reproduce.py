@@ -13,6 +13,7 @@ from lymphfeat_cli.options import (
     force_option,
     load_cohort,
     output_options,
+    precision_option,
     progress_bar,
     seed_option,
     show_json,
@@ -62,6 +63,7 @@ A second run takes the feature stores of the first (in cache/reproduce).""",
     help="Folder of runs, table and figures.",
 )
 @seed_option
+@precision_option(default="auto")
 @device_option
 @threads_option
 @force_option
@@ -79,6 +81,7 @@ def command(
     epochs: int,
     out: Path,
     seed: int,
+    precision: str,
     device: str,
     threads: int | None,
     force: bool,
@@ -100,6 +103,7 @@ def command(
         fit=FitSettings(
             seeds=seeds, folds=folds, epochs=epochs, seed=seed, device=device, threads=threads
         ),
+        precision=precision,
     )
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("reproducing", quiet) as progress:

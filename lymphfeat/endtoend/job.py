@@ -12,7 +12,13 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from lymphfeat import __version__
-from lymphfeat.backbones import LoadedWeights, build_backbone, choose_device, choose_precision
+from lymphfeat.backbones import (
+    LoadedWeights,
+    build_backbone,
+    choose_device,
+    choose_precision,
+    precision_name,
+)
 from lymphfeat.cohort import Cohort
 from lymphfeat.endtoend.initial import read_initial_head
 from lymphfeat.errors import CohortError, SettingsError
@@ -93,6 +99,7 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
     """Initialise the networks of a training on `parts` of a cohort."""
     device = choose_device(settings.device)
     dtype = choose_precision(settings.precision, device)
+    settings = replace(settings, precision=precision_name(dtype))
     backbone, weights = build_backbone(
         settings.backbone.backbone,
         weights=settings.backbone.weights,
@@ -136,7 +143,7 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
         generator=generator,
         device=device,
         dtype=dtype,
-        identity=_identity(parts, settings, weights, fingerprint, dtype),
+        identity=_identity(parts, settings, weights, fingerprint),
     )
 
 
@@ -171,12 +178,10 @@ def _identity(
     settings: EndToEndSettings,
     weights: LoadedWeights,
     fingerprint: Mapping[str, Any],
-    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Collect what training depends on; where it runs is free to change."""
     fields = asdict(settings)
     for name in ("device", "threads", "tta", "threshold", "allow_shared_images"):
         del fields[name]
     fields["backbone"]["weights"] = weights.sha256
-    fields["precision"] = str(dtype).removeprefix("torch.")
     return {**fields, "cohort": dict(fingerprint), "trained_on": parts.train.ids}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.checkpoint import Checkpoint
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import cpu_threads
+from lymphfeat.compute import cpu_threads, whole_float32
 from lymphfeat.decision import Decision, combine, cross_fit_decisions
 from lymphfeat.endtoend.baselines import folds_of, measure_baselines
 from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
@@ -97,6 +97,7 @@ def train_folds(
     with (
         result_folder(out, MODEL, force=force, resumes=resumes, writes=is_first()) as folder,
         cpu_threads(settings.threads),
+        whole_float32(),
     ):
         jobs, histories = _train(cohort, labelled, repeat.outer, settings, out, force, progress)
         models = [job.model for job in jobs]
@@ -174,9 +175,8 @@ def _numbered(progress: Progress, number: int, count: int) -> Progress:
 def _predict(
     model: Model, cohort: Cohort, settings: EndToEndSettings, progress: Progress
 ) -> Predictions:
-    predictions = model.predict(
-        cohort, device=settings.device, precision=settings.precision, progress=progress
-    )
+    # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
+    predictions = model.predict(cohort, device=settings.device, progress=progress)
     model.backbone.to("cpu")
     return predictions
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import cpu_threads
+from lymphfeat.compute import cpu_threads, whole_float32
 from lymphfeat.decision import BEST_BA, Decision, refuse_best_ba
 from lymphfeat.endtoend.baselines import measure_baselines
 from lymphfeat.endtoend.curves import Row, draw_curves, write_curves
@@ -64,6 +64,7 @@ def train_end_to_end(
     with (
         result_folder(out, MODEL, force=force, resumes=resumes, writes=is_first()) as folder,
         cpu_threads(settings.threads),
+        whole_float32(),
     ):
         job = prepare(cohort, parts, settings)
         checkpoint = Checkpoint(
@@ -79,9 +80,8 @@ def train_end_to_end(
         history = fit(job, pixels, labelled, checkpoint, progress)
         if not is_first():
             return job.model
-        predictions = job.model.predict(
-            cohort, device=settings.device, precision=settings.precision, progress=progress
-        )
+        # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
+        predictions = job.model.predict(cohort, device=settings.device, progress=progress)
         job.model.decision = _decide(predictions.patients, parts, settings.threshold)
         predictions = predictions.decided(job.model.decision)
         patients = _mark(predictions.patients, parts)

@@ -118,7 +118,7 @@ def explain(
     truth: Truth | None = None,
     seed: int = 0,
     device: str = "auto",
-    precision: str = "auto",
+    precision: str = "float32",
     threads: int | None = None,
     batch_size: int = 64,
     progress: Progress = silent,
@@ -127,6 +127,7 @@ def explain(
 
     What is explained is each image as it is; where the model predicts the mean over four flips,
     `predicted` holds that mean. `truth` is for scoring only; the seed draws the random deletions.
+    `precision` is as for `Model.predict`.
     """
     scoring = {"device": device, "precision": precision, "threads": threads}
     maps = score_maps(model, cohort, batch_size=batch_size, progress=progress, **scoring)  # type: ignore[arg-type]

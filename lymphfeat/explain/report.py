@@ -120,12 +120,14 @@ class Cell:
     grid: Floats  # (h, w) logits of its fields
 
 
-def write_cell(model: Model, image: Path, out: Path, *, device: str = "auto") -> Cell:
+def write_cell(
+    model: Model, image: Path, out: Path, *, device: str = "auto", precision: str = "float32"
+) -> Cell:
     """Score one image and draw it with its map to `out`; SettingsError for an unknown suffix."""
     suffixes = (".png", ".pdf", ".svg")
     if out.suffix not in suffixes:
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
-    grid = score_image(model, image, device=device)
+    grid = score_image(model, image, device=device, precision=precision)
     logit = float(grid.mean())
     probability = float(expit(logit))
     pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)

@@ -14,7 +14,7 @@ from lymphfeat.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.backbones import choose_device, choose_precision
 from lymphfeat.bags import Bags
 from lymphfeat.cohort import Cohort
-from lymphfeat.compute import cpu_threads
+from lymphfeat.compute import cpu_threads, whole_float32
 from lymphfeat.heads import AGGREGATORS, HeadStack
 from lymphfeat.model import CohortScorer, Model, read_out
 from lymphfeat.progress import Progress, silent
@@ -47,7 +47,7 @@ def score_maps(
     cohort: Cohort,
     *,
     device: str = "auto",
-    precision: str = "auto",
+    precision: str = "float32",
     threads: int | None = None,
     batch_size: int = 64,
     progress: Progress = silent,
@@ -57,7 +57,7 @@ def score_maps(
     An image's logit is the mean of its pixels'; pixels are at their place in the centre crop.
     """
     chosen = choose_device(device)
-    with cpu_threads(threads):
+    with cpu_threads(threads), whole_float32():
         scorer = CohortScorer(
             model,
             ("identity",),
@@ -70,11 +70,13 @@ def score_maps(
     return logits.reshape(len(logits), side, side).numpy()
 
 
-def score_image(model: Model, path: Path, *, device: str = "auto") -> Floats:
+def score_image(
+    model: Model, path: Path, *, device: str = "auto", precision: str = "float32"
+) -> Floats:
     """Return the logits of one image's pixels: (h, w)."""
     table = pd.DataFrame({"label": [-1], "split": ["test"]}, index=pd.Index([path.name], name="id"))
     alone = Cohort(root=path.parent, table=table, images=((path,),))
-    grid: Floats = score_maps(model, alone, device=device)[0]
+    grid: Floats = score_maps(model, alone, device=device, precision=precision)[0]
     return grid
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from lymphfeat.backbones import (
     build_backbone,
     choose_device,
     choose_precision,
+    precision_name,
     write_weights,
 )
 from lymphfeat.cells import Cells
 from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
-from lymphfeat.compute import cpu_threads
+from lymphfeat.compute import cpu_threads, whole_float32
 from lymphfeat.errors import SettingsError
 from lymphfeat.files import result_files, unfinished_folder
 from lymphfeat.images import decode_crops, find_normalization
@@ -64,11 +65,14 @@ def pretrain(
     cannot be read.
     """
     _check(cells, out, settings)
+    dtype = choose_precision(settings.precision, choose_device(settings.device))
+    settings = replace(settings, precision=precision_name(dtype))
     csv, png = (out.with_suffix(suffix).name for suffix in (".csv", ".png"))
     beside = dict.fromkeys((csv, png))
     with (
         result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE,)) as folder,
         cpu_threads(settings.threads),
+        whole_float32(),
     ):
         backbone, init = build_backbone(
             settings.backbone,
