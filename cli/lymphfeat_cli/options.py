@@ -9,7 +9,6 @@
 --force                                       every command that writes
 """
 
-import json
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from lymphfeat.progress import Progress as ProgressCall
 from lymphfeat.progress import silent
+from lymphfeat.strict_json import json_text
 
 if TYPE_CHECKING:
     from lymphfeat.cohort import Cohort
@@ -225,5 +225,5 @@ def with_interval(
 
 
 def show_json(result: Mapping[str, object]) -> None:
-    """Print a result for machines."""
-    click.echo(json.dumps(result, indent=2, default=str))
+    """Print a result for machines; docs/json describes those of each command."""
+    click.echo(json_text(result, indent=2))
