@@ -5,8 +5,6 @@ whatever format they are stored.
 """
 
 import hashlib
-import json
-import math
 import os
 import statistics
 import warnings
@@ -28,6 +26,7 @@ from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.images import decode_crop
 from lymphfeat.progress import Progress, silent
 from lymphfeat.shortcuts import Predictor, find_predictors
+from lymphfeat.strict_json import json_text, json_value
 
 LABEL_NAMES = {1: "tumoral", 0: "reactive", UNKNOWN: "unknown"}
 
@@ -110,13 +109,13 @@ class Audit:
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as JSON has it; what is not a finite number becomes None."""
-        result: dict[str, object] = _plain(asdict(self))
+        result: dict[str, object] = json_value(asdict(self))
         return {**result, "findings": list(self.findings), "verdict": self.verdict}
 
     def save(self, path: Path) -> None:
         """Write `to_dict` as JSON; a file already there is replaced, whole or not at all."""
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json_text(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
 
 
@@ -357,11 +356,3 @@ def _leaks(shared: Sequence[Copies]) -> Iterator[str]:
     if torn := [c for c in shared if {0, 1} <= set(c.labels)]:
         count = sum(copies.images for copies in torn)
         yield f"contradiction: {count} of them shared by reactive and tumoral patients"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

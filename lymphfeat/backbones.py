@@ -20,6 +20,7 @@ from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.files import replace_file
 from lymphfeat.images import VIEWS, Normalization
 from lymphfeat.provenance import NOBODY, Provenance
+from lymphfeat.strict_json import json_text
 
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
@@ -312,7 +313,7 @@ def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> s
     backbone.model.load_state_dict(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in state.items()}
-    metadata = {FACTS_KEY: json.dumps(dict(facts))}
+    metadata = {FACTS_KEY: json_text(facts)}
     replace_file(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
     return weights_sha256(backbone.model)
 

@@ -16,6 +16,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.files import replace_file
 from lymphfeat.identity import differing_fields
 from lymphfeat.provenance import Provenance
+from lymphfeat.strict_json import json_text, json_value
 
 CHECKPOINT_FILE = "checkpoint.pt"  # in the folder of an unfinished result
 _FORMAT = "lymphfeat-checkpoint-1"
@@ -30,7 +31,7 @@ class Checkpoint:
         self.path = path
         self._provenance = provenance
         # Through JSON, as what is read back went.
-        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._identity: dict[str, Any] = json_value(identity)
         self._not_before = 0.0
 
     def read(self) -> dict[str, Any] | None:
@@ -69,8 +70,8 @@ class Checkpoint:
             return
         content = {
             "format": _FORMAT,
-            "identity": json.dumps(self._identity),
-            "provenance": json.dumps(self._provenance.to_json()),
+            "identity": json_text(self._identity),
+            "provenance": json_text(self._provenance.to_json()),
             "state": dict(state),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

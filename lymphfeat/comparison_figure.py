@@ -39,7 +39,7 @@ def _draw_rows(axes: Axes, comparison: Comparison) -> None:
     for y, row in enumerate(rows):
         values = comparison.values[row["name"]].to_numpy(float)
         spread = y + np.linspace(-0.25, 0.25, len(values))
-        axes.plot(values, spread, ".", color="0.8", markersize=3, zorder=1)
+        axes.plot(values, spread, ".", color="0.6", markersize=4, zorder=1)
         draw_interval(axes, row["mean"], y, row["low"], row["high"], fmt="o", color="black")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlabel(f"{NAMES[comparison.metric]}: splits, mean, 95 % interval")
@@ -53,8 +53,9 @@ def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     for y, pair in enumerate(pairs):
         color = _TOLD_APART if pair["p_adjusted"] < 0.05 else _NOT
         draw_interval(axes, pair["difference"], y, pair["low"], pair["high"], fmt="o", color=color)
+        known = np.isfinite(pair["p_adjusted"])
         axes.annotate(
-            f"p {pair['p_adjusted']:.2g}",
+            f"p {pair['p_adjusted']:.2g}" if known else "no interval: one split",
             (pair["difference"], y),
             xytext=(0, 6),
             textcoords="offset points",
@@ -65,5 +66,6 @@ def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks(range(len(pairs)), [f"{p['name']} − {p['reference']}" for p in pairs])
     axes.set_ylim(-0.6, len(pairs) - 0.3)
     axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_xlabel("difference, simultaneous 95 % interval, Holm's p")
+    last = "; with baselines at the last epoch" if comparison.pairs["last_epoch"].any() else ""
+    axes.set_xlabel(f"difference, simultaneous 95 % interval, Holm's p{last}")
     draw_grid(axes, "x")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.calibration import calibration_error, fit_calibrations
 from lymphfeat.decision import HALF, PREVALENCE, learn_threshold
-from lymphfeat.intervals import estimate, estimate_metric, t_half_width
+from lymphfeat.intervals import Estimate, estimate, estimate_metric, t_half_width
 from lymphfeat.metrics import (
     METRICS,
     all_metrics,
@@ -230,8 +230,8 @@ def report_run(curves: Floats, labels: Labels) -> dict[str, object]:
 def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Return a row for each name: means over splits, intervals; the best first, baselines last.
 
-    Beside a metric m are its corrected 95 % interval, `m_low` and `m_high`, cut off at the metric's
-    bounds, and half of that interval before the cut, `m_half_width`.
+    Beside a metric m is its corrected 95 % interval, `m_low` and `m_high`, cut off at the metric's
+    bounds; of balanced accuracy and AUC also half of it before the cut, `m_half_width`.
     """
     label_of = predictions.drop_duplicates("patient")["label"]
     rarer = int(label_of.value_counts().min())
@@ -242,7 +242,10 @@ def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.D
         row |= {name: float(group[name].mean()) for name in _KEPT if name in group}
         row |= errors.get(str(head), {})
         for name in METRICS:
-            row |= _interval(name, group[name], plan, metric_bounds(name), rarer)
+            found = _estimate(group[name], name, plan, rarer)
+            row |= _ends(name, found)
+            if name in ("ba", "auc"):
+                row[f"{name}_half_width"] = found.half_width
         if "ba_oracle" in group:
             row |= _as_published(group, plan, rarer)
         rows.append(row)
@@ -271,15 +274,12 @@ def _calibration_errors(predictions: pd.DataFrame, plan: Plan) -> dict[str, dict
     }
 
 
-def _interval(
-    name: str, values: pd.Series, plan: Plan, bounds: tuple[float, float], rarer: int
-) -> dict[str, float]:
-    found = estimate_metric(values.to_numpy(float), plan.test_to_train, bounds, rarer)
-    return {
-        f"{name}_half_width": found.half_width,
-        f"{name}_low": found.low,
-        f"{name}_high": found.high,
-    }
+def _estimate(values: pd.Series, metric: str, plan: Plan, rarer: int) -> Estimate:
+    return estimate_metric(values.to_numpy(float), plan.test_to_train, metric_bounds(metric), rarer)
+
+
+def _ends(name: str, found: Estimate) -> dict[str, float]:
+    return {f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _as_published(group: pd.DataFrame, plan: Plan, rarer: int) -> dict[str, float]:
@@ -296,13 +296,11 @@ def _as_published(group: pd.DataFrame, plan: Plan, rarer: int) -> dict[str, floa
         "ba_half_width_uncorrected": t_half_width(group["ba"].to_numpy(float)),
         "ba_half_width_published": float(published),
         "ba_oracle": float(group["ba_oracle"].mean()),
-        **_interval("ba_oracle", group["ba_oracle"], plan, metric_bounds("ba"), rarer),
+        **_ends("ba_oracle", _estimate(group["ba_oracle"], "ba", plan, rarer)),
         "ba_last": float(group["ba_last"].mean()),
         "auc_last": float(group["auc_last"].mean()),
         "log_loss_best": float(group["log_loss_best"].mean()),
-        **_interval(
-            "log_loss_best", group["log_loss_best"], plan, metric_bounds("log_loss"), rarer
-        ),
+        **_ends("log_loss_best", _estimate(group["log_loss_best"], "log_loss", plan, rarer)),
     }
 
 

@@ -1,7 +1,6 @@
 """Extraction: images into a store of feature maps, by one backbone or one fine-tuned a split."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -44,6 +43,7 @@ from lymphfeat.store import (
     Recipe,
     StoreWriter,
 )
+from lymphfeat.strict_json import json_text
 
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
@@ -198,7 +198,7 @@ def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict
         {name: value for name, value in asdict(split).items() if name != "parents"}
         for split in splits
     ]
-    digest = hashlib.sha256(json.dumps(learnt).encode())
+    digest = hashlib.sha256(json_text(learnt).encode())
     return {**fields, "splits": len(splits), "splits_sha256": digest.hexdigest()}
 
 

@@ -24,6 +24,7 @@ from pathlib import Path, PurePath
 from filelock import FileLock, Timeout
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.strict_json import json_text
 
 _NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
 _CHECKPOINT_SUFFIX = ".pt"
@@ -222,7 +223,7 @@ def _staged(
         except SettingsError as error:
             raise SettingsError(f"{error} The new result is in {new}.") from None
         plan = {name: (new / name).exists() for name in kinds}
-        replace_file(unfinished / _SWAP, lambda path: _write_flushed(path, json.dumps(plan)))
+        replace_file(unfinished / _SWAP, lambda path: _write_flushed(path, json_text(plan)))
         _go_on(out)
 
 

@@ -1,6 +1,5 @@
 """fit-head: every head on a feature store under a protocol, and the run folder it leaves."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from lymphfeat.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.settings import FitSettings, HeadSettings
 from lymphfeat.splits import Split, write_splits
 from lymphfeat.store import FeatureStore
+from lymphfeat.strict_json import json_text
 from lymphfeat.summary_figure import draw_summary
 from lymphfeat.training import Features
 from lymphfeat.truth import Truth
@@ -203,11 +203,10 @@ def _write(
         folder / "runs.csv", index=False, float_format="%.6g"
     )
     write_splits(outcome.splits, folder / "splits.json")
-    provenance = json.dumps(RunProvenance.of(store).to_json())
+    provenance = json_text(RunProvenance.of(store).to_json())
     (folder / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
-    outcome.summary.to_json(
-        folder / "summary.json", orient="records", indent=1, double_precision=15
-    )
+    summary = json_text(outcome.summary.to_dict("records"), indent=1)
+    (folder / "summary.json").write_text(summary, encoding="utf-8")
     (folder / "warnings.txt").write_text(
         "".join(f"{line}\n" for line in outcome.warnings), encoding="utf-8"
     )
@@ -215,7 +214,7 @@ def _write(
     if save:
         tensors = _tensors(outcome)
         replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json_text(config, indent=1), encoding="utf-8")
 
 
 def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:

@@ -6,7 +6,6 @@ command works as well where it cannot be read or written.
 """
 
 import hashlib
-import json
 import os
 import sqlite3
 import time
@@ -22,6 +21,7 @@ from platformdirs import user_cache_path
 from lymphfeat.cohort import Cohort
 from lymphfeat.errors import CohortError
 from lymphfeat.provenance import PatientKey
+from lymphfeat.strict_json import json_text
 
 _HASH_BYTES = 16
 # A file changed this short a time ago may change again within the tick of its file system's clock,
@@ -40,7 +40,7 @@ def differing_fields(
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_fields(a, b, f"{prefix}{key}.")
-        elif json.dumps(a) != json.dumps(b):  # a tuple comes back from a file as a list
+        elif json_text(a) != json_text(b):  # a tuple comes back from a file as a list
             lines.append(f"{prefix}{key} is {_shown(b)} there, {_shown(a)} now")
     return lines
 

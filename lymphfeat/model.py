@@ -46,6 +46,7 @@ from lymphfeat.metrics import all_metrics, fold_auc
 from lymphfeat.progress import Progress, silent
 from lymphfeat.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.settings import HeadSettings
+from lymphfeat.strict_json import json_text
 
 FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
@@ -250,7 +251,7 @@ class Model:
             for key, value in _network(self.backbone, self.head).state_dict().items()
         }
         replace_file(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(tensors)))
-        text = json.dumps(self._to_json(), indent=2)
+        text = json_text(self._to_json(), indent=2)
         replace_file(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _to_json(self) -> dict[str, Any]:

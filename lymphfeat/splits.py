@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.strict_json import json_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +331,7 @@ def write_splits(splits: Sequence[Split], path: Path) -> None:
         split.id: {name: value for name, value in asdict(split).items() if name != "id"}
         for split in splits
     }
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(json_text(content, indent=1), encoding="utf-8")
 
 
 def read_splits(path: Path) -> list[Split]:

@@ -33,6 +33,7 @@ from lymphfeat.errors import StoreError
 from lymphfeat.identity import differing_fields
 from lymphfeat.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.splits import Split, with_guessed_parents
+from lymphfeat.strict_json import json_text
 
 FORMAT = "lymphfeat"
 FORMAT_VERSION = 2
@@ -100,7 +101,7 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def _canonical(recipe: Recipe) -> str:
-    return json.dumps(recipe, sort_keys=True)
+    return json_text(recipe, sort_keys=True)
 
 
 def _encode(text: str) -> bytes:
@@ -202,7 +203,7 @@ class StoreWriter:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.write(json_text(entry) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
@@ -356,7 +357,7 @@ def _create(
                     feature_set.seed,
                     feature_set.repeat,
                 )
-                features.attrs["parents"] = json.dumps(feature_set.parents)
+                features.attrs["parents"] = json_text(feature_set.parents)
                 _write_strings(
                     file.require_group("training"), feature_set.name, feature_set.training
                 )
@@ -388,7 +389,7 @@ def _write_patients(group: h5py.Group, cohort: Cohort) -> None:
             covariates[key] = column.to_numpy(np.float64, na_value=np.nan)
         else:
             _write_strings(covariates, key, column.astype(object).fillna(""))
-    group.attrs["submission_ids"] = json.dumps(cohort.submission_ids)
+    group.attrs["submission_ids"] = json_text(cohort.submission_ids)
 
 
 def _write_strings(group: h5py.Group, name: str, values: Sequence[str] | pd.Series) -> None:

@@ -27,6 +27,7 @@ from lymphfeat.errors import CohortError
 from lymphfeat.files import check_file
 from lymphfeat.progress import Progress, silent
 from lymphfeat.smears import cell_extent, draw_slide, render_cell
+from lymphfeat.strict_json import json_text, json_value
 from lymphfeat.synthetic_patients import (
     TABLE_COLUMNS,
     TEST,
@@ -134,7 +135,7 @@ class _Manifest:
 
     @classmethod
     def of(cls, settings: SyntheticSettings, patients: Sequence[SyntheticPatient]) -> "_Manifest":
-        plain = json.loads(json.dumps(asdict(settings) | {"version": _VERSION}))
+        plain = json_value(asdict(settings) | {"version": _VERSION})
         return cls(settings=plain, images={p.folder: p.images for p in patients})
 
     @classmethod
@@ -148,7 +149,7 @@ class _Manifest:
             return cls()
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"format": _FORMAT} | asdict(self), indent=1).encode()
+        return json_text({"format": _FORMAT} | asdict(self), indent=1).encode()
 
     def files(self) -> dict[str, None]:
         """Name the files, relative to the cohort, in an order in which they may be removed."""

@@ -41,7 +41,7 @@ LAYERS = (
         "processes",
         "augmentation",
     ),
-    ("progress", "provenance", "files", "errors"),
+    ("progress", "provenance", "files", "errors", "strict_json"),
 )
 ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
 # What a package's modules import of each other, by the same rule.
@@ -105,6 +105,18 @@ def test_the_library_neither_prints_nor_parses(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "input", "exit", "breakpoint"), node.lineno
+
+
+@pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(CLI)], ids=lambda path: path.stem)
+def test_json_is_strict(path: Path) -> None:
+    """Python's own writer has NaN for what is not known: no JSON. Two modules say allow_nan."""
+    if path.relative_to(ROOT).as_posix() not in (
+        "lymphfeat/strict_json.py",
+        "lymphfeat/explain/page.py",
+    ):
+        assert not re.search(
+            r"json\.dumps?\(|\.to_json\(.*orient", path.read_text(encoding="utf-8")
+        )
 
 
 @pytest.mark.parametrize("name", ["store", "cohort", "splits", "images", "metrics", "settings"])

@@ -10,7 +10,6 @@
 --force                                       every command that writes
 """
 
-import json
 import os
 import sys
 import time
@@ -34,6 +33,7 @@ from rich.table import Table
 
 from lymphfeat.progress import Progress as ProgressCall
 from lymphfeat.progress import silent
+from lymphfeat.strict_json import json_text
 
 if TYPE_CHECKING:
     from lymphfeat.cohort import Cohort
@@ -240,5 +240,5 @@ def with_interval(
 
 
 def show_json(result: Mapping[str, object]) -> None:
-    """Print a result for machines."""
-    click.echo(json.dumps(result, indent=2, default=str))
+    """Print a result for machines; docs/json describes those of each command."""
+    click.echo(json_text(result, indent=2))

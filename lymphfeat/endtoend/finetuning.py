@@ -4,7 +4,6 @@ A split's folder holds its weights, with the identity of their training, and its
 the same identity are not trained again.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from lymphfeat.processes import from_first, is_first
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split
+from lymphfeat.strict_json import json_text, json_value
 
 BACKBONE_FILE = "backbone.safetensors"
 BACKBONE = ResultKind(
@@ -92,7 +92,7 @@ def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
 
 def _as_read(identity: Any) -> dict[str, Any]:
     """Return an identity as it comes back from a file."""
-    content: dict[str, Any] = json.loads(json.dumps(identity))
+    content: dict[str, Any] = json_value(identity)
     return content
 
 
@@ -128,4 +128,4 @@ def _save(job: Job, path: Path) -> None:
         "identity": job.identity,
         "provenance": job.model.facts.provenance.to_json(),
     }
-    path.write_bytes(save(tensors, {FACTS_KEY: json.dumps(facts)}))
+    path.write_bytes(save(tensors, {FACTS_KEY: json_text(facts)}))

@@ -5,7 +5,6 @@ Threshold, calibration and operating points come from the probabilities of each 
 that has not seen it; they are measured on each fold as the other folds would set them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from lymphfeat.processes import is_first, join_processes
 from lymphfeat.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
 from lymphfeat.splits import Split, kfold_splits
+from lymphfeat.strict_json import json_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,4 +236,4 @@ def _write_facts(folder: Path, members: Members) -> None:
         **members.decision.to_json(),
         "metrics": members.metrics,
     }
-    (folder / MEMBERS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    (folder / MEMBERS_FILE).write_text(json_text(content, indent=2), encoding="utf-8")
