@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
@@ -209,6 +209,75 @@ def test_one_model_in_place_of_members_keeps_nothing_of_them(
     }
     predict = ["predict", "--model", "m", "--cohort", str(cohort.root), *ONE_CPU, "--json"]
     predicted = CliRunner().invoke(cli, predict)
+    assert predicted.exit_code == 0, predicted.output
+    written, again = (
+        pd.read_csv(path).set_index("id") for path in ("m/predictions.csv", "predictions.csv")
+    )
+    assert "spread" not in again  # one model, not the members of yesterday
+    np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-5)
+
+
+def test_members_in_place_of_one_model_keep_nothing_of_it(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    endtoend(cohort)
+    assert "already holds a model" in run_line(cohort, "--folds", "2").stderr
+    after = contents(endtoend(cohort, "--folds", "3", "--force"))
+    assert "model.json" not in after
+    fewer = contents(endtoend(cohort, "--folds", "2", "--force"))
+    assert set(fewer) == {name for name in after if not name.startswith("fold-2/")}
+    assert {name.split("/")[0] for name in fewer} >= {"fold-0", "fold-1", "members.json"}
+
+
+def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path: Path) -> None:
+    def stopping(done: int, total: int, text: str = "") -> None:
+        if "epoch 2/2" in text:
+            raise Stop
+
+    out = tmp_path / "m"
+    with pytest.raises(Stop):
+        train_folds(cohort, SETTINGS, out, folds=FOLDS, progress=stopping)
+    kept = contents(tmp_path)
+    assert list(kept) == ["m.partial/fold-0.pt"]
+    with pytest.raises(SettingsError, match=r"fold-0.pt: an unfinished training of another kind"):
+        train_end_to_end(cohort, SETTINGS, out)
+    assert contents(tmp_path) == kept
+    train_end_to_end(cohort, SETTINGS, out, force=True)
+    assert not list(tmp_path.rglob("fold-*"))
+
+
+ONE_CPU = ["--threads", "1", "--device", "cpu"]
+
+
+def run_line(cohort: Cohort, *arguments: str) -> Result:
+    tiny = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE), "--epochs", "1", "--out", "m"]
+    line = ["endtoend", "--cohort", str(cohort.root), *ONE_CPU, *tiny, "--json", *arguments]
+    return CliRunner().invoke(cli, line)
+
+
+def endtoend(cohort: Cohort, *arguments: str) -> Path:
+    """Train into m; what the command says it wrote is what is there."""
+    result = run_line(cohort, *arguments)
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert sorted(files) == sorted(f"m/{name}" for name in contents(Path("m")))
+    assert [path.name for path in Path().iterdir() if path.name.startswith("m.")] == []
+    return Path("m")
+
+
+def test_from_the_command_line(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["--cohort", str(cohort.root), "--threads", "1", "--device", "cpu"]
+    tiny = ["--backbone", BACKBONE.backbone, "--crop", str(SIDE), "--epochs", "1", "--folds", "2"]
+    result = CliRunner().invoke(cli, ["endtoend", *line, *tiny])
+    assert result.exit_code == 0, result.output
+    assert "training patients, out of fold" in result.stdout
+    assert "from the other folds (whose members have seen it)" in result.stdout
+    assert "wrote models/endtoend/members.json" in result.stdout
+    predicted = CliRunner().invoke(cli, ["predict", *line])
     assert predicted.exit_code == 0, predicted.output
     columns = ["id", "probability", "calibrated", "predicted", "spread"]
     written, again = (
