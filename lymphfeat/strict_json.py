@@ -10,8 +10,6 @@ from datetime import date
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-
 
 def json_text(value: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Write a value as JSON; numbers that are not finite become null.
@@ -28,7 +26,7 @@ def json_value(value: Any) -> Any:
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_value(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray)):
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays; commands start without NumPy
         return json_value(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None

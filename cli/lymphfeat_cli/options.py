@@ -33,7 +33,6 @@ from rich.table import Table
 
 from lymphfeat.progress import Progress as ProgressCall
 from lymphfeat.progress import silent
-from lymphfeat.strict_json import json_text
 
 if TYPE_CHECKING:
     from lymphfeat.cohort import Cohort
@@ -241,4 +240,6 @@ def with_interval(
 
 def show_json(result: Mapping[str, object]) -> None:
     """Print a result for machines; docs/json describes those of each command."""
+    from lymphfeat.strict_json import json_text
+
     click.echo(json_text(result, indent=2))
