@@ -16,7 +16,7 @@ from lymphfeat_cli.main import COMMANDS, cli
 from tests.tiny import SIDE, write_red_cohort
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "json"
-DEVICE = ["--threads", "1", "--device", "cpu"]
+DEVICE = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
 BACKBONE = ["--backbone", "test_efficientnet", "--crop", str(SIDE)]
 FEW = ["--store", "store.h5", "--agg", "mean", "--folds", "3", "--epochs", "2", *DEVICE]
 TRAIN = ["endtoend", "--cohort", "red", *BACKBONE, "--batch-size", "4", "--epochs", "1", *DEVICE]
