@@ -93,9 +93,8 @@ def _tell_rules_at(n: int, spread: float, studies: int) -> None:
 
 
 def _mean_of_means(values: Sequence[Floats]) -> tuple[float, float]:
-    """Return the mean over situations of means over studies, and its standard error."""
-    errors = [mean_and_error(each)[1] for each in values]
-    return float(np.mean(values)), float(np.sqrt(np.sum(np.square(errors))) / len(values))
+    """Return the mean over situations and studies, and its error: studies share their draws."""
+    return mean_and_error(np.mean(values, axis=0))
 
 
 def tell_single(studies: int) -> None:

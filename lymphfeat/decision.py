@@ -120,13 +120,6 @@ class Decision:
         """Return calibrated probabilities (or the same, without a calibration)."""
         return probabilities if self.calibration is None else self.calibration.apply(probabilities)
 
-    @property
-    def calibrated_threshold(self) -> float:
-        """Return the threshold on the scale of calibrated probabilities."""
-        if not 0 <= self.threshold < 1:
-            return self.threshold
-        return float(self.calibrate(np.array([self.threshold]))[0])
-
     def at_sensitivity(self, target: float) -> "Decision":
         """Decide by an operating point in place of the threshold."""
         key = f"{target:g}"
@@ -223,8 +216,8 @@ def _logit_of(decision: Decision, threshold: float) -> float:
 class CrossFitted:
     """Decisions about patients by what was learnt from other folds, (P,) each."""
 
-    probability: Floats  # calibrated
-    threshold: Floats
+    calibrated: Floats  # probabilities
+    threshold: Floats  # on the scale of probabilities before calibration
 
 
 def cross_fit_decisions(
@@ -252,5 +245,5 @@ def cross_fit_decisions(
             sensitivities=(),
         )
         calibrated[held_out] = decision.calibrate(probabilities[held_out])
-        thresholds[held_out] = decision.calibrated_threshold
-    return CrossFitted(probability=calibrated, threshold=thresholds)
+        thresholds[held_out] = decision.threshold
+    return CrossFitted(calibrated=calibrated, threshold=thresholds)

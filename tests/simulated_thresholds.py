@@ -65,7 +65,7 @@ def decide_noise(seed: int, n: int, *, learnt: bool = False) -> Values:
     }
     for rule in RULES:
         decided = cross_fit_decisions(probabilities, labels, folds, rule=rule)
-        found[rule] = float(balanced_accuracy(decided.probability, labels, decided.threshold))
+        found[rule] = float(balanced_accuracy(probabilities, labels, decided.threshold))
         kept = Decision.learn(probabilities, labels, rule=rule, sensitivities=())
         found[f"{rule}, naive"] = float(balanced_accuracy(probabilities, labels, kept.threshold))
     return found

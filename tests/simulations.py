@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from lymphfeat.baselines import learn_logistic
+from lymphfeat.decision import HALF, Decision
 from lymphfeat.evaluation import Floats, Labels, Learner, Patients, Scores, cross_fit, measure
 from lymphfeat.intervals import Estimate, estimate, t_half_width
-from lymphfeat.metrics import balanced_accuracy, choose_threshold
+from lymphfeat.metrics import balanced_accuracy
 from lymphfeat.optimism import Calls, mean_accuracy, optimism_interval
 from lymphfeat.protocol import make_plan
 from lymphfeat.settings import FitSettings
@@ -49,7 +50,10 @@ def run_study(
     ids = [f"P{i}" for i in range(patients)]
     settings = FitSettings(protocol=protocol, seeds=repeats, folds=folds, seed=seed)
     people = Patients(ids, labels, make_plan(ids, labels, settings))
-    found = [_measure(people, inputs[:, part], (fresh[0][:, part], fresh[1])) for part in _PARTS]
+    rule = HALF if protocol == "report" else settings.threshold
+    found = [
+        _measure(people, inputs[:, part], (fresh[0][:, part], fresh[1]), rule) for part in _PARTS
+    ]
     ratio = people.plan.test_to_train
     values, truths = zip(*found, strict=True)
     naive = t_half_width(values[0])
@@ -66,12 +70,12 @@ _PARTS = (slice(0, 2), slice(2, 4))
 
 
 def _measure(
-    people: Patients, inputs: Floats, fresh: tuple[Floats, Labels]
+    people: Patients, inputs: Floats, fresh: tuple[Floats, Labels], rule: str
 ) -> tuple[Floats, float]:
     """Return a model's figure in each split, and the true one, mean over the splits' models."""
     outer, inner, fitted = cross_fit(people, learn_logistic, lambda _: inputs)
     scores = Scores(name="model", kind="head", outer=outer, inner=inner, fitted=fitted)
-    runs = measure(people, scores, calibration="none").runs
+    runs = measure(people, scores, threshold=rule).runs
     true = [
         _true(learn_logistic, inputs[train], people.labels[train], threshold, fresh)
         for train, threshold in zip(people.train, runs["threshold"], strict=True)
@@ -170,7 +174,7 @@ def _honest_calls(people: Patients, inputs: Floats, epochs: int) -> list[Calls]:
         for split, own in people.inner(place):
             out_of_fold[own] = inside[split.id][own]
         train = people.train[place]
-        threshold = choose_threshold(out_of_fold[train], people.labels[train])
+        threshold = Decision.learn(out_of_fold[train], people.labels[train]).threshold
         tumoral = last[place, rows][None, None] > threshold
         calls.append(Calls(labels=people.labels[rows], rows=rows, tumoral=tumoral))
     return calls

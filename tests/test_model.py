@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lymphfeat.backbones import build_backbone, normalize
 from lymphfeat.bags import Bags
+from lymphfeat.calibration import Calibration
 from lymphfeat.cohort import Cohort
+from lymphfeat.decision import Decision
 from lymphfeat.errors import ModelError, WeightsError
 from lymphfeat.files import unfinished_folder
 from lymphfeat.heads import HeadStack, resolve
@@ -344,3 +346,14 @@ def test_a_diverged_model_names_the_image(cohort: Cohort) -> None:
     model.head.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"P0/0.png: the model's score must be a finite number"):
         model.predict(cohort)
+
+
+def test_a_probability_is_called_as_it_is_stored() -> None:
+    """In float32, .1 is above .1: it is called so in tables and in metrics alike."""
+    probability = np.array([0.1, 0.09], np.float32)
+    patients = pd.DataFrame({"id": ["P0", "P1"], "probability": probability})
+    decision = Decision(threshold=0.1, calibration=Calibration(slope=2))
+    found = Predictions(patients=patients, images=pd.DataFrame()).decided(decision).patients
+    assert found["predicted"].tolist() == [1, 0]
+    expected = decision.calibrate(probability.astype(np.float64))
+    assert found["calibrated"].to_numpy() == pytest.approx(expected)

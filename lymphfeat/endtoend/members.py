@@ -33,6 +33,7 @@ from lymphfeat.endtoend.submission import (
 from lymphfeat.files import result_folder, unfinished_folder
 from lymphfeat.guards import find_shared_crops, refuse_shared_images
 from lymphfeat.heads import require_linear, resolve
+from lymphfeat.metrics import brier_score, log_loss
 from lymphfeat.model import (
     MEMBERS_FILE,
     MEMBERS_FORMAT,
@@ -80,11 +81,11 @@ def train_folds(
 ) -> Members:
     """Train a member without each fold of the labelled patients; write all they predict to `out`.
 
-    Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` and
-    `out_of_fold_predicted` are what the member that has not seen a labelled patient says of it,
-    calibrated and decided by the other folds), images.csv, submission.csv, the mean curves and
-    members.json. Interrupted, it goes on when called again. Raises as `train_end_to_end`, and
-    LeakageError when patients of different folds share an image.
+    Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
+    probability by the member that has not seen a labelled patient, `out_of_fold_calibrated` and
+    `out_of_fold_predicted` what the other folds make of it), images.csv, submission.csv, the mean
+    curves and members.json. Interrupted, it goes on when called again. Raises as
+    `train_end_to_end`, and LeakageError when patients of different folds share an image.
     """
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
     require_linear(settings.head)
@@ -120,7 +121,7 @@ def train_folds(
             models=tuple(models),
             decision=combine([decision] * folds),
             metrics={
-                "out of fold": patient_metrics(out_of_fold, out_of_fold["threshold"], held_out),
+                "out of fold": _measure(out_of_fold, held_out),
                 **measure_baselines(out_of_fold, labelled, repeat.outer, rule=settings.threshold),
             },
         )
@@ -186,7 +187,7 @@ def _decide(
 ) -> tuple[Decision, pd.DataFrame]:
     """Learn the decision kept on all patients, and decide each fold by the others to measure it.
 
-    Returns `unseen` with calibrated probabilities, the threshold of each patient, and predictions.
+    Returns `unseen` with the calibrated probability, threshold and prediction of each patient.
     """
     probability = unseen["probability"].to_numpy(np.float64)
     labels = unseen["label"].to_numpy(np.int64)
@@ -199,10 +200,20 @@ def _decide(
     )
     found = cross_fit_decisions(probability, labels, folds, rule=rule)
     return decision, unseen.assign(
-        probability=found.probability,
+        calibrated=found.calibrated,
         threshold=found.threshold,
-        predicted=(found.probability > found.threshold).astype(np.int64),
+        predicted=(probability > found.threshold).astype(np.int64),
     )
+
+
+def _measure(out_of_fold: pd.DataFrame, folds: NDArray[np.int64]) -> dict[str, float | None]:
+    labels = out_of_fold["label"].to_numpy(np.int64)
+    calibrated = out_of_fold["calibrated"].to_numpy(np.float64)
+    return {
+        **patient_metrics(out_of_fold, out_of_fold["threshold"], folds),
+        "log_loss_calibrated": float(log_loss(calibrated, labels)),
+        "brier_calibrated": float(brier_score(calibrated, labels)),
+    }
 
 
 def _write(
@@ -216,6 +227,7 @@ def _write(
     judged = out_of_fold.set_index("id")
     patients = predictions.patients.copy()
     patients["out_of_fold"] = patients["id"].map(judged["probability"])
+    patients["out_of_fold_calibrated"] = patients["id"].map(judged["calibrated"])
     called = patients["id"].map(judged["predicted"])
     patients["out_of_fold_predicted"] = called.astype("Int64")
     replace(predictions, patients=patients).save(folder / PATIENTS_FILE, folder / IMAGES_FILE)
