@@ -1,12 +1,15 @@
 """Feature stores from backbones fine-tuned per split: who taught the maps, who may be judged."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
@@ -17,7 +20,7 @@ from lymphfeat.extract import extract
 from lymphfeat.fit import fit_head
 from lymphfeat.heads import resolve
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
-from lymphfeat.splits import Split, find_splits
+from lymphfeat.splits import Split, find_splits, write_splits
 from lymphfeat.store import FeatureStore
 from lymphfeat.training import Features, Fit, fit_heads
 from lymphfeat_cli.main import cli
@@ -271,3 +274,32 @@ def test_settings_name_fine_tuning_and_splits_together(cohort: Cohort, tmp_path:
     plain = ExtractSettings(backbone=backbone, precision="float32")
     with pytest.raises(SettingsError, match="or neither"):
         extract(cohort, tmp_path / "s.h5", plain, splits=splits_of(cohort, "report:1"))
+
+
+# --- which split serves which --------------------------------------------------------------------
+
+
+def test_splits_of_ones_own_are_all_measured(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    halves = splits_of(cohort, "report:2")
+    named = [replace(split, id=id) for split, id in zip(halves, ("a", "a.1"), strict=True)]
+    write_splits(named, Path("mine.json"))
+    assert (
+        run(*extract_line(cohort, "--finetune-epochs", "1", "--splits", "mine.json")).exit_code == 0
+    )
+    fitted = run("fit-head", "--agg", "mean", "--epochs", "1", "--out", "run", "--json")
+    assert fitted.exit_code == 0, fitted.output
+    assert set(pd.read_csv("run/runs.csv")["split"]) == {"a", "a.1"}
+
+
+def test_a_store_that_does_not_record_who_serves_whom(store: FeatureStore, tmp_path: Path) -> None:
+    old = tmp_path / "old.h5"
+    shutil.copy(store.path, old)
+    with h5py.File(old, "r+") as file:
+        for maps in file["features"].values():
+            del maps.attrs["parents"]
+    assert FeatureStore.open(old).splits == store.splits
+    parents = {split.id: split.parents for split in store.splits}
+    assert parents["kfold3-r0-f1+2"] == ("kfold3-r0-f1", "kfold3-r0-f2")
