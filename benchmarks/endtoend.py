@@ -18,12 +18,14 @@ import click
 import numpy as np
 import torch
 
-from lymphfeat.backbones import build_backbone, choose_device, choose_precision
-from lymphfeat.compute import autocast, peak_memory
-from lymphfeat.endtoend.pixels import PixelCache, Roster, as_they_are
-from lymphfeat.endtoend.training import TRAINERS, Trainer
-from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
-from lymphfeat.images import find_normalization
+from lymphfeat.cohort.images import find_normalization
+from lymphfeat.features.backbones import build_backbone
+from lymphfeat.finetuning.pixels import PixelCache, Roster, as_they_are
+from lymphfeat.finetuning.trainers import TRAINERS, Trainer
+from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack, initial_scorer
+from lymphfeat.runtime.devices import autocast, choose_device, choose_precision, peak_memory
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
 
 CROP = 112

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from playwright.sync_api import sync_playwright
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.explain.explanation import Explanation
-from lymphfeat.explain.page import BUDGET, render_page
-from lymphfeat.explain.scores import decide
-from lymphfeat.model import Model
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.explanation.explanation import Explanation
+from lymphfeat.explanation.page import BUDGET, render_page
+from lymphfeat.explanation.scores import decide
+from lymphfeat.model.model import Model
 
 
 def main() -> None:

@@ -33,14 +33,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.fit import load_features
-from lymphfeat.heads import AGGREGATORS, expand, head_name
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.splits import Split, report_splits
+from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape
+from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.fitting import load_features
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit, split_generator
+from lymphfeat.heads.engine.sampling import Sampler, Sampling
+from lymphfeat.heads.grid import expand, head_name
+from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.settings import HeadGrid, HeadSettings
-from lymphfeat.splits import Split, report_splits
-from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
-from lymphfeat.training import Features, Fit, fit_heads, split_generator
-from lymphfeat.training.sampling import Sampler, Sampling
 
 PATIENTS, IMAGES, SHAPE = 163, 13_453, MapShape(views=1, channels=512, height=4, width=4)
 SEEDS, BATCH = 10, 16

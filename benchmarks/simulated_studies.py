@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lymphfeat.protocol import run_protocol
+from lymphfeat.evaluation.protocol import run_protocol
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 

@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lymphfeat.calibration import METHODS
-from lymphfeat.evaluation import Floats
+from lymphfeat.evaluation.calibration import METHODS
+from lymphfeat.evaluation.scores import Floats
 from tests.simulated_thresholds import (
     Ensemble,
     Situation,

@@ -5,19 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lymphfeat.backbones import (
+from lymphfeat.cohort.provenance import Provenance
+from lymphfeat.errors import SettingsError
+from lymphfeat.features.backbones import (
     SHIPPED,
     SHIPPED_PATH,
     read_facts,
     read_provenance,
     read_weights,
 )
-from lymphfeat.errors import SettingsError
-from lymphfeat.files import find_checkpoints, recover, unfinished_folder
-from lymphfeat.fit import RUN_FILES
-from lymphfeat.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
-from lymphfeat.provenance import Provenance
-from lymphfeat.store import FeatureStore
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.fitting import RUN_FILES
+from lymphfeat.model.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
+from lymphfeat.runtime.files import find_checkpoints, recover, unfinished_folder
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 

@@ -1,32 +1,36 @@
-"""The report's figures on a given cohort, beside honest ones and the published (METHOD §7)."""
+"""The report's results on a given cohort, next to honest ones and the published (METHOD §7)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lymphfeat.axes import draw_grid
-from lymphfeat.backbones import find_provenance
-from lymphfeat.cohort import Cohort
-from lymphfeat.extract import extract
-from lymphfeat.files import ResultKind, files_in, result_folder
-from lymphfeat.fit import RUN
-from lymphfeat.heads import head_name, resolve
-from lymphfeat.identity import patient_keys
-from lymphfeat.optimism import BothRuns, bootstrap_optimism, fit_both
-from lymphfeat.processes import is_first, join_processes
-from lymphfeat.progress import Progress, silent
-from lymphfeat.provenance import refuse_seen
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.cohort.provenance import refuse_seen
+from lymphfeat.extraction import extract
+from lymphfeat.features.backbones import find_provenance
+from lymphfeat.fitting import RUN, BothRuns, bootstrap_optimism, fit_both
+from lymphfeat.heads.grid import head_name, resolve
+from lymphfeat.plots.reproduction import FIGURE_5, draw_depths, draw_subsets
+from lymphfeat.runtime.files import ResultKind, files_in, result_folder
+from lymphfeat.runtime.processes import is_first, join_processes
+from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
+
+
 SUBSET = 10  # images of a patient, drawn anew at every step (report §4.4)
+
+
 SUBSET_EPOCHS = 3  # times as many epochs then, of which every third is looked at
+
+
 TABLE_FILE, FIGURES = "table.csv", ("figure3.png", "figure5.png")
+
+
 REPRODUCTION = ResultKind(
     name="reproduction",
     marks=(TABLE_FILE,),
@@ -254,86 +258,9 @@ def _with_interval(name: str, row: Mapping[str, float], metric: str) -> dict[str
 def _write(table: pd.DataFrame, folder: Path) -> None:
     table.to_csv(folder / TABLE_FILE, index=False, float_format="%.6g")
     depths = table[(table["agg"] == "bnsigmoid") & ~table["subset"]]
-    subsets = table[table["name"].isin(_FIGURE_5)]
+    subsets = table[table["name"].isin(FIGURE_5)]
     for name, draw, rows in zip(
         FIGURES, (draw_depths, draw_subsets), (depths, subsets), strict=True
     ):
         if len(rows):
             draw(rows, folder / name)
-
-
-# --- figures drawn like the report's --------------------------------------------------------------
-
-_FIGURE_5 = (
-    "mean, all images",
-    "mean, 10 images",
-    "bnsigmoid, ResNet-18",
-    "bnsigmoid, 10 images",
-)
-_BARS = {"report": "#9ecae1", "honest": "#3182bd"}
-
-
-def draw_depths(table: pd.DataFrame, path: Path) -> None:
-    """Draw the report's figure 3: depth of ResNet against validation loss and balanced accuracy."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = [name.removeprefix("bnsigmoid, ") for name in table["name"]]
-    _bars(left, table, names, {"report": "report_log_loss", "honest": "honest_log_loss"})
-    left.set_ylabel("validation loss, 95 % interval")
-    _accuracies(right, table, names)
-    _legend(figure, right)
-    figure.suptitle("Impact of ResNet depth (report, figure 3), heads on frozen maps")
-    figure.savefig(path, dpi=130)
-
-
-def draw_subsets(table: pd.DataFrame, path: Path) -> None:
-    """Draw the report's figure 5: all images against 10 drawn anew at every step."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ordered = table.set_index("name").loc[[n for n in _FIGURE_5 if n in set(table["name"])]]
-    names = [name.replace(", ", "\n").replace("ResNet-18", "all images") for name in ordered.index]
-    axes = figure.subplots()
-    _accuracies(axes, ordered, names)
-    _legend(figure, axes)
-    figure.suptitle("Subsets of 10 images (report, figure 5), heads on frozen maps")
-    figure.savefig(path, dpi=130)
-
-
-def _accuracies(axes: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
-    _bars(axes, table, names, {"report": "report", "honest": "honest"})
-    places = np.arange(len(table))
-    axes.errorbar(
-        places,
-        table["published"],
-        yerr=table["published_half_width"],
-        fmt="D",
-        color="#c0392b",
-        markersize=5,
-        label="published, ± as published",
-    )
-    axes.set_ylabel("balanced accuracy, 95 % interval")
-    lowest = float(table[["report", "report_low", "honest", "honest_low"]].min().min())
-    axes.set_ylim(max(0.0, min(lowest - 0.05, 0.7)), 1)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-
-
-def _bars(
-    axes: Axes, table: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str]
-) -> None:
-    places = np.arange(len(table))
-    for shift, (label, column) in zip((-0.2, 0.2), columns.items(), strict=True):
-        ends = table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]
-        axes.bar(
-            places + shift,
-            table[column],
-            0.38,
-            yerr=[end.fillna(0) for end in ends],
-            color=_BARS[label],
-            label=label,
-            capsize=4,
-        )
-    axes.set_xticks(places, names)
-    draw_grid(axes, "y")

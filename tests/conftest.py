@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lymphfeat import backbones
+from lymphfeat.runtime import devices
 
 settings.register_profile("lymphfeat", deadline=None)
 settings.load_profile("lymphfeat")
@@ -39,7 +39,7 @@ def _no_processor_chooses() -> Iterator[None]:
         pytest.fail("name a precision, or take the fixture auto_precision (tests/conftest.py)")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "has_fast_bfloat16", refuse)
+        patch.setattr(devices, "has_fast_bfloat16", refuse)
         yield
 
 
@@ -47,5 +47,5 @@ def _no_processor_chooses() -> Iterator[None]:
 def auto_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make `auto` this precision, whatever the processor (which then computes it more slowly)."""
     chosen = str(request.param)
-    monkeypatch.setattr(backbones, "has_fast_bfloat16", lambda device: chosen == "bfloat16")
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: chosen == "bfloat16")
     return chosen

@@ -7,7 +7,7 @@ import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lymphfeat.files import ResultKind, result_files, result_folder
+from lymphfeat.runtime.files import ResultKind, result_files, result_folder
 
 RUN = ResultKind(name="run", marks=("mark",), files=("mark", "part-*/table", "extra"))
 PLOTS = ResultKind(name="set of plots", marks=("one.png",), files=("*.png",))

@@ -8,16 +8,24 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 
-from lymphfeat.baselines import learn_logistic
-from lymphfeat.calibration import logit
-from lymphfeat.decision import PREVALENCE, RULES, Decision, average, combine, cross_fit_decisions
-from lymphfeat.endtoend.baselines import folds_of
-from lymphfeat.evaluation import Floats, Labels, Patients, Scores, measure
-from lymphfeat.heads import head_name, resolve
-from lymphfeat.metrics import balanced_accuracy, fold_auc, roc_auc
+from lymphfeat.cohort.splits import Plan, Split, kfold_splits
+from lymphfeat.evaluation.baselines import folds_of, learn_logistic
+from lymphfeat.evaluation.calibration import logit
+from lymphfeat.evaluation.decision import (
+    PREVALENCE,
+    RULES,
+    Decision,
+    average,
+    combine,
+    cross_fit_decisions,
+)
+from lymphfeat.evaluation.metrics import balanced_accuracy, fold_auc, roc_auc
+from lymphfeat.evaluation.scores import Floats, Labels, Patients, Scores, measure
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.settings import HeadSettings
-from lymphfeat.splits import Plan, Split, kfold_splits
-from lymphfeat.training import Features, Fit, fit_heads
 
 Values = dict[str, float]
 SHARE = 2 / 3  # of tumoral patients

@@ -8,16 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from lymphfeat.baselines import learn_logistic
-from lymphfeat.decision import HALF, Decision
-from lymphfeat.evaluation import Floats, Labels, Learner, Patients, Scores, cross_fit, measure
-from lymphfeat.intervals import Estimate, estimate, t_half_width
-from lymphfeat.metrics import balanced_accuracy
-from lymphfeat.optimism import Calls, mean_accuracy, optimism_interval
-from lymphfeat.protocol import make_plan
+from lymphfeat.cohort.splits import Split
+from lymphfeat.evaluation.baselines import learn_logistic
+from lymphfeat.evaluation.decision import HALF, Decision
+from lymphfeat.evaluation.intervals import Estimate, estimate, t_half_width
+from lymphfeat.evaluation.metrics import balanced_accuracy
+from lymphfeat.evaluation.optimism import Calls, mean_accuracy, optimism_interval
+from lymphfeat.evaluation.protocol import make_plan
+from lymphfeat.evaluation.scores import (
+    Floats,
+    Labels,
+    Learner,
+    Patients,
+    Scores,
+    cross_fit,
+    measure,
+)
+from lymphfeat.heads.engine.instances import Features
 from lymphfeat.settings import FitSettings
-from lymphfeat.splits import Split
-from lymphfeat.training import Features
 
 _FRESH = 1000  # patients on whom a fitted model's true figure is measured
 

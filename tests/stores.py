@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape
+from lymphfeat.features.store_writer import StoreWriter
 
 SHAPE = MapShape(views=2, channels=3, height=2, width=1)
 FROZEN = FeatureSet(name="frozen", backbone="tiny", weights_sha256="0" * 64)

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lymphfeat.aggregators.ranking import (
+from lymphfeat.errors import SettingsError
+from lymphfeat.heads.aggregators.ranking import (
     Ranking,
     effective_k,
     selected_mask,
     selected_probability,
 )
-from lymphfeat.aggregators.weighted import (
+from lymphfeat.heads.aggregators.weighted import (
     Moments,
     bnsigmoid_weights,
     lse_logit,
@@ -27,9 +28,10 @@ from lymphfeat.aggregators.weighted import (
     moments,
     weighted_logit,
 )
-from lymphfeat.bags import Bags
-from lymphfeat.errors import SettingsError
-from lymphfeat.heads import AGGREGATORS, HeadStack, expand, head_name, resolve
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.grid import expand, head_name, resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import HeadGrid, HeadSettings
 from tests import references
 

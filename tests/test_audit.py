@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lymphfeat.audit import Audit, audit_cohort
-from lymphfeat.cohort import Cohort
+from lymphfeat.auditing import Audit, audit_cohort
+from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import SettingsError
-from lymphfeat.shortcuts import Predictor, delong_auc
+from lymphfeat.evaluation.shortcuts import Predictor, delong_auc
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_challenge, write_image, write_own
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lymphfeat.augmentation import Augmentation, centre_views
+from lymphfeat.features.augmentation import Augmentation, centre_views
 
 PLAIN = {"shift": 0.0, "brightness": 0.0, "stain": 0.0, "saturation": 0.0, "contrast": 0.0}
 STILL = Augmentation(size=32, zoom=(1.0, 1.0), blur=0.0, noise=0.0, **PLAIN)

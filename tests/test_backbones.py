@@ -13,23 +13,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lymphfeat.backbones import (
+from lymphfeat.cohort.images import NORMALIZATIONS, VIEWS
+from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.features.backbones import (
     SHIPPED_PATH,
     Backbone,
     build_backbone,
-    choose_device,
-    choose_precision,
-    flip_view,
-    has_fast_bfloat16,
     load_weights,
-    normalize,
-    parse_views,
-    precision_name,
     read_facts,
     weights_sha256,
 )
-from lymphfeat.errors import SettingsError, WeightsError
-from lymphfeat.images import NORMALIZATIONS, VIEWS
+from lymphfeat.features.views import flip_view, normalize, parse_views
+from lymphfeat.runtime.devices import (
+    choose_device,
+    choose_precision,
+    has_fast_bfloat16,
+    precision_name,
+)
 from tests.tiny import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")

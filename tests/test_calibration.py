@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from lymphfeat.calibration import (
+from lymphfeat.evaluation.calibration import (
     Calibration,
     calibration_error,
     fit_calibrations,

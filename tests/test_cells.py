@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lymphfeat.cells import Cells
+from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.errors import CohortError, SettingsError
 
 

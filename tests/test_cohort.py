@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lymphfeat import clinical
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort import cell_values as clinical
+from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError
 from tests.cohorts import HEADER, write_bags, write_challenge, write_image, write_own, write_text
 
@@ -296,7 +296,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 10**6), unique=True, min_size=1))
 def test_ids_are_sorted_as_numbers(numbers: list[int]) -> None:
-    from lymphfeat.cohort import _numeric_order
+    from lymphfeat.cohort.cohort import _numeric_order
 
     ids = [f"P{number}b" for number in numbers]
     assert _numeric_order(ids) == [f"P{number}b" for number in sorted(numbers)]
@@ -304,7 +304,7 @@ def test_ids_are_sorted_as_numbers(numbers: list[int]) -> None:
 
 @given(st.lists(st.text("aP09.-²é"), unique=True))
 def test_any_ids_have_one_order(ids: list[str]) -> None:
-    from lymphfeat.cohort import _numeric_order
+    from lymphfeat.cohort.cohort import _numeric_order
 
     assert _numeric_order(ids) == _numeric_order(reversed(ids))
 

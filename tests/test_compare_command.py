@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.intervals import estimate, holm
-from lymphfeat.splits import kfold_splits, write_splits
+from lymphfeat.cohort.splits import kfold_splits, write_splits
+from lymphfeat.evaluation.intervals import estimate, holm
 from lymphfeat_cli.main import cli
 from tests.folders import interrupt_swap
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lymphfeat.compute import available_memory
+from lymphfeat.runtime.devices import available_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from lymphfeat.calibration import METHODS, Calibration, fit_calibrations, logit
-from lymphfeat.decision import (
+from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.calibration import METHODS, Calibration, fit_calibrations, logit
+from lymphfeat.evaluation.decision import (
     RULES,
     Decision,
     average,
@@ -18,8 +19,7 @@ from lymphfeat.decision import (
     learn_threshold,
     operating_point,
 )
-from lymphfeat.errors import SettingsError
-from lymphfeat.metrics import EVERYONE, NOBODY, choose_threshold
+from lymphfeat.evaluation.metrics import EVERYONE, NOBODY, choose_threshold
 
 LABELS = np.array([0, 1, 1] * 24)
 

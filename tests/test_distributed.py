@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend import train_end_to_end
-from lymphfeat.endtoend.fitting import decode, make_trainer
-from lymphfeat.endtoend.job import hold_out, prepare
-from lymphfeat.extract import extract
-from lymphfeat.files import unfinished_folder
-from lymphfeat.processes import is_first
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.extraction import extract
+from lymphfeat.finetuning.job import hold_out, prepare
+from lymphfeat.finetuning.loop import decode, make_trainer
+from lymphfeat.runtime.files import unfinished_folder
+from lymphfeat.runtime.processes import is_first
 from lymphfeat.settings import EndToEndSettings, ExtractSettings, HeadSettings
+from lymphfeat.training import train_end_to_end
 from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread
 

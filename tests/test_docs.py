@@ -8,10 +8,13 @@ import click
 import numpy as np
 import pytest
 
-from lymphfeat.heads import AGGREGATORS, expand
+from lymphfeat.cohort.splits import report_splits
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.grid import expand
+from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.settings import HeadGrid
-from lymphfeat.splits import report_splits
-from lymphfeat.training import Features, Fit, fit_heads
 from lymphfeat_cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent

@@ -18,22 +18,26 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lymphfeat.backbones import build_backbone, normalize, stages
-from lymphfeat.bags import Bags
-from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend import pixels as pixels_module
-from lymphfeat.endtoend import train_end_to_end
-from lymphfeat.endtoend.encoder import batchnorms
-from lymphfeat.endtoend.gradients import LossOf
-from lymphfeat.endtoend.job import hold_out, prepare
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, Roster, as_they_are
-from lymphfeat.endtoend.training import TRAINERS, Trainer, full_batches
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
 from lymphfeat.errors import CohortError, ModelError, SettingsError
-from lymphfeat.files import unfinished_folder
-from lymphfeat.heads import AGGREGATORS, HeadStack, initial_scorer, resolve
-from lymphfeat.images import NORMALIZATIONS, decode_crop
-from lymphfeat.model import Model, Predictions
+from lymphfeat.features.backbones import build_backbone, stages
+from lymphfeat.features.views import normalize
+from lymphfeat.finetuning import pixels as pixels_module
+from lymphfeat.finetuning.encoder import batchnorms
+from lymphfeat.finetuning.gradients import LossOf
+from lymphfeat.finetuning.job import hold_out, prepare
+from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, Roster, as_they_are
+from lymphfeat.finetuning.trainers import TRAINERS, Trainer, full_batches
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack, initial_scorer
+from lymphfeat.model.model import Model
+from lymphfeat.model.predictions import Predictions
+from lymphfeat.runtime.files import unfinished_folder
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from lymphfeat.training import train_end_to_end
 from tests.folders import contents
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, tiny_settings, write_red_cohort

@@ -10,12 +10,16 @@ from scipy.optimize import check_grad
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from lymphfeat.attributes import attribute_matrix, choose_attributes, standardise
-from lymphfeat.baselines import fit_baselines, learn_logistic
-from lymphfeat.calibration import logit
-from lymphfeat.decision import RULES, Decision
+from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes, standardise
+from lymphfeat.cohort.splits import Plan, kfold_splits, report_splits
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation import (
+from lymphfeat.evaluation.baselines import fit_baselines, learn_logistic
+from lymphfeat.evaluation.calibration import logit
+from lymphfeat.evaluation.decision import RULES, Decision
+from lymphfeat.evaluation.fusion import FUSIONS, _experts_loss, fit_fusions
+from lymphfeat.evaluation.intervals import estimate
+from lymphfeat.evaluation.metrics import METRICS, roc_auc
+from lymphfeat.evaluation.scores import (
     Patients,
     Scores,
     find_warnings,
@@ -24,10 +28,6 @@ from lymphfeat.evaluation import (
     select_inside,
     summarise,
 )
-from lymphfeat.fusion import FUSIONS, _experts_loss, fit_fusions
-from lymphfeat.intervals import estimate
-from lymphfeat.metrics import METRICS, roc_auc
-from lymphfeat.splits import Plan, kfold_splits, report_splits
 
 Table = dict[str, dict[str, Any]]
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from lymphfeat.bags import Bags
-from lymphfeat.calibration import Calibration
-from lymphfeat.cohort import Cohort
-from lymphfeat.explain.explanation import Explanation, explain
-from lymphfeat.explain.faithfulness import overlap_with_cells
-from lymphfeat.explain.figures import smooth_map
-from lymphfeat.explain.page import render_page
-from lymphfeat.explain.report import worst_first, write_cell, write_report
-from lymphfeat.explain.scores import probability_without, ranks
-from lymphfeat.model import read_out
-from lymphfeat.smears import render_cell
-from lymphfeat.synthetic import SyntheticSettings, cell_extents, write_synthetic_cohort
-from lymphfeat.truth import Truth
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.evaluation.calibration import Calibration
+from lymphfeat.evaluation.hidden_truth import Truth
+from lymphfeat.explanation.explanation import Explanation, explain
+from lymphfeat.explanation.faithfulness import overlap_with_cells
+from lymphfeat.explanation.figures import smooth_map
+from lymphfeat.explanation.page import render_page
+from lymphfeat.explanation.report import worst_first, write_cell, write_report
+from lymphfeat.explanation.scores import probability_without, ranks
+from lymphfeat.heads.bags import Bags
+from lymphfeat.model.scoring import read_out
+from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_synthetic_cohort
+from lymphfeat.synthetic.rendering import render_cell
 from tests.test_model import make_model, reference_logits
 from tests.tiny import SIDE, write_red_cohort
 from tests.tiny import one_thread as one_thread
@@ -150,7 +150,7 @@ def test_extents_are_of_the_cells_rendered(tmp_path: Path) -> None:
     root = write_synthetic_cohort(settings, tmp_path / "made")
     cohort = Cohort.load(root)
     extents = cell_extents(root, [cohort.images[0][0]])
-    from lymphfeat.images import decode_crop
+    from lymphfeat.cohort.images import decode_crop
 
     pixels = decode_crop(cohort.images[0][0], 224).pixels.mean(0)
     dark = pixels < np.quantile(pixels, 0.03)

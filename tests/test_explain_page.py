@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.explain.explanation import explain
-from lymphfeat.explain.page import render_page
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.explanation.explanation import explain
+from lymphfeat.explanation.page import render_page
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lymphfeat.backbones import Backbone, build_backbone, normalize
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
 from lymphfeat.errors import CohortError, SettingsError, StoreError
-from lymphfeat.extract import MapEncoder, extract
-from lymphfeat.images import NORMALIZATIONS, decode_crop
+from lymphfeat.extraction import MapEncoder, extract
+from lymphfeat.features.backbones import Backbone, build_backbone
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.features.views import normalize
 from lymphfeat.settings import BackboneSettings, ExtractSettings
-from lymphfeat.store import FeatureStore, StoreWriter
 from tests.cohorts import write_bags, write_image, write_own
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import one_thread as one_thread

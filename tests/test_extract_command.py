@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.store import FeatureStore
+from lymphfeat.features.store import FeatureStore
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_own
 from tests.test_extract import BAGS, SIDE, write_cells

@@ -8,22 +8,22 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.comparison import compare_runs
-from lymphfeat.comparison_figure import draw_comparison
-from lymphfeat.endtoend.curves import draw_curves
-from lymphfeat.explain.explanation import explain
-from lymphfeat.explain.figures import draw_cohort, draw_weights
-from lymphfeat.fit import Run
-from lymphfeat.heads import resolve
-from lymphfeat.optimism import set_off
-from lymphfeat.optimism_figure import draw_optimism
-from lymphfeat.pretraining.curve import draw_curve
-from lymphfeat.protocol import run_protocol
-from lymphfeat.reproduction import ROWS, draw_depths, draw_subsets
+from lymphfeat.evaluation.protocol import run_protocol
+from lymphfeat.explanation.explanation import explain
+from lymphfeat.explanation.figures import draw_cohort, draw_weights
+from lymphfeat.fitting import Run, set_off
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.grid import resolve
+from lymphfeat.plots.comparison import draw_comparison
+from lymphfeat.plots.learning_curves import draw_curves
+from lymphfeat.plots.optimism import draw_optimism
+from lymphfeat.plots.pretraining import draw_curve
+from lymphfeat.plots.reproduction import draw_depths, draw_subsets
+from lymphfeat.plots.summary import draw_summary
+from lymphfeat.reproduction import ROWS
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.summary_figure import draw_summary
-from lymphfeat.training import Features
 from tests.simulations import noise_features
 from tests.test_compare_command import write_run
 from tests.test_model import make_model

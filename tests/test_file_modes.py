@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lymphfeat.backbones import build_backbone, write_weights
-from lymphfeat.checkpoint import Checkpoint
-from lymphfeat.files import replace_file
-from lymphfeat.fit import fit_head
-from lymphfeat.provenance import NOBODY
+from lymphfeat.cohort.provenance import NOBODY
+from lymphfeat.features.backbones import build_backbone, write_weights
+from lymphfeat.fitting import fit_head
+from lymphfeat.runtime.checkpoint import Checkpoint
+from lymphfeat.runtime.files import replace_file
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.stores import made_up_cohort, write_store
 from tests.test_model import make_model
@@ -46,7 +46,7 @@ def test_weights(tmp_path: Path, mode: int) -> None:
 
 def test_model_and_checkpoint(tmp_path: Path, mode: int) -> None:
     make_model().save(tmp_path)
-    Checkpoint(tmp_path / "checkpoint.pt", {}, NOBODY).write({"epoch": 1}, last=True)
+    Checkpoint(tmp_path / "checkpoint.pt", {}, NOBODY.to_json()).write({"epoch": 1}, last=True)
     names = ("model.safetensors", "model.json", "checkpoint.pt")
     assert modes(tmp_path) == dict.fromkeys(names, mode)
 

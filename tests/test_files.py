@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.files import (
+from lymphfeat.runtime.files import (
     check_file,
     files_in,
     recover,

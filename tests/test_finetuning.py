@@ -13,16 +13,18 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.decision import Decision
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.splits import Split, find_splits, write_splits
 from lymphfeat.errors import LeakageError, ModelError, SettingsError
-from lymphfeat.extract import extract
-from lymphfeat.fit import fit_head
-from lymphfeat.heads import resolve
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.extraction import extract
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.fitting import fit_head
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.grid import resolve
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
-from lymphfeat.splits import Split, find_splits, write_splits
-from lymphfeat.store import FeatureStore
-from lymphfeat.training import Features, Fit, fit_heads
 from lymphfeat_cli.main import cli
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread

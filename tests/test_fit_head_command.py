@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from lymphfeat.cohort import Cohort
-from lymphfeat.store import FeatureSet, FeatureStore, MapShape, StoreWriter
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape
+from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_text
 from tests.folders import contents

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lymphfeat.backbones import Backbone, build_backbone
-from lymphfeat.bags import Bags
-from lymphfeat.endtoend.encoder import Encoder, batchnorms, statistics_kept
-from lymphfeat.endtoend.gradients import backpropagate, exact_gradient, subset_gradient
-from lymphfeat.endtoend.pixels import ImageBatch, PixelCache, as_they_are
-from lymphfeat.endtoend.training import Bag, PatientLoss, SelectedLoss
-from lymphfeat.endtoend.views import draw_views, flip_each, unaltered
-from lymphfeat.heads import AGGREGATORS, HeadStack, resolve
-from lymphfeat.images import NORMALIZATIONS
+from lymphfeat.cohort.images import NORMALIZATIONS
+from lymphfeat.features.backbones import Backbone, build_backbone
+from lymphfeat.finetuning.augmentation import draw_views, flip_each, unaltered
+from lymphfeat.finetuning.encoder import Encoder, batchnorms, statistics_kept
+from lymphfeat.finetuning.gradients import backpropagate, exact_gradient, subset_gradient
+from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, as_they_are
+from lymphfeat.finetuning.trainers import Bag, PatientLoss, SelectedLoss
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import EndToEndSettings, HeadSettings
 from tests.tiny import one_thread as one_thread
 

@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lymphfeat.attributes import attribute_matrix, choose_attributes
-from lymphfeat.baselines import fit_baselines
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.splits import Plan, Split, kfold_splits
 from lymphfeat.errors import LeakageError
-from lymphfeat.evaluation import Patients, measure
-from lymphfeat.guards import SharedImage, find_shared_images, refuse_shared_images
+from lymphfeat.evaluation.baselines import fit_baselines
+from lymphfeat.evaluation.leakage import SharedImage, find_shared_images, refuse_shared_images
+from lymphfeat.evaluation.scores import Patients, measure
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit
 from lymphfeat.settings import HeadSettings
-from lymphfeat.splits import Plan, Split, kfold_splits
-from lymphfeat.store import FeatureStore
-from lymphfeat.training import Features, Fit, fit_heads
 from tests.cohorts import write_bags, write_text
 from tests.stores import made_up_cohort, made_up_maps, open_writer
 

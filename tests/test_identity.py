@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
 from lymphfeat.errors import CohortError
-from lymphfeat.identity import (
-    cohort_fingerprint,
-    differing_fields,
-    file_hashes,
-    image_hashes,
-    patient_keys,
-)
+from lymphfeat.runtime.identity import differing_fields, file_hashes
 from tests.cohorts import write_image, write_own
 
 

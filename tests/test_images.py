@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lymphfeat import images
+from lymphfeat.cohort import images
+from lymphfeat.cohort.images import decode_crop, decode_crops, find_normalization, stream_crops
 from lymphfeat.errors import CohortError, SettingsError
-from lymphfeat.images import decode_crop, decode_crops, find_normalization, stream_crops
 from tests.cohorts import write_image
 
 

@@ -8,7 +8,7 @@ import h5py
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.fit import RUN_FILES
+from lymphfeat.fitting import RUN_FILES
 from lymphfeat_cli.main import cli
 from tests.folders import interrupt_swap, names_in, write
 from tests.stores import made_up_cohort, open_writer, write_store

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lymphfeat.intervals import (
+from lymphfeat.evaluation.intervals import (
     bootstrap_auc_gain,
     bootstrap_metrics,
     corrected_factor,
@@ -15,7 +15,7 @@ from lymphfeat.intervals import (
     holm,
     t_half_width,
 )
-from lymphfeat.metrics import METRICS, all_metrics
+from lymphfeat.evaluation.metrics import METRICS, all_metrics
 
 
 def test_t_interval_is_scipys() -> None:

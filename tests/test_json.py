@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from lymphfeat.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text
 from lymphfeat_cli.main import COMMANDS, cli
 from tests.tiny import SIDE, write_red_cohort
 

@@ -1,4 +1,4 @@
-"""The direction of imports (DESIGN §3), and what the library leaves to the command line."""
+"""The direction of imports (docs/layout.md), and what the library leaves to the command line."""
 
 import ast
 import re
@@ -13,46 +13,72 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lymphfeat"
 CLI = ROOT / "cli" / "lymphfeat_cli"
 
-# A module imports only from rows below its own, or, in its own row, from those to its right.
-LAYERS = (
-    ("explain",),
-    ("inspection", "demo"),
-    ("reproduction", "optimism"),
-    ("fit", "extract", "endtoend", "pretraining", "audit"),
-    ("checkpoint",),
-    ("summary_figure", "comparison_figure", "optimism_figure", "comparison", "truth"),
-    ("run_provenance",),
-    ("protocol", "guards", "model", "fusion", "baselines", "shortcuts"),
-    ("training", "evaluation"),
-    ("heads", "aggregators"),
-    ("bags", "store", "backbones", "splits"),
-    ("synthetic", "synthetic_patients", "smears"),
-    ("cells", "identity"),
-    ("cohort", "tables", "rows", "attributes", "clinical"),
-    (
-        "images",
-        "axes",
-        "intervals",
-        "decision",
-        "calibration",
-        "metrics",
-        "settings",
-        "compute",
-        "processes",
-        "augmentation",
+# What the commands call. A module or package imports only from those to its right, and from HOUSES.
+COMMANDS = (
+    *("inspection", "explanation", "reproduction", "comparison", "fitting", "extraction"),
+    *("training", "pretraining", "auditing"),
+)
+# What they do it with: a package imports only from those to its right.
+HOUSES = (
+    *("plots", "finetuning", "model", "evaluation", "heads", "features", "synthetic", "cohort"),
+    *("runtime", "settings", "errors"),
+)
+ORDER = (*COMMANDS, *HOUSES)
+# Inside a package a module imports only from those to its right.
+INSIDE = {
+    "explanation": (
+        *("report", "figures", "page", "text", "explanation", "faithfulness", "curves", "scores"),
+        "thumbnails",
     ),
-    ("progress", "provenance", "files", "errors", "strict_json"),
-)
-ORDER = {name: place for place, name in enumerate(name for row in LAYERS for name in row)}
-# What a package's modules import of each other, by the same rule.
-ENDTOEND = (
-    *("run", "members", "finetuning", "folder", "submission", "fitting", "training", "gradients"),
-    *("job", "initial", "curves", "encoder", "pixels", "views", "baselines"),
+    "pretraining": ("run", "trainer", "pairs", "probe", "curve"),
+    "plots": (
+        *("summary", "optimism", "comparison", "reproduction", "pretraining", "learning_curves"),
+        "axes",
+    ),
+    "finetuning": (
+        *("per_split", "loop", "trainers", "gradients", "encoder", "job", "initial_head"),
+        *("pixels", "augmentation", "curves"),
+    ),
+    "model": ("model", "ensemble", "scoring", "submission", "predictions"),
+    "evaluation": (
+        *("optimism", "protocol", "fusion", "baselines", "scores", "comparison", "run_provenance"),
+        *("leakage", "hidden_truth", "shortcuts", "decision", "calibration", "intervals"),
+        "metrics",
+    ),
+    "heads": ("engine", "grid", "stack", "registry", "aggregators", "bags"),
+    "heads.engine": (
+        *("engine", "weighted", "ranking", "networks", "sharing", "scorers", "results"),
+        *("sampling", "instances", "adam"),
+    ),
+    "heads.aggregators": ("networks", "ranking", "weighted"),
+    "features": ("store_writer", "store", "backbones", "views", "augmentation"),
+    "synthetic": ("cohort", "rendering", "patients"),
+    "cohort": (
+        *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),
+        *("cell_values", "csv_rows", "images", "provenance"),
+    ),
+    "runtime": (
+        *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),
+    ),
+}
+# Readers of stores and cohorts need no torch; nor may what they import.
+WITHOUT_TORCH = (
+    *("features.store", "features.store_writer", "cohort.cohort", "cohort.splits"),
+    *("cohort.images", "cohort.fingerprints", "evaluation.metrics", "settings"),
 )
 
 
-def modules(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """Return a library file's name with dots, without `lymphfeat.`; a package's is its folder's."""
+    parts = path.relative_to(LIBRARY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in files(LIBRARY)}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -65,75 +91,74 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def unit(path: Path) -> str:
-    """Return the module or package of the library that a file belongs to."""
-    return path.relative_to(LIBRARY).with_suffix("").parts[0]
-
-
-def test_the_order_names_every_module() -> None:
-    assert {unit(path) for path in modules(LIBRARY)} - {"__init__"} <= set(ORDER)
-
-
-@pytest.mark.parametrize("path", modules(LIBRARY), ids=lambda path: path.stem)
-def test_imports_point_down(path: Path) -> None:
-    if path.parent == LIBRARY and path.stem == "__init__":
-        assert not [name for name in imports(path) if name.startswith("lymphfeat")]
-        return
+def own_imports(path: Path) -> set[str]:
+    """Return the library's modules that a file imports."""
+    found = set()
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] != "lymphfeat" or parts[1] not in ORDER or parts[1] == unit(path):
-            continue
-        assert ORDER[parts[1]] > ORDER[unit(path)], f"{path.name} imports {name}"
+        parts = name.split(".")[1:] if name.startswith("lymphfeat.") else []
+        while parts and ".".join(parts) not in MODULES:
+            parts = parts[:-1]
+        if parts:
+            found.add(".".join(parts))
+    return found
 
 
-@pytest.mark.parametrize("name", ENDTOEND)
-def test_imports_point_down_within_endtoend(name: str) -> None:
-    for imported in imports(LIBRARY / "endtoend" / f"{name}.py"):
-        parts = imported.split(".")
-        if parts[:2] == ["lymphfeat", "endtoend"]:
-            assert ENDTOEND.index(parts[2]) > ENDTOEND.index(name), f"{name} imports {imported}"
+def place_in(package: str, name: str) -> str | None:
+    """Return which member of a package a module is, or lies in; None where it is of another."""
+    prefix = f"{package}." if package else ""
+    return name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else None
 
 
-def test_the_order_names_every_module_of_endtoend() -> None:
-    assert {p.stem for p in modules(LIBRARY / "endtoend")} - {"__init__"} == set(ENDTOEND)
+def members(package: str) -> set[str]:
+    """Return the names of the modules and packages right inside a package."""
+    found = {place_in(package, name) for name in MODULES if name not in ("", package)}
+    return {name for name in found if name}
 
 
-@pytest.mark.parametrize("path", modules(LIBRARY), ids=lambda path: path.stem)
-def test_the_library_neither_prints_nor_parses(path: Path) -> None:
-    roots = {name.split(".")[0] for name in imports(path)}
+@pytest.mark.parametrize("package", ["", *INSIDE])
+def test_the_order_names_every_module(package: str) -> None:
+    assert members(package) == set(INSIDE.get(package, ORDER))
+    assert len(INSIDE.get(package, ORDER)) == len(members(package))
+
+
+def test_the_order_names_every_package() -> None:
+    packages = {name_of(path) for path in MODULES.values() if path.name == "__init__.py"}
+    assert {name for name in packages if members(name)} - {""} == set(INSIDE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    """Towards the right, in the outermost package that both lie in but not in one member of."""
+    for imported in own_imports(MODULES[name]):
+        for package in ("", *INSIDE):
+            mine, theirs = place_in(package, name), place_in(package, imported)
+            if mine and theirs and mine != theirs:
+                order = INSIDE.get(package, ORDER)
+                assert order.index(theirs) > order.index(mine), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_library_neither_prints_nor_parses(name: str) -> None:
+    path = MODULES[name]
+    roots = {imported.split(".")[0] for imported in imports(path)}
     assert not roots & {"click", "rich", "argparse", "lymphfeat_cli"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "input", "exit", "breakpoint"), node.lineno
 
 
-@pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(CLI)], ids=lambda path: path.stem)
-def test_json_is_strict(path: Path) -> None:
-    """Python's own writer has NaN for what is not known: no JSON. Two modules say allow_nan."""
-    if path.relative_to(ROOT).as_posix() not in (
-        "lymphfeat/strict_json.py",
-        "lymphfeat/explain/page.py",
-    ):
-        assert not re.search(
-            r"json\.dumps?\(|\.to_json\(.*orient", path.read_text(encoding="utf-8")
-        )
-
-
-@pytest.mark.parametrize("name", ["store", "cohort", "splits", "images", "metrics", "settings"])
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_no_torch_in(name: str) -> None:
-    """Readers of stores and cohorts need no torch; nor may what they import."""
     seen, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
         seen.add(module)
-        for imported in imports(LIBRARY / f"{module}.py"):
-            assert imported.split(".")[0] not in ("torch", "timm", "torchvision"), module
-            parts = imported.split(".")
-            if parts[0] == "lymphfeat" and parts[1] in ORDER and parts[1] not in seen:
-                waiting.append(parts[1])
+        roots = {imported.split(".")[0] for imported in imports(MODULES[module])}
+        assert not roots & {"torch", "timm", "torchvision"}, module
+        waiting += own_imports(MODULES[module]) - seen
 
 
-@pytest.mark.parametrize("path", modules(CLI), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", files(CLI), ids=lambda path: path.stem)
 def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
     light = {"click", "rich", "lymphfeat", "lymphfeat_cli"} | sys.stdlib_module_names
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -156,7 +181,7 @@ def test_every_package_imported_is_declared() -> None:
     roots = {
         name.split(".")[0]
         for folder in (LIBRARY, CLI)
-        for path in modules(folder)
+        for path in files(folder)
         for name in imports(path)
     } - own
     assert {called.get(root, root) for root in roots} <= declared

@@ -16,20 +16,21 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
-from lymphfeat.calibration import logit
-from lymphfeat.cohort import Cohort
-from lymphfeat.decision import Decision, combine
-from lymphfeat.endtoend import train_end_to_end, train_folds
-from lymphfeat.endtoend.initial import read_initial_head
-from lymphfeat.endtoend.job import parts_of, prepare
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.cohort.splits import kfold_splits
 from lymphfeat.errors import LeakageError, ModelError, SettingsError
-from lymphfeat.extract import extract
-from lymphfeat.fit import fit_head
-from lymphfeat.heads import resolve
-from lymphfeat.identity import patient_keys
-from lymphfeat.model import Model, average_predictions, member_folders
+from lymphfeat.evaluation.calibration import logit
+from lymphfeat.evaluation.decision import Decision, combine
+from lymphfeat.extraction import extract
+from lymphfeat.finetuning.initial_head import read_initial_head
+from lymphfeat.finetuning.job import parts_of, prepare
+from lymphfeat.fitting import fit_head
+from lymphfeat.heads.grid import resolve
+from lymphfeat.model.ensemble import average_predictions
+from lymphfeat.model.model import Model, member_folders
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
-from lymphfeat.splits import kfold_splits
+from lymphfeat.training import train_end_to_end, train_folds
 from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
 from tests.folders import contents

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from lymphfeat.metrics import (
+from lymphfeat.evaluation.metrics import (
     EVERYONE,
     all_metrics,
     balanced_accuracy,

@@ -11,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lymphfeat.backbones import build_backbone, normalize
-from lymphfeat.bags import Bags
-from lymphfeat.calibration import Calibration
-from lymphfeat.cohort import Cohort
-from lymphfeat.decision import Decision
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
+from lymphfeat.cohort.provenance import PatientKey, Provenance
 from lymphfeat.errors import ModelError, WeightsError
-from lymphfeat.files import unfinished_folder
-from lymphfeat.heads import HeadStack, resolve
-from lymphfeat.images import NORMALIZATIONS, decode_crop
-from lymphfeat.model import Model, ModelRecipe, Predictions, TrainingFacts, member_folders, read_out
-from lymphfeat.provenance import PatientKey, Provenance
+from lymphfeat.evaluation.calibration import Calibration
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.features.backbones import build_backbone
+from lymphfeat.features.views import normalize
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.model import Model, TrainingFacts, member_folders
+from lymphfeat.model.predictions import Predictions
+from lymphfeat.model.scoring import ModelRecipe, read_out
+from lymphfeat.runtime.files import unfinished_folder
 from lymphfeat.settings import HeadSettings
 from tests.folders import contents, interrupt_swap, names_in
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance

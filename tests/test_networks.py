@@ -9,14 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lymphfeat.aggregators.attention import Attention
-from lymphfeat.bags import Bags
+from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
-from lymphfeat.heads import AGGREGATORS, NetworkHead, require_linear, resolve
+from lymphfeat.heads.aggregators.networks import Attention
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit, split_generator
+from lymphfeat.heads.engine.sampling import Sampler, Sampling
+from lymphfeat.heads.grid import require_linear, resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.settings import HeadSettings
-from lymphfeat.splits import Split, report_splits
-from lymphfeat.training import Features, Fit, fit_heads, split_generator
-from lymphfeat.training.sampling import Sampler, Sampling
 
 NETWORKS = [name for name, row in AGGREGATORS.items() if row.network is not None]
 SIZES = [3, 1, 7, 4, 12, 2, 5, 9, 1, 6]

@@ -5,20 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lymphfeat.fit import Run
-from lymphfeat.heads import head_name, resolve
-from lymphfeat.metrics import balanced_accuracy
-from lymphfeat.optimism import (
-    Calls,
-    _honest_calls,
-    _report_calls,
-    bootstrap_optimism,
-    mean_accuracy,
-    set_off,
-)
-from lymphfeat.protocol import run_protocol
+from lymphfeat.evaluation.metrics import balanced_accuracy
+from lymphfeat.evaluation.optimism import Calls, honest_calls, mean_accuracy, report_calls
+from lymphfeat.evaluation.protocol import run_protocol
+from lymphfeat.fitting import Run, bootstrap_optimism, set_off
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.training import Features
 from tests.simulations import noise_features
 
 HEAD = resolve(HeadSettings(agg="mean", lr=0.3))
@@ -79,9 +72,14 @@ def test_every_patient_once_gives_the_printed_figures(both: tuple[Run, Run], ora
     report, honest = both
     name, once = head_name(HEAD), np.ones((1, len(LABELS)))
     rows = [run.outcome.summary.set_index("head").loc[name] for run in both]
-    found = mean_accuracy(_report_calls(report, name, oracle=oracle), once)
+    found = mean_accuracy(
+        report_calls(report.outcome, name, every=report.settings.evaluate_every, oracle=oracle),
+        once,
+    )
     assert found[0] == pytest.approx(rows[0]["ba_oracle" if oracle else "ba"], abs=1e-6)
-    assert mean_accuracy(_honest_calls(honest, name), once)[0] == pytest.approx(rows[1]["ba"])
+    assert mean_accuracy(honest_calls(honest.outcome, name), once)[0] == pytest.approx(
+        rows[1]["ba"]
+    )
 
 
 def test_the_interval_is_about_the_printed_difference(both: tuple[Run, Run]) -> None:

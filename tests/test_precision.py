@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lymphfeat.cells import Cells
-from lymphfeat.cohort import Cohort
-from lymphfeat.compute import whole_float32
-from lymphfeat.endtoend import train_end_to_end, train_folds
-from lymphfeat.explain.explanation import explain
-from lymphfeat.extract import extract
-from lymphfeat.fit import fit_head
-from lymphfeat.heads import resolve
-from lymphfeat.model import Model
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_folders import Cells
+from lymphfeat.explanation.explanation import explain
+from lymphfeat.extraction import extract
+from lymphfeat.fitting import fit_head
+from lymphfeat.heads.grid import resolve
+from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
+from lymphfeat.runtime.devices import whole_float32
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, PretrainSettings
+from lymphfeat.training import train_end_to_end, train_folds
 from tests.test_model import make_model
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
 

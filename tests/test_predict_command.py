@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 from scipy.special import expit
 
-from lymphfeat.calibration import Calibration, logit
-from lymphfeat.decision import Decision
+from lymphfeat.evaluation.calibration import Calibration, logit
+from lymphfeat.evaluation.decision import Decision
 from lymphfeat_cli.main import cli
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.store import FeatureStore
+from lymphfeat.features.store import FeatureStore
 from lymphfeat_cli.main import cli
 from tests.tiny import SIDE, write_red_cohort
 from tests.tiny import one_thread as one_thread

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lymphfeat.backbones import build_backbone, read_facts, write_weights
-from lymphfeat.cells import Cells
+from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.errors import LymphfeatError, WeightsError
+from lymphfeat.features.backbones import build_backbone, read_facts, write_weights
 from lymphfeat.pretraining.pairs import PairSampler
 from lymphfeat.pretraining.probe import nearest_neighbour_share
 from lymphfeat.pretraining.run import Pretrained, pretrain

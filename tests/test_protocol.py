@@ -5,16 +5,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lymphfeat.decision import RULES, Decision
+from lymphfeat.cohort.splits import Plan, Split, kfold_splits
 from lymphfeat.errors import LeakageError, SettingsError
-from lymphfeat.guards import SharedImage
-from lymphfeat.heads import resolve
-from lymphfeat.intervals import estimate, t_half_width
-from lymphfeat.metrics import METRICS, balanced_accuracy, log_loss
-from lymphfeat.protocol import Outcome, SplitFeatures, own_plan, run_protocol, witness_aucs
+from lymphfeat.evaluation.decision import RULES, Decision
+from lymphfeat.evaluation.intervals import estimate, t_half_width
+from lymphfeat.evaluation.leakage import SharedImage
+from lymphfeat.evaluation.metrics import METRICS, balanced_accuracy, log_loss
+from lymphfeat.evaluation.protocol import (
+    Outcome,
+    SplitFeatures,
+    own_plan,
+    run_protocol,
+    witness_aucs,
+)
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.grid import resolve
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.splits import Plan, Split, kfold_splits
-from lymphfeat.training import Features, Fit, fit_heads
 
 PATIENTS = 30
 HEADS = [

@@ -16,30 +16,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lymphfeat.backbones import build_backbone, read_provenance, write_weights
-from lymphfeat.cells import Cells
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.cohort.image_folders import Cells
+from lymphfeat.cohort.provenance import SKETCH_SIZE, PatientKey, Provenance
+from lymphfeat.cohort.splits import Split, find_splits, write_splits
 from lymphfeat.comparison import compare_runs
-from lymphfeat.endtoend import train_end_to_end, train_folds
 from lymphfeat.errors import LeakageError, SettingsError
-from lymphfeat.explain.explanation import explain
-from lymphfeat.extract import extract
-from lymphfeat.fit import fit_head
-from lymphfeat.heads import resolve
-from lymphfeat.identity import patient_keys
-from lymphfeat.model import Model, average_predictions, member_folders
+from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
+from lymphfeat.explanation.explanation import explain
+from lymphfeat.extraction import extract
+from lymphfeat.features.backbones import build_backbone, read_provenance, write_weights
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.fitting import fit_head
+from lymphfeat.heads.grid import resolve
+from lymphfeat.model.ensemble import average_predictions
+from lymphfeat.model.model import Model, member_folders
 from lymphfeat.pretraining.run import pretrain
-from lymphfeat.provenance import SKETCH_SIZE, PatientKey, Provenance
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report
-from lymphfeat.run_provenance import PROVENANCE_FILE, RunProvenance
-from lymphfeat.settings import (
-    ExtractSettings,
-    FitSettings,
-    HeadSettings,
-    PretrainSettings,
-)
-from lymphfeat.splits import Split, find_splits, write_splits
-from lymphfeat.store import FeatureStore
+from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, PretrainSettings
+from lymphfeat.training import train_end_to_end, train_folds
 from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
 from tests.tiny import one_thread as one_thread
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.intervals import estimate_metric
+from lymphfeat.cohort.splits import Plan, read_splits
+from lymphfeat.evaluation.intervals import estimate_metric
 from lymphfeat.reproduction import ROWS
-from lymphfeat.splits import Plan, read_splits
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.tiny import write_red_cohort

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lymphfeat.training import Features
-from lymphfeat.training.sampling import Sampler, Sampling, batched
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.sampling import Sampler, Sampling, batched
 
 SIZES = [3, 1, 8, 5, 2]
 BOUNDS = np.cumsum([0, *SIZES])

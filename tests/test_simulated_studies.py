@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lymphfeat.protocol import Outcome, run_protocol
+from lymphfeat.evaluation.protocol import Outcome, run_protocol
+from lymphfeat.heads.engine.instances import Features
 from lymphfeat.settings import FitSettings, HeadSettings
-from lymphfeat.training import Features
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 
 HEADS = [HeadSettings(agg="top1", unit="image", k_agg=1, lr=0.03)]

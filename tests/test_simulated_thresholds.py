@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lymphfeat.decision import RULES
+from lymphfeat.evaluation.decision import RULES
 from tests.simulated_thresholds import (
     Ensemble,
     Situation,

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
-from lymphfeat.errors import SettingsError
-from lymphfeat.splits import (
+from lymphfeat.cohort.splits import (
     Plan,
     Split,
     check_splits,
@@ -20,6 +19,7 @@ from lymphfeat.splits import (
     with_guessed_parents,
     write_splits,
 )
+from lymphfeat.errors import SettingsError
 
 IDS = [f"P{i}" for i in range(40)]
 LABELS = np.array([0, 1, 1, 0] * 10)

@@ -17,16 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.provenance import PatientKey, Provenance
 from lymphfeat.errors import StoreError
-from lymphfeat.provenance import PatientKey, Provenance
-from lymphfeat.store import (
-    FeatureSet,
-    FeatureStore,
-    MapShape,
-    StoreWriter,
-    recipe_sha256,
-)
+from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape, recipe_sha256
+from lymphfeat.features.store_writer import StoreWriter
 from tests.stores import (
     FROZEN,
     RECIPE,

@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from lymphfeat import smears, synthetic
-from lymphfeat.cohort import Cohort
+from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError, SettingsError
-from lymphfeat.smears import draw_slide, draw_traits, render_cell
-from lymphfeat.synthetic import (
+from lymphfeat.evaluation.hidden_truth import read_labels, read_truth
+from lymphfeat.synthetic import cohort as synthetic
+from lymphfeat.synthetic import rendering as smears
+from lymphfeat.synthetic.cohort import (
     CELL_CLASSES,
     SyntheticSettings,
     write_plate,
     write_synthetic_cohort,
 )
-from lymphfeat.synthetic_patients import plan_patients
-from lymphfeat.truth import read_labels, read_truth
+from lymphfeat.synthetic.patients import plan_patients
+from lymphfeat.synthetic.rendering import draw_slide, draw_traits, render_cell
 from lymphfeat_cli.main import cli
 from lymphfeat_cli.synth import command
 

@@ -11,14 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lymphfeat.aggregators.ranking import effective_k
-from lymphfeat.bags import Bags
-from lymphfeat.heads import AGGREGATORS, NetworkHead, head_name, initial_scorer, resolve
+from lymphfeat.cohort.splits import Split, report_splits
+from lymphfeat.heads.aggregators.ranking import effective_k
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.engine.adam import StackedAdam
+from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
+from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
+from lymphfeat.heads.grid import head_name, resolve
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import NetworkHead, initial_scorer
 from lymphfeat.settings import HeadSettings
-from lymphfeat.splits import Split, report_splits
-from lymphfeat.training import Features, Fit, StackedAdam, fit_heads, split_generator
-from lymphfeat.training.fits import FittedHeads
-from lymphfeat.training.sampling import Batch, Sampler, Sampling
 from tests import references
 from tests.rounding import bfloat16_tolerance, score_tolerance
 

@@ -6,7 +6,13 @@ import pandas as pd
 import pytest
 
 from lymphfeat.errors import CohortError
-from lymphfeat.truth import Truth, read_labels, read_truth, witness_auc, witness_auc_all
+from lymphfeat.evaluation.hidden_truth import (
+    Truth,
+    read_labels,
+    read_truth,
+    witness_auc,
+    witness_auc_all,
+)
 
 LINES = """SPLIT,ID,FILE,LABEL,IS_WITNESS
 train,P1,a.png,1,1

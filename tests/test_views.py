@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lymphfeat.endtoend.views import Views, draw_views, unaltered
+from lymphfeat.finetuning.augmentation import Views, draw_views, unaltered
 from lymphfeat.settings import EndToEndSettings
 
 assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-3)

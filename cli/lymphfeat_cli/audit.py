@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from lymphfeat.files import check_file
+from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     force_option,
@@ -22,8 +22,8 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.audit import Attribute, Audit, Copies, Fault, Group
-    from lymphfeat.shortcuts import Predictor
+    from lymphfeat.auditing import Attribute, Audit, Copies, Fault, Group
+    from lymphfeat.evaluation.shortcuts import Predictor
 
 LISTED = 12  # entries of a kind shown; --json and --out have them all
 
@@ -66,7 +66,7 @@ def command(
     predict the label.
     """
     _check_out(out, force)
-    from lymphfeat.audit import audit_cohort
+    from lymphfeat.auditing import audit_cohort
 
     loaded = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("decoding images", quiet) as progress:
@@ -108,7 +108,7 @@ def _show(audit: "Audit") -> None:
 
 
 def _show_groups(audit: "Audit") -> None:
-    from lymphfeat.audit import LABEL_NAMES
+    from lymphfeat.auditing import LABEL_NAMES
 
     rows = [
         (g.split, LABEL_NAMES[g.label], g.label, g.patients, g.images, *_spread(g))

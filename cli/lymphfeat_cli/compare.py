@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat.files import check_file
+from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
     force_option,
     interval,
@@ -16,7 +16,7 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.comparison import Comparison
+    from lymphfeat.evaluation.comparison import Comparison
 
 
 @click.command(
@@ -68,7 +68,7 @@ def command(
     """
     check_file(out, force=force)
     from lymphfeat.comparison import compare_runs
-    from lymphfeat.comparison_figure import draw_comparison
+    from lymphfeat.plots.comparison import draw_comparison
 
     found = compare_runs(runs, metric=metric, heads=heads, against=against, all_pairs=all_pairs)
     draw_comparison(found, out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat.files import files_in
+from lymphfeat.runtime.files import files_in
 from lymphfeat_cli.head_options import head_options, only_head, pop_grid
 from lymphfeat_cli.options import (
     cohort_options,
@@ -35,8 +35,8 @@ from lymphfeat_cli.results import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.endtoend.members import Members
-    from lymphfeat.model import Model
+    from lymphfeat.model.model import Model
+    from lymphfeat.training import Members
 
 CROSS_FITTED = (
     "Out of fold: each patient is judged by the member that has not seen it, at a threshold and "
@@ -203,8 +203,8 @@ def command(
     Trains on all labelled patients (less --validation), predicts every patient, and writes a
     submission for the unlabelled ones.
     """
-    from lymphfeat.endtoend import train_end_to_end, train_folds
-    from lymphfeat.truth import Truth
+    from lymphfeat.evaluation.hidden_truth import Truth
+    from lymphfeat.training import train_end_to_end, train_folds
 
     settings = _settings(**options)
     known = Truth.read(truth) if truth else None
@@ -261,8 +261,8 @@ def _settings(
 def _score(known: Any, threshold: float, out: Path) -> dict[str, float]:
     if known is None:
         return {}
-    from lymphfeat.endtoend.submission import IMAGES_FILE, PATIENTS_FILE
-    from lymphfeat.model import Predictions
+    from lymphfeat.model.predictions import Predictions
+    from lymphfeat.model.submission import IMAGES_FILE, PATIENTS_FILE
 
     written = Predictions.read(out / PATIENTS_FILE, out / IMAGES_FILE)
     scores: dict[str, float] = known.score(written.images, written.patients, threshold)

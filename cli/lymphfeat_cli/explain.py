@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat.files import check_file
+from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     device_option,
@@ -22,7 +22,7 @@ from lymphfeat_cli.options import (
 from lymphfeat_cli.results import show_metrics, show_truth, truth_option
 
 if TYPE_CHECKING:
-    from lymphfeat.explain.explanation import Explanation
+    from lymphfeat.explanation.explanation import Explanation
 
 PAGE, CELL = Path("report.html"), Path("cell.png")
 
@@ -120,10 +120,10 @@ def command(
         check_file(out, force=force)
         _explain_image(folder, image, out, device, precision, as_json)
         return
-    from lymphfeat.explain.explanation import explain
-    from lymphfeat.explain.report import check_report, write_report
-    from lymphfeat.model import Model
-    from lymphfeat.truth import Truth
+    from lymphfeat.evaluation.hidden_truth import Truth
+    from lymphfeat.explanation.explanation import explain
+    from lymphfeat.explanation.report import check_report, write_report
+    from lymphfeat.model.model import Model
 
     check_report(out, force=force)
     model = Model.load(folder)
@@ -160,8 +160,8 @@ def command(
 def _explain_image(
     folder: Path, image: Path, out: Path, device: str, precision: str, as_json: bool
 ) -> None:
-    from lymphfeat.explain.report import write_cell
-    from lymphfeat.model import Model
+    from lymphfeat.explanation.report import write_cell
+    from lymphfeat.model.model import Model
 
     cell = write_cell(Model.load(folder), image, out, device=device, precision=precision)
     if as_json:
@@ -189,7 +189,7 @@ def _result(explanation: "Explanation", files: list[Path]) -> dict[str, object]:
 
 
 def _show(explanation: "Explanation", files: list[Path]) -> None:
-    from lymphfeat.explain.text import deletion_told, summary
+    from lymphfeat.explanation.text import deletion_told, summary
 
     click.echo(summary(explanation))
     show_metrics("Labelled patients", explanation.metrics())

@@ -132,14 +132,9 @@ def command(
     With --finetune-epochs a backbone is trained for each split before; the weights stay beside the
     store, in the folder OUT.backbones.
     """
-    from lymphfeat.extract import extract
-    from lymphfeat.settings import (
-        BackboneSettings,
-        EndToEndSettings,
-        ExtractSettings,
-        HeadSettings,
-    )
-    from lymphfeat.splits import find_splits
+    from lymphfeat.cohort.splits import find_splits
+    from lymphfeat.extraction import extract
+    from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings, HeadSettings
 
     finetune = finetune_epochs and EndToEndSettings(
         epochs=finetune_epochs,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat.files import files_in
+from lymphfeat.runtime.files import files_in
 from lymphfeat_cli.head_options import TEXTS, grid_option, head_options, pop_grid
 from lymphfeat_cli.options import (
     cache_path,
@@ -27,8 +27,8 @@ from lymphfeat_cli.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lymphfeat.fit import Run
-    from lymphfeat.protocol import Outcome
+    from lymphfeat.evaluation.protocol import Outcome
+    from lymphfeat.fitting import Run
     from lymphfeat.settings import FitSettings
 
 
@@ -162,12 +162,11 @@ def command(
     Prints one row a head, the best first, and writes a run folder: the table, every epoch, every
     prediction, the splits and a figure.
     """
-    from lymphfeat.fit import Run, fit_head
-    from lymphfeat.heads import expand
-    from lymphfeat.optimism import fit_both
+    from lymphfeat.cohort.splits import read_splits
+    from lymphfeat.features.store import FeatureStore
+    from lymphfeat.fitting import Run, fit_both, fit_head
+    from lymphfeat.heads.grid import expand
     from lymphfeat.settings import FitSettings
-    from lymphfeat.splits import read_splits
-    from lymphfeat.store import FeatureStore
 
     grid = pop_grid(options)
     heads = expand(grid)

@@ -84,7 +84,7 @@ def pop_grid(options: dict[str, Any]) -> "HeadGrid":
 
 def only_head(grid: "HeadGrid") -> "HeadSettings":
     """Return the head of a grid that must have one."""
-    from lymphfeat.heads import expand, head_name
+    from lymphfeat.heads.grid import expand, head_name
 
     heads = expand(grid)
     if len(heads) != 1:

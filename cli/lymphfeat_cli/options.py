@@ -31,11 +31,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lymphfeat.progress import Progress as ProgressCall
-from lymphfeat.progress import silent
+from lymphfeat.runtime.progress import Progress as ProgressCall
+from lymphfeat.runtime.progress import silent
 
 if TYPE_CHECKING:
-    from lymphfeat.cohort import Cohort
+    from lymphfeat.cohort.cohort import Cohort
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,10 +150,10 @@ def load_cohort(
     quiet: bool,
 ) -> "Cohort":
     """Load the named cohort, or render (once) and load the built-in synthetic one, saying so."""
-    from lymphfeat.cohort import Cohort
+    from lymphfeat.cohort.cohort import Cohort
 
     if cohort is None:
-        from lymphfeat.synthetic import SyntheticSettings, write_synthetic_cohort
+        from lymphfeat.synthetic.cohort import SyntheticSettings, write_synthetic_cohort
 
         cohort = cache_path("synthetic")
         note(
@@ -240,6 +240,6 @@ def with_interval(
 
 def show_json(result: Mapping[str, object]) -> None:
     """Print a result for machines; docs/json describes those of each command."""
-    from lymphfeat.strict_json import json_text
+    from lymphfeat.runtime.strict_json import json_text
 
     click.echo(json_text(result, indent=2))

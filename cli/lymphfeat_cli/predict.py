@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat.files import check_file
+from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
     cohort_options,
     device_option,
@@ -28,7 +28,8 @@ from lymphfeat_cli.results import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.model import Model, Predictions
+    from lymphfeat.model.model import Model
+    from lymphfeat.model.predictions import Predictions
 
 
 @click.command(
@@ -116,9 +117,10 @@ def command(
     """
     files = [path for path in (out, images_out, submission) if path is not None]
     _check_free(files, force)
-    from lymphfeat.endtoend.submission import write_submission
-    from lymphfeat.model import average_predictions, member_folders
-    from lymphfeat.truth import Truth
+    from lymphfeat.evaluation.hidden_truth import Truth
+    from lymphfeat.model.ensemble import average_predictions
+    from lymphfeat.model.model import member_folders
+    from lymphfeat.model.submission import write_submission
 
     models = [_load(part, sensitivity) for folder in folders for part in member_folders(folder)]
     model = models[0]
@@ -157,7 +159,7 @@ def command(
 
 
 def _load(folder: Path, sensitivity: float | None) -> "Model":
-    from lymphfeat.model import Model
+    from lymphfeat.model.model import Model
 
     model = Model.load(folder)
     if sensitivity is not None:
@@ -167,7 +169,7 @@ def _load(folder: Path, sensitivity: float | None) -> "Model":
 
 def _as_one(models: "list[Model]") -> "Model":
     """Return the first model, with the decision of all of them."""
-    from lymphfeat.decision import combine
+    from lymphfeat.evaluation.decision import combine
 
     model = models[0]
     model.decision = combine([each.decision for each in models])

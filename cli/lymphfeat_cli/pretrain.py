@@ -137,7 +137,7 @@ def command(
         raise SettingsError(
             "pretrain needs lightly; install it with: pip install 'lymphfeat[pretrain]'"
         ) from None
-    from lymphfeat.cells import Cells
+    from lymphfeat.cohort.image_folders import Cells
 
     cells = Cells.find(folder, groups)
     note(f"{folder}: {len(cells.paths)} images in {len(cells.names)} folder(s): {cells.grouping}")

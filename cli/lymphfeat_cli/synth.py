@@ -15,7 +15,7 @@ from lymphfeat_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lymphfeat.synthetic import SyntheticSettings
+    from lymphfeat.synthetic.cohort import SyntheticSettings
 
 SHARE = click.FloatRange(0, 1)
 
@@ -113,7 +113,7 @@ def command(
     """
     if out is None and plate is None:
         raise click.UsageError("name a folder with --out DIR, or a figure with --plate FILE.png.")
-    from lymphfeat.synthetic import SyntheticSettings, write_plate
+    from lymphfeat.synthetic.cohort import SyntheticSettings, write_plate
 
     settings = SyntheticSettings(**chosen)
     written: dict[str, object] = {}
@@ -130,7 +130,7 @@ def command(
 def _write_cohort(
     settings: "SyntheticSettings", out: Path, force: bool, quiet: bool
 ) -> dict[str, object]:
-    from lymphfeat.synthetic import TRUTH, count_synthetic_cohort, write_synthetic_cohort
+    from lymphfeat.synthetic.cohort import TRUTH, count_synthetic_cohort, write_synthetic_cohort
 
     with progress_bar("rendering cells", quiet) as progress:
         write_synthetic_cohort(settings, out, force=force, progress=progress)

@@ -6,9 +6,10 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from lymphfeat.augmentation import centre_views
-from lymphfeat.backbones import Backbone, normalize
-from lymphfeat.images import Normalization
+from lymphfeat.cohort.images import Normalization
+from lymphfeat.features.augmentation import centre_views
+from lymphfeat.features.backbones import Backbone
+from lymphfeat.features.views import normalize
 
 PROBE_IMAGES = 1000
 _CHUNK = 128

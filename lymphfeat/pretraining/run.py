@@ -11,26 +11,25 @@ import torch
 from torch import Tensor
 
 from lymphfeat import __version__
-from lymphfeat.backbones import (
-    Backbone,
-    LoadedWeights,
-    build_backbone,
-    choose_device,
-    choose_precision,
-    precision_name,
-    write_weights,
-)
-from lymphfeat.cells import Cells
-from lymphfeat.checkpoint import CHECKPOINT_FILE, Checkpoint
-from lymphfeat.compute import cpu_threads, whole_float32
+from lymphfeat.cohort.image_folders import Cells
+from lymphfeat.cohort.images import decode_crops, find_normalization
+from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
-from lymphfeat.files import result_files, unfinished_folder
-from lymphfeat.images import decode_crops, find_normalization
-from lymphfeat.pretraining.curve import Row, draw_curve, write_curve
+from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone, write_weights
+from lymphfeat.plots.pretraining import draw_curve
+from lymphfeat.pretraining.curve import Row, write_curve
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
 from lymphfeat.pretraining.trainer import Trainer
-from lymphfeat.progress import Progress, silent
-from lymphfeat.provenance import Provenance
+from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
+from lymphfeat.runtime.devices import (
+    choose_device,
+    choose_precision,
+    cpu_threads,
+    precision_name,
+    whole_float32,
+)
+from lymphfeat.runtime.files import result_files, unfinished_folder
+from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
@@ -82,7 +81,9 @@ def pretrain(
         )
         recipe = _recipe(cells, settings, init)
         provenance = init.provenance | cells.provenance()
-        checkpoint = Checkpoint(unfinished_folder(out) / CHECKPOINT_FILE, recipe, provenance)
+        checkpoint = Checkpoint(
+            unfinished_folder(out) / CHECKPOINT_FILE, recipe, provenance.to_json()
+        )
         checkpoint.check(force=force)  # before images are decoded
         trainer, fields, groups = _prepare(cells, backbone, settings, progress)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)

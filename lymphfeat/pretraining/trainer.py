@@ -14,11 +14,12 @@ from lightly.loss import VICRegLoss
 from lightly.models.modules.heads import VICRegProjectionHead
 from torch import Tensor, nn
 
-from lymphfeat.augmentation import Augmentation
-from lymphfeat.backbones import Backbone, normalize
-from lymphfeat.compute import autocast
-from lymphfeat.images import Normalization
+from lymphfeat.cohort.images import Normalization
+from lymphfeat.features.augmentation import Augmentation
+from lymphfeat.features.backbones import Backbone
+from lymphfeat.features.views import normalize
 from lymphfeat.pretraining.pairs import PairSampler
+from lymphfeat.runtime.devices import autocast
 from lymphfeat.settings import PretrainSettings
 
 _WARMUP_STEPS = 50

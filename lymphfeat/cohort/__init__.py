@@ -1,0 +1,1 @@
+"""Cohorts on disk: tables, attributes, images, splits, and whose data went into what."""

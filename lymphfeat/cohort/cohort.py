@@ -1,0 +1,308 @@
+"""A cohort on disk -> patients with labels, covariates and the paths of their images (METHOD §6).
+
+No image is opened here: reading a cohort costs one walk through its folders and its tables.
+"""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lymphfeat.cohort.cell_values import UNKNOWN
+from lymphfeat.cohort.csv_rows import complain, name_some
+from lymphfeat.cohort.tables import choose_tables, read_tables
+from lymphfeat.errors import CohortError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+REFERENCE_DATE = date(2021, 1, 1)
+FOLDER_SPLITS = {
+    "train": "train",
+    "trainset": "train",
+    "training": "train",
+    "test": "test",
+    "testset": "test",
+}
+_NOT_COVARIATES = ("label", "split")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cohort:
+    """Patients in numeric order of their ids, each with a label, covariates and images.
+
+    table: index "id"; columns "label" (int64: 1 tumoral, 0 reactive, -1 unknown), "split"
+        ("train" or "test"), then covariates: float64 with NaN, or categories with missing values.
+    images: per patient, in the order of `table`, at least one path, sorted by name.
+    notes: one line for each quirk met and how it was resolved.
+    submission_ids: the patients with label -1, in the order of the test CSV (else of the table).
+    """
+
+    root: Path
+    table: pd.DataFrame
+    images: tuple[tuple[Path, ...], ...]
+    notes: tuple[str, ...] = ()
+    submission_ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.table) != len(self.images) or not all(self.images):
+            raise CohortError("images must hold at least one path for every row of the table.")
+
+    @classmethod
+    def load(
+        cls,
+        root: str | os.PathLike[str],
+        *,
+        table: str | os.PathLike[str] | None = None,
+        allow_missing: bool = False,
+        reference_date: date = REFERENCE_DATE,
+    ) -> "Cohort":
+        """Read a cohort in the challenge's layout, or one table and an image folder per id.
+
+        table: the CSV to read, when it does not lie under `root` or several do.
+        allow_missing: leave out, with a note, patients without images and folders without a row.
+        reference_date: the day on which a date of birth becomes an age in years.
+
+        Raises CohortError naming file, row and remedy for anything that would have to be guessed.
+        """
+        root = Path(root)
+        files = walk_folder(root)
+        paths, unread = choose_tables(root, files.tables) if table is None else ([Path(table)], [])
+        clinical = read_tables(paths, reference_date)
+        ids = _numeric_order(clinical.frame.index)
+        found = _assign(root, files.images, set(ids))
+        missing = _check_missing(root, ids, found, allow_missing)
+        ids = [id for id in ids if id in found.images]
+        frame = clinical.frame.loc[ids].copy()
+        frame["split"], split_notes = _splits(frame, found)
+        return cls(
+            root=root,
+            table=frame[[*_NOT_COVARIATES, *frame.columns.drop([*_NOT_COVARIATES])]],
+            images=tuple(tuple(found.images[id]) for id in ids),
+            notes=(*clinical.notes, *unread, *files.notes(), *found.notes, *missing, *split_notes),
+            submission_ids=tuple(id for id in clinical.submission_ids if id in found.images),
+        )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Return the patients' ids, P9 before P10."""
+        return tuple(self.table.index)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Return the labels, (P,): 1 tumoral, 0 reactive, -1 unknown."""
+        return self.table["label"].to_numpy(dtype=np.int64, copy=True)
+
+    @property
+    def n_images(self) -> npt.NDArray[np.int64]:
+        """Return the number of images of each patient, (P,)."""
+        return np.array([len(paths) for paths in self.images], dtype=np.int64)
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Return where each patient's images begin in the row of all images, (P + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.n_images)]).astype(np.int64)
+
+    @property
+    def covariates(self) -> tuple[str, ...]:
+        """Return the names of the covariate columns."""
+        return tuple(name for name in self.table.columns if name not in _NOT_COVARIATES)
+
+    def select(self, ids: Iterable[str]) -> "Cohort":
+        """Keep the patients named, in the cohort's order; unknown or repeated ids are an error."""
+        wanted = Counter(ids)
+        wrong = [id for id, count in wanted.items() if count > 1 or id not in self.table.index]
+        if wrong:
+            complain("ids (=…) must be patients of the cohort, once each; got", wrong, "Mend them.")
+        keep = [index for index, id in enumerate(self.ids) if id in wanted]
+        return replace(
+            self,
+            table=self.table.iloc[keep],
+            images=tuple(self.images[index] for index in keep),
+            submission_ids=tuple(id for id in self.submission_ids if id in wanted),
+        )
+
+    def labelled(self) -> "Cohort":
+        """Keep the patients with label 0 or 1."""
+        return self.select(self.table.index[self.table["label"] != UNKNOWN])
+
+    def unlabelled(self) -> "Cohort":
+        """Keep the patients with label -1."""
+        return self.select(self.table.index[self.table["label"] == UNKNOWN])
+
+
+def _numeric_order(ids: Iterable[str]) -> list[str]:
+    return sorted(ids, key=lambda id: (_number_key(id), id))
+
+
+def _number_key(id: str) -> tuple[str | int, ...]:
+    """Split P10 into ("P", 10, ""): text and numbers alternate, so keys always compare."""
+    parts = re.split(r"([0-9]+)", id)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
+
+
+# --- what lies in the folder ------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Files:
+    """The files under a folder, sorted by what they are."""
+
+    images: dict[Path, list[str]] = field(default_factory=dict)  # folder -> names
+    tables: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)  # .DS_Store, ._x.jpg, __MACOSX
+    others: list[Path] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Say what was passed over."""
+        return [*_passed_over("hidden", self.hidden), *_passed_over("other", self.others)]
+
+
+def _passed_over(kind: str, paths: Sequence[Path]) -> list[str]:
+    names = name_some(sorted({path.name for path in paths}), shown=3)
+    return [f"{len(paths)} {kind} file(s) or folder(s) not read: {names}"] if paths else []
+
+
+def walk_folder(root: Path) -> Files:
+    """Sort the files under a cohort's folder; raises CohortError when it cannot be read."""
+    if not root.is_dir():
+        problem = "is a file; unpack it first" if root.exists() else "does not exist"
+        raise CohortError(
+            f"cohort folder {root} {problem}; it must hold a table (CSV: id,label) "
+            "and one folder of images per id."
+        )
+    files = Files()
+    try:
+        _enter(root, (), files)
+    except OSError as error:
+        raise CohortError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    files.tables.sort()
+    return files
+
+
+def _enter(folder: Path, above: tuple[tuple[int, int], ...], files: Files) -> None:
+    """Sort the files under `folder`; links are followed, but not back to a folder above."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise CohortError(f"{folder} is a link to a folder above itself; remove the link.")
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                files.hidden.append(Path(entry.path))
+            elif entry.is_dir():
+                _enter(Path(entry.path), (*above, here), files)
+            else:
+                _sort_file(folder, entry.name, files)
+
+
+def _sort_file(folder: Path, name: str, files: Files) -> None:
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path each costs more than the walk)
+    if suffix in IMAGE_SUFFIXES:
+        files.images.setdefault(folder, []).append(name)
+    else:
+        (files.tables if suffix == ".csv" else files.others).append(folder / name)
+
+
+# --- whose images they are --------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """Image folders, matched with the ids of the table."""
+
+    images: dict[str, list[Path]] = field(default_factory=dict)
+    places: dict[str, Path] = field(default_factory=dict)  # id -> folder, relative to the root
+    orphans: dict[Path, int] = field(default_factory=dict)  # folder of no patient -> images
+    notes: list[str] = field(default_factory=list)
+
+
+def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found:
+    """Give each image folder to the patient whose id it, or a folder above it, bears."""
+    found = _Found()
+    loose: dict[Path, list[str]] = {}
+    twice: list[str] = []
+    for folder, names in folders.items():
+        place = _patient_folder(folder.relative_to(root), ids)
+        if place is None:
+            loose[folder.relative_to(root)] = names
+            continue
+        id = _normal(place.name)
+        if found.places.setdefault(id, place) != place:
+            twice.append(f"{id}: {found.places[id]} and {place}")
+        found.images.setdefault(id, []).extend(folder / name for name in names)
+    if twice:
+        what = f"patients with several image folders under {root}"
+        complain(what, sorted(set(twice)), "Keep the right one of each.")
+    for paths in found.images.values():
+        paths.sort()
+    _sort_loose(loose, found)
+    return found
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # some file systems take accents apart
+
+
+def _patient_folder(folder: Path, ids: set[str]) -> Path | None:
+    """Return the folder's part up to the patient's id; two patients along it are an error."""
+    chain = [place for place in (folder, *folder.parents) if _normal(place.name) in ids]
+    names = {_normal(place.name) for place in chain}
+    if len(names) > 1:
+        complain(
+            f"image folder {folder} lies in the folders of several patients",
+            sorted(names),
+            "Give each patient a folder outside the others'.",
+        )
+    return chain[0] if chain else None
+
+
+def _sort_loose(loose: dict[Path, list[str]], found: _Found) -> None:
+    """Images beside or above the patients' folders are passed over; others may be a patient's."""
+    above = {Path(), *(parent for place in found.places.values() for parent in place.parents)}
+    beside = [str(folder / name) for folder in loose if folder in above for name in loose[folder]]
+    if beside:
+        shown = name_some(beside, shown=3)
+        found.notes.append(f"{len(beside)} image(s) outside any patient's folder not read: {shown}")
+    found.orphans.update({f: len(names) for f, names in loose.items() if f not in above})
+
+
+def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing: bool) -> list[str]:
+    """Name patients without images and images without a patient; return them as notes."""
+    absent = [id for id in ids if id not in found.images]
+    orphans = [f"{folder} ({count} images)" for folder, count in found.orphans.items()]
+    kinds = {"patient(s) without images": absent, "image folder(s) without table row": orphans}
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    told = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
+    if len(absent) == len(ids):
+        what = f"no patient of the table has images under {root}"
+        complain(what, told, "Each must have a folder named exactly as its id.")
+    if told and not allow_missing:
+        remedy = "Add or rename them, or leave them out with --allow-missing."
+        complain(str(root), told, remedy)
+    return [f"left out {len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items()]
+
+
+def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:
+    """Take the split from the table, else from the folder, else from the label."""
+    splits: list[str] = []
+    moved: list[str] = []
+    for id, label, told in zip(frame.index, frame["label"], frame["split"], strict=True):
+        folder = _folder_split(found.places[id])
+        split = told or folder or ("test" if label == UNKNOWN else "train")
+        splits.append(split)
+        if folder not in (None, split):
+            moved.append(f"{id} ({split})")
+    notes = [f"split: the table's, not the folder's, for {name_some(moved)}"] if moved else []
+    return splits, notes
+
+
+def _folder_split(place: Path) -> str | None:
+    names = [FOLDER_SPLITS[part.lower()] for part in place.parts if part.lower() in FOLDER_SPLITS]
+    return names[-1] if names else None

@@ -1,0 +1,1 @@
+"""Protocols and what they measure: metrics, intervals, decisions, baselines (METHOD §4-5)."""

@@ -1,0 +1,161 @@
+"""What stands beside every image model, on the same splits (METHOD §4).
+
+An image model that doesn't beat bag size has learnt a shortcut; a fused one that doesn't beat the
+clinical attributes is worth nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes, standardise
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.splits import Split
+from lymphfeat.evaluation.decision import HALF, cross_fit_decisions
+from lymphfeat.evaluation.intervals import bootstrap_auc_gain
+from lymphfeat.evaluation.scores import (
+    BAG_SIZE,
+    CLINICAL,
+    MAJORITY,
+    Floats,
+    Labels,
+    Learner,
+    Patients,
+    Predictor,
+    Scores,
+    cross_fit,
+    patient_metrics,
+)
+
+
+def fit_baselines(
+    patients: Patients, n_images: NDArray[np.int64], attributes: Floats
+) -> list[Scores]:
+    """Fit majority, bag size, and (where there are any) the clinical attributes.
+
+    n_images: (P,); attributes: (P, D), NaN where missing.
+    """
+    sizes = np.log(n_images.astype(float))[:, None]  # (P, 1)
+    found = [
+        _baseline(patients, MAJORITY, learn_majority, sizes),
+        _baseline(patients, BAG_SIZE, learn_logistic, sizes),
+    ]
+    if attributes.shape[1]:
+        found.append(_baseline(patients, CLINICAL, learn_logistic, attributes))
+    return found
+
+
+def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
+    """Predict each labelled patient by baselines fitted on a split's training patients.
+
+    Returns probabilities (P,) by the baseline's name, in the cohort's order; NaN for patients whom
+    no split holds out.
+    """
+    attributes = attribute_matrix(known.table, choose_attributes(known.table))
+    sizes = np.log(known.n_images.astype(float))[:, None]  # (P, 1)
+    ways = {MAJORITY: (learn_majority, sizes), BAG_SIZE: (learn_logistic, sizes)}
+    if attributes.shape[1]:
+        ways[CLINICAL] = (learn_logistic, attributes)
+    place = {id: row for row, id in enumerate(known.ids)}
+    found = {name: np.full(len(known.ids), np.nan) for name in ways}
+    for split in splits:
+        train, held_out = ([place[id] for id in ids] for ids in (split.train, split.validation))
+        for name, (learn, inputs) in ways.items():
+            predict = learn(inputs[train], known.labels[train])
+            found[name][held_out] = predict(inputs[held_out])
+    return found
+
+
+def _baseline(patients: Patients, name: str, learner: Learner, inputs: Floats) -> Scores:
+    outer, inner, fitted = cross_fit(patients, learner, lambda place: inputs)
+    return Scores(name=name, kind="baseline", outer=outer, inner=inner, fitted=fitted)
+
+
+def learn_majority(inputs: Floats, labels: Labels) -> Predictor:
+    """Predict the share of tumoral training patients for everybody."""
+    share = float(labels.mean())
+    return lambda others: np.full(len(others), share)
+
+
+def learn_logistic(inputs: Floats, labels: Labels) -> Predictor:
+    """Fit a logistic regression (L2, C 1) on columns scaled over these patients alone.
+
+    Newton's steps, as scikit-learn's newton-cholesky: a plan takes hundreds of these small fits.
+    """
+    rows = np.arange(len(inputs))
+    weights = _newton_logistic(_with_ones(standardise(inputs, rows)), labels)
+
+    def predict(others: Floats) -> Floats:
+        scaled = standardise(np.concatenate([inputs, others]), rows)[len(inputs) :]
+        probability: Floats = expit(_with_ones(scaled) @ weights)
+        return probability
+
+    return predict
+
+
+def _with_ones(x: Floats) -> Floats:
+    return np.column_stack([x, np.ones(len(x))])
+
+
+def _newton_logistic(x: Floats, labels: Labels) -> Floats:
+    """Minimise log loss + |w|² / 2, the last weight (the intercept) free: (D,)."""
+    penalty = np.ones(x.shape[1])
+    penalty[-1] = 0
+    weights = np.zeros(x.shape[1])
+    for _ in range(50):
+        p = expit(x @ weights)
+        gradient = x.T @ (p - labels) + penalty * weights
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
+        step = np.linalg.solve(hessian, gradient)
+        weights -= step * min(1, 2 / max(np.abs(step).max(), 1e-12))  # no leaps
+        if np.abs(step).max() < 1e-8:
+            break
+    return weights
+
+
+Metrics = dict[str, float | None]
+
+
+def folds_of(ids: Sequence[str], splits: Sequence[Split]) -> NDArray[np.int64]:
+    """Return which of the splits holds each patient out: (P,)."""
+    place = {id: fold for fold, split in enumerate(splits) for id in split.validation}
+    return np.array([place[id] for id in ids], np.int64)
+
+
+def measure_baselines(
+    unseen: pd.DataFrame, known: Cohort, splits: Sequence[Split], *, rule: str
+) -> dict[str, Metrics]:
+    """Measure majority, bag size and clinical attributes on the patients of `unseen`.
+
+    unseen: columns id, label and probability, by models that have not seen the patient; `splits`
+    say who was trained on for whom. The rule of the models decides here, too: with several splits
+    each fold by the probabilities of the others. Beside the metrics is `auc_gain`: by how much the
+    AUC of `unseen` is larger, with its 95 % bootstrap interval over patients. With several splits
+    both AUCs are within folds.
+    """
+    rows = pd.Index(known.ids).get_indexer(pd.Index(unseen["id"]))  # (P,) of the cohort
+    folds = folds_of(unseen["id"].tolist(), splits) if len(splits) > 1 else None
+    probability = unseen["probability"].to_numpy(np.float64)
+    labels = unseen["label"].to_numpy(np.int64)
+    measured: dict[str, Metrics] = {}
+    for name, values in predict_unseen(known, splits).items():
+        found = values[rows]
+        if name == MAJORITY or rule == HALF:
+            at: float | Floats = 0.5
+        elif folds is None:
+            at = _share(known, splits[0])
+        else:
+            at = cross_fit_decisions(found, labels, folds, rule=rule, method="none").threshold
+        gain = bootstrap_auc_gain(probability, found, labels, folds)
+        named = zip(("auc_gain", "auc_gain_low", "auc_gain_high"), gain, strict=True)
+        table = unseen.assign(probability=found)
+        measured[f"baseline: {name}"] = {**patient_metrics(table, at, folds), **dict(named)}
+    return measured
+
+
+def _share(known: Cohort, split: Split) -> float:
+    """Return the share of tumoral training patients: the mean of what a baseline makes of them."""
+    return float(known.select(split.train).labels.mean())

@@ -1,0 +1,249 @@
+"""Who is called tumoral: thresholds learnt from training patients alone, and means of models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.calibration import FARTHEST, Calibration, fit_calibrations, logit
+from lymphfeat.evaluation.metrics import EVERYONE, NOBODY, choose_threshold
+
+Floats = NDArray[np.float64]
+
+PREVALENCE, BEST_BA, HALF = RULES = ("prevalence", "best-ba", "0.5")
+SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points kept
+_TIE = 1e-8  # a logit this close above the mean does not exceed it: rounding decides nothing
+
+
+def learn_threshold(
+    rule: str,
+    probabilities: Floats,
+    labels: NDArray[np.int64],
+    calibration: Calibration | None = None,
+) -> float:
+    """Return the probability above which a patient is called tumoral, by one of RULES.
+
+    `prevalence` is the probability whose calibrated value is the mean calibrated value of these
+    patients (P,). With Platt scaling this mean is their share of tumoral ones, and calling whoever
+    exceeds it maximises the expected balanced accuracy of calibrated probabilities. Without an
+    intercept to move (temperature scaling, no calibration) the mean of the probabilities stands in
+    for the share, for it moves with them; and it has a limit, the middle of the logits, where
+    nothing in them tells the label. `best-ba` has the best balanced accuracy on these patients.
+    """
+    if rule == HALF:
+        return 0.5
+    if rule == BEST_BA:
+        return choose_threshold(probabilities, labels)
+    calibration = calibration or Calibration()
+    mean = calibration.apply(probabilities).mean(keepdims=True)  # (1,)
+    at = logit(calibration.undo(mean)) + _TIE
+    return NOBODY if at >= FARTHEST else float(expit(at)[0])
+
+
+def operating_point(probabilities: Floats, labels: NDArray[np.int64], sensitivity: float) -> float:
+    """Return the highest threshold that calls at least `sensitivity` of the tumoral tumoral.
+
+    `probabilities` (P,) must be out of fold. The threshold lies half-way to the next lower value.
+    """
+    tumoral = np.sort(probabilities[labels == 1])[::-1]
+    last = tumoral[math.ceil(sensitivity * len(tumoral) - 1e-9) - 1]  # must be called
+    below = probabilities[probabilities < last]
+    if last == 0:
+        return EVERYONE
+    return float((last + below.max()) / 2 if len(below) else last / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How a model's probabilities are read: stored with it, learnt from training patients alone."""
+
+    threshold: float = 0.5
+    threshold_from: str = "fixed at .5"
+    calibration: Calibration | None = None
+    # "0.95" -> the threshold that reached this sensitivity on out-of-fold probabilities
+    operating_points: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def learn(
+        cls,
+        probabilities: Floats,
+        labels: NDArray[np.int64],
+        *,
+        rule: str = PREVALENCE,
+        method: str = "platt",
+        sensitivities: Sequence[float] = SENSITIVITIES,
+        source: str = "out-of-fold probabilities of the training patients",
+    ) -> "Decision":
+        """Learn threshold, calibration and operating points from OUT-OF-FOLD probabilities (P,).
+
+        `rule` is one of RULES, `method` a calibration's.
+        """
+        (fitted,) = fit_calibrations(probabilities[None], labels, method)
+        calibration = None if method == "none" else fitted
+        return cls(
+            threshold=learn_threshold(rule, probabilities, labels, calibration),
+            threshold_from=cls.threshold_from if rule == HALF else f"{_SAID[rule]}, on {source}",
+            calibration=calibration,
+            operating_points={
+                f"{target:g}": operating_point(probabilities, labels, target)
+                for target in sensitivities
+            },
+        )
+
+    @classmethod
+    def of_fitted(cls, probabilities: Floats, *, rule: str = PREVALENCE) -> "Decision":
+        """Decide without out-of-fold probabilities: by those of the patients trained on (P,).
+
+        They are too sure of themselves to calibrate on, or to choose the best balanced accuracy:
+        SettingsError for `best-ba`. Their mean, which is all that `prevalence` takes, is not.
+        """
+        if rule == BEST_BA:
+            refuse_best_ba()
+        if rule == HALF:
+            return cls()
+        return cls(
+            threshold=learn_threshold(rule, probabilities, np.empty(0, np.int64)),
+            threshold_from=f"the mean probability of the {len(probabilities)} training patients, "
+            "as the model fits them",
+        )
+
+    def logits(self, probabilities: Floats) -> Floats:
+        """Return calibrated logits of probabilities (or plain ones, without a calibration)."""
+        return logit(self.calibrate(probabilities))
+
+    def calibrate(self, probabilities: Floats) -> Floats:
+        """Return calibrated probabilities (or the same, without a calibration)."""
+        return probabilities if self.calibration is None else self.calibration.apply(probabilities)
+
+    def at_sensitivity(self, target: float) -> "Decision":
+        """Decide by an operating point in place of the threshold."""
+        key = f"{target:g}"
+        if key not in self.operating_points:
+            known = ", ".join(self.operating_points) or "none: it has no out-of-fold probabilities"
+            raise SettingsError(
+                f"sensitivity (={key}) must be an operating point of the model; it has {known}."
+            )
+        return replace(
+            self,
+            threshold=self.operating_points[key],
+            threshold_from=f"sensitivity {key} on out-of-fold probabilities",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a model file holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Decision":
+        """Read a model file's fields; those of models without calibration may be absent."""
+        calibration = content.get("calibration")
+        return cls(
+            threshold=float(content["threshold"]),
+            threshold_from=str(content["threshold_from"]),
+            calibration=None if calibration is None else Calibration(**calibration),
+            operating_points={k: float(v) for k, v in content.get("operating_points", {}).items()},
+        )
+
+
+def refuse_best_ba() -> NoReturn:
+    """Raise SettingsError: a single model has nothing to choose the best balanced accuracy on."""
+    raise SettingsError(
+        "threshold (=best-ba) must be chosen on out-of-fold probabilities; a single model has "
+        "none. Train with --folds, or use --threshold prevalence."
+    )
+
+
+_SAID = {
+    PREVALENCE: "the mean calibrated probability",
+    BEST_BA: "best balanced accuracy",
+}
+
+
+# --- several models ------------------------------------------------------------------------------
+
+
+def average(decisions: Sequence[Decision], probabilities: Floats) -> Floats:
+    """Return the logistic of the mean of several models' calibrated logits: (M, P) -> (P,)."""
+    logits = [d.logits(p) for d, p in zip(decisions, probabilities, strict=True)]
+    return np.asarray(expit(np.mean(logits, axis=0)))
+
+
+def combine(decisions: Sequence[Decision]) -> Decision:
+    """Return the decision about what `average` gives: its thresholds are on that scale.
+
+    A patient is called tumoral when the models' calibrated logits exceed their thresholds in the
+    mean. So each threshold is used on the scale on which it was found; the mean of several models'
+    probabilities would lie nearer to the middle than any single model's, on which thresholds are
+    found.
+    """
+    shared = [
+        key
+        for key in decisions[0].operating_points
+        if all(key in d.operating_points for d in decisions)
+    ]
+    sources = list(dict.fromkeys(d.threshold_from for d in decisions))
+    return Decision(
+        threshold=_mean_threshold(decisions, [d.threshold for d in decisions]),
+        threshold_from=f"{'; '.join(sources)}; {len(decisions)} models, mean of calibrated logits",
+        calibration=None if any(d.calibration is None for d in decisions) else Calibration(),
+        operating_points={
+            key: _mean_threshold(decisions, [d.operating_points[key] for d in decisions])
+            for key in shared
+        },
+    )
+
+
+def _mean_threshold(decisions: Sequence[Decision], thresholds: Sequence[float]) -> float:
+    logits = [_logit_of(d, at) for d, at in zip(decisions, thresholds, strict=True)]
+    return float(expit(np.mean(logits)))
+
+
+def _logit_of(decision: Decision, threshold: float) -> float:
+    if not 0 <= threshold < 1:
+        return FARTHEST + 1 if threshold >= 1 else -FARTHEST - 1  # past every logit
+    return float(decision.logits(np.array([threshold]))[0])
+
+
+# --- measured on those who chose it --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossFitted:
+    """Decisions about patients by what was learnt from other folds, (P,) each."""
+
+    calibrated: Floats  # probabilities
+    threshold: Floats  # on the scale of probabilities before calibration
+
+
+def cross_fit_decisions(
+    probabilities: Floats,
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    *,
+    rule: str = PREVALENCE,
+    method: str = "platt",
+) -> CrossFitted:
+    """Calibrate and decide each fold's patients by out-of-fold probabilities of the OTHER folds.
+
+    A threshold measured on the patients it was chosen on is too good: .567 of balanced accuracy for
+    `best-ba` on 72 patients of whom nothing is known. Not fully nested: the models behind the other
+    folds' probabilities were trained on this fold's labels (docs/protocols.md says what that does).
+    """
+    calibrated, thresholds = np.empty(len(labels)), np.empty(len(labels))
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        decision = Decision.learn(
+            probabilities[~held_out],
+            labels[~held_out],
+            rule=rule,
+            method=method,
+            sensitivities=(),
+        )
+        calibrated[held_out] = decision.calibrate(probabilities[held_out])
+        thresholds[held_out] = decision.threshold
+    return CrossFitted(calibrated=calibrated, threshold=thresholds)

@@ -1,0 +1,150 @@
+"""Image score and clinical attributes in one probability (METHOD §5).
+
+All are learnt from OUT-OF-FOLD image logits of the training patients: the logits of patients whom a
+head was trained on are far too sure of themselves, and would drown the attributes.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from lymphfeat.cohort.attributes import standardise
+from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.baselines import learn_logistic
+from lymphfeat.evaluation.calibration import fit_calibrations, logit
+from lymphfeat.evaluation.scores import (
+    CLINICAL,
+    Floats,
+    Labels,
+    Learner,
+    Patients,
+    Predictor,
+    Scores,
+    cross_fit,
+)
+
+_SHRINKAGE = 1.0  # of the experts' weights, as C 1 of a logistic regression
+
+
+def fit_fusions(
+    patients: Patients, heads: Sequence[Scores], names: Sequence[str], attributes: Floats
+) -> list[Scores]:
+    """Fuse every head with the attributes (P, D) in every way named; all is late, sum, experts.
+
+    Raises SettingsError for an unknown name, without attributes, or without out-of-fold logits.
+    """
+    names = list(FUSIONS) if "all" in names else list(dict.fromkeys(names))
+    unknown = [name for name in names if name not in FUSIONS]
+    if unknown:
+        raise SettingsError(f"fusion (={unknown[0]}) must be one of {', '.join(FUSIONS)}, or all.")
+    if names and not attributes.shape[1]:
+        raise SettingsError("fusion must have clinical attributes; the cohort's table has none.")
+    if names and not all(patients.plan.inner):
+        raise SettingsError(
+            "fusion must learn from out-of-fold image logits; the report protocol has none. "
+            "Use --protocol honest."
+        )
+    return [_fuse(patients, head, name, attributes) for head in heads for name in names]
+
+
+def _fuse(patients: Patients, head: Scores, name: str, attributes: Floats) -> Scores:
+    def inputs(place: int) -> Floats:
+        judged = np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
+        return np.column_stack([logit(judged), attributes])  # (P, 1 + D)
+
+    outer, inner, fitted = cross_fit(patients, FUSIONS[name], inputs)
+    return Scores(
+        name=f"{head.name} + {CLINICAL} ({name})",
+        kind="fusion",
+        outer=outer,
+        inner=inner,
+        fitted=fitted,
+    )
+
+
+def learn_sum(inputs: Floats, labels: Labels) -> Predictor:
+    """Add the evidence: calibrated image logit + clinical logit − the prior's, counted twice."""
+    (calibration,) = fit_calibrations(expit(inputs[None, :, 0]), labels)
+    clinical = learn_logistic(inputs[:, 1:], labels)
+    share = np.array(labels.mean())
+
+    def predict(others: Floats) -> Floats:
+        image = calibration.apply(expit(others[:, 0]))
+        total = logit(image) + logit(clinical(others[:, 1:])) - logit(share)
+        probability: Floats = expit(total)
+        return probability
+
+    return predict
+
+
+def learn_experts(inputs: Floats, labels: Labels) -> Predictor:
+    """Fit p = π σ(s_img) + (1 − π) σ(s_clin), the gate π from both (Sahasrabudhe et al. 2021).
+
+    s_img is the image logit stretched and moved, s_clin linear in the attributes, the gate's logit
+    linear in both; found together by maximum likelihood with weights shrunk towards 0 (s_img's
+    stretch towards 1).
+    """
+    rows = np.arange(len(inputs))
+    x = standardise(inputs, rows)  # (n, 1 + D)
+    spread = float(np.std(inputs[:, 0])) or 1.0  # a stretch of 1 in raw logits
+    start = np.zeros(2 * (1 + x.shape[1]) + 1)
+    start[0] = spread
+    found = minimize(
+        partial(_experts_loss, x=x, labels=labels, anchor=start.copy()),
+        start,
+        jac=True,
+        method="L-BFGS-B",
+    ).x
+
+    def predict(others: Floats) -> Floats:
+        scaled = standardise(np.concatenate([inputs, others]), rows)[len(inputs) :]
+        image, clinical, gate = _experts(found, scaled)
+        return gate * image + (1 - gate) * clinical
+
+    return predict
+
+
+def _experts(parameters: Floats, x: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return σ(s_img), σ(s_clin) and the gate of standardised inputs (n, 1 + D), each (n,)."""
+    d = x.shape[1]
+    stretch, move = parameters[:2]
+    clinical, gate = parameters[2 : 2 + d], parameters[2 + d :]
+    return (
+        expit(stretch * x[:, 0] + move),
+        expit(x[:, 1:] @ clinical[:-1] + clinical[-1]),
+        expit(x @ gate[:-1] + gate[-1]),
+    )
+
+
+def _experts_loss(
+    parameters: Floats, x: Floats, labels: Labels, anchor: Floats
+) -> tuple[float, Floats]:
+    """Return the shrunk negative log likelihood and its gradient."""
+    image, clinical, gate = _experts(parameters, x)
+    p = np.clip(gate * image + (1 - gate) * clinical, 1e-9, 1 - 1e-9)
+    slope = (p - labels) / (p * (1 - p))  # d loss / d p
+    by_image = slope * gate * image * (1 - image)
+    by_clinical = slope * (1 - gate) * clinical * (1 - clinical)
+    by_gate = slope * (image - clinical) * gate * (1 - gate)
+    away = parameters - anchor
+    d = x.shape[1]
+    away[[1, 1 + d]] = 0  # s_img's and s_clin's offsets are free; the gate's is shrunk
+    loss = -float(np.where(labels == 1, np.log(p), np.log1p(-p)).sum())
+    gradient = np.concatenate(
+        [
+            [by_image @ x[:, 0], by_image.sum()],
+            [*(by_clinical @ x[:, 1:]), by_clinical.sum()],
+            [*(by_gate @ x), by_gate.sum()],
+        ]
+    )
+    return loss + _SHRINKAGE * float(away @ away) / 2, gradient + _SHRINKAGE * away
+
+
+FUSIONS: Mapping[str, Learner] = {
+    "late": learn_logistic,
+    "sum": learn_sum,
+    "experts": learn_experts,
+}

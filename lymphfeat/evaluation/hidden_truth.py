@@ -1,0 +1,167 @@
+"""What is known of a made-up cohort and hidden from training: witness images, hidden labels.
+
+Files: `truth.csv` beside a synthetic cohort (SPLIT, ID, FILE, LABEL, CELL_CLASS, IS_WITNESS), any
+CSV with at least ID, FILE, IS_WITNESS, and any CSV with ID, LABEL. For scoring, never for training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lymphfeat.errors import CohortError
+from lymphfeat.evaluation.metrics import all_metrics, roc_auc
+
+_INSTANCE_COLUMNS = ("ID", "FILE", "IS_WITNESS")
+_LABEL_COLUMNS = ("ID", "LABEL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What one or several truth files say together."""
+
+    images: pd.DataFrame | None  # patient, image, witness
+    labels: pd.Series | None  # patient -> 0 or 1
+
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> "Truth":
+        """Take from each file what it holds; a file that holds neither is an error."""
+        tables = {path: _read_csv(path) for path in paths}
+        images = [read_truth(path) for path, table in tables.items() if _has_instances(table)]
+        labels = [read_labels(path) for path, table in tables.items() if _has_labels(table)]
+        for path, table in tables.items():
+            if not _has_instances(table) and not _has_labels(table):
+                raise _missing_columns(path, table, _INSTANCE_COLUMNS)
+        return cls(
+            images=pd.concat(images, ignore_index=True) if images else None,
+            labels=pd.concat(labels).groupby(level=0).first() if labels else None,
+        )
+
+    def score(
+        self, images: pd.DataFrame, patients: pd.DataFrame, threshold: float = 0.5
+    ) -> dict[str, float]:
+        """Measure predictions: how well images rank, and patients whose label was hidden.
+
+        `images` has patient, image, logit; `patients` has id, label, probability, where a patient
+        without a label is one whose label was hidden. Keys of the hidden labels begin `hidden_`.
+        """
+        scores: dict[str, float] = {}
+        if self.images is not None:
+            scores["witness_auc"] = witness_auc(images, self.images)
+            scores["witness_auc_all"] = witness_auc_all(images, self.images)
+        if self.labels is not None:
+            scores |= _hidden_metrics(patients, self.labels, threshold)
+        return scores
+
+
+def read_truth(path: Path) -> pd.DataFrame:
+    """Read which images are witnesses: one row an image, columns patient, image, witness (bool)."""
+    table = _read_csv(path)
+    if not _has_instances(table):
+        raise _missing_columns(path, table, _INSTANCE_COLUMNS)
+    _check_binary(path, table["IS_WITNESS"])
+    frame = pd.DataFrame(
+        {"patient": table["ID"], "image": table["FILE"], "witness": table["IS_WITNESS"] == "1"}
+    )
+    twice = frame.duplicated(["patient", "image"])
+    if twice.any():
+        row = int(np.flatnonzero(twice)[0])
+        raise CohortError(
+            f"{path} row {row + 2}: image {frame['image'][row]} of {frame['patient'][row]} must "
+            "stand there once; remove the repeated row."
+        )
+    return frame
+
+
+def read_labels(path: Path) -> pd.Series:
+    """Read patients' labels, id -> 0 or 1, from any CSV with columns ID and LABEL; -1 is no label.
+
+    Rows may be patients or images; rows of one patient must agree.
+    """
+    table = _read_csv(path)
+    if not _has_labels(table):
+        raise _missing_columns(path, table, _LABEL_COLUMNS)
+    table = table[table["LABEL"] != "-1"]
+    _check_binary(path, table["LABEL"])
+    labels = table.drop_duplicates(["ID", "LABEL"]).set_index("ID")["LABEL"].astype(np.int64)
+    if labels.index.has_duplicates:
+        twice = ", ".join(labels.index[labels.index.duplicated()].unique()[:5])
+        raise CohortError(f"{path}: LABEL must be one and the same in all rows of {twice}.")
+    return labels
+
+
+def witness_auc(images: pd.DataFrame, truth: pd.DataFrame) -> float:
+    """Return the ROC-AUC of image logits against witness, in patients with at least one witness.
+
+    `images` has patient, image, logit; images without a truth row are left out.
+    """
+    known = _joined(images, truth)
+    return _auc(known[known.groupby("patient")["witness"].transform("any")])
+
+
+def witness_auc_all(images: pd.DataFrame, truth: pd.DataFrame) -> float:
+    """Return the ROC-AUC of image logits against witness, over the images of all patients."""
+    return _auc(_joined(images, truth))
+
+
+def _joined(images: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    known = images[["patient", "image", "logit"]].merge(truth, on=["patient", "image"])
+    if known.empty:
+        raise CohortError(
+            "truth must name images of this cohort; got none of them. "
+            "Take the truth file that lies beside this cohort."
+        )
+    return known
+
+
+def _auc(known: pd.DataFrame) -> float:
+    logits = known["logit"].to_numpy(np.float64)
+    return float(roc_auc(logits, known["witness"].to_numpy().astype(np.int64)))
+
+
+def _hidden_metrics(
+    patients: pd.DataFrame, labels: pd.Series, threshold: float
+) -> dict[str, float]:
+    hidden = patients[patients["label"].isna() & patients["id"].isin(labels.index)]
+    if hidden.empty:
+        return {}
+    true = labels.loc[hidden["id"]].to_numpy(np.int64)
+    metrics = all_metrics(hidden["probability"].to_numpy(np.float64), true, threshold)
+    return {
+        "hidden_patients": float(len(hidden)),
+        **{f"hidden_{name}": float(value) for name, value in metrics.items()},
+    }
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CohortError(f"truth (={path}) must be a readable CSV file; got: {reason}.") from None
+    return table.rename(columns=lambda name: str(name).strip().upper())
+
+
+def _has_instances(table: pd.DataFrame) -> bool:
+    return set(_INSTANCE_COLUMNS) <= set(table.columns)
+
+
+def _has_labels(table: pd.DataFrame) -> bool:
+    return set(_LABEL_COLUMNS) <= set(table.columns)
+
+
+def _missing_columns(path: Path, table: pd.DataFrame, wanted: Sequence[str]) -> CohortError:
+    return CohortError(
+        f"{path}: columns must hold {', '.join(wanted)}; got {', '.join(table.columns)}."
+    )
+
+
+def _check_binary(path: Path, column: pd.Series) -> None:
+    wrong = np.flatnonzero(~column.isin(["0", "1"]))
+    if len(wrong):
+        row = column.index[wrong[0]]
+        raise CohortError(
+            f"{path} row {row + 2}, column {column.name}: must be 0 or 1; got {column[row]!r}."
+        )

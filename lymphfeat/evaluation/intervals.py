@@ -1,0 +1,211 @@
+"""Intervals and tests for figures of repeated splits, and of one fixed model (METHOD §4)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from lymphfeat.evaluation.metrics import METRICS, all_metrics, fold_auc
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over splits with its interval, and the p of the hypothesis that it is 0.
+
+    `low` and `high` are kept within the bounds of what is estimated; `half_width` is half of the
+    interval before that. All are NaN of a single split.
+    """
+
+    mean: float
+    low: float
+    high: float
+    half_width: float
+    p: float
+
+
+def corrected_factor(n: int, test_to_train: float) -> float:
+    """Return what multiplies the variance of n splits' figures to give that of their mean.
+
+    1 / n + n_test / n_train: the training sets of repeated splits overlap, so their figures are not
+    independent (Nadeau & Bengio, Machine Learning 52, 2003).
+    """
+    return 1 / n + test_to_train
+
+
+def t_half_width(
+    values: Floats, variance_factor: float | None = None, level: float = 0.95
+) -> float:
+    """Return half of the t interval of the mean of `values` (n,); NaN for fewer than 2.
+
+    `variance_factor` multiplies the sample variance in place of 1 / n (see `corrected_factor`).
+    """
+    n = len(values)
+    if n < 2:
+        return math.nan
+    factor = 1 / n if variance_factor is None else variance_factor
+    return float(stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(factor * values.var(ddof=1)))
+
+
+def estimate(
+    values: Floats,
+    test_to_train: float,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """Return the mean of one value per split (n,) with its corrected t interval and two-sided p.
+
+    The interval is cut off at `bounds`, which cannot make it miss more often: what is estimated
+    lies between them.
+    """
+    n, mean = len(values), float(values.mean())
+    factor = corrected_factor(n, test_to_train)
+    half = t_half_width(values, factor, level)
+    low, high = np.clip([mean - half, mean + half], *bounds).tolist()
+    return Estimate(mean=mean, low=low, high=high, half_width=half, p=_two_sided(values, factor))
+
+
+def estimate_metric(
+    values: Floats, test_to_train: float, bounds: tuple[float, float], rarer: int
+) -> Estimate:
+    """Return `estimate` of a metric (n,) with these bounds, measured on patients.
+
+    Splits that are all faultless show no variance; the lower end then comes from `rarer`, the
+    number of patients in the smaller class (see `faultless_low`).
+    """
+    found = estimate(values, test_to_train, bounds=bounds)
+    if len(values) < 2 or bounds[1] != 1 or (values < 1).any():
+        return found
+    low = faultless_low(rarer)
+    return replace(found, low=low, half_width=1 - low)
+
+
+def faultless_low(patients: int) -> float:
+    """Return the lower end of the 95 % interval of a share of 1 among so many patients.
+
+    It is the share at which all of them being right has probability .025.
+    """
+    return float(0.025 ** (1 / patients))
+
+
+def _two_sided(values: Floats, factor: float) -> float:
+    if len(values) < 2:
+        return math.nan
+    error = math.sqrt(factor * values.var(ddof=1))
+    if error < 1e-12:  # equal in every split
+        return 1.0 if abs(values.mean()) < 1e-12 else 0.0
+    return float(2 * stats.t.sf(abs(values.mean()) / error, len(values) - 1))
+
+
+def holm(p: Floats) -> Floats:
+    """Return p values (m,) adjusted for their number (Holm 1979); NaN stays out of the count."""
+    adjusted = np.full(len(p), np.nan)
+    order = [int(i) for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, float(p[i]) * (len(order) - place))
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+def _draw(
+    rows: Sequence[NDArray[np.int64]], draws: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw as many of each group of rows as it has, with replacement: (draws, P)."""
+    return np.concatenate(
+        [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
+    )
+
+
+def draw_counts(labels: NDArray[np.int64], draws: int, generator: np.random.Generator) -> Floats:
+    """Draw patients (P,) with replacement within their class; count how often each: (draws, P).
+
+    Patients whose label is not known (-1) are never drawn.
+    """
+    counts = np.zeros((draws, len(labels)))
+    for label in (0, 1):
+        (own,) = np.nonzero(labels == label)
+        counts[:, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), draws)
+    return counts
+
+
+def bootstrap_auc_gain(
+    probabilities: Floats,
+    others: Floats,
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64] | None = None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return by how much one AUC exceeds another on the same patients, and its 95 % interval.
+
+    Patients (P,) are drawn as in `bootstrap_metrics`, for both alike; AUCs are within `folds`. NaN
+    without both classes.
+    """
+    if not (labels == 0).any() or not (labels == 1).any():
+        return math.nan, math.nan, math.nan
+    folds = np.zeros(len(labels), np.int64) if folds is None else folds
+    counts = draw_counts(labels, draws, np.random.default_rng(seed))
+    gains = fold_auc(probabilities, labels, folds, counts) - fold_auc(others, labels, folds, counts)
+    low, high = np.nanquantile(gains, [0.025, 0.975])
+    gain = float(fold_auc(probabilities, labels, folds) - fold_auc(others, labels, folds))
+    return gain, float(low), float(high)
+
+
+def _counts(drawn: NDArray[np.int64]) -> Floats:
+    """Count how often each patient is in each draw: (draws, P)."""
+    draws, patients = drawn.shape
+    rows = drawn + patients * np.arange(draws)[:, None]
+    return np.bincount(rows.ravel(), minlength=draws * patients).reshape(drawn.shape).astype(float)
+
+
+def bootstrap_metrics(
+    probabilities: Floats,
+    labels: NDArray[np.int64],
+    threshold: ArrayLike,
+    folds: NDArray[np.int64] | None = None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval over patients of one fixed model's every metric.
+
+    `threshold` is one number or each patient's own (P,); with `folds` (P,) the AUC is `fold_auc`.
+
+    Patients (P,) are drawn with replacement within their class: how many there are of each was
+    collected, not found. Where nothing varies (a class all right or all wrong, an AUC of 1) drawing
+    would give no width: a class's share is then drawn from Jeffreys' posterior, and the AUC's lower
+    bound is as if each patient of the smaller class had won one fair pairing. NaN without patients
+    of both classes.
+    """
+    rows = [np.flatnonzero(labels == label) for label in (0, 1)]
+    if not all(len(part) for part in rows):
+        return dict.fromkeys(METRICS, (math.nan, math.nan))
+    generator = np.random.default_rng(seed)
+    drawn = _draw(rows, draws, generator)
+    at = np.broadcast_to(threshold, labels.shape)  # (P,)
+    found = all_metrics(probabilities[drawn], labels[drawn[0]], at[drawn])
+    if folds is not None:
+        found["auc"] = fold_auc(probabilities, labels, folds, _counts(drawn))
+    for name, part, right in (
+        ("specificity", rows[0], (probabilities <= at)[rows[0]]),
+        ("sensitivity", rows[1], (probabilities > at)[rows[1]]),
+    ):
+        if right.all() or not right.any():
+            hits = int(right.sum())
+            found[name] = generator.beta(hits + 0.5, len(part) - hits + 0.5, draws)
+    found["ba"] = (found["sensitivity"] + found["specificity"]) / 2
+    intervals = {
+        name: (float(low), float(high))
+        for name, (low, high) in (
+            (name, np.nanquantile(found[name], [0.025, 0.975])) for name in METRICS
+        )
+    }
+    if np.nanmin(found["auc"]) == 1:
+        intervals["auc"] = faultless_low(min(len(part) for part in rows)), 1.0
+    return intervals

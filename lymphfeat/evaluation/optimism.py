@@ -1,0 +1,111 @@
+"""How much the `report` protocol flatters: bootstrap intervals of `report` minus `honest`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lymphfeat.evaluation.intervals import draw_counts
+from lymphfeat.evaluation.metrics import ORACLE_THRESHOLDS
+from lymphfeat.evaluation.protocol import Outcome
+from lymphfeat.evaluation.scores import BEST_EPOCHS, Floats, Labels
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """Whom a row calls tumoral in one split."""
+
+    labels: Labels  # (n,) of the validation patients
+    rows: NDArray[np.int64]  # (n,) of the validation patients, among all
+    # (E, T, n): after every epoch at every threshold that the protocol chooses among; else 1, 1
+    tumoral: NDArray[np.bool_]
+
+
+def optimism_interval(
+    labels: Labels,
+    report: Sequence[Calls],
+    honest: Sequence[Calls],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the difference in mean accuracy, of patients (P,).
+
+    Every draw takes patients with replacement, within each class, and the report's halves with
+    replacement, and measures both protocols on the same patients. Epochs and thresholds are chosen
+    anew in each draw, as the report chooses them; nothing is fitted anew. The interval is that of
+    the draws about their mean, moved to the estimate: choosing among patients some of whom are
+    repeated is more optimistic, so the draws themselves lie too high. It lies within [−1, 1]; NaN
+    when no draw has both classes in a split of each protocol.
+    """
+    generator = np.random.default_rng(seed)
+    counts = draw_counts(labels, draws, generator)  # (B, P)
+    n = len(report)
+    halves = generator.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)  # (B, S)
+    found = mean_accuracy(report, counts, halves) - mean_accuracy(honest, counts)
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return np.nan, np.nan
+    once = np.ones((1, len(labels)))
+    estimate = mean_accuracy(report, once) - mean_accuracy(honest, once)
+    ends = np.quantile(found - found.mean(), [0.025, 0.975]) + estimate
+    low, high = np.clip(ends, -1, 1).tolist()
+    return low, high
+
+
+def mean_accuracy(calls: Sequence[Calls], counts: Floats, splits: Floats | None = None) -> Floats:
+    """Return the mean over splits of balanced accuracies, of patients counted (B, P) times: (B,).
+
+    In each split it is the mean of the ten best epochs, each at its best threshold. `splits` (B, S)
+    counts the splits, None each once. A split in which a draw lacks a class is left out of it.
+    """
+    found = np.stack([_accuracy(each, counts[:, each.rows]) for each in calls], axis=1)  # (B, S)
+    weights = np.isfinite(found) * (1 if splits is None else splits)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((np.nan_to_num(found) * weights).sum(1) / weights.sum(1))
+
+
+def _accuracy(calls: Calls, counts: Floats) -> Floats:
+    """Return one split's: (B,), NaN where a class was not drawn."""
+    shares = []
+    for label, right in ((1, calls.tumoral), (0, ~calls.tumoral)):
+        own = counts[:, calls.labels == label].astype(np.float32)  # (B, n of this class)
+        hits = right[..., calls.labels == label].reshape(-1, own.shape[1])  # (E * T, n)
+        with np.errstate(invalid="ignore"):
+            shares.append(own @ hits.T.astype(np.float32) / own.sum(1, keepdims=True))
+    accuracy = (shares[0] + shares[1]) / 2
+    accuracy = accuracy.reshape(len(counts), *calls.tumoral.shape[:2]).max(2)  # (B, E)
+    best = min(BEST_EPOCHS, accuracy.shape[1])
+    return np.asarray(np.partition(accuracy, -best, axis=1)[:, -best:].mean(1), np.float64)
+
+
+def report_calls(outcome: Outcome, head: str, *, every: int, oracle: bool) -> list[Calls]:
+    """Return whom a head calls tumoral under `report`, looking at one epoch in `every`."""
+    patients = outcome.patients
+    thresholds = ORACLE_THRESHOLDS if oracle else np.array([0.5])
+    curves = outcome.curves(head, every)
+    return [
+        Calls(
+            labels=patients.labels[rows],
+            rows=rows,
+            tumoral=probabilities[:, None] > thresholds[:, None],
+        )
+        for rows, probabilities in zip(patients.validation, curves, strict=True)
+    ]
+
+
+def honest_calls(outcome: Outcome, head: str) -> list[Calls]:
+    """Return whom a head calls tumoral under `honest`."""
+    patients, predictions = outcome.patients, outcome.predictions
+    table = predictions[predictions["head"] == head].pivot(
+        index="split", columns="patient", values="predicted"
+    )
+    ids = [split.id for split in patients.plan.outer]
+    tumoral = table.reindex(index=ids, columns=patients.ids).to_numpy(float) > 0  # (S, P)
+    return [
+        Calls(labels=patients.labels[rows], rows=rows, tumoral=tumoral[place, rows][None, None])
+        for place, rows in enumerate(patients.validation)
+    ]

@@ -1,0 +1,73 @@
+"""Whose labels and images the features behind a run come from, and who the run's patients are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
+from lymphfeat.cohort.splits import Split
+from lymphfeat.errors import SettingsError
+from lymphfeat.features.store import FeatureStore
+
+PROVENANCE_FILE = "provenance.json"
+_FROZEN = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProvenance:
+    """What `provenance.json` of a run holds; the heads also come from their split's training."""
+
+    patients: Mapping[str, PatientKey]  # by the run's own ids
+    features: Mapping[str, Provenance]  # by the name of a set of features
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> "RunProvenance":
+        """Collect the provenance of a store."""
+        return cls(
+            patients={key.id: key for key in store.keys},
+            features={name: found.provenance for name, found in store.feature_sets.items()},
+        )
+
+    @classmethod
+    def read(cls, run: Path) -> "RunProvenance":
+        """Read a run's; empty for runs of earlier versions, which have none."""
+        path = run / PROVENANCE_FILE
+        if not path.is_file():
+            return cls(patients={}, features={})
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                patients={key.id: key for key in keys_from_json(content["patients"])},
+                features={
+                    name: Provenance.from_json(found) for name, found in content["features"].items()
+                },
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(f"{path}: is damaged ({error}); fit the run again.") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return {
+            "patients": keys_to_json(self.patients.values()),
+            "features": {name: found.to_json() for name, found in self.features.items()},
+        }
+
+    def key(self, id: str) -> PatientKey:
+        """Return what a patient of the run is recognised by."""
+        return self.patients.get(id, PatientKey(id=id))
+
+    def of_features(self, split: Split) -> Provenance:
+        """Return what a split's features come from."""
+        return self.features.get(_FROZEN) or self.features.get(split.id) or NOBODY
+
+    def of_heads(self, split: Split) -> Provenance:
+        """Return what a split's heads come from."""
+        training = Provenance(labels=tuple(self.key(id) for id in split.train))
+        return self.of_features(split) | training
+
+    def seen(self, split: Split) -> set[str]:
+        """Return the split's validation patients whose labels its features come from."""
+        found = self.of_features(split)
+        return set(found.labelled(self.key(id) for id in split.validation))

@@ -1,0 +1,115 @@
+"""Curves and distributions of a report, as plain arrays for page and figures alike."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat.explanation.scores import Floats
+from lymphfeat.heads.aggregators.weighted import EPSILON
+from lymphfeat.model.model import Model
+
+Doubles = NDArray[np.float64]
+
+
+def roc_curve(probability: Doubles, labels: NDArray[np.int64]) -> Doubles:
+    """Return the points (false, true positive rate) of the ROC curve: (K, 2), from 0 0 to 1 1.
+
+    Rates are NaN without patients of a class.
+    """
+    order = np.argsort(-probability, kind="stable")
+    ranked, own = probability[order], labels[order]
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of equal probabilities
+    with np.errstate(invalid="ignore"):
+        true = np.cumsum(own == 1)[last] / np.float64((own == 1).sum())
+        false = np.cumsum(own == 0)[last] / np.float64((own == 0).sum())
+    return np.concatenate([[[0.0, 0.0]], np.stack([false, true], 1)])
+
+
+def calibration_curve(probability: Doubles, labels: NDArray[np.int64], bins: int = 5) -> Doubles:
+    """Return (mean probability, share tumoral, patients, low, high) of equal groups: (K, 5).
+
+    low and high are the share's 95 % interval after Wilson 1927.
+    """
+    order = np.argsort(probability, kind="stable")
+    groups = [group for group in np.array_split(order, min(bins, len(order))) if len(group)]
+    rows = []
+    for group in groups:
+        share, n = float(labels[group].mean()), len(group)
+        rows.append((float(probability[group].mean()), share, n, *wilson(share, n)))
+    return np.array(rows, np.float64)
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n (Wilson 1927)."""
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCurve:
+    """How `bnsigmoid` weighs a logit, before the division by a patient's sum (report, figure 2)."""
+
+    mean: float  # running, of the logits
+    deviation: float
+    gamma: float
+    beta: float
+
+    @classmethod
+    def of(cls, model: Model) -> "WeightCurve | None":
+        """Return a model's curve, None when its weights are no function of the logit alone."""
+        if model.head_settings.agg != "bnsigmoid":
+            return None
+        state = model.head.state
+        return cls(
+            mean=float(state.running_mean[0].detach()),
+            deviation=float((state.running_var[0].detach() + EPSILON).sqrt()),
+            gamma=float(state.gamma[0].detach()),
+            beta=float(state.beta[0].detach()),
+        )
+
+    def normalize(self, logits: Floats) -> Floats:
+        """Return (ℓ − μ) / sqrt(V + ε)."""
+        normalized: Floats = ((logits - self.mean) / self.deviation).astype(np.float32)
+        return normalized
+
+    def weight(self, normalized: Floats) -> Floats:
+        """Return σ(β + γ z), in [0, 1]."""
+        weight: Floats = expit(self.beta + self.gamma * normalized).astype(np.float32)
+        return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """Histograms of a cohort's instance logits: normalised where the head normalises them."""
+
+    edges: Floats  # (B + 1,)
+    counts: NDArray[np.int64]  # (P, B)
+    weight: Floats | None  # (B,) of a logit at each bin's centre; bnsigmoid only
+    instances: str  # "pixels" or "images"
+
+    @classmethod
+    def of(
+        cls, model: Model, maps: Floats, sizes: NDArray[np.int64], bins: int = 32
+    ) -> "Distribution":
+        """Count the logits of each patient's instances, from maps (N, h, w)."""
+        pixels = model.head_settings.unit == "pixel"
+        logits = maps.reshape(len(maps), -1)
+        logits = logits if pixels else logits.mean(1, keepdims=True)  # (N, U)
+        curve = WeightCurve.of(model)
+        values = logits if curve is None else curve.normalize(logits)
+        low, high = np.quantile(values, (0.001, 0.999))
+        edges = np.linspace(low, max(high, low + 1e-3), bins + 1).astype(np.float32)
+        kept = np.clip(values, edges[0], edges[-1])  # the few beyond count at the ends
+        parts = np.split(kept, np.cumsum(sizes)[:-1])
+        return cls(
+            edges=edges,
+            counts=np.array([np.histogram(part, edges)[0] for part in parts], np.int64),
+            weight=None
+            if curve is None
+            else curve.weight(((edges[1:] + edges[:-1]) / 2).astype(np.float32)),
+            instances="pixels" if pixels else "images",
+        )

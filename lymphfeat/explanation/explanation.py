@@ -1,0 +1,149 @@
+"""Everything a report shows of a model on a cohort, as arrays and tables."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.evaluation.hidden_truth import Truth
+from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
+from lymphfeat.explanation.scores import Decisions, Floats, decide, ranks, score_maps
+from lymphfeat.model.model import Model
+from lymphfeat.model.predictions import ROLE_OF
+from lymphfeat.runtime.progress import Progress, silent
+
+ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a model saw in a cohort.
+
+    maps (N, h, w) are pixel logits. Images lie patient by patient, in the cohort's order.
+    """
+
+    model: Model
+    cohort: Cohort
+    maps: Floats
+    decisions: Decisions
+    predicted: (
+        Floats  # (P,) probability as `Model.predict` gives it; with TTA not the explained one
+    )
+    deletion: Deletion | None  # None where no patient has enough images
+    truth: Truth | None = None
+    overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
+
+    @cached_property
+    def logit(self) -> Floats:
+        """Return the images' logits, (N,)."""
+        mean: Floats = self.maps.mean((1, 2))
+        return mean
+
+    @cached_property
+    def rank(self) -> NDArray[np.int64]:
+        """Return each image's place in its patient, 0 the highest: (N,)."""
+        return ranks(self.logit, self.cohort.n_images)
+
+    @cached_property
+    def patient(self) -> NDArray[np.int64]:
+        """Return the patient of each image, (N,)."""
+        return np.repeat(np.arange(len(self.cohort.ids)), self.cohort.n_images)
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        """Tabulate the images: patient, image, rank, logit, probability, weight, share, mark."""
+        paths = [path for paths in self.cohort.images for path in paths]
+        return pd.DataFrame(
+            {
+                "patient": np.array(self.cohort.ids)[self.patient],
+                "image": [path.name for path in paths],
+                "rank": self.rank + 1,
+                "logit": self.logit,
+                "probability": expit(self.logit),
+                "weight": self.decisions.weight,
+                "share": self.decisions.share,
+                "mark": self.decisions.mark,
+            }
+        )
+
+    @cached_property
+    def patients(self) -> pd.DataFrame:
+        """Tabulate the patients: id, label (missing where unknown), role, n_images, probability, …
+
+        `calibrated` is missing where the model has no calibration; `predicted` is 1 above its
+        threshold; `error` is missing where the label is.
+        """
+        seen = self.model.seen(patient_keys(self.cohort))
+        labels = pd.Series(self.cohort.labels, dtype="Int64")
+        labels = labels.mask(labels < 0)
+        calibration = self.model.decision.calibration
+        raw = self.predicted.astype(np.float64)
+        predicted = pd.Series(raw > self.model.threshold).astype("Int64")
+        return pd.DataFrame(
+            {
+                "id": self.cohort.ids,
+                "label": labels,
+                "seen": seen,
+                "role": [ROLE_OF[each] for each in seen],
+                "n_images": self.cohort.n_images,
+                "probability": self.predicted,
+                "calibrated": np.nan if calibration is None else calibration.apply(raw),
+                "predicted": predicted,
+                "error": predicted != labels,
+                "total": self.decisions.total,
+                "rest": self.decisions.rest,
+                "without_top": self.decisions.without_top,
+            }
+        )
+
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """Measure the labelled patients: those trained on, validated on, and new ones apart."""
+        return self.model.measure(self.patients)
+
+    def truth_scores(self) -> dict[str, float]:
+        """Score the images' ranking, and patients whose label was hidden, against the truth."""
+        if self.truth is None:
+            return {}
+        return self.truth.score(self.images, self.patients, self.model.threshold)
+
+
+def explain(
+    model: Model,
+    cohort: Cohort,
+    *,
+    truth: Truth | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "float32",
+    threads: int | None = None,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> Explanation:
+    """Explain a model's decisions on a cohort.
+
+    What is explained is each image as it is; where the model predicts the mean over four flips,
+    `predicted` holds that mean. `truth` is for scoring only; the seed draws the random deletions.
+    `precision` is as for `Model.predict`.
+    """
+    scoring = {"device": device, "precision": precision, "threads": threads}
+    maps = score_maps(model, cohort, batch_size=batch_size, progress=progress, **scoring)  # type: ignore[arg-type]
+    decisions = decide(model, maps, cohort.n_images)
+    predicted = decisions.probability
+    if model.tta:
+        flipped = model.predict(cohort, batch_size=batch_size, progress=progress, **scoring)  # type: ignore[arg-type]
+        predicted = flipped.patients["probability"].to_numpy(np.float32)
+    return Explanation(
+        model=model,
+        cohort=cohort,
+        maps=maps,
+        decisions=decisions,
+        predicted=predicted,
+        deletion=delete_images(model, maps, cohort.n_images, seed=seed),
+        truth=truth,
+        overlap=measure_overlap(cohort, maps, model.recipe.crop, truth),
+    )

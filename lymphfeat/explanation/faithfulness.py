@@ -1,0 +1,155 @@
+"""Do scores and maps show what the decision rests on: deletions, and overlap with known cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.evaluation.hidden_truth import Truth
+from lymphfeat.evaluation.metrics import roc_auc
+from lymphfeat.explanation.scores import Floats, decide, probability_without, ranks
+from lymphfeat.model.model import Model
+from lymphfeat.synthetic.cohort import cell_extents, is_synthetic_cohort
+
+MOST_DELETED = 10
+_COVERED = 0.5  # a map's pixel is of the cell where the cell covers at least so much of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deletion:
+    """How far probabilities move when images are deleted; means over patients.
+
+    Patients with more than the largest k are measured, the same ones at every k.
+    """
+
+    k: NDArray[np.int64]  # (K,) 1, 2, …
+    highest: Floats  # (K,) mean |change| when the k highest-scored images are deleted
+    random: Floats  # (K,) when k images drawn at random are, mean of the draws
+    random_low: Floats  # (K,) the lowest draw's mean
+    random_high: Floats  # (K,) the highest draw's
+    patients: int
+    draws: int
+
+    @property
+    def area(self) -> float:
+        """Return the area between the curves: the mean over k of highest less random."""
+        return float((self.highest - self.random).mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the curves and their area as plain values."""
+        curves = ("k", "highest", "random", "random_low", "random_high")
+        values = {name: getattr(self, name).tolist() for name in curves}
+        return values | {"area": self.area, "patients": self.patients, "draws": self.draws}
+
+    @property
+    def surely(self) -> bool:
+        """Tell whether at every k the highest-scored move more than any random draw."""
+        return bool((self.highest > self.random_high).all())
+
+
+def delete_images(
+    model: Model, maps: Floats, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
+) -> Deletion | None:
+    """Delete the k highest-scored, or k random, images of every patient and read out the rest.
+
+    k goes to 10, or to half of a middling patient's images. None where no patient has two images.
+    """
+    most = int(min(MOST_DELETED, np.median(sizes) // 2))
+    kept = sizes > most
+    if most < 1 or not kept.any():
+        return None
+    maps, sizes = maps[np.repeat(kept, sizes)], sizes[kept]
+    whole = decide(model, maps, sizes).probability
+    rng = np.random.default_rng(seed)
+    orders = [ranks(maps.mean((1, 2)), sizes)]
+    orders += [ranks(rng.random(len(maps), np.float32), sizes) for _ in range(draws)]
+    moved = np.array(
+        [
+            [
+                np.abs(probability_without(model, maps, sizes, order < k) - whole).mean()
+                for k in range(1, most + 1)
+            ]
+            for order in orders
+        ],
+        np.float32,
+    )  # (1 + draws, K)
+    return Deletion(
+        k=np.arange(1, most + 1),
+        highest=moved[0],
+        random=moved[1:].mean(0),
+        random_low=moved[1:].min(0),
+        random_high=moved[1:].max(0),
+        patients=len(sizes),
+        draws=draws,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How the score maps of atypical (witness) cells lie over the cell as it was rendered.
+
+    auc: a map pixel of the cell outranks one beside it, mean over images. pointing: share of images
+    whose highest pixel is of the cell; by chance it would be `cell_share`.
+    """
+
+    auc: float
+    pointing: float
+    cell_share: float  # of the map that is of the cell
+    images: int
+
+
+def measure_overlap(cohort: Cohort, maps: Floats, crop: int, truth: Truth | None) -> Overlap | None:
+    """Measure maps (N, h, w) against rendered cells; None unless synthetic, with image truth."""
+    if truth is None or truth.images is None or not is_synthetic_cohort(cohort.root):
+        return None
+    paths = [path for paths in cohort.images for path in paths]
+    known = truth.images[truth.images["witness"]]
+    witnesses = set(zip(known["patient"], known["image"], strict=True))
+    rows = [row for row, path in enumerate(paths) if (path.parent.name, path.name) in witnesses]
+    if not rows:
+        return None
+    return overlap_with_cells(maps[rows], _extents(cohort.root, [paths[r] for r in rows], crop))
+
+
+def _extents(root: Path, paths: Sequence[Path], crop: int) -> Floats:
+    """Return where the cells lie in the images' centre crops: (n, crop, crop)."""
+    extents = cell_extents(root, paths)  # (n, side, side)
+    begin = (extents.shape[1] - crop) // 2
+    cut: Floats = extents[:, begin : begin + crop, begin : begin + crop]
+    return cut
+
+
+def overlap_with_cells(maps: Floats, extents: Floats) -> Overlap | None:
+    """Measure maps (n, h, w) against the cells' extents (n, side, side), 1 inside the cell.
+
+    Images without a pixel of the cell, or without one beside it, are left out.
+    """
+    inside = np.stack([_coverage(extent, maps.shape[1]) >= _COVERED for extent in extents])
+    labels = inside.reshape(len(maps), -1).astype(np.int64)
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    both = (labels.any(1)) & (labels == 0).any(1)
+    if not both.any():
+        return None
+    labels, flat = labels[both], flat[both]
+    aucs = [float(roc_auc(scores, own)) for scores, own in zip(flat, labels, strict=True)]
+    highest = labels[np.arange(len(flat)), flat.argmax(1)]
+    return Overlap(
+        auc=float(np.mean(aucs)),
+        pointing=float(highest.mean()),
+        cell_share=float(labels.mean()),
+        images=len(flat),
+    )
+
+
+def _coverage(extent: Floats, side: int) -> Floats:
+    """Average (crop, crop) over the fields of a (side, side) grid."""
+    edges = np.linspace(0, len(extent), side + 1).round().astype(int)
+    rows = np.add.reduceat(extent, edges[:-1], axis=0)
+    cells = np.add.reduceat(rows, edges[:-1], axis=1)
+    area = np.diff(edges)[:, None] * np.diff(edges)[None]
+    coverage: Floats = (cells / area).astype(np.float32)
+    return coverage

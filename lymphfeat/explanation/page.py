@@ -1,0 +1,291 @@
+"""The report as one HTML file: no network, everything in it, text of the user's tables escaped."""
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from itertools import pairwise
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from lymphfeat.explanation.curves import Distribution, calibration_curve, roc_curve
+from lymphfeat.explanation.explanation import ROLES, Explanation
+from lymphfeat.explanation.text import (
+    about,
+    deletion_told,
+    marks_told,
+    model_facts,
+    shares_told,
+    summary,
+    truth_told,
+)
+from lymphfeat.explanation.text import notices as told_notices
+from lymphfeat.explanation.thumbnails import Thumbnails, make_thumbnails
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.runtime.progress import Progress, silent
+
+BUDGET = 60_000_000  # bytes of the file
+STRIP = 10  # cells in each strip of the highest and lowest
+_SHELL = 120_000  # bytes of template, style and script, amply
+_STRIP_PICTURE = 12_000  # bytes at most of a picture that stands in a strip a second time
+_LARGEST_LOGIT = 327.67  # that int16 hundredths hold
+
+
+def render_page(
+    explanation: Explanation,
+    *,
+    budget: int = BUDGET,
+    threads: int = 2,
+    progress: Progress = silent,
+) -> str:
+    """Return the page, at most `budget` bytes as UTF-8: pictures of least worth are left out."""
+    distribution = Distribution.of(explanation.model, explanation.maps, explanation.cohort.n_images)
+    blocks = _patient_blocks(explanation, distribution)
+    text = sum(len(_json(block)) for block in blocks) + _SHELL + 4 * STRIP * _STRIP_PICTURE
+    thumbnails = make_thumbnails(
+        [path for paths in explanation.cohort.images for path in paths],
+        explanation.model.recipe.crop,
+        _worth(explanation),
+        budget=max(0, budget - text),
+        threads=threads,
+        progress=progress,
+    )
+    for block, pictures in zip(blocks, _split(thumbnails.pictures, explanation), strict=True):
+        block["thumbs"] = pictures
+    return _render(
+        explanation, _page_data(explanation, distribution, thumbnails), blocks, thumbnails
+    )
+
+
+def _render(
+    explanation: Explanation,
+    data: Mapping[str, Any],
+    blocks: Sequence[Mapping[str, Any]],
+    thumbnails: Thumbnails,
+) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_file("page.html"))
+    return template.render(
+        title=data["title"],
+        summary=summary(explanation),
+        notices=told_notices(explanation, thumbnails),
+        about=about(explanation),
+        facts=model_facts(explanation.model),
+        css=Markup(_file("page.css")),
+        js=Markup(_file("page.js")),
+        data=_json(data),
+        blocks=[_json(block) for block in blocks],
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files("lymphfeat.explain").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(content: Any) -> Markup:
+    """Write JSON that no text in it can end the element it stands in."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))  # ASCII alone
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _worth(explanation: Explanation) -> NDArray[np.float64]:
+    """Value a picture by its image's nearness to the top or bottom of its patient's ranking."""
+    sizes = explanation.cohort.n_images[explanation.patient]
+    from_end = np.minimum(explanation.rank, sizes - 1 - explanation.rank)
+    worth: NDArray[np.float64] = -from_end.astype(np.float64)
+    return worth
+
+
+# --- data of the page -----------------------------------------------------------------------------
+
+
+def _page_data(
+    explanation: Explanation, distribution: Distribution, thumbnails: Thumbnails
+) -> dict[str, Any]:
+    cohort = explanation.cohort
+    numeric = [n for n in cohort.covariates if pd.api.types.is_numeric_dtype(cohort.table[n])]
+    groups = explanation.metrics()
+    return {
+        "title": cohort.root.resolve().name,
+        "model": _model(explanation),
+        "attributes": list(cohort.covariates),
+        "scatter": [name for name in numeric if cohort.table[name].notna().sum() > 1],
+        "patients": _patients(explanation),
+        "groups": list(groups.items()),
+        "roc": _rocs(explanation, groups),
+        "calibration": _calibration(explanation),
+        "distribution": {
+            "edges": _round(distribution.edges, 4),
+            "weight": None if distribution.weight is None else _round(distribution.weight, 4),
+            "instances": distribution.instances,
+        },
+        "extremes": _extremes(explanation, thumbnails),
+        "deletion": _deletion(explanation),
+        "truth": truth_told(explanation),
+    }
+
+
+def _model(explanation: Explanation) -> dict[str, Any]:
+    model = explanation.model
+    marked = AGGREGATORS[model.head_settings.agg].family == "ranking"
+    return {
+        "threshold": model.threshold,
+        "additive": explanation.decisions.additive,
+        "grid": explanation.maps.shape[1],
+        "limit": colour_limit(explanation.maps),
+        "marked": marked,
+        "marks": marks_told(model),
+        "shares": shares_told(model),
+        "rest": "smoothing (belongs to no cell)",
+    }
+
+
+def colour_limit(maps: NDArray[np.float32]) -> float:
+    """Return the logit at which a map's colour is full, the same for all: 1, 2, 3, 4, 6 or 8."""
+    middling = float(np.quantile(np.abs(maps), 0.98))
+    return float(next((limit for limit in (1, 2, 3, 4, 6) if middling <= limit), 8))
+
+
+def _patients(explanation: Explanation) -> list[dict[str, Any]]:
+    decisions, table = explanation.decisions, explanation.cohort.table
+    return [
+        {
+            "id": row["id"],
+            "label": None if pd.isna(row["label"]) else int(row["label"]),
+            "role": row["role"],
+            "n": int(row["n_images"]),
+            "p": _number(row["probability"], 5),
+            "calibrated": _number(row["calibrated"], 5),
+            "called": int(row["predicted"]),
+            "error": None if pd.isna(row["error"]) else bool(row["error"]),
+            "p_explained": _number(decisions.probability[index], 5),
+            "total": _number(row["total"], 5),
+            "rest": _number(row["rest"], 5),
+            "without": _number(row["without_top"], 5),
+            "attributes": {
+                name: _attribute(table[name].iloc[index]) for name in explanation.cohort.covariates
+            },
+        }
+        for index, row in enumerate(explanation.patients.to_dict("records"))
+    ]
+
+
+def _attribute(value: Any) -> float | str | None:
+    if pd.isna(value):
+        return None
+    return str(value) if isinstance(value, str) else _number(value, 3)
+
+
+def _patient_blocks(explanation: Explanation, distribution: Distribution) -> list[dict[str, Any]]:
+    images = explanation.images
+    hundredths = (explanation.maps.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT) * 100).round()
+    maps = hundredths.astype("<i2")  # (N, h, w)
+    offsets = explanation.cohort.offsets
+    return [
+        {
+            "names": images["image"][begin:end].tolist(),
+            "logit": _round(images["logit"][begin:end], 4),
+            "weight": _round(images["weight"][begin:end], 6),
+            "share": _round(images["share"][begin:end], 6),
+            "mark": images["mark"][begin:end].tolist(),
+            "rank": images["rank"][begin:end].tolist(),
+            "maps": base64.b64encode(maps[begin:end].tobytes()).decode("ascii"),
+            "counts": distribution.counts[index].tolist(),
+        }
+        for index, (begin, end) in enumerate(pairwise(offsets))
+    ]
+
+
+def _split(pictures: Sequence[str | None], explanation: Explanation) -> list[list[str | None]]:
+    offsets = explanation.cohort.offsets
+    return [list(pictures[begin:end]) for begin, end in pairwise(offsets)]
+
+
+def _rocs(explanation: Explanation, groups: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Return group, points and AUC of every group with both classes."""
+    return [
+        [role, _round(roc_curve(*_measured(explanation, role)).tolist(), 5), groups[role]["auc"]]
+        for role in groups
+        if groups[role]["auc"] is not None
+    ]
+
+
+def _calibration(explanation: Explanation) -> dict[str, Any] | None:
+    """Take the patients who say most of calibration: new ones, else validated, else trained on."""
+    for role in ("new", "validation", "train"):
+        probability, labels = _measured(explanation, role)
+        if len(labels) >= 2:
+            rows = _round(calibration_curve(probability, labels).tolist(), 5)
+            return {"role": ROLES[role], "patients": len(labels), "rows": rows}
+    return None
+
+
+def _measured(explanation: Explanation, role: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    table = explanation.patients
+    known = table[(table["role"] == role) & table["label"].notna()]
+    return known["probability"].to_numpy(np.float64), known["label"].to_numpy(np.int64)
+
+
+def extreme_images(explanation: Explanation, label: int, n: int = STRIP) -> dict[str, list[int]]:
+    """Return the rows of a class's highest and lowest images, one a patient: "highest", "lowest".
+
+    The patients whose extreme image is most extreme come first.
+    """
+    own = np.flatnonzero(explanation.cohort.labels == label)
+    begin = explanation.cohort.offsets
+    found = {}
+    for end, pick, sign in (("highest", np.argmax, -1), ("lowest", np.argmin, 1)):
+        rows = [int(begin[p] + pick(explanation.logit[begin[p] : begin[p + 1]])) for p in own]
+        found[end] = sorted(rows, key=lambda row: sign * float(explanation.logit[row]))[:n]
+    return found
+
+
+def _extremes(explanation: Explanation, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+    names = explanation.images["image"]
+    return [
+        {
+            "label": label,
+            "ends": [
+                [
+                    end,
+                    [
+                        [
+                            int(explanation.patient[row]),
+                            names[row],
+                            _number(explanation.logit[row], 4),
+                            thumbnails.pictures[row],
+                        ]
+                        for row in rows
+                    ],
+                ]
+                for end, rows in extreme_images(explanation, label).items()
+            ],
+        }
+        for label in (1, 0)
+    ]
+
+
+def _deletion(explanation: Explanation) -> dict[str, Any] | None:
+    deletion = explanation.deletion
+    if deletion is None:
+        return None
+    curves = ("highest", "random", "random_low", "random_high")
+    return {
+        "k": deletion.k.tolist(),
+        **{name: _round(getattr(deletion, name), 5) for name in curves},
+        "told": deletion_told(deletion),
+    }
+
+
+def _number(value: Any, digits: int) -> float | None:
+    return round(float(value), digits) if math.isfinite(value) else None
+
+
+def _round(values: Any, digits: int) -> Any:
+    return np.asarray(values, np.float64).round(digits).tolist()

@@ -1,0 +1,137 @@
+"""The page and the figures beside it, written whole or not at all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+from lymphfeat.cohort.images import decode_crop
+from lymphfeat.errors import SettingsError
+from lymphfeat.explanation.explanation import Explanation
+from lymphfeat.explanation.figures import (
+    draw_cell,
+    draw_cohort,
+    draw_deletion,
+    draw_extremes,
+    draw_grids,
+    draw_plate,
+    draw_weights,
+)
+from lymphfeat.explanation.page import BUDGET, render_page
+from lymphfeat.explanation.scores import Floats, score_image
+from lymphfeat.model.model import Model
+from lymphfeat.runtime.files import (
+    ResultKind,
+    check_file,
+    check_folder,
+    files_in,
+    replace_file,
+    result_files,
+)
+from lymphfeat.runtime.progress import Progress, silent
+
+PLATES = 6  # patients drawn as figures unless told otherwise
+_FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "weights-*")
+FIGURES = ResultKind(
+    name="set of figures",
+    marks=("cohort.png", "cohort.pdf"),
+    files=tuple(f"{name}.{suffix}" for name in _FIGURES for suffix in ("png", "pdf")),
+)
+
+
+def write_report(
+    explanation: Explanation,
+    out: Path,
+    *,
+    budget: int = BUDGET,
+    plates: int = PLATES,
+    formats: tuple[str, ...] = ("png",),
+    threads: int = 2,
+    force: bool = False,
+    progress: Progress = silent,
+) -> list[Path]:
+    """Write the page to `out`, and figures into the folder beside it; return the files.
+
+    Page and figures are replaced together. Raises SettingsError as `check_report`.
+
+    plates: so many patients get a plate and a distribution, those called wrongly first.
+    formats: of the figures, "png", "pdf"; none for no figures.
+    """
+    figures = figures_folder(out)
+    with result_files(out, {figures.name: FIGURES}, force=force) as folder:
+        page = render_page(explanation, budget=budget, threads=threads, progress=progress)
+        (folder / out.name).write_text(page, encoding="utf-8")
+        if formats:
+            (folder / figures.name).mkdir()
+            for name, figure in _figures(explanation, plates):
+                for suffix in formats:
+                    figure.savefig(folder / figures.name / f"{name}.{suffix}", dpi=130)
+    return [out, *files_in(figures)]
+
+
+def check_report(out: Path, *, force: bool) -> None:
+    """Raise SettingsError when a page or its figures are there and `force` is not set.
+
+    Files in the folder of figures that are none are never overwritten.
+    """
+    check_file(out, force=force)
+    check_folder(figures_folder(out), FIGURES, force=force)
+
+
+def figures_folder(out: Path) -> Path:
+    """Return the folder of a page's figures."""
+    return out.with_name(f"{out.stem}-figures")
+
+
+def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figure]]:
+    yield "cohort", draw_cohort(explanation)
+    yield "extremes", draw_extremes(explanation)
+    yield "grids", draw_grids(explanation)
+    if explanation.deletion is not None:
+        yield "deletion", draw_deletion(explanation.deletion)
+    for number, patient in enumerate(worst_first(explanation)[:plates], start=1):
+        yield f"plate-{number}-{_safe(patient)}", draw_plate(explanation, patient)
+        yield f"weights-{number}-{_safe(patient)}", draw_weights(explanation, patient)
+
+
+def worst_first(explanation: Explanation) -> list[str]:
+    """Name the patients, those farthest on the wrong side of the threshold first."""
+    table = explanation.patients
+    wrong = table["error"].fillna(False).to_numpy(bool)
+    distance = np.abs(table["probability"].to_numpy() - explanation.model.threshold)
+    order = np.lexsort((-distance, ~wrong))
+    return [str(id) for id in table["id"].to_numpy()[order]]
+
+
+def _safe(name: str) -> str:
+    """Make a file name of an id, whatever characters it has."""
+    return "".join(char if char.isalnum() or char in "-_." else "_" for char in name)[:60]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One image's scores."""
+
+    logit: float
+    probability: float
+    grid: Floats  # (h, w) logits of its fields
+
+
+def write_cell(
+    model: Model, image: Path, out: Path, *, device: str = "auto", precision: str = "float32"
+) -> Cell:
+    """Score one image and draw it with its map to `out`; SettingsError for an unknown suffix."""
+    suffixes = (".png", ".pdf", ".svg")
+    if out.suffix not in suffixes:
+        raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
+    grid = score_image(model, image, device=device, precision=precision)
+    logit = float(grid.mean())
+    probability = float(expit(logit))
+    pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)
+    title = f"{image.name}: score {probability:.3f}. Research software, not a medical device."
+    figure = draw_cell(pixels, grid, title)
+    replace_file(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=130))
+    return Cell(logit=logit, probability=probability, grid=grid)

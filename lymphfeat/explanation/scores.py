@@ -1,0 +1,164 @@
+"""Scores of every pixel of every image, and how each patient's probability came about of them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.model import Model
+from lymphfeat.model.scoring import CohortScorer, read_out
+from lymphfeat.runtime.devices import choose_device, choose_precision, cpu_threads, whole_float32
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import HeadSettings
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """How patients' probabilities came about.
+
+    A patient's total is its logit for the weighted family, its probability for the ranking family;
+    the shares of its images and `rest` add up to it exactly. `rest` is what belongs to no image: 0
+    but for `lse`, where it is the smoothing's part.
+    """
+
+    additive: str  # "logit" or "probability": what the shares add up to
+    probability: Floats  # (P,)
+    total: Floats  # (P,)
+    rest: Floats  # (P,)
+    weight: Floats  # (N,) adding up to 1 over a patient
+    share: Floats  # (N,)
+    mark: NDArray[np.int8]  # (N,) 1 counted as a highest, -1 as a lowest, 0 neither
+    without_top: Floats  # (P,) probability without the highest-scored image; NaN with one image
+
+
+def score_maps(
+    model: Model,
+    cohort: Cohort,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    threads: int | None = None,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> Floats:
+    """Return the logit of every pixel of every image's feature map, unflipped: (N, h, w).
+
+    An image's logit is the mean of its pixels'; pixels are at their place in the centre crop.
+    """
+    chosen = choose_device(device)
+    with cpu_threads(threads), whole_float32():
+        scorer = CohortScorer(
+            model.backbone,
+            model.head,
+            model.recipe,
+            ("identity",),
+            dtype=choose_precision(precision, chosen),
+            device=chosen,
+            unit="pixel",
+        )
+        logits = scorer.score(cohort, batch_size, progress)[0]  # (N, h · w)
+    side = math.isqrt(logits.shape[1])  # crops are square, so are the maps
+    return logits.reshape(len(logits), side, side).numpy()
+
+
+def score_image(
+    model: Model, path: Path, *, device: str = "auto", precision: str = "float32"
+) -> Floats:
+    """Return the logits of one image's pixels: (h, w)."""
+    table = pd.DataFrame({"label": [-1], "split": ["test"]}, index=pd.Index([path.name], name="id"))
+    alone = Cohort(root=path.parent, table=table, images=((path,),))
+    grid: Floats = score_maps(model, alone, device=device, precision=precision)[0]
+    return grid
+
+
+def decide(model: Model, maps: Floats, sizes: NDArray[np.int64]) -> Decisions:
+    """Read out patients of `sizes` (P,) images from the images' maps (N, h, w)."""
+    head, settings = model.head, model.head_settings
+    images = Bags.of(sizes)
+    logits = _instances(maps, settings.unit)  # (N, U)
+    read = read_out(head, images, logits)
+    ranked = AGGREGATORS[settings.agg].family == "ranking"
+    share = _shares(head, images, logits, ranked)
+    total = read.probability if ranked else _patient_logits(head, images, logits)
+    mark = _marks(settings, images, logits) if ranked else torch.zeros(len(maps), dtype=torch.int8)
+    return Decisions(
+        additive="probability" if ranked else "logit",
+        probability=read.probability.numpy(),
+        total=total.numpy(),
+        rest=(total - images.sum(share[:, None])[:, 0]).numpy(),
+        weight=read.weight.numpy(),
+        share=share.numpy(),
+        mark=mark.numpy(),
+        without_top=_without_top(model, maps, sizes),
+    )
+
+
+def probability_without(
+    model: Model, maps: Floats, sizes: NDArray[np.int64], left_out: NDArray[np.bool_]
+) -> Floats:
+    """Return the patients' probabilities without some images (N,); NaN where none is left: (P,)."""
+    patient = np.repeat(np.arange(len(sizes)), sizes)
+    left = np.bincount(patient[~left_out], minlength=len(sizes))
+    result = np.full(len(sizes), np.nan, np.float32)
+    if (left > 0).any():
+        logits = _instances(maps[~left_out], model.head_settings.unit)
+        result[left > 0] = read_out(model.head, Bags.of(left[left > 0]), logits).probability.numpy()
+    return result
+
+
+def ranks(logit: Floats, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each image's place in its patient, 0 the highest score, ties in order: (N,)."""
+    patient = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((-logit, patient))  # stable
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = np.empty(len(logit), np.int64)
+    places[order] = np.arange(len(logit)) - starts
+    return places
+
+
+def _instances(maps: Floats, unit: str) -> Tensor:
+    pixels = torch.from_numpy(maps).flatten(1)  # (N, h · w)
+    return pixels if unit == "pixel" else pixels.mean(1, keepdim=True)
+
+
+@torch.no_grad()
+def _patient_logits(head: HeadStack, images: Bags, logits: Tensor) -> Tensor:
+    return head.patient_logit(logits.reshape(-1, 1), images.times(logits.shape[1]))[:, 0]
+
+
+@torch.no_grad()
+def _shares(head: HeadStack, images: Bags, logits: Tensor, ranked: bool) -> Tensor:
+    """Return Σ α ℓ, or of the ranking family Σ α σ(ℓ), over each image's instances: (N,)."""
+    bags = images.times(logits.shape[1])
+    flat = logits.reshape(-1, 1)
+    weight = head.instance_weights(flat, bags)
+    return (weight * (flat.sigmoid() if ranked else flat)).reshape(logits.shape).sum(1)
+
+
+def _marks(settings: HeadSettings, images: Bags, logits: Tensor) -> Tensor:
+    """Mark images with an instance among the patient's k highest 1, else among the lowest -1."""
+    bags = images.times(logits.shape[1])
+    flat = logits.reshape(-1, 1)
+    k = effective_k(bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
+    highest = selected_mask(Ranking.of(flat, bags), k).reshape(logits.shape).any(1)
+    mark = highest.to(torch.int8)
+    if AGGREGATORS[settings.agg].bottom:
+        lowest = selected_mask(Ranking.of(flat, bags), k, bottom=True).reshape(logits.shape).any(1)
+        mark[lowest & ~highest] = -1
+    return mark
+
+
+def _without_top(model: Model, maps: Floats, sizes: NDArray[np.int64]) -> Floats:
+    return probability_without(model, maps, sizes, ranks(maps.mean((1, 2)), sizes) == 0)

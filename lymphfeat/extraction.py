@@ -1,0 +1,373 @@
+"""Extraction: images into a store of feature maps, by one backbone or one fine-tuned a split."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
+from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.cohort.provenance import refuse_seen
+from lymphfeat.cohort.splits import Split
+from lymphfeat.errors import SettingsError, StoreError
+from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone
+from lymphfeat.features.store import FORMAT_VERSION, FeatureSet, FeatureStore, MapShape, Recipe
+from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.features.views import flip_view, normalize, parse_views
+from lymphfeat.finetuning.per_split import fine_tune
+from lymphfeat.runtime.devices import (
+    autocast,
+    choose_device,
+    choose_precision,
+    cpu_threads,
+    precision_name,
+    whole_float32,
+)
+from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.processes import count, from_first, is_first, join_processes, rank, to_first
+from lymphfeat.runtime.progress import Progress, RateMeter, silent
+from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
+
+_FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
+# Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
+_INCIDENTAL = ("weights", "batch_size", "device", "threads", "versions")
+
+
+def extract(
+    cohort: Cohort,
+    out: Path,
+    settings: ExtractSettings,
+    *,
+    splits: Sequence[Split] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> FeatureStore:
+    """Write the feature maps of all of a cohort's images to the store `out` and open it.
+
+    With `settings.finetune` a backbone is first trained for each of `splits` on its training
+    patients, and every image's maps by it are stored under the split's id. The backbones stay in
+    the folder `<out>.backbones`: nothing is trained twice. Under torchrun the blocks are shared out
+    over the processes, and the first one writes.
+
+    A complete store is left as it is if its recipe is the same but for what changes rounding alone
+    (batch size, device, threads, versions), which `FeatureStore.notes` then names. An unfinished
+    one is finished if its whole recipe is the same, and ends with the same bytes as an
+    uninterrupted run. Raises StoreError when a store of another recipe is there and `force` is not
+    set; CohortError for an image that cannot be read. What `force`
+    overwrites stays until the new store is finished.
+    """
+    if out.is_dir():
+        raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
+    device = choose_device(settings.device)
+    join_processes()
+    with cpu_threads(settings.threads), whole_float32():
+        backbone, weights = _build(settings.backbone)
+        dtype = choose_precision(settings.precision, device)
+        recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
+        if from_first(out.exists()) and not force:
+            return _reuse(out, recipe)
+        if settings.finetune is None:
+            found = {_frozen(settings, weights): backbone}
+        else:
+            _refuse_seen(cohort, splits, weights)
+            found = _fine_tuned(cohort, splits, settings, out, force, progress)
+            recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in found}
+        encoders = {
+            each: MapEncoder(
+                network,
+                normalization=find_normalization(settings.backbone.normalization),
+                views=parse_views(settings.views),
+                dtype=dtype,
+                device=device,
+            )
+            for each, network in found.items()
+        }
+        _extract_rows(cohort, out, settings, recipe, encoders, progress, force=force)
+    return FeatureStore.open(out)
+
+
+def _build(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
+    return build_backbone(
+        settings.backbone,
+        weights=settings.weights,
+        seed=settings.weights_seed,
+        image_size=settings.crop,
+        output_stride=settings.output_stride,
+    )
+
+
+def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights) -> None:
+    held_out = {id for split in splits for id in split.validation}
+    seen = weights.provenance.labelled(patient_keys(cohort))
+    refuse_seen(
+        held_out.intersection(seen),
+        f"weights (={weights.source})",
+        "Choose weights that have not seen them, such as bloodcells or none.",
+    )
+
+
+def _frozen(settings: ExtractSettings, weights: LoadedWeights) -> FeatureSet:
+    return FeatureSet(
+        name="frozen",
+        backbone=settings.backbone.backbone,
+        weights_sha256=weights.sha256,
+        provenance=weights.provenance,
+    )
+
+
+def _fine_tuned(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    settings: ExtractSettings,
+    out: Path,
+    force: bool,
+    progress: Progress,
+) -> dict[FeatureSet, Backbone]:
+    assert settings.finetune is not None
+    folder = out.with_name(out.name + ".backbones")
+    paths = fine_tune(
+        cohort, splits, _finetune_settings(settings), folder, force=force, progress=progress
+    )
+    found = {}
+    for split in splits:
+        tuned = replace(settings.backbone, weights=str(paths[split.id]))
+        backbone, weights = _build(tuned)
+        feature_set = FeatureSet.of_split(
+            split,
+            backbone=tuned.backbone,
+            weights_sha256=weights.sha256,
+            provenance=weights.provenance,
+        )
+        found[feature_set] = backbone
+    return found
+
+
+def _finetune_settings(settings: ExtractSettings) -> EndToEndSettings:
+    assert settings.finetune is not None
+    return replace(
+        settings.finetune,
+        backbone=settings.backbone,
+        precision=settings.precision,
+        device=settings.device,
+        threads=settings.threads,
+    )
+
+
+def make_recipe(
+    cohort: Cohort,
+    settings: ExtractSettings,
+    splits: Sequence[Split],
+    weights: LoadedWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Collect all that determines a store's bytes."""
+    if bool(splits) != bool(settings.finetune):
+        raise SettingsError(
+            f"splits (={len(splits)}) must come with fine-tuning and it with them: give both "
+            "--splits and --finetune-epochs, or neither."
+        )
+    return _frozen_recipe(cohort, settings, weights, dtype, device) | (
+        {"finetune": _finetune_recipe(settings, splits)} if splits else {}
+    )
+
+
+def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict[str, Any]:
+    fields = asdict(_finetune_settings(settings))
+    for name in ("backbone", "precision", "device", "threads", "seed", "validation", "tta"):
+        del fields[name]
+    # What the backbones learn from: not which split serves which.
+    learnt = [
+        {name: value for name, value in asdict(split).items() if name != "parents"}
+        for split in splits
+    ]
+    digest = hashlib.sha256(json_text(learnt).encode())
+    return {**fields, "splits": len(splits), "splits_sha256": digest.hexdigest()}
+
+
+def _frozen_recipe(
+    cohort: Cohort,
+    settings: ExtractSettings,
+    weights: LoadedWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    return {
+        "backbone": settings.backbone.backbone,
+        "output_stride": settings.backbone.output_stride,
+        "weights": weights.source,
+        "weights_sha256": weights.sha256,
+        "crop": settings.backbone.crop,
+        "normalization": asdict(find_normalization(settings.backbone.normalization)),
+        "views": list(parse_views(settings.views)),
+        "precision": precision_name(dtype),
+        "batch_size": settings.batch_size,
+        "device": device.type,
+        # Convolutions on a CPU sum in another order with another number of threads.
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": {
+            "format": FORMAT_VERSION,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+        "cohort": cohort_fingerprint(cohort),
+    }
+
+
+def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
+    store = FeatureStore.open(out)
+    differences = differing_fields(_decisive(recipe), _decisive(store.recipe))
+    if differences:
+        raise StoreError(
+            f"{out}: a store of another recipe is there: {'; '.join(differences)}. "
+            "Choose another --out, or overwrite it with --force."
+        )
+    incidental = differing_fields(_incidental(recipe), _incidental(store.recipe))
+    if not incidental:
+        return store
+    note = (
+        f"{out} is reused, though {'; '.join(incidental)}. This changes rounding alone; "
+        "extract it again with --force if that matters."
+    )
+    return replace(store, notes=(note,))
+
+
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    # Which weights came of fine-tuning is known only when it is done.
+    return {key: recipe[key] for key in recipe if key not in (*_INCIDENTAL, _FINETUNED)}
+
+
+def _incidental(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe[key] for key in recipe if key in _INCIDENTAL}
+
+
+def _extract_rows(
+    cohort: Cohort,
+    out: Path,
+    settings: ExtractSettings,
+    recipe: dict[str, Any],
+    encoders: Mapping[FeatureSet, "MapEncoder"],
+    progress: Progress,
+    *,
+    force: bool,
+) -> None:
+    paths = [path for images in cohort.images for path in images]
+    first = next(iter(encoders.values()))
+    with ExitStack() as stack:
+        writer = None
+        if is_first():
+            writer = stack.enter_context(
+                StoreWriter(
+                    out,
+                    recipe=recipe,
+                    cohort=cohort,
+                    shape=first.map_shape(settings.backbone.crop),
+                    feature_sets=list(encoders),
+                    image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
+                    force=force,
+                )
+            )
+        starts = from_first(
+            [
+                start
+                for start in range(0, len(paths), settings.batch_size)
+                if writer and not writer.finished(start, _stop(start, paths, settings))
+            ]
+        )
+        blocks = [(start, paths[start : _stop(start, paths, settings)]) for start in starts]
+        done = len(paths) - sum(len(block) for _, block in blocks)
+        meter = RateMeter(progress, len(paths), done=done)
+        for round_ in _rounds(_decoded_blocks(blocks[rank() :: count()], settings), len(blocks)):
+            for start, maps, crc32 in to_first(_encoded(round_, encoders)):
+                if writer and maps:
+                    writer.write(start, maps, crc32)
+                    meter.add(len(crc32))
+        if writer:
+            writer.finish()
+    from_first(None)  # the others wait until the store is there
+
+
+def _stop(start: int, paths: Sequence[Path], settings: ExtractSettings) -> int:
+    return min(start + settings.batch_size, len(paths))
+
+
+Block = tuple[int, list[Crop]]
+
+
+def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
+    """Yield a process's blocks, and an empty one in the last round if it has one fewer."""
+    for _ in range(-(-blocks // count())):
+        yield next(own, (0, []))
+
+
+def _encoded(
+    block: Block, encoders: Mapping[FeatureSet, "MapEncoder"]
+) -> tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32]]:
+    start, crops = block
+    crc32 = np.array([crop.crc32 for crop in crops], np.uint32)
+    if not crops:
+        return start, {}, crc32
+    pixels = np.stack([crop.pixels for crop in crops])
+    maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
+    return start, maps, crc32
+
+
+def _decoded_blocks(
+    blocks: Sequence[tuple[int, Sequence[Path]]], settings: ExtractSettings
+) -> Iterator[tuple[int, list[Crop]]]:
+    crops = stream_crops(
+        [path for _, block in blocks for path in block],
+        settings.backbone.crop,
+        threads=settings.threads or torch.get_num_threads(),
+        ahead=4 * settings.batch_size,
+    )
+    for start, block in blocks:
+        yield start, [next(crops) for _ in block]
+
+
+class MapEncoder:
+    """Turns decoded crops into feature maps of every view."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        normalization: Normalization,
+        views: tuple[str, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        backbone = backbone.eval().to(device)
+        self._backbone = backbone.to(memory_format=torch.channels_last)
+        self._normalization = normalization
+        self._views = views
+        self._dtype = dtype
+        self._device = device
+
+    def map_shape(self, crop: int) -> MapShape:
+        """Return the shape of what `encode` gives for one crop."""
+        _, views, *size = self.encode(np.zeros((1, 3, crop, crop), np.uint8)).shape
+        return MapShape(views=views, channels=size[0], height=size[1], width=size[2])
+
+    @torch.inference_mode()
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode crops (n, 3, H, W) as feature maps (n, V, C, h, w)."""
+        images = normalize(torch.from_numpy(pixels).to(self._device), self._normalization)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = [self._encode_view(flip_view(images, view)) for view in self._views]
+        return torch.stack(maps, dim=1).cpu().numpy()
+
+    def _encode_view(self, images: Tensor) -> Tensor:
+        with autocast(self._device, self._dtype):
+            maps: Tensor = self._backbone(images)  # (n, C, h, w)
+        return maps.float().contiguous()

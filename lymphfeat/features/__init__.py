@@ -1,0 +1,1 @@
+"""Feature stores, and the backbones that fill them."""

@@ -1,0 +1,351 @@
+"""Writing a feature store so that it survives `kill -9`.
+
+- All HDF5 metadata is written first, into a temporary sibling, which is closed; rows then go in
+  place through memmaps, so no HDF5 structure is ever half written.
+- A journal beside it names the finished blocks of rows with their checksums. At the end every block
+  is read back and compared, the store is marked complete and renamed.
+- A lock that dies with its process keeps a second writer out.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.errors import StoreError
+from lymphfeat.features.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    SLASH,
+    FeatureSet,
+    MapShape,
+    Recipe,
+    canonical,
+    encode_text,
+    map_rows,
+    recipe_sha256,
+)
+from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.strict_json import json_text
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class StoreWriter:
+    """Writes a store block by block; opened anew with an equal recipe, it goes on where it was.
+
+    A block is a range of rows [start, stop); blocks may be written in any order, each once.
+    `force` drops an unfinished store of another recipe, which is an error otherwise. A store that
+    is at `path` already stays as it is until this one is finished.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        recipe: Recipe,
+        cohort: Cohort,
+        shape: MapShape,
+        feature_sets: Sequence[FeatureSet],
+        image_hashes: Sequence[str] = (),
+        force: bool = False,
+    ) -> None:
+        """Take the (N,) content hashes of the cohort's image files; none where they are unknown."""
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.journal_path = path.with_name(path.name + ".journal")
+        self._recipe = recipe
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            opened.callback(_unlock, _lock(path))
+            self._journal = opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
+            self._blocks = self._resume(force)
+            if self._blocks is None:
+                self._blocks = {}
+                self._start(cohort, shape, feature_sets, image_hashes)
+            self._maps: dict[str, np.memmap[Any, Any]] = {
+                name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
+            }
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._opened.close()
+
+    def _resume(self, force: bool) -> dict[tuple[int, int], dict[str, int]] | None:
+        """Return the finished blocks of an earlier try with an equal recipe; None to start anew."""
+        self._journal.seek(0)
+        text = self._journal.read()
+        lines = text.splitlines()
+        if not lines or not self.partial.exists():
+            return None
+        header = _parse_line(lines[0])
+        if header is None:  # killed while writing the very first line
+            return None
+        differences = differing_fields(self._recipe, header["recipe"])
+        if differences and force:
+            return None
+        if differences:
+            raise StoreError(
+                f"{self.partial}: an unfinished store of another recipe is there: "
+                f"{'; '.join(differences)}. Finish it with its own options, choose another "
+                "--out, or start over with --force."
+            )
+        blocks = {}
+        for line in lines[1:]:
+            entry = _parse_line(line)
+            if entry is not None:  # a torn last line is a block not finished
+                blocks[(entry["start"], entry["stop"])] = entry["crc32"]
+        if not text.endswith("\n"):
+            self._journal.write("\n")  # the next entry must not continue a torn line
+        return blocks
+
+    def _start(
+        self,
+        cohort: Cohort,
+        shape: MapShape,
+        feature_sets: Sequence[FeatureSet],
+        image_hashes: Sequence[str],
+    ) -> None:
+        self._journal.seek(0)
+        self._journal.truncate()
+        self.partial.unlink(missing_ok=True)
+        _create(self.partial, self._recipe, cohort, shape, feature_sets, image_hashes)
+        fsync_file(self.partial)
+        self._append({"recipe": self._recipe})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self._journal.seek(0, os.SEEK_END)
+        self._journal.write(json_text(entry) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def finished(self, start: int, stop: int) -> bool:
+        """Say whether an earlier try has written this block."""
+        assert self._blocks is not None
+        return (start, stop) in self._blocks
+
+    def write(
+        self,
+        start: int,
+        features: Mapping[str, NDArray[np.float32]],
+        crc32: NDArray[np.uint32],
+    ) -> None:
+        """Write the rows from `start` on of every feature set, and the image files' checksums.
+
+        `features` maps a set's name to (n, V, C, h, w); `crc32` is (n,). Raises StoreError when
+        float16 cannot hold a value.
+        """
+        stop = start + len(crc32)
+        rows: dict[str, NDArray[Any]] = {"images/crc32": crc32}
+        for name, maps in features.items():
+            rows[f"features/{name}"] = _to_float16(maps, name, start)
+            rows[f"pooled/{name}"] = rows[f"features/{name}"].mean((3, 4), dtype=np.float32)
+        checksums = {}
+        for name, values in rows.items():
+            self._maps[name][start:stop] = values
+            checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
+            self._maps[name].flush()
+        fsync_file(self.partial)  # rows are on the disk before the journal says so
+        self._append({"start": start, "stop": stop, "crc32": checksums})
+        assert self._blocks is not None
+        self._blocks[(start, stop)] = checksums
+
+    def finish(self) -> None:
+        """Verify every block against the journal, mark the store complete and publish it."""
+        self._check_whole()
+        self._maps.clear()
+        with h5py.File(self.partial, "r+") as file:
+            file.attrs.modify("complete", np.uint8(1))
+        fsync_file(self.partial)
+        self.partial.replace(self.path)
+        _fsync_folder(self.path.parent)
+        self._journal.close()  # Windows removes no open file
+        self.journal_path.unlink()
+
+    def _check_whole(self) -> None:
+        assert self._blocks is not None
+        expected, n = 0, len(self._maps["images/crc32"])
+        for (start, stop), checksums in sorted(self._blocks.items()):
+            if start != expected:
+                break
+            expected = stop
+            for name, crc32 in checksums.items():
+                if zlib.crc32(self._maps[name][start:stop].tobytes()) != crc32:
+                    self._journal.truncate(0)  # so that the next try starts over
+                    raise StoreError(
+                        f"{self.partial}: rows {start}:{stop} of /{name} read back differently "
+                        "than they were written; check the disk, then run the same line again."
+                    )
+        if expected != n:
+            raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreError(
+            f"{path}: another process is writing this store; wait for it or choose another --out."
+        ) from None
+    return lock
+
+
+def _unlock(lock: FileLock) -> None:
+    # Removed while it is held. Who has opened the file and then gets the lock of what is no longer
+    # there tries again, in FileLock. On Windows release() removes it.
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("r+b") as file:  # Windows syncs no file opened for reading
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.float16]:
+    largest = np.abs(maps).max(axis=tuple(range(1, maps.ndim)))  # (n,)
+    bad = np.flatnonzero(~(largest <= FLOAT16_MAX))  # catches NaN too
+    if len(bad):
+        raise StoreError(
+            f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
+            f"most {FLOAT16_MAX:.0f}, for a store holds float16. Check --weights, and use the "
+            "--normalization that they were trained with."
+        )
+    # In C order, for means to be summed in the order in which `verify` sums them.
+    return maps.astype(np.float16, order="C")
+
+
+def _create(
+    path: Path,
+    recipe: Recipe,
+    cohort: Cohort,
+    shape: MapShape,
+    feature_sets: Sequence[FeatureSet],
+    image_hashes: Sequence[str],
+) -> None:
+    n = int(cohort.offsets[-1])
+    with h5py.File(path, "w", libver=("v108", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["recipe"] = canonical(recipe)
+        file.attrs["recipe_sha256"] = recipe_sha256(recipe)
+        file.attrs["complete"] = np.uint8(0)
+        _write_patients(file.create_group("patients"), cohort)
+        images = file.create_group("images")
+        _write_strings(images, "name", [path.name for paths in cohort.images for path in paths])
+        _allocate(images, "crc32", (n,), np.uint32)
+        if image_hashes:
+            _write_strings(images, "hash", image_hashes)
+        for feature_set in feature_sets:
+            features = _allocate(
+                file.require_group("features"), feature_set.name, shape.rows(n), np.float16
+            )
+            features.attrs["backbone"] = feature_set.backbone
+            features.attrs["weights_sha256"] = feature_set.weights_sha256
+            features.attrs["split"] = feature_set.split
+            if feature_set.split:
+                features.attrs["seed"], features.attrs["repeat"] = (
+                    feature_set.seed,
+                    feature_set.repeat,
+                )
+                features.attrs["parents"] = json_text(feature_set.parents)
+                _write_strings(
+                    file.require_group("training"), feature_set.name, feature_set.training
+                )
+                _write_strings(
+                    file.require_group("validation"), feature_set.name, feature_set.validation
+                )
+            # Datasets of their own: an attribute is limited to 64 kB.
+            provenance = feature_set.provenance
+            _write_strings(file.require_group("trained_on"), feature_set.name, provenance.label_ids)
+            _write_strings(
+                file.require_group("provenance"),
+                feature_set.name,
+                [canonical(provenance.to_json())],
+            )
+            pooled = (n, shape.views, shape.channels)
+            _allocate(file.require_group("pooled"), feature_set.name, pooled, np.float32)
+
+
+def _write_patients(group: h5py.Group, cohort: Cohort) -> None:
+    _write_strings(group, "id", cohort.ids)
+    group["label"] = cohort.labels.astype(np.int8)
+    group["offsets"] = cohort.offsets.astype(np.int64)
+    _write_strings(group, "split", cohort.table["split"])
+    covariates = group.create_group("covariates", track_order=True)
+    for name in cohort.covariates:
+        column = cohort.table[name]
+        key = name.replace("/", SLASH)
+        if pd.api.types.is_numeric_dtype(column):
+            covariates[key] = column.to_numpy(np.float64, na_value=np.nan)
+        else:
+            _write_strings(covariates, key, column.astype(object).fillna(""))
+    group.attrs["submission_ids"] = json_text(cohort.submission_ids)
+
+
+def _write_strings(group: h5py.Group, name: str, values: Sequence[str] | pd.Series) -> None:
+    # Fixed length: the heap of variable-length strings depends on the order of writes.
+    encoded = np.array([encode_text(str(value)) for value in values] or [b""], dtype="S")
+    dtype = h5py.string_dtype("utf-8", max(encoded.dtype.itemsize, 1))
+    group.create_dataset(name, data=encoded[: len(values)].astype(dtype))
+
+
+def _allocate(
+    group: h5py.Group, name: str, shape: tuple[int, ...], dtype: type[np.generic]
+) -> h5py.Dataset:
+    """Reserve a contiguous dataset on disk without writing its values."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # same recipe, same bytes
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(np.dtype(dtype))
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, properties))
+
+
+def _row_names(path: Path) -> list[str]:
+    """Name the datasets that have one row an image and are written in place."""
+    with h5py.File(path, "r") as file:
+        names = [f"{group}/{name}" for group in ("features", "pooled") for name in file[group]]
+    return ["images/crc32", *names]

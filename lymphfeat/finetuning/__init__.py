@@ -1,0 +1,1 @@
+"""Training a backbone and a head together (METHOD §3)."""

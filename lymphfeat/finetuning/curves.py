@@ -1,0 +1,41 @@
+"""Learning curves of an end-to-end training: one row per epoch, as CSV."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lymphfeat.evaluation.metrics import all_metrics
+from lymphfeat.runtime.files import replace_file
+
+Row = Mapping[str, float]
+
+
+CURVES = ("curves.csv", "curves.png")
+
+
+SHOWN_METRICS = ("ba", "auc", "log_loss")
+
+
+def metric_columns(
+    prefix: str, probability: NDArray[np.float32], labels: NDArray[np.int64], threshold: float
+) -> dict[str, float]:
+    """Return the metrics of patients as columns `<prefix>_<metric>`."""
+    metrics = all_metrics(probability.astype(np.float64), labels, threshold)
+    return {f"{prefix}_{name}": float(metrics[name]) for name in SHOWN_METRICS}
+
+
+def write_curves(rows: Sequence[Row], folder: Path) -> None:
+    """Write curves.csv to a folder, made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / CURVES[0], partial(_write, rows))
+
+
+def _write(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)

@@ -1,0 +1,133 @@
+"""The backbone in training: a batch of cached crops -> instances, batch-norm as told.
+
+Under torchrun every process encodes its part of a batch and gets the instances of all: what follows
+the backbone, statistics of bnsigmoid included, sees the whole batch everywhere.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lymphfeat.features.backbones import Backbone
+from lymphfeat.finetuning.augmentation import flip_each
+from lymphfeat.finetuning.pixels import ImageBatch, PixelCache
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.scoring import instances_of
+from lymphfeat.runtime import processes
+from lymphfeat.runtime.devices import autocast, to_device
+
+
+class Encoder:
+    """Turns batches into instances (n, U, C), float32, with gradients unless torch forbids them."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixels: PixelCache,
+        *,
+        unit: str,
+        dtype: torch.dtype = torch.float32,
+        frozen_batchnorm: bool = False,
+    ) -> None:
+        """Take a backbone that is on the pixels' device; `frozen_batchnorm` never trains it."""
+        self.backbone = backbone
+        self.pixels = pixels
+        self._unit = unit
+        self._dtype = dtype
+        self._frozen_batchnorm = frozen_batchnorm
+        for layer in batchnorms(backbone) if processes.count() > 1 else ():
+            layer.forward = partial(_common_batchnorm, layer)  # type: ignore[method-assign]
+
+    def __call__(self, batch: ImageBatch, *, batchnorm_training: bool = True) -> Tensor:
+        """Encode a batch in training mode, batch-norm as told."""
+        self.backbone.train()
+        # The statistics of a single image are none.
+        training = batchnorm_training and not self._frozen_batchnorm and len(batch) > 1
+        for module in batchnorms(self.backbone):
+            module.train(training and _learns(module))
+        return self._together(batch, self._encode)
+
+    @torch.no_grad()
+    def score(self, head: HeadStack, batch: ImageBatch, chunk_size: int) -> Tensor:
+        """Return the logits (n, U) of a batch, the backbone in eval mode."""
+        self.backbone.eval()
+
+        def logits(part: ImageBatch) -> Tensor:
+            return head.logits(self._encode(part))[:, :, 0]
+
+        parts = batch.chunks(chunk_size * processes.count())
+        return torch.cat([self._together(part, logits) for part in parts])
+
+    def _together(self, batch: ImageBatch, encode: Callable[[ImageBatch], Tensor]) -> Tensor:
+        """Encode a batch, shared out over the processes."""
+        if len(batch) < processes.count():  # nothing to share: everybody does it all
+            return processes.one_voice(encode(batch))
+        return processes.gather_rows(encode(batch.share()), len(batch))
+
+    def _encode(self, batch: ImageBatch) -> Tensor:
+        device = self.pixels.device
+        with autocast(device, self._dtype):
+            maps = self.backbone(self.pixels.load(batch))  # (n, C, h, w)
+        maps = maps.float()
+        if self._unit == "pixel" and batch.views.flips.any():
+            # Back to where they lie in the file, so that a pixel has one number in every view
+            # (under affine places, roughly).
+            maps = flip_each(maps, to_device(batch.views.flips, device))
+        return instances_of(maps, self._unit)
+
+
+def _common_batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Apply a batch-norm layer, training on the statistics of all processes' images together."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    values = x.float()  # (n, C, h, w)
+    n = processes.summed(values.new_tensor([values.numel() / values.shape[1]]))
+    mean = processes.summed(values.sum((0, 2, 3))) / n  # (C,)
+    centred = values - mean[:, None, None]
+    variance = processes.summed((centred * centred).sum((0, 2, 3))) / n
+    _follow(layer, mean, variance * n / (n - 1))
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    y = (centred * scale[:, None, None] + layer.bias[:, None, None]).to(x.dtype)
+    # timm's layers end in an activation of their own.
+    for name in ("drop", "act"):
+        y = getattr(layer, name, nn.Identity())(y)
+    return y
+
+
+@torch.no_grad()
+def _follow(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Move a layer's running statistics towards a batch's, if it keeps any."""
+    if layer.running_mean is None or layer.running_var is None:
+        return
+    assert layer.momentum is not None
+    layer.running_mean.lerp_(mean, layer.momentum)
+    layer.running_var.lerp_(variance, layer.momentum)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Say whether a layer is not frozen; one without parameters is not."""
+    return all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def batchnorms(module: nn.Module) -> list[_BatchNorm]:
+    """Return the batch-norm layers of a network."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Put the running statistics of batch-norm back afterwards as they were before."""
+    buffers = [buffer for layer in batchnorms(module) for buffer in layer.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)

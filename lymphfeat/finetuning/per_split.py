@@ -1,0 +1,131 @@
+"""Backbones fine-tuned per split, for feature stores: each learns from its training patients alone.
+
+A split's folder holds its weights, with the identity of their training, and its curves. Weights of
+the same identity are not trained again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.splits import Split
+from lymphfeat.errors import ModelError
+from lymphfeat.features.backbones import FACTS_KEY, read_facts
+from lymphfeat.finetuning.curves import CURVES, write_curves
+from lymphfeat.finetuning.job import Job, parts_of, prepare
+from lymphfeat.finetuning.loop import decode, fit
+from lymphfeat.finetuning.pixels import PixelCache
+from lymphfeat.heads.grid import require_linear, resolve
+from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
+from lymphfeat.runtime.files import ResultKind, recover, result_folder, unfinished_folder
+from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.processes import from_first, is_first
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.settings import EndToEndSettings
+
+BACKBONE_FILE = "backbone.safetensors"
+BACKBONE = ResultKind(
+    name="fine-tuned backbone", marks=(BACKBONE_FILE,), files=(BACKBONE_FILE, *CURVES)
+)
+
+
+def fine_tune(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    settings: EndToEndSettings,
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Path]:
+    """Train a backbone for each split and return where its weights are, by the split's id.
+
+    The seed is the split's. What is interrupted goes on when called again. Raises ModelError when
+    weights of another training are in the split's folder and `force` is not set.
+    """
+    # Where patients share images, the heads on these features are refused (guards).
+    settings = replace(settings, head=resolve(settings.head), validation=0.0)
+    require_linear(settings.head)
+    labelled = cohort.labelled()
+    pixels: PixelCache | None = None
+    for number, split in enumerate(splits, start=1):
+        own = replace(settings, seed=split.seed)
+        job = prepare(cohort, parts_of(labelled, split), own)
+        if from_first(is_first() and _is_done(folder / split.id, job, force=force)):
+            continue
+        pixels = pixels or decode(labelled, job, progress)
+        _train(job, pixels, labelled, folder / split.id, force, _named(progress, number, splits))
+    from_first(None)  # the others wait until the last weights are written
+    return {split.id: folder / split.id / BACKBONE_FILE for split in splits}
+
+
+def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress:
+    """Say which split the progress is of."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        name = f"{splits[number - 1].id} ({number}/{len(splits)})"
+        progress((number - 1) * total + done, len(splits) * total, f"{name} {text}")
+
+    return report
+
+
+def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
+    """Say whether these very weights are there; refuse others unless `force`."""
+    recover(folder)
+    path = folder / BACKBONE_FILE
+    if not path.exists():
+        return False
+    differences = differing_fields(_as_read(job.identity), _read_identity(path))
+    if differences and not force:
+        raise ModelError(
+            f"{path}: weights of another training are there: {'; '.join(differences)}. "
+            "Choose another --out, or train anew with --force."
+        )
+    return not differences
+
+
+def _as_read(identity: Any) -> dict[str, Any]:
+    """Return an identity as it comes back from a file."""
+    content: dict[str, Any] = json_value(identity)
+    return content
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        return _as_read(read_facts(path)["identity"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: is no fine-tuned backbone ({error}); remove it, or choose another --out."
+        ) from None
+
+
+def _train(
+    job: Job, pixels: PixelCache, cached: Cohort, out: Path, force: bool, progress: Progress
+) -> None:
+    resumes = (CHECKPOINT_FILE,)
+    checkpoint = Checkpoint(
+        unfinished_folder(out) / CHECKPOINT_FILE, job.identity, job.model.facts.provenance.to_json()
+    )
+    with result_folder(out, BACKBONE, force=force, resumes=resumes, writes=is_first()) as folder:
+        if is_first():
+            checkpoint.check(force=force)
+        history = fit(job, pixels, cached, checkpoint, progress)
+        if is_first():
+            write_curves(history, folder)
+            _save(job, folder / BACKBONE_FILE)
+
+
+def _save(job: Job, path: Path) -> None:
+    model = job.model.backbone.model
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    facts = {
+        "identity": job.identity,
+        "provenance": job.model.facts.provenance.to_json(),
+    }
+    path.write_bytes(save(tensors, {FACTS_KEY: json_text(facts)}))

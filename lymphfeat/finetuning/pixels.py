@@ -1,0 +1,183 @@
+"""Crops decoded once and kept as bytes; made into views and normalised on the device, by batches.
+
+Crops that memory has no room for lie in an unnamed file in the temporary folder ($TMPDIR), mapped.
+"""
+
+import errno
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import Normalization, decode_crops
+from lymphfeat.errors import SettingsError
+from lymphfeat.features.views import normalize
+from lymphfeat.finetuning.augmentation import Views, unaltered
+from lymphfeat.runtime.devices import available_memory, to_device
+from lymphfeat.runtime.processes import share
+from lymphfeat.runtime.progress import Progress, silent
+
+# Of a GPU's free memory; beyond it the crops stay in host memory and are copied batch by batch.
+_RESIDENT_SHARE = 0.4
+# Of the free host memory; beyond it the crops are mapped from a file.
+_HOST_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Images to be seen in one go: rows of a `PixelCache`, and how each is seen. On the CPU."""
+
+    rows: Tensor  # (n,) int64
+    views: Views
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, n: int) -> "ImageBatch":
+        """Keep the first n images."""
+        return self._cut(lambda table: table[:n])
+
+    def rest(self, n: int) -> "ImageBatch":
+        """Keep all but the first n images."""
+        return self._cut(lambda table: table[n:])
+
+    def share(self) -> "ImageBatch":
+        """Keep this process's part."""
+        return self._cut(share)
+
+    def chunks(self, size: int) -> list["ImageBatch"]:
+        """Cut into parts of at most `size`, as equal as can be, in order."""
+        count = -(-len(self) // size)
+        if not count:
+            return []
+        return [
+            self._cut(lambda table, part=part: table.tensor_split(count)[part])  # type: ignore[misc]
+            for part in range(count)
+        ]
+
+    def _cut(self, cut: Callable[[Tensor], Tensor]) -> "ImageBatch":
+        return ImageBatch(rows=cut(self.rows), views=self.views.map(cut))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roster:
+    """Patients to learn from or to measure: where a cache has their images, and their labels."""
+
+    starts: Tensor  # (P,) int64, row of the first image
+    sizes: Tensor  # (P,) int64
+    labels: Tensor  # (P,) float32
+
+    @classmethod
+    def of(cls, patients: Cohort, cached: Cohort) -> "Roster":
+        """Find patients in the cache of a cohort that has them all."""
+        start = dict(zip(cached.ids, cached.offsets[:-1].tolist(), strict=True))
+        return cls(
+            starts=torch.tensor([start[id] for id in patients.ids]),
+            sizes=torch.from_numpy(patients.n_images),
+            labels=torch.from_numpy(patients.labels.astype(np.float32)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def images(self) -> "ImageBatch":
+        """Return all images, patient after patient, as they are."""
+        rows = [
+            torch.arange(start, start + size)
+            for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
+        ]
+        return as_they_are(torch.cat(rows))
+
+
+class PixelCache:
+    """The crops of all images of a cohort, patient after patient."""
+
+    def __init__(self, pixels: Tensor, normalization: Normalization, device: torch.device) -> None:
+        """Take crops (N, 3, H, W) uint8; they move to the device if it has room for them."""
+        self.device = device
+        self._normalization = normalization
+        self._resident = _fits(pixels, device)
+        self._pixels = pixels.to(device) if self._resident else pixels
+
+    @classmethod
+    def decode(
+        cls,
+        cohort: Cohort,
+        crop: int,
+        normalization: Normalization,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> "PixelCache":
+        """Decode every image of a cohort."""
+        paths = [path for images in cohort.images for path in images]
+
+        def report(done: int, total: int, text: str = "") -> None:
+            progress(done, total, "decoding images")
+
+        room = _make_room((len(paths), 3, crop, crop))
+        pixels = decode_crops(
+            paths, crop, into=room, threads=torch.get_num_threads(), progress=report
+        )
+        return cls(torch.from_numpy(pixels), normalization, device)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, batch: ImageBatch) -> Tensor:
+        """Return the views of a batch, normalised: (n, 3, H, W) on the device."""
+        pixels = batch.views.apply(self._gather(batch.rows))
+        images = normalize(pixels, self._normalization)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def crops(self) -> NDArray[np.uint8]:
+        """Return all crops: (N, 3, H, W)."""
+        return self._pixels.cpu().numpy()
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self._resident:
+            return self._pixels[to_device(rows, self.device)]
+        return to_device(self._pixels[rows], self.device)
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return bool(pixels.nbytes < _RESIDENT_SHARE * free)
+
+
+def as_they_are(rows: Tensor) -> ImageBatch:
+    """Return the batch of rows (n,), their views unaltered."""
+    return ImageBatch(rows=rows, views=unaltered(len(rows)))
+
+
+def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an array in memory, or mapped from an unnamed file if memory has no room for it."""
+    size = math.prod(shape)
+    if size <= _HOST_SHARE * available_memory(torch.device("cpu")):
+        return np.empty(shape, np.uint8)
+    try:
+        with tempfile.TemporaryFile() as file:  # the map keeps it
+            _reserve(file.fileno(), size)
+            return np.memmap(file, np.uint8, "w+", shape=shape)
+    except OSError as error:
+        raise SettingsError(
+            f"crops of {shape[0]} images fit neither memory nor the temporary folder ({error}); "
+            "set TMPDIR to a folder with more room, or choose a smaller --crop."
+        ) from None
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Fail now if the disk has no room for a temporary file: a write to a map would crash."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    elif shutil.disk_usage(tempfile.gettempdir()).free < size:  # macOS, Windows
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

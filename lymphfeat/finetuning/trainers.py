@@ -1,0 +1,341 @@
+"""The training loops: an epoch of the weighted family, an epoch of the ranking family (METHOD §3).
+
+- All randomness comes from one CPU generator, so that a run on a GPU sees what a run on a CPU sees
+  and a checkpoint holds the whole state.
+- Within an epoch nothing is read back from the device (the ranking family reads the ranking once).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.features.backbones import Backbone, stages
+from lymphfeat.finetuning.augmentation import Views, draw_views
+from lymphfeat.finetuning.encoder import Encoder
+from lymphfeat.finetuning.gradients import LossOf, backpropagate
+from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, Roster, as_they_are
+from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.scoring import read_out
+from lymphfeat.runtime import processes
+from lymphfeat.runtime.devices import to_device
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import EndToEndSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bag:
+    """The images of some patients, patient after patient. On the CPU."""
+
+    rows: Tensor  # (n,) rows of the pixel cache
+    sizes: Tensor  # (B,) images of each patient
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What came of one epoch."""
+
+    loss: float  # mean over the steps
+    patients: NDArray[np.int64]  # (b,) those who were seen
+    probability: NDArray[np.float32]  # (b,) theirs, while training
+    images: int  # that passed the backbone
+
+
+class Trainer:
+    """What both families share: the networks, the optimiser, the generator, the patients."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: HeadStack,
+        pixels: PixelCache,
+        roster: Roster,
+        settings: EndToEndSettings,
+        *,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        """Take networks on the pixels' device, and the patients to learn from."""
+        self.backbone = backbone
+        self.head = head
+        self.settings = settings
+        self.device = pixels.device
+        self.generator = generator
+        self.encoder = Encoder(
+            backbone,
+            pixels,
+            unit=head.settings[0].unit,
+            dtype=dtype,
+            frozen_batchnorm=settings.frozen_batchnorm,
+        )
+        self.roster = roster
+        freeze(backbone, settings.freeze_stages)
+        self.optimizer = _make_optimizer(backbone, head, settings)
+
+    def run_epoch(self, progress: Progress = silent) -> EpochResult:
+        """Train for one epoch; progress counts its steps."""
+        raise NotImplementedError
+
+    def step(self, batch: ImageBatch, loss_of: LossOf) -> Tensor:
+        """Take one step on a batch and return its loss, left on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.head.train()
+        loss = backpropagate(self.encoder, batch, loss_of, self.settings)
+        processes.add_gradients(self.backbone.parameters())
+        # Every process has the head's whole gradient; the mean keeps them from drifting apart.
+        processes.add_gradients(self.head.parameters(), mean=True)
+        self.optimizer.step()
+        return loss
+
+    def draw(self, patients: Tensor) -> Bag:
+        """Take the images of patients (b,), or `images_per_patient` of each drawn anew."""
+        rows = [self._draw_one(patient) for patient in patients.tolist()]
+        return Bag(rows=torch.cat(rows), sizes=torch.tensor([len(part) for part in rows]))
+
+    def _draw_one(self, patient: int) -> Tensor:
+        start, size = int(self.roster.starts[patient]), int(self.roster.sizes[patient])
+        most = self.settings.images_per_patient
+        if most is None or size <= most:
+            return torch.arange(start, start + size)
+        return start + torch.randperm(size, generator=self.generator)[:most].sort().values
+
+    def views(self, n: int) -> Views:
+        """Draw the views of n images."""
+        return draw_views(n, self.settings, self.generator)
+
+    def shuffled(self, n: int) -> Tensor:
+        """Draw an order of n things."""
+        return torch.randperm(n, generator=self.generator)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next epoch depends on, as tensors, numbers and texts."""
+        return {
+            "backbone": self.backbone.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.backbone.model.load_state_dict(state["backbone"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+
+def _make_optimizer(
+    backbone: Backbone, head: HeadStack, settings: EndToEndSettings
+) -> torch.optim.Adam:
+    lr = settings.head.lr
+    groups: list[dict[str, Any]] = [
+        *_backbone_groups(backbone, settings),
+        {"params": list(head.parameters()), "lr": settings.head_lr or lr},
+    ]
+    return torch.optim.Adam(groups, lr=lr, weight_decay=settings.head.weight_decay, fused=True)
+
+
+def _backbone_groups(backbone: Backbone, settings: EndToEndSettings) -> list[dict[str, Any]]:
+    """Return what of the backbone learns, by stage if the stages differ in their rate."""
+    lr = settings.head.lr
+    if settings.layer_decay == 1:
+        return [{"params": [p for p in backbone.parameters() if p.requires_grad], "lr": lr}]
+    from_top = reversed(stages(backbone)[settings.freeze_stages :])
+    return [
+        {"params": parameters, "lr": lr * settings.layer_decay**depth}
+        for depth, parameters in enumerate(from_top)
+    ]
+
+
+def freeze(backbone: Backbone, count: int) -> None:
+    """Let the backbone's lowest stages keep their weights and batch-norm statistics.
+
+    Raises SettingsError unless a stage is left to learn.
+    """
+    if not count:
+        return
+    found = stages(backbone)
+    if count >= len(found):
+        raise SettingsError(
+            f"freeze_stages (={count}) must leave one of the {len(found)} stages of "
+            f"{backbone.name} to learn. For a head alone use `lymphfeat fit-head`."
+        )
+    for parameters in found[:count]:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def full_batches(order: Tensor, size: int) -> Iterator[Tensor]:
+    """Cut an order into batches; an incomplete last one counts only when it is the only one."""
+    for start in range(0, max(1, len(order) // size) * size, size):
+        yield order[start : start + size]
+
+
+# --- the weighted family -------------------------------------------------------------------------
+
+
+class WeightedTrainer(Trainer):
+    """Trains on batches of whole patients."""
+
+    def run_epoch(self, progress: Progress = silent) -> EpochResult:
+        """Train on every patient once, but for an incomplete last batch."""
+        batches = list(full_batches(self.shuffled(len(self.roster)), self.settings.batch_size))
+        losses, logits, images = [], [], 0
+        for done, patients in enumerate(batches):
+            bag = self.draw(patients)
+            order = self.shuffled(len(bag.rows))
+            batch = ImageBatch(rows=bag.rows[order], views=self.views(len(order)))
+            loss_of = PatientLoss(self.head, bag, order, self.roster.labels[patients], self.device)
+            losses.append(self.step(batch, loss_of))
+            logits.append(loss_of.patient_logit)
+            images += len(batch)
+            progress(done + 1, len(batches))
+        return EpochResult(
+            loss=float(torch.stack(losses).mean()),
+            patients=torch.cat(batches).numpy(),
+            probability=torch.cat(logits).sigmoid().cpu().numpy(),
+            images=images,
+        )
+
+
+class PatientLoss:
+    """The patients' cross-entropy from instances in the order of a batch."""
+
+    def __init__(
+        self, head: HeadStack, bag: Bag, order: Tensor, labels: Tensor, device: torch.device
+    ) -> None:
+        """Take the batch's order: its i-th image is the bag's order[i]-th."""
+        self._head = head
+        self._bags = Bags.of(bag.sizes, device)
+        self._place = to_device(order.argsort(), device)
+        self._labels = to_device(labels, device)
+        self.patient_logit = torch.empty(0)  # (B,) of the last call, without gradient
+
+    def __call__(self, instances: Tensor) -> Tensor:
+        """Return the loss of instances (n, U, C)."""
+        logits = self._head.logits(instances).index_select(0, self._place)  # (n, U, 1)
+        bags = self._bags.times(logits.shape[1])
+        patient = self._head.patient_logit(logits.flatten(0, 1), bags)[:, 0]  # (B,)
+        self.patient_logit = patient.detach()
+        return binary_cross_entropy_with_logits(patient, self._labels)
+
+
+# --- the ranking family --------------------------------------------------------------------------
+
+
+class RankingTrainer(Trainer):
+    """Ranks all instances, then trains on the ones selected (report §3.1)."""
+
+    def run_epoch(self, progress: Progress = silent) -> EpochResult:
+        """Rank with the backbone in eval mode, then learn from each patient's highest instances."""
+        bag = self.draw(torch.arange(len(self.roster)))
+        images = as_they_are(bag.rows)
+        logits = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U)
+        bags = Bags.of(bag.sizes, self.device)
+        probability = read_out(self.head, bags, logits).probability
+        selected = self._select(logits, bags)
+        losses, seen = self._learn(selected, bag.rows, logits.shape[1], progress)
+        return EpochResult(
+            loss=float(torch.stack(losses).mean()),
+            patients=np.arange(len(self.roster)),
+            probability=probability.cpu().numpy(),
+            images=len(images) + seen,
+        )
+
+    def _select(self, logits: Tensor, images: Bags) -> list[Tensor]:
+        """Return each patient's k_train highest instances, numbered within the ranked ones."""
+        head = self.settings.head
+        bags = images.times(logits.shape[1])
+        k = effective_k(bags.sizes, head.k_train, head.k_percent, head.k_min).tolist()
+        top = Ranking.of(logits.reshape(-1, 1), bags).top(max(k))[:, 0].cpu()  # (P, k)
+        return [instances[:count] for instances, count in zip(top, k, strict=True)]
+
+    def _learn(
+        self, selected: list[Tensor], rows: Tensor, per_image: int, progress: Progress
+    ) -> tuple[list[Tensor], int]:
+        """Take a step a mini-batch; return the losses and how many images passed."""
+        groups = _groups(selected, self.settings.head.loss)
+        patients = torch.tensor([patient for patient, _ in groups])
+        batches = list(full_batches(self.shuffled(len(groups)), self.settings.batch_size))
+        losses, seen = [], 0
+        for done, chosen in enumerate(batches):
+            members = [groups[group][1] for group in chosen.tolist()]
+            bag = Bag(rows=torch.cat(members), sizes=torch.tensor([len(m) for m in members]))
+            order = self.shuffled(len(bag.rows))
+            batch = ImageBatch(
+                rows=rows[bag.rows[order] // per_image], views=self.views(len(order))
+            )
+            loss_of = SelectedLoss(
+                self.head,
+                bag,
+                order,
+                bag.rows[order] % per_image,
+                self.roster.labels[patients[chosen]],
+                self.device,
+            )
+            losses.append(self.step(batch, loss_of))
+            seen += len(batch)
+            progress(done + 1, len(batches))
+        return losses, seen
+
+
+def _groups(selected: list[Tensor], loss: str) -> list[tuple[int, Tensor]]:
+    """List what gets a loss of its own, with its patient: each instance, or a patient's together.
+
+    A single instance's mean logit is its logit: the instance loss is the bag loss of bags of one.
+    """
+    if loss == "bag":
+        return list(enumerate(selected))
+    return [
+        (patient, one) for patient, chosen in enumerate(selected) for one in torch.split(chosen, 1)
+    ]
+
+
+class SelectedLoss:
+    """The cross-entropy of selected instances, each for itself or a patient's mean."""
+
+    def __init__(
+        self,
+        head: HeadStack,
+        bag: Bag,
+        order: Tensor,
+        pixels: Tensor,
+        labels: Tensor,
+        device: torch.device,
+    ) -> None:
+        """Take the batch's order as `PatientLoss`; pixels (n,): which of its image's is meant."""
+        self._head = head
+        self._bags = Bags.of(bag.sizes, device)
+        self._place = to_device(order.argsort(), device)
+        self._pixels = to_device(pixels, device)
+        self._labels = to_device(labels, device)
+
+    def __call__(self, instances: Tensor) -> Tensor:
+        """Return the loss of instances (n, U, C)."""
+        logits = self._head.logits(instances)[:, :, 0]  # (n, U)
+        chosen = logits.gather(1, self._pixels[:, None])  # (n, 1)
+        mean = self._bags.mean(chosen.index_select(0, self._place))[:, 0]  # (B,)
+        return binary_cross_entropy_with_logits(mean, self._labels)
+
+
+TRAINERS: dict[str, type[Trainer]] = {"weighted": WeightedTrainer, "ranking": RankingTrainer}
+
+
+# --- without training ----------------------------------------------------------------------------
+
+
+def evaluate(
+    encoder: Encoder, head: HeadStack, roster: Roster, chunk_size: int
+) -> NDArray[np.float32]:
+    """Return the probabilities (P,) of patients, everything in eval mode."""
+    logits = encoder.score(head, roster.images(), chunk_size)  # (N, U)
+    bags = Bags.of(roster.sizes, logits.device)
+    return read_out(head, bags, logits).probability.cpu().numpy()

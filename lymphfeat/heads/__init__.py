@@ -1,0 +1,1 @@
+"""Heads: bags, aggregators, and the engine that fits many heads at once (METHOD §2)."""

@@ -1,0 +1,1 @@
+"""Aggregators: how instance scores become a patient's score (METHOD §2)."""

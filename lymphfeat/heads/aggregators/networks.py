@@ -1,0 +1,95 @@
+"""Aggregators that are networks: attention (Ilse et al. 2018), a transformer, an LSTM."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+from lymphfeat.heads.bags import Bags
+from lymphfeat.settings import HeadSettings
+
+
+class Attention(nn.Module):
+    """Weights wᵀ tanh(V h), softmax over a patient's images; a linear classifier of their mean."""
+
+    def __init__(self, channels: int, settings: HeadSettings, *, gated: bool = False) -> None:
+        """Take the width of V; `gated` multiplies its output by σ(U h)."""
+        super().__init__()
+        self.hidden = nn.Linear(channels, settings.width)
+        self.gate = nn.Linear(channels, settings.width) if gated else None
+        self.attention = nn.Linear(settings.width, 1, bias=False)
+        self.classifier = nn.Linear(channels, 1)
+
+    def weights(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return each image's share of attention: (m, C) -> (m, 1)."""
+        hidden = torch.tanh(self.hidden(images))  # (m, D)
+        if self.gate is not None:
+            hidden = hidden * torch.sigmoid(self.gate(images))
+        return bags.softmax(self.attention(hidden).float())
+
+    def forward(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits: images (m, C) -> (B,)."""
+        # The classifier is linear: that of the mean is the mean of the images'.
+        logits = self.classifier(images).float()  # (m, 1)
+        return bags.sum(self.weights(images, bags) * logits)[:, 0]
+
+
+def gated_attention(channels: int, settings: HeadSettings) -> Attention:
+    """Return attention with a gate (Ilse et al. 2018, eq. 9)."""
+    return Attention(channels, settings, gated=True)
+
+
+class Transformer(nn.Module):
+    """Images attend to each other, without positions; a linear classifier of their mean."""
+
+    def __init__(self, channels: int, settings: HeadSettings) -> None:
+        """Take the width of the embeddings and the number of layers."""
+        super().__init__()
+        width = settings.width
+        self.embed = nn.Linear(channels, width)
+        layer = nn.TransformerEncoderLayer(
+            width,
+            nhead=next(n for n in (4, 2, 1) if width % n == 0),
+            dim_feedforward=2 * width,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.TransformerEncoder(layer, settings.layers, enable_nested_tensor=False)
+        self.classifier = nn.Linear(width, 1)
+
+    def forward(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits: images (m, C) -> (B,)."""
+        embedded = self.embed(images)  # (m, D)
+        padded = torch.cat([embedded, embedded.new_zeros(1, embedded.shape[1])])
+        means = []
+        for _, rows in bags.buckets:  # (b, n), padding is row m
+            padding = rows == len(images)
+            encoded = self.encoder(padded[rows], src_key_padding_mask=padding)  # (b, n, D)
+            real = (~padding)[:, :, None]
+            means.append((encoded * real).sum(1) / real.sum(1))
+        order = torch.cat([patients for patients, _ in bags.buckets]).argsort()
+        logits: Tensor = self.classifier(torch.cat(means)[order])[:, 0]
+        return logits.float()
+
+
+class LSTM(nn.Module):
+    """A bidirectional LSTM reads the images in their order; a linear classifier of its last states.
+
+    The only aggregator for which the order of a patient's images counts.
+    """
+
+    def __init__(self, channels: int, settings: HeadSettings) -> None:
+        """Take the width of each direction and the number of layers."""
+        super().__init__()
+        self.recurrent = nn.LSTM(
+            channels, settings.width, settings.layers, bidirectional=True, batch_first=True
+        )
+        self.classifier = nn.Linear(2 * settings.width, 1)
+
+    def forward(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits: images (m, C) -> (B,)."""
+        sequences = list(torch.split(images, bags.sizes.tolist()))
+        _, (last, _) = self.recurrent(pack_sequence(sequences, enforce_sorted=False))
+        states = last[-2:].movedim(0, 1).flatten(1)  # (B, 2 D), forward and backward
+        logits: Tensor = self.classifier(states)[:, 0]
+        return logits.float()

@@ -1,0 +1,189 @@
+"""The head engine: fits many heads together on cached feature maps.
+
+A *fit* is one head's settings on one split. Fits of one family, unit and way of learning are laid
+side by side as one head axis H (`ranking`, `weighted`); `networks` share what they read. Every fit
+draws its own initialisation and order from a generator seeded by its split alone, so fitting many
+together gives what fitting one alone gives; and a grid can be cut into blocks as memory demands.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.networks import NetworkTrainer
+from lymphfeat.heads.engine.ranking import RankingTrainer, learning
+from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.sampling import Sampling
+from lymphfeat.heads.engine.sharing import by_split, exchange, own_share
+from lymphfeat.heads.engine.weighted import WeightedTrainer, unit_of
+from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.runtime.devices import available_memory
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import HeadSettings
+
+
+class Trainer(Protocol):
+    """What trains the fits of one stack."""
+
+    def run_epoch(self, epoch: int, result: FittedHeads) -> None:
+        """Train for an epoch and evaluate; write losses and probabilities."""
+
+    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
+        """Evaluate on other features, into a result of one epoch."""
+
+    def keep(self, result: FittedHeads) -> None:
+        """Write what was learnt."""
+
+
+TRAINERS: dict[str, type[RankingTrainer] | type[WeightedTrainer] | type[NetworkTrainer]] = {
+    "ranking": RankingTrainer,
+    "weighted": WeightedTrainer,
+    "network": NetworkTrainer,
+}
+
+
+def fit_heads(
+    features: Features,
+    fits: Sequence[Fit],
+    *,
+    epochs: int,
+    batch_size: int = 16,
+    images_per_patient: int | None = None,
+    views: int = 1,
+    tta: bool = False,
+    memory: int | None = None,
+    progress: Progress = silent,
+) -> FittedHeads:
+    """Fit all heads together; keep every patient's probability after every epoch.
+
+    With several `views` one of them is drawn for every image at every step; evaluation sees the
+    identity, or with `tta` takes the mean over the views. Heads that need more than `memory` bytes
+    (None: a quarter of what is free) are fitted block after block. Under torchrun every process
+    fits its share and returns all. With bfloat16 features the last probabilities are compared with
+    the same weights' in float32. Progress counts heads × epochs.
+    """
+    sampling = Sampling(batch_size=batch_size, images_per_patient=images_per_patient, views=views)
+    share = own_share(fits)
+    own = FittedHeads.empty(
+        [fits[position] for position in share],
+        epochs=epochs,
+        patients=len(features.labels),
+        channels=features.channels,
+    )
+    memory = available_memory(features.device) // 4 if memory is None else memory
+    blocks = _blocks(own.fits, features.channels, batch_size, memory)
+    count = _Count(progress, len(own.fits) * epochs, epochs, len(blocks))
+    for number, block in enumerate(blocks):
+        _fit_block(features, own, block, sampling, tta=tta, count=partial(count, number))
+    return exchange(fits, share, own)
+
+
+class _Count:
+    """Turns heads × epochs into progress."""
+
+    def __init__(self, progress: Progress, total: int, epochs: int, blocks: int) -> None:
+        self._progress, self._total, self._epochs, self._blocks = progress, total, epochs, blocks
+        self._done = 0
+
+    def __call__(self, block: int, heads: int, epoch: int) -> None:
+        """Say that some heads of a block have finished an epoch."""
+        self._done += heads
+        of_block = f", block {block + 1} of {self._blocks}" if self._blocks > 1 else ""
+        text = f"epoch {epoch + 1} of {self._epochs}{of_block}"
+        self._progress(self._done, self._total, text)
+
+
+def _fit_block(
+    features: Features,
+    result: FittedHeads,
+    positions: Sequence[int],
+    sampling: Sampling,
+    *,
+    tta: bool,
+    count: Callable[[int, int], None],
+) -> None:
+    """Fit some of the fits of a result together, and write what came of them into it."""
+    groups = _group(result.fits, positions, sampling)
+    trainers = [_make_trainer(features, result.fits, group, sampling, tta=tta) for group in groups]
+    for epoch in range(result.losses.shape[1]):
+        for trainer, group in zip(trainers, groups, strict=True):
+            trainer.run_epoch(epoch, result)
+            count(len(group), epoch)
+    if features.dtype != torch.float32:
+        _compare_with_float32(features, result, positions, trainers)
+    for trainer in trainers:
+        trainer.keep(result)
+
+
+def _compare_with_float32(
+    features: Features, result: FittedHeads, positions: Sequence[int], trainers: Sequence[Trainer]
+) -> None:
+    exact = FittedHeads.empty(
+        result.fits, epochs=1, patients=len(features.labels), channels=features.channels
+    )
+    in_float32 = features.in_float32()
+    for trainer in trainers:
+        trainer.evaluate_on(in_float32, exact)
+    own = list(positions)
+    difference = np.abs(exact.curves[own, 0] - result.curves[own, -1])  # (fits, P)
+    result.rounding[own] = difference.max(1)
+
+
+def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) -> list[list[int]]:
+    """Cut fits into blocks whose weights, optimisers and batches memory can hold."""
+    sizes: dict[HeadSettings, int] = {}
+    blocks: list[list[int]] = [[]]
+    held = 0
+    for position in by_split(fits):
+        fit = fits[position]
+        if fit.head not in sizes:
+            sizes[fit.head] = _bytes_of(fit.head, channels, batch_size)
+        if blocks[-1] and held + sizes[fit.head] > memory:
+            blocks.append([])
+            held = 0
+        blocks[-1].append(position)
+        held += sizes[fit.head]
+    return blocks
+
+
+def _bytes_of(head: HeadSettings, channels: int, batch_size: int) -> int:
+    """Estimate what a fit holds while it is trained."""
+    aggregator = AGGREGATORS[head.agg]
+    if aggregator.network is not None:
+        with torch.device("meta"):
+            network = aggregator.network(channels, head)
+        return 16 * sum(parameter.numel() for parameter in network.parameters())
+    batch = batch_size * head.k_train if aggregator.family == "ranking" else 0
+    # Weight, two moments, gradient, scale, mean and their temporaries; a batch, copied twice.
+    return 4 * channels * (10 + 3 * batch)
+
+
+def _group(fits: Sequence[Fit], positions: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """Group the positions of fits that can be trained as one stack."""
+    groups: dict[tuple[str, HeadSettings], list[int]] = defaultdict(list)
+    for position in positions:
+        groups[_stack_key(fits[position].head, sampling)].append(position)
+    return list(groups.values())
+
+
+def _stack_key(head: HeadSettings, sampling: Sampling) -> tuple[str, HeadSettings]:
+    """Blank out what may differ within one stack."""
+    if AGGREGATORS[head.agg].family == "network":
+        return "image", HeadSettings(agg="attention")
+    if AGGREGATORS[head.agg].family == "ranking":
+        own = replace(learning(head), lr=1.0, weight_decay=0.0, class_weights="none")
+        return head.unit, own
+    return unit_of(head, sampling), HeadSettings(agg="mean")
+
+
+def _make_trainer(
+    features: Features, fits: Sequence[Fit], positions: list[int], sampling: Sampling, *, tta: bool
+) -> Trainer:
+    trainer = TRAINERS[AGGREGATORS[fits[positions[0]].head.agg].family]
+    return trainer(features, fits, positions, sampling, tta=tta)

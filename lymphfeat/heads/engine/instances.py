@@ -1,0 +1,254 @@
+"""A store's feature maps as instances that trainers read: in memory, or streamed from the file."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.cohort.images import VIEWS
+from lymphfeat.features.views import flip_view
+from lymphfeat.heads.bags import Bags
+from lymphfeat.runtime.devices import available_memory
+
+_CHUNK_BYTES = 64 << 20  # of feature maps laid out as pixels at a time
+_CHUNK_VALUES = 4 << 20  # logits made at a time
+_CHUNK_ROWS = 1 << 15  # instances read at a time
+
+
+class Source(Protocol):
+    """Where the instances of one unit lie."""
+
+    def span(self, start: int, stop: int, view: int) -> Tensor:
+        """Return the instances (m, C) of images start:stop in a view."""
+
+    def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
+        """Return the instances (n, U, C) of images (n,), each in its view (n,) or the identity."""
+
+
+class Resident:
+    """Instances in memory, on the device."""
+
+    def __init__(self, values: Tensor, per_image: int) -> None:
+        """Take values (V, N · U, C)."""
+        self._values, self._per_image = values, per_image
+
+    def span(self, start: int, stop: int, view: int) -> Tensor:
+        return self._values[view, start * self._per_image : stop * self._per_image]
+
+    def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
+        m, channels = self._values.shape[1:]
+        images = images.to(self._values.device)
+        if views is not None:
+            images = images + views.to(images.device) * (m // self._per_image)
+        return self._values.view(-1, self._per_image, channels).index_select(0, images)
+
+
+class Streamed:
+    """Pixels read from the mapped file every time: for stores larger than memory."""
+
+    def __init__(self, maps: NDArray[np.float16], dtype: torch.dtype, device: torch.device) -> None:
+        """Take maps (N, V, C, h, w)."""
+        self._maps, self._dtype, self._device = maps, dtype, device
+
+    def span(self, start: int, stop: int, view: int) -> Tensor:
+        return self.pixels(start, stop, view).contiguous().flatten(0, 1)
+
+    def pixels(self, start: int, stop: int, view: int) -> Tensor:
+        """Return the pixels (n, h · w, C) of images start:stop in a view, as a transposed view."""
+        maps = torch.from_numpy(np.array(self._maps[start:stop, view]))
+        return _as_pixels(maps.to(self._device, self._dtype), view)
+
+    def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
+        rows = images.cpu().numpy()
+        if views is None:
+            return self._read(rows, 0)
+        of_image = views.cpu().numpy()
+        places = [np.flatnonzero(of_image == view) for view in np.unique(of_image)]
+        parts = [self._read(rows[place], int(of_image[place[0]])) for place in places]
+        order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
+        return torch.cat(parts)[order]
+
+    def _read(self, rows: NDArray[np.int64], view: int) -> Tensor:
+        maps = torch.from_numpy(self._maps[rows, view])
+        return _as_pixels(maps.to(self._device, self._dtype), view).contiguous()
+
+
+def _as_pixels(maps: Tensor, view: int) -> Tensor:
+    """Turn maps (n, C, h, w) of a view into (n, h · w, C), a pixel at its place in the image."""
+    return flip_view(maps, VIEWS[view]).flatten(2).mT
+
+
+@dataclass(frozen=True)
+class Instances:
+    """All instances of one unit, patient after patient."""
+
+    source: Source
+    per_image: int
+    images: NDArray[np.int64]  # (P + 1,) patient p has images images[p]:images[p + 1]
+    device: torch.device
+
+    @cached_property
+    def bags(self) -> Bags:
+        """The patients."""
+        return Bags.of(np.diff(self.images) * self.per_image, self.device)
+
+    @property
+    def n_instances(self) -> int:
+        return int(self.images[-1]) * self.per_image
+
+    @property
+    def mean_size(self) -> float:
+        """How many instances a patient has, on average."""
+        return self.n_instances / (len(self.images) - 1)
+
+    def of_patient(self, patient: int) -> Tensor:
+        """Return a patient's instances (m, C)."""
+        return self.source.span(int(self.images[patient]), int(self.images[patient + 1]), 0)
+
+    def images_of(self, patients: Tensor) -> Tensor:
+        """Return the rows of all images of some patients (b,), patient after patient."""
+        first, last = self.images[patients], self.images[patients + 1]
+        return torch.cat([torch.arange(*ends) for ends in zip(first, last, strict=True)])
+
+    def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        """Return single instances (…, C) by their rows (…), each in its view (…)."""
+        flat = rows.flatten()
+        chosen = self.source.gather(
+            flat // self.per_image, None if views is None else views.flatten()
+        )  # (n, U, C)
+        if self.per_image > 1:
+            place = (flat % self.per_image).to(chosen.device)
+            chosen = chosen[torch.arange(len(flat), device=chosen.device), place, None]
+        return chosen.view(*rows.shape, -1)
+
+    def chunks(self, heads: int, view: int = 0) -> Iterator[tuple[slice, Tensor, Bags]]:
+        """Yield all patients, some at a time: (patients, instances (m, C), bags).
+
+        A chunk is as large as logits of so many heads may be, and has at least one patient.
+        """
+        limit = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // heads) // self.per_image)  # images
+        start = 0
+        while start < len(self.images) - 1:
+            stop = int(np.searchsorted(self.images, self.images[start] + limit, side="right")) - 1
+            stop = max(stop, start + 1)
+            first, last = int(self.images[start]), int(self.images[stop])
+            bags = Bags.of(np.diff(self.images[start : stop + 1]) * self.per_image, self.device)
+            yield slice(start, stop), self.source.span(first, last, view), bags
+            start = stop
+
+
+class Features:
+    """A store's feature maps as matrices of instances, and their patients."""
+
+    def __init__(
+        self,
+        maps: NDArray[np.float16],
+        pooled: NDArray[np.float32],
+        offsets: NDArray[np.int64],
+        ids: Sequence[str],
+        labels: NDArray[np.int64],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        memory: int | None = None,
+    ) -> None:
+        """Take maps (N, V, C, h, w), or (N, C, h, w) of one view, and their averages (N, V, C).
+
+        The pixels are laid out when used first; where they would not fit into half of `memory`
+        bytes (None: what is free) they are read from `maps` each time instead.
+        """
+        self._maps = maps if maps.ndim == 5 else maps[:, None]
+        self.device = device or torch.device("cpu")
+        self.dtype = dtype
+        self._averages = pooled if pooled.ndim == 3 else pooled[:, None]
+        by_view = np.array(np.moveaxis(self._averages, 1, 0), order="C")
+        self._pooled = torch.from_numpy(by_view).to(self.device, dtype)  # (V, N, C)
+        self.offsets = offsets
+        self.labels = torch.from_numpy(np.array(labels)).to(self.device)
+        self.row = {patient: row for row, patient in enumerate(ids)}
+        self._memory = memory
+
+    @property
+    def n_views(self) -> int:
+        return len(self._pooled)
+
+    @property
+    def channels(self) -> int:
+        return int(self._pooled.shape[2])
+
+    @property
+    def bags(self) -> Bags:
+        """The patients, as bags of images."""
+        return self.of_unit("image").bags
+
+    @property
+    def images(self) -> Tensor:
+        """(N, C) the average-pooled maps of the identity view."""
+        return self._pooled[0]
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether pixels are read from the file each time."""
+        memory = available_memory(self.device) if self._memory is None else self._memory
+        return self._maps.size * self.dtype.itemsize > memory // 2
+
+    @cached_property
+    def _pixels(self) -> Tensor:
+        """(V, N · h · w, C): one row a pixel, images and patients contiguous."""
+        n, views, channels, height, width = self._maps.shape
+        shape = (views, n, height * width, channels)
+        pixels = torch.empty(shape, dtype=self.dtype, device=self.device)
+        source = Streamed(self._maps, self.dtype, self.device)
+        step = max(1, _CHUNK_BYTES // (self._maps[0, 0].nbytes * 2))
+        for view in range(views):
+            for start in range(0, n, step):
+                stop = min(start + step, n)
+                pixels[view, start:stop] = source.pixels(start, stop, view)
+        return pixels.flatten(1, 2)
+
+    def of_unit(self, unit: str) -> Instances:
+        """Return the instances of a unit: pixel, image, or patient (the mean of its images)."""
+        if unit == "patient":
+            count, total, _ = self.patient_sums
+            means = (total / count).to(self.dtype)[None]  # (1, P, C)
+            return Instances(Resident(means, 1), 1, np.arange(len(self.row) + 1), self.device)
+        source: Source = Resident(self._pooled, 1)
+        if unit == "pixel":
+            per_image = math.prod(self._maps.shape[3:])
+            source = (
+                Streamed(self._maps, self.dtype, self.device)
+                if self.streams
+                else Resident(self._pixels, per_image)
+            )
+        return Instances(source, per_image if unit == "pixel" else 1, self.offsets, self.device)
+
+    @cached_property
+    def patient_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each patient's number of images (P, 1), their sum (P, C) and that of their squares."""
+        totals, squares = [], []
+        for _, images, bags in self.of_unit("image").chunks(1):
+            totals.append(bags.sum(images.double()))
+            squares.append(bags.sum(images.double() ** 2))
+        count = torch.from_numpy(np.diff(self.offsets))[:, None].to(self.device)
+        return count, torch.cat(totals), torch.cat(squares)
+
+    def in_float32(self) -> "Features":
+        """Return the same features in float32, pixels read from the file."""
+        return Features(
+            self._maps,
+            self._averages,
+            self.offsets,
+            list(self.row),
+            self.labels.cpu().numpy(),
+            device=self.device,
+            memory=0,
+        )
+
+    def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([self.row[patient] for patient in patients])

@@ -1,0 +1,117 @@
+"""What is fitted, and what came of it."""
+
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lymphfeat.cohort.splits import Split
+from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.settings import HeadSettings
+
+EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # what bnsigmoid has beside a scorer
+_LARGE = 1 << 30  # bytes of curves, from which on they lie in a temporary file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One head's settings on one split."""
+
+    head: HeadSettings
+    split: Split
+    curve: bool = True  # evaluate after every epoch; without, only after the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedHeads:
+    """What came of fits, in the order they were asked for."""
+
+    fits: tuple[Fit, ...]
+    curves: NDArray[np.float32]  # (fits, epochs, P) probabilities after every epoch; NaN unasked
+    losses: NDArray[np.float32]  # (fits, epochs) mean training loss
+    weight: NDArray[np.float32]  # (fits, C), as applied to raw features; NaN of networks
+    bias: NDArray[np.float32]  # (fits,)
+    extras: dict[str, NDArray[np.float32]]  # gamma, beta, running_mean, running_var: (fits,)
+    # (fits,) how far any patient's last probability is from the same weights' in float32
+    rounding: NDArray[np.float32]
+    networks: dict[int, NetworkHead] = field(default_factory=dict)  # by position, on the CPU
+
+    @classmethod
+    def empty(
+        cls, fits: Sequence[Fit], *, epochs: int, patients: int, channels: int
+    ) -> "FittedHeads":
+        """Make room for fits."""
+        n = len(fits)
+        return cls(
+            fits=tuple(fits),
+            curves=_nan((n, epochs, patients)),
+            losses=np.zeros((n, epochs), np.float32),
+            weight=np.full((n, channels), np.nan, np.float32),
+            bias=np.full(n, np.nan, np.float32),
+            extras={name: np.zeros(n, np.float32) for name in EXTRAS},
+            rounding=np.zeros(n, np.float32),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["FittedHeads"]) -> "FittedHeads":
+        """Put the fits of several calls behind each other."""
+        fits = tuple(fit for part in parts for fit in part.fits)
+        _, epochs, patients = parts[0].curves.shape
+        channels = parts[0].weight.shape[1]
+        whole = cls.empty(fits, epochs=epochs, patients=patients, channels=channels)
+        start = 0
+        for part in parts:
+            whole.put(range(start, start + len(part.fits)), part)
+            start += len(part.fits)
+        return whole
+
+    def take(self, positions: Sequence[int]) -> "FittedHeads":
+        """Return some of the fits."""
+        index = list(positions)
+        return FittedHeads(
+            fits=tuple(self.fits[i] for i in index),
+            curves=self.curves[index],
+            losses=self.losses[index],
+            weight=self.weight[index],
+            bias=self.bias[index],
+            extras={name: values[index] for name, values in self.extras.items()},
+            rounding=self.rounding[index],
+            networks={
+                new: self.networks[old] for new, old in enumerate(index) if old in self.networks
+            },
+        )
+
+    def image_logits(self, position: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Score pooled images (n, C) by one of the heads: (n,)."""
+        if position in self.networks:
+            scores = self.networks[position].image_logits(torch.from_numpy(images))
+            return np.asarray(scores.numpy())
+        return np.asarray(images @ self.weight[position] + self.bias[position])
+
+    def put(self, positions: Sequence[int], part: "FittedHeads") -> None:
+        """Write the results of some of the fits."""
+        index = list(positions)
+        for name in ("curves", "losses", "weight", "bias", "rounding"):
+            getattr(self, name)[index] = getattr(part, name)
+        for name, values in part.extras.items():
+            self.extras[name][index] = values
+        self.networks.update({index[i]: network for i, network in part.networks.items()})
+
+
+def _nan(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array of NaN, of which the system may swap out what memory cannot hold."""
+    if np.prod(shape, dtype=np.int64) * 4 < _LARGE:
+        return np.full(shape, np.nan, np.float32)
+    with tempfile.TemporaryFile() as file:  # lives as long as it is mapped
+        array: NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=shape)
+    array[:] = np.nan
+    return array
+
+
+def split_generator(split: Split) -> torch.Generator:
+    """Return the generator of a split's initialisation and order: nothing else seeds a fit."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{split.seed}/{split.id}".encode()))

@@ -1,0 +1,89 @@
+"""Stacked linear scorers: standardised inside, folded for use; and what weighs their losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lymphfeat.heads.engine.adam import StackedAdam
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.results import Fit, split_generator
+from lymphfeat.heads.stack import class_weights, initial_scorer
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Per split and channel, mean and 1 / standard deviation over its TRAINING patients' images.
+
+    A scorer is trained on standardised features and applied to raw ones: it is folded, (w / s,
+    b − w · m / s), so no aggregator knows of it and every head stays a 1×1 convolution. A channel
+    that never varies in training gets scale 0 and so weight 0: Adam would blow up the rounding
+    errors of its gradient.
+    """
+
+    mean: Tensor  # (H, C)
+    scale: Tensor  # (H, C)
+
+    @classmethod
+    def of(cls, features: Features, fits: Sequence[Fit]) -> "Scaling":
+        moments = {train: _moments(features, train) for train in {fit.split.train for fit in fits}}
+        pairs = [moments[fit.split.train] for fit in fits]
+        return cls(
+            torch.stack([mean for mean, _ in pairs]), torch.stack([scale for _, scale in pairs])
+        )
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scorer (H, C), (H,) that gives the same logits on raw features."""
+        folded = weight * self.scale
+        return folded, bias - (folded * self.mean).sum(1)
+
+    def unfold_gradient(self, folded: Tensor, total: Tensor) -> Tensor:
+        """Turn a gradient by the folded weight (H, C) into one by the weight; `total` (H,)."""
+        return (folded - total[:, None] * self.mean) * self.scale
+
+
+def _moments(features: Features, patients: Sequence[str]) -> tuple[Tensor, Tensor]:
+    rows = torch.from_numpy(features.rows_of(sorted(patients))).to(features.device)
+    count, total, squares = (sums[rows].sum(0) for sums in features.patient_sums)
+    mean = total / count  # (C,)
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    varies = std > 1e-6 * (1 + mean.abs())
+    return mean.float(), torch.where(varies, 1 / std.where(varies, 1), 0).float()
+
+
+class Scorers:
+    """The linear scorers of a trainer, and their optimiser."""
+
+    def __init__(self, features: Features, fits: Sequence[Fit]) -> None:
+        """Initialise one scorer for each of `fits`, as its split's generator draws it."""
+        device = features.device
+        self.scaling = Scaling.of(features, fits)
+        self.generators = [split_generator(fit.split) for fit in fits]  # drawn from on
+        drawn = [initial_scorer(features.channels, generator) for generator in self.generators]
+        self.weight = torch.stack([weight for weight, _ in drawn]).to(device)  # (H, C)
+        self.bias = torch.stack([bias for _, bias in drawn]).to(device)  # (H,)
+        self.class_weights = torch.stack([_class_weights(features, fit) for fit in fits])  # (H, 2)
+
+    def optimizer(self, fits: Sequence[Fit], *others: Tensor) -> StackedAdam:
+        """Return the optimiser of the weights, the biases and `others` (H, …)."""
+        device = self.weight.device
+        return StackedAdam(
+            [self.weight, self.bias, *others],
+            torch.tensor([fit.head.lr for fit in fits], device=device),
+            torch.tensor([fit.head.weight_decay for fit in fits], device=device),
+        )
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the scorers (H, C), (H,) of raw features."""
+        return self.scaling.fold(self.weight, self.bias)
+
+
+def _class_weights(features: Features, fit: Fit) -> Tensor:
+    rows = torch.from_numpy(features.rows_of(fit.split.train)).to(features.device)
+    return class_weights(fit.head, features.labels[rows])
+
+
+def score(instances: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Score instances (M, C) by folded scorers (H, C), (H,): logits (M, H) in float32."""
+    return (instances @ weight.to(instances.dtype).mT).float() + bias

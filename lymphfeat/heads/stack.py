@@ -1,0 +1,134 @@
+"""Heads side by side as modules: linear scorers with their aggregators, and networks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lymphfeat.heads.aggregators import ranking, weighted
+from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.registry import AGGREGATORS, AggregatorState
+from lymphfeat.settings import HeadSettings
+
+
+class HeadStack(nn.Module):
+    """H heads of one aggregator side by side: scorers (H, C) and what their aggregators learn."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, settings: Sequence[HeadSettings], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.settings = tuple(settings)
+        self.aggregator = AGGREGATORS[settings[0].agg]
+        self.weight = nn.Parameter(weight)  # (H, C)
+        self.bias = nn.Parameter(bias)  # (H,)
+        state = AggregatorState.fresh(settings, weight.device)
+        self.gamma = nn.Parameter(state.gamma)
+        self.beta = nn.Parameter(state.beta)
+        self.register_buffer("running_mean", state.running_mean)
+        self.register_buffer("running_var", state.running_var)
+
+    @property
+    def state(self) -> AggregatorState:
+        return replace(
+            AggregatorState.fresh(self.settings, self.weight.device),
+            gamma=self.gamma,
+            beta=self.beta,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            training=self.training,
+        )
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Score instances: features (M, C) -> logits (M, H)."""
+        return nn.functional.linear(features, self.weight, self.bias)
+
+    def patient_logit(self, logits: Tensor, bags: Bags) -> Tensor:
+        """Aggregate instance logits (M, H) to patient logits (B, H); the weighted family only."""
+        assert self.aggregator.patient_logit is not None
+        return self.aggregator.patient_logit(self.state, logits, bags)
+
+    def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
+        """Return how much each instance counts for its patient: (M, H), bags adding up to 1."""
+        if self.aggregator.weights is not None:
+            return self.aggregator.weights(self.state, logits, bags)
+        first = self.settings[0]
+        if first.reduce == "max":
+            return weighted.max_weights(logits, bags)
+        k = effective_k(bags.sizes, first.k_agg, first.k_percent, first.k_min)
+        mask = ranking.selected_mask(Ranking.of(logits, bags), k, bottom=self.aggregator.bottom)
+        return mask / bags.spread(bags.sum(mask.to(logits.dtype)))
+
+    def probability(self, logits: Tensor, bags: Bags) -> Tensor:
+        """Return patient probabilities (B, H) from instance logits (M, H)."""
+        if self.aggregator.family == "weighted":
+            return self.patient_logit(logits, bags).sigmoid()
+        return read_out(self.settings[0], Ranking.of(logits, bags))
+
+
+class NetworkHead(nn.Module):
+    """A network on raw pooled images: it standardises them as it was trained."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, settings: HeadSettings, network: nn.Module, mean: Tensor, scale: Tensor):
+        """Take the mean and 1 / standard deviation (C,) of training images."""
+        super().__init__()
+        self.settings, self.network = settings, network
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def initial(
+        cls, settings: HeadSettings, mean: Tensor, scale: Tensor, generator: torch.Generator
+    ) -> "NetworkHead":
+        """Initialise a network as a generator says, on the device of `mean`."""
+        make = AGGREGATORS[settings.agg].network
+        assert make is not None
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
+            torch.manual_seed(seed)
+            network = make(len(mean), settings)
+        return cls(settings, network.to(mean.device), mean, scale)
+
+    def forward(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits: images (m, C) -> (B,)."""
+        logits: Tensor = self.network((images - self.mean) * self.scale, bags)
+        return logits
+
+    @torch.no_grad()
+    def image_logits(self, images: Tensor) -> Tensor:
+        """Score images (m, C) as patients who have nothing else: (m,)."""
+        logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
+        return logits
+
+
+def read_out(settings: HeadSettings, ranked: Ranking) -> Tensor:
+    """Return patient probabilities (B, H) of a ranking-family head from ranked instances."""
+    k = effective_k(ranked.bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
+    bottom = AGGREGATORS[settings.agg].bottom
+    return ranking.selected_probability(ranked, k, bottom=bottom, reduce=settings.reduce)
+
+
+def initial_scorer(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a scorer's weight (C,) and bias () as a 1×1 convolution is initialised."""
+    bound = 1 / math.sqrt(channels)
+    values = torch.empty(channels + 1).uniform_(-bound, bound, generator=generator)
+    return values[:-1], values[-1]
+
+
+def class_weights(settings: HeadSettings, labels: Tensor) -> Tensor:
+    """Return how much the loss of a reactive and of a tumoral patient counts: (2,).
+
+    "balanced" gives n / (2 · n of the class) among the training `labels` (P,), so that both classes
+    count alike and the mean weight is 1.
+    """
+    if settings.class_weights == "none":
+        return torch.ones(2, device=labels.device)
+    counts = torch.stack([(labels == label).sum() for label in (0, 1)])
+    return len(labels) / (2 * counts.clamp(min=1).float())

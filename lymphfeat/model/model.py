@@ -1,0 +1,328 @@
+"""The portable model: backbone, head and all it takes to apply them to new patients.
+
+A model folder holds `model.safetensors` (tensors, float32) and `model.json` (everything else); no
+pickle. `model.json` carries the hash of the tensors.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.cohort.images import VIEWS, Normalization
+from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
+from lymphfeat.errors import ModelError
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.evaluation.scores import patient_metrics
+from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.predictions import ROLE_OF, Predictions, image_table, patient_table
+from lymphfeat.model.scoring import CohortScorer, ModelRecipe, read_out
+from lymphfeat.runtime.devices import (
+    choose_device,
+    choose_precision,
+    cpu_threads,
+    whole_float32,
+)
+from lymphfeat.runtime.files import find_checkpoints, recover, replace_file
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.settings import HeadSettings
+
+FORMAT = "lymphfeat-model"
+
+
+FORMAT_VERSION = 1
+
+
+WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
+
+
+_UNDECIDED = Decision()
+
+
+MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """Where a model comes from."""
+
+    trained_on: tuple[str, ...]  # ids of its own training patients
+    validated_on: tuple[PatientKey, ...] = ()
+    provenance: Provenance = NOBODY  # all it comes from, its initial weights included
+    cohort: Mapping[str, Any] = field(default_factory=dict)  # its fingerprint
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    seed: int = 0
+    initial_weights: str = "none"
+    initial_weights_sha256: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    # "train", "validation" -> the metrics of those patients, as predicted by the final model
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """Return the model folders of k-fold members, or the folder itself."""
+    recover(folder)
+    path = folder / MEMBERS_FILE
+    if not path.is_file():
+        return [folder]
+    try:
+        return [folder / name for name in json.loads(path.read_text(encoding="utf-8"))["members"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); copy the model folder anew.") from None
+
+
+class Model:
+    """A trained backbone and head; `predict` applies them to any cohort, labels not needed."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: HeadStack,
+        *,
+        recipe: ModelRecipe,
+        facts: TrainingFacts,
+        decision: Decision = _UNDECIDED,
+        tta: bool = False,
+    ) -> None:
+        self.backbone = backbone.eval()
+        self.head = head.eval()  # of one head
+        self.recipe = recipe
+        self.facts = facts
+        self.decision = decision
+        self.tta = tta  # whether `predict` takes the mean over the four flips unless told otherwise
+
+    @property
+    def head_settings(self) -> HeadSettings:
+        """Return the settings of the head."""
+        return self.head.settings[0]
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Return how the final model predicts the patients it was trained and validated on."""
+        return self.facts.metrics
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability above which a patient is called tumoral."""
+        return self.decision.threshold
+
+    @property
+    def threshold_from(self) -> str:
+        """Say what the threshold was chosen on."""
+        return self.decision.threshold_from
+
+    def save(self, folder: Path | str) -> None:
+        """Write `model.safetensors` and `model.json` to a folder, made if it is not there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            key: value.detach().cpu().contiguous()
+            for key, value in _network(self.backbone, self.head).state_dict().items()
+        }
+        replace_file(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(tensors)))
+        text = json_text(self._to_json(), indent=2)
+        replace_file(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "recipe": asdict(self.recipe),
+            "head": asdict(self.head_settings),
+            **self.decision.to_json(),
+            "tta": self.tta,
+            "weights_sha256": weights_sha256(_network(self.backbone, self.head)),
+            "training": asdict(self.facts)
+            | {
+                "validated_on": keys_to_json(self.facts.validated_on),
+                "provenance": self.facts.provenance.to_json(),
+            },
+        }
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Model":
+        """Read a model folder; raises ModelError, saying what to do, for one that is not whole."""
+        folder = Path(folder)
+        recover(folder)
+        facts = _read_facts(folder)
+        try:
+            model = _build(facts)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{folder / FACTS_FILE}: is damaged ({type(error).__name__}: {error}); "
+                "copy the model folder anew or train it again."
+            ) from None
+        _load_tensors(model, folder, str(facts.get("weights_sha256")))
+        return model
+
+    def predict(
+        self,
+        cohort: Cohort,
+        *,
+        tta: bool | None = None,
+        device: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
+        batch_size: int = 64,
+        progress: Progress = silent,
+    ) -> Predictions:
+        """Predict every patient and image of a cohort, each from nothing but its own images.
+
+        With `tta` everything is the mean over the four flips; None is the model's own choice.
+        Images are decoded and scored in batches; only their logits are kept. `precision` is
+        float32, bfloat16 or auto; only float32 gives the same probabilities on every machine, but
+        for the order of sums.
+        """
+        chosen = choose_device(device)
+        views = VIEWS if (self.tta if tta is None else tta) else VIEWS[:1]
+        with cpu_threads(threads), whole_float32():
+            scorer = CohortScorer(
+                self.backbone,
+                self.head,
+                self.recipe,
+                views,
+                dtype=choose_precision(precision, chosen),
+                device=chosen,
+            )
+            logits = scorer.score(cohort, batch_size, progress)  # (V, N, U)
+            return self._read_out(cohort, logits)
+
+    def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+        """Measure the labelled ones of predicted patients, by what the model has seen of them.
+
+        The groups are "train" (their labels were learnt from, by the model or by what it was made
+        of: how well the model fits, not how well it predicts), "validation" and "new".
+        """
+        known = patients[patients["label"].notna()]
+        groups = known["seen"].map(ROLE_OF)
+        return {
+            group: patient_metrics(known[groups == group], self.threshold)
+            for group in ("train", "validation", "new")
+            if (groups == group).any()
+        }
+
+    def seen(self, patients: Sequence[PatientKey]) -> list[str]:
+        """Say of each patient what the model has seen of it, as one of `SEEN`."""
+        validated = Provenance(labels=self.facts.validated_on)
+
+        def seen_of(patient: PatientKey) -> str:
+            if self.facts.provenance.has_label_of(patient):
+                return "label"
+            if validated.has_label_of(patient):
+                return "validation"
+            return "images" if self.facts.provenance.has_images_of(patient) else "no"
+
+        return [seen_of(patient) for patient in patients]
+
+    def _read_out(self, cohort: Cohort, logits: Tensor) -> Predictions:
+        images = Bags.of(cohort.n_images)
+        read = [read_out(self.head, images, view) for view in logits]
+        probability = torch.stack([view.probability for view in read]).mean(0).numpy()  # (P,)
+        weight = torch.stack([view.weight for view in read]).mean(0).numpy()  # (N,)
+        logit = logits.mean((0, 2)).numpy()  # (N,)
+        return Predictions(
+            patients=patient_table(
+                cohort, self.seen(patient_keys(cohort)), probability, self.decision
+            ),
+            images=image_table(cohort, logit, weight),
+        )
+
+
+def _network(backbone: Backbone, head: HeadStack) -> nn.ModuleDict:
+    """Name the tensors of a model file: backbone.<timm's key>, head.<key>."""
+    return nn.ModuleDict({"backbone": backbone.model, "head": head})
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS_FILE
+    if not path.is_file():
+        hint = "make one with `lymphfeat endtoend`"
+        if find_checkpoints(folder):
+            hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
+        elif (folder / MEMBERS_FILE).exists():
+            hint = f"it holds k-fold members: choose one of them, as {member_folders(folder)[0]}"
+        raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: is not valid JSON ({error}); copy the model folder anew."
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ModelError(f"{path}: is JSON but no lymphfeat model.")
+    version = facts.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ModelError(
+            f"{path}: format_version (={version}) must be at most {FORMAT_VERSION}; "
+            "update lymphfeat to read it."
+        )
+    return facts
+
+
+def _build(facts: Mapping[str, Any]) -> Model:
+    recipe = _parse_recipe(facts["recipe"])
+    backbone = make_backbone(
+        recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
+    )
+    settings = HeadSettings(**facts["head"])
+    zeros = torch.zeros(1, backbone.channels)
+    training = facts["training"]
+    return Model(
+        backbone,
+        HeadStack([settings], zeros, torch.zeros(1)),
+        recipe=recipe,
+        facts=TrainingFacts(
+            **training
+            | {
+                "trained_on": tuple(training["trained_on"]),
+                "validated_on": keys_from_json(training["validated_on"]),
+                "provenance": _provenance_of(training),
+            }
+        ),
+        decision=Decision.from_json(facts),
+        tta=bool(facts["tta"]),
+    )
+
+
+def _provenance_of(training: Mapping[str, Any]) -> Provenance:
+    if "provenance" in training:
+        return Provenance.from_json(training["provenance"])
+    return Provenance.of_ids(labels=training["trained_on"])  # of models of earlier versions
+
+
+def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:
+    constants = content["normalization"]
+    normalization = Normalization(
+        name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
+    )
+    return ModelRecipe(**{**content, "normalization": normalization})
+
+
+def _load_tensors(model: Model, folder: Path, sha256: str) -> None:
+    path = folder / WEIGHTS_FILE
+    network = _network(model.backbone, model.head)
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as this model's tensors ({str(error).splitlines()[0]}); "
+            "copy the model folder anew or train it again."
+        ) from None
+    if weights_sha256(network) != sha256:
+        raise ModelError(
+            f"{path}: tensors must be those {FACTS_FILE} was written with; got others. "
+            "Copy both files of the model together."
+        )

@@ -1,0 +1,113 @@
+"""What a model says of a cohort: tables of patients and images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.runtime.files import replace_file
+
+# What a model has seen of a patient: its label in training; its label in validation, where nothing
+# was learnt from it; its images without its label; nothing.
+SEEN = ("label", "validation", "images", "no")
+
+
+ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": "new"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a model says of a cohort.
+
+    patients: id, label (missing where unknown), seen (one of `SEEN`), n_images, probability (of
+        tumoral), calibrated (missing where the model has no calibration), predicted (1 where the
+        probability is above the threshold). Of several models the probability is calibrated
+        already, and there is also spread, the standard deviation of the members' calibrated
+        probabilities.
+    images: patient, image (file name), logit (the mean of its instances' logits), probability (its
+        logistic), weight: the image's share in its patient's decision, adding up to 1 a patient.
+    """
+
+    patients: pd.DataFrame
+    images: pd.DataFrame
+
+    def decided(self, decision: Decision) -> "Predictions":
+        """Return the same probabilities, calibrated and called by a decision."""
+        decided = decided_columns(self.patients["probability"].to_numpy(np.float64), decision)
+        return replace(self, patients=self.patients.assign(**decided))
+
+    def save(self, patients: Path | None = None, images: Path | None = None) -> None:
+        """Write either table as CSV, whole or not at all."""
+        for table, path in ((self.patients, patients), (self.images, images)):
+            if path is not None:
+                replace_file(path, partial(_write_table, table))
+
+    @classmethod
+    def read(cls, patients: Path, images: Path) -> "Predictions":
+        """Read both tables back."""
+        labels: dict[str, Any] = {"id": str, "label": "Int64"}
+        return cls(
+            patients=pd.read_csv(
+                patients, dtype=labels, keep_default_na=False, na_values={"label": [""]}
+            ),
+            images=pd.read_csv(images, dtype={"patient": str, "image": str}, keep_default_na=False),
+        )
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, lineterminator="\n")
+
+
+def decided_columns(probability: NDArray[np.float64], decision: Decision) -> dict[str, Any]:
+    return {
+        "calibrated": np.nan
+        if decision.calibration is None
+        else decision.calibration.apply(probability),
+        "predicted": (probability > decision.threshold).astype(np.int64),
+    }
+
+
+def patient_table(
+    cohort: Cohort, seen: Sequence[str], probability: NDArray[np.float32], decision: Decision
+) -> pd.DataFrame:
+    labels = pd.Series(cohort.labels, dtype="Int64")
+    return pd.DataFrame(
+        {
+            "id": cohort.ids,
+            "label": labels.mask(labels < 0),
+            "seen": seen,
+            "n_images": cohort.n_images,
+            "probability": probability,
+            **decided_columns(probability.astype(np.float64), decision),
+        }
+    )
+
+
+def image_table(
+    cohort: Cohort, logit: NDArray[np.float32], weight: NDArray[np.float32]
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "patient": np.repeat(np.array(cohort.ids), cohort.n_images),
+            "image": [name for paths in cohort.images for name in _image_names(paths, cohort.root)],
+            "logit": logit,
+            "probability": expit(logit),
+            "weight": weight,
+        }
+    )
+
+
+def _image_names(paths: Sequence[Path], root: Path) -> list[str]:
+    """Name a patient's images by their files, or by their paths where file names repeat."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [path.relative_to(root).as_posix() for path in paths]

@@ -1,0 +1,122 @@
+"""Scoring images with a frozen backbone and head, and reading out patients."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import Crop, Normalization, stream_crops
+from lymphfeat.errors import ModelError
+from lymphfeat.features.backbones import Backbone
+from lymphfeat.features.views import flip_view, normalize
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.stack import HeadStack
+from lymphfeat.runtime.devices import (
+    autocast,
+)
+from lymphfeat.runtime.progress import Progress, RateMeter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """How an image file becomes the input of the backbone, and which backbone that is."""
+
+    backbone: str  # a timm name
+    output_stride: int | None
+    crop: int  # pixels, about the image's centre
+    normalization: Normalization
+
+
+def instances_of(maps: Tensor, unit: str) -> Tensor:
+    """Lay feature maps (n, C, h, w) out as instances (n, U, C): an image's pixels, or its mean."""
+    return maps.flatten(2).mT if unit == "pixel" else maps.mean((2, 3))[:, None]
+
+
+class CohortScorer:
+    """Scores the images of cohorts, batch after batch, with a frozen model."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: HeadStack,
+        recipe: ModelRecipe,
+        views: Sequence[str],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        unit: str | None = None,
+    ) -> None:
+        """Take the unit to score, None for the head's own."""
+        self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
+        self._head = copy.deepcopy(head).eval().to(device)
+        self._recipe = recipe
+        self._unit = head.settings[0].unit if unit is None else unit
+        self._views, self._dtype, self._device = views, dtype, device
+
+    def score(self, cohort: Cohort, batch_size: int, progress: Progress) -> Tensor:
+        """Return the logits of all instances of all images in every view: (V, N, U) on the CPU."""
+        paths = [path for images in cohort.images for path in images]
+        meter = RateMeter(progress, len(paths), "predicting")
+        crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
+        logits = []
+        for batch in _batches(crops, batch_size):
+            logits.append(self._score_batch(np.stack([crop.pixels for crop in batch])))
+            meter.add(len(batch))
+        return _finite(torch.cat(logits, dim=1), paths)
+
+    @torch.inference_mode()
+    def _score_batch(self, pixels: NDArray[np.uint8]) -> Tensor:
+        images = normalize(torch.from_numpy(pixels).to(self._device), self._recipe.normalization)
+        images = images.contiguous(memory_format=torch.channels_last)  # (n, 3, H, W)
+        return torch.stack([self._score_view(flip_view(images, view)) for view in self._views])
+
+    def _score_view(self, images: Tensor) -> Tensor:
+        with autocast(self._device, self._dtype):
+            maps = self._backbone(images)  # (n, C, h, w)
+        instances = instances_of(maps.float(), self._unit)  # (n, U, C)
+        return self._head.logits(instances)[:, :, 0].cpu()  # (n, U)
+
+
+def _batches(crops: Iterator[Crop], size: int) -> Iterator[list[Crop]]:
+    batch: list[Crop] = []
+    for crop in crops:
+        batch.append(crop)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _finite(logits: Tensor, paths: Sequence[Path]) -> Tensor:
+    bad = (~logits.isfinite()).any(2).any(0).nonzero()
+    if len(bad):
+        raise ModelError(
+            f"{paths[int(bad[0])]}: the model's score must be a finite number; got none, for "
+            f"{len(bad)} images. Training has diverged: train again with a smaller --lr."
+        )
+    return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOut:
+    """What a head makes of instance logits."""
+
+    probability: Tensor  # (P,) of patients
+    weight: Tensor  # (N,) an image's share in its patient's decision
+
+
+@torch.no_grad()
+def read_out(head: HeadStack, images: Bags, logits: Tensor) -> ReadOut:
+    """Aggregate the instance logits (N, U) of whole patients, with the head in eval mode."""
+    head = copy.deepcopy(head).eval().to(logits.device)
+    bags = images.times(logits.shape[1])
+    flat = logits.reshape(-1, 1)  # (N · U, 1)
+    weight = head.instance_weights(flat, bags).reshape(logits.shape).sum(1)
+    return ReadOut(probability=head.probability(flat, bags)[:, 0], weight=weight)

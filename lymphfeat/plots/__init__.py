@@ -1,0 +1,1 @@
+"""Every matplotlib figure outside `explanation`."""

@@ -1,0 +1,41 @@
+"""The figure of an end-to-end training's learning curves."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lymphfeat.finetuning.curves import CURVES, Row
+from lymphfeat.plots.axes import show_all_shares
+from lymphfeat.runtime.files import replace_file
+
+
+def draw_curves(rows: Sequence[Row], folder: Path) -> None:
+    """Write curves.png to a folder."""
+    replace_file(folder / CURVES[1], partial(_draw, rows))
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw losses, and balanced accuracies, over epochs."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_lines(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
+    named = {"train_ba": "training", "validation_ba": "validation"}
+    _draw_lines(right, rows, named, "balanced accuracy")
+    show_all_shares(right, "y")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], title: str) -> None:
+    epochs = [row["epoch"] for row in rows]
+    for column, name in columns.items():
+        if column in rows[0]:
+            axes.plot(epochs, [row[column] for row in rows], marker=".", label=name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

@@ -1,0 +1,1 @@
+"""How work is run: devices, processes, files, hashes, progress."""

@@ -1,0 +1,163 @@
+"""Where and how to compute: device, precision, CPU threads, transfers, memory."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lymphfeat.errors import SettingsError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Turn auto, cpu or cuda into a device that is there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device (=cuda) must be there; got none. Use --device cpu or auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether bfloat16 is computed in hardware: tensor cores, or AVX512-bf16 and newer."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn auto, float32 or bfloat16 into a dtype; auto is bfloat16 where hardware has it."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise SettingsError(f"precision (={name}) must be auto, float32 or bfloat16.")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Name a precision as `choose_precision` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+# By controllers in /proc/self/cgroup (version 2 names none): the files of a group's limit and of
+# what it uses, and which line of memory.stat is the part of that taken by unused cached files.
+_NAMES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+_ASSUMED_MEMORY = 4 << 30  # where the system does not say: Windows
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads for a while; None leaves torch's own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# The parts of torch.backends that may round the factors of float32 products: GPUs to TF32, with 10
+# bits after the point in place of 23 (torch's default in convolutions), CPUs to bfloat16, with 7.
+_FLOAT32_PRODUCTS = (
+    *("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Compute float32 with all its bits for a while, whatever torch is set to."""
+    parts = [attrgetter(name)(torch.backends) for name in _FLOAT32_PRODUCTS]
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` where that is safe; float32 is left alone."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor without waiting for what the device is doing."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def available_memory(device: torch.device, groups: Path = _GROUPS) -> int:
+    """Return how many bytes a device has free; of the CPU's, what its control groups leave.
+
+    `groups` is where the system mounts control groups.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_free_memory(), *_left_in_groups(groups)])
+
+
+def _free_memory() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    with suppress(AttributeError, OSError, ValueError):  # macOS
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _ASSUMED_MEMORY
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Yield how many bytes each control group that this process is in may still take."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    for line in ["0::/", *lines]:  # hierarchy:controllers:path
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _NAMES:
+            continue
+        group = Path(controllers, path.lstrip("/"))  # relative to the root
+        for place in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such group, or "max"
+                yield _left(root / place, *_NAMES[controllers])
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> int:
+    used = int((group / usage).read_text(encoding="utf-8"))
+    with suppress(OSError):
+        for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
+            name, value = line.split()
+            if name == cache:  # pages of files, which make room when it is wanted
+                used -= int(value)
+    return max(int((group / limit).read_text(encoding="utf-8")) - used, 0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that this process has held: of a GPU's memory, or of the host's.
+
+    NaN on Windows, where the standard library does not know it.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

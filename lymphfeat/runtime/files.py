@@ -1,0 +1,313 @@
+"""Files and results that are there whole or not at all.
+
+A result is a folder, or a file with what belongs to it. It is written to `<name>.partial/new`, on
+the same file system, and then swapped in:
+
+1. `<name>.partial/swap.json` is written, in one rename. From here on the new result counts.
+2. The old result is moved to `<name>.partial/old` and the new one into its place.
+3. `<name>.partial` is removed.
+
+What ends before step 1 leaves the old result as it was. Step 2 takes two renames, between which
+neither result is in its place; both are in `<name>.partial`, and `recover`, which the next writer
+or reader calls, goes on from there. Checkpoints of an unfinished training lie in `<name>.partial`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+
+from filelock import FileLock, Timeout
+
+from lymphfeat.errors import SettingsError
+from lymphfeat.runtime.strict_json import json_text
+
+_NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
+_CHECKPOINT_SUFFIX = ".pt"
+_LITTER = (".DS_Store", "Thumbs.db")  # that file managers leave
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultKind:
+    """What a result folder holds.
+
+    files: patterns of the paths that it may have, part by part as of `fnmatch`; nothing else is
+        ever removed.
+    marks: files of which every result of this kind has one.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def has(self, path: PurePath) -> bool:
+        """Say whether a path in a folder is one of the result's."""
+        return any(
+            len(path.parts) == len(parts) and all(map(fnmatchcase, path.parts, parts))
+            for parts in (PurePath(pattern).parts for pattern in self.files)
+        )
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it: it is there whole or not at all.
+
+    Who may read it is as the umask says, even if `write` makes it private, as safetensors does.
+    """
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
+    write(unfinished)
+    unfinished.chmod(mode)
+    unfinished.replace(path)
+
+
+def files_in(folder: Path) -> tuple[Path, ...]:
+    """Return all files under a folder, in order."""
+    return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Return the folder beside a result in which it is made."""
+    return out.parent / f"{out.name}.partial"
+
+
+def find_checkpoints(out: Path) -> tuple[Path, ...]:
+    """Return the checkpoints of an unfinished training that is to become `out`."""
+    return tuple(sorted(unfinished_folder(out).glob(f"*{_CHECKPOINT_SUFFIX}")))
+
+
+# --- what is in the way ---------------------------------------------------------------------------
+
+
+def check_file(path: Path, *, force: bool) -> None:
+    """Raise SettingsError when a file is there and `force` is not set, or a folder is."""
+    if path.is_dir():
+        raise SettingsError(f"out (={path}) must be a file; got a folder. Choose another --out.")
+    if path.exists() and not force:
+        raise SettingsError(f"{path} exists; choose another name, or overwrite it with --force.")
+
+
+def check_folder(out: Path, kind: ResultKind, *, force: bool) -> None:
+    """Raise SettingsError unless a result of this kind may be written to the folder `out`.
+
+    It may where nothing is, in an empty folder and, with `force`, over a result of the same kind
+    that has nothing else beside it.
+    """
+    if out.is_symlink() or os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve()):
+        raise SettingsError(
+            f"out (={out}) must be a folder that can be renamed; got a link, a mount point or the "
+            f"working folder. Name a new folder in it, as {out / kind.name}."
+        )
+    if out.is_file():
+        raise SettingsError(f"out (={out}) must be a folder; got a file. Choose another --out.")
+    found = [path.relative_to(out) for path in files_in(out) if path.name not in _LITTER]
+    marked = any((out / name).is_file() for name in kind.marks)
+    if marked and not force:
+        raise SettingsError(
+            f"{out} already holds a {kind.name}; choose another --out or use --force."
+        )
+    strange = [path for path in found if not (marked and kind.has(path))]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise SettingsError(
+            f"out (={out}) must be a new folder or a {kind.name}; it holds "
+            f"{strange[0].as_posix()}{more}, which is not part of one. Move it away or choose "
+            "another --out; --force does not remove it."
+        )
+
+
+def _check_unfinished(folder: Path, resumes: Collection[str], *, force: bool) -> None:
+    """Refuse checkpoints that are not gone on from, or remove them by force; refuse all else."""
+    partial = (f"{name}.partial" for name in (_SWAP, *resumes))
+    ours = {_NEW, _OLD, _LOCK, *resumes, *partial}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name in ours:
+            continue
+        if _CHECKPOINT_SUFFIX not in path.suffixes:
+            raise SettingsError(f"{path} is in the way; move it away or choose another --out.")
+        if not force:
+            raise SettingsError(
+                f"{path}: an unfinished training of another kind is there; choose another --out, "
+                "or start over with --force."
+            )
+        path.unlink()
+
+
+# --- writing results ------------------------------------------------------------------------------
+
+
+@contextmanager
+def result_folder(
+    out: Path,
+    kind: ResultKind,
+    *,
+    force: bool = False,
+    resumes: Collection[str] = (),
+    writes: bool = True,
+) -> Iterator[Path]:
+    """Yield an empty folder to write to, and put it in the place of `out` at the end.
+
+    Whatever is raised inside leaves `out` as it was. `resumes` names the checkpoints in
+    `unfinished_folder(out)` that are gone on from; they are removed at the end. Of several
+    processes only the one that `writes` does anything. Raises SettingsError at once for what may
+    not be overwritten (see `check_folder`).
+    """
+    kinds = {out.name: kind}
+    with _staged(out, kinds, force=force, resumes=resumes, writes=writes) as new:
+        if writes:
+            (new / out.name).mkdir()
+        yield new / out.name
+
+
+@contextmanager
+def result_files(
+    out: Path,
+    beside: Mapping[str, ResultKind | None],
+    *,
+    force: bool = False,
+    resumes: Collection[str] = (),
+) -> Iterator[Path]:
+    """Yield an empty folder to write a file and what belongs to it to, by the names they will have.
+
+    At the end they replace `out` and what is `beside` it, which is files (None) and folders of a
+    kind. What is not written is not there afterwards: nothing beside `out` is of another day.
+    Else as `result_folder`.
+    """
+    kinds = {out.name: None, **beside}
+    with _staged(out, kinds, force=force, resumes=resumes, writes=True) as new:
+        yield new
+
+
+@contextmanager
+def _staged(
+    out: Path,
+    kinds: Mapping[str, ResultKind | None],
+    *,
+    force: bool,
+    resumes: Collection[str],
+    writes: bool,
+) -> Iterator[Path]:
+    unfinished = unfinished_folder(out)
+    new = unfinished / _NEW
+    if not writes:
+        yield new
+        return
+    recover(out)
+    _check_free(out, kinds, force=force)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with _locked(unfinished) as alone:
+        if not alone:
+            raise SettingsError(
+                f"{out}: another process is writing it; wait for it or choose another --out."
+            )
+        _go_on(out)
+        _check_unfinished(unfinished, resumes, force=force)
+        for name in (_NEW, _OLD):
+            shutil.rmtree(unfinished / name, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            for name, kind in kinds.items():
+                _check_names(new / name, kind)
+            _flush(new)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        try:
+            _check_free(out, kinds, force=force)  # a long time has passed
+        except SettingsError as error:
+            raise SettingsError(f"{error} The new result is in {new}.") from None
+        plan = {name: (new / name).exists() for name in kinds}
+        replace_file(unfinished / _SWAP, lambda path: _write_flushed(path, json_text(plan)))
+        _go_on(out)
+
+
+@contextmanager
+def _locked(unfinished: Path) -> Iterator[bool]:
+    """Hold the lock of an unfinished result and say so; it dies with its process.
+
+    At the end the folder is removed, unless there are checkpoints in it.
+    """
+    lock = FileLock(unfinished / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes it when it is released
+            (unfinished / _LOCK).unlink()
+        lock.release()
+        with suppress(OSError):
+            unfinished.rmdir()
+
+
+def _check_free(out: Path, kinds: Mapping[str, ResultKind | None], *, force: bool) -> None:
+    for name, kind in kinds.items():
+        path = out.parent / name
+        if kind is None:
+            check_file(path, force=force)
+        else:
+            check_folder(path, kind, force=force)
+
+
+def _check_names(folder: Path, kind: ResultKind | None) -> None:
+    """Refuse, as a bug, what could not be replaced by force."""
+    strange = [path for path in files_in(folder) if kind and not kind.has(path.relative_to(folder))]
+    assert not strange, f"{strange[0]} must be one of the files of a {kind and kind.name}"
+
+
+def _flush(folder: Path) -> None:
+    """Have all files on the disk: a power cut after the old result is gone must not empty them."""
+    for path in files_in(folder):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def recover(out: Path) -> None:
+    """Go on with a swap that was interrupted; without one do nothing.
+
+    Nor where another process is about it, or where the user may not write: what is there is read.
+    """
+    unfinished = unfinished_folder(out)
+    if not (unfinished / _SWAP).exists() or not os.access(unfinished, os.W_OK):
+        return
+    with _locked(unfinished) as alone:
+        if alone:
+            _go_on(out)
+
+
+def _go_on(out: Path) -> None:
+    """Do what is left of a swap."""
+    unfinished = unfinished_folder(out)
+    swap = unfinished / _SWAP
+    if not swap.exists():
+        return
+    (unfinished / _OLD).mkdir(exist_ok=True)
+    for name, written in json.loads(swap.read_text(encoding="utf-8")).items():
+        place, new = out.parent / name, unfinished / _NEW / name
+        if written and not new.exists():
+            continue  # it is in its place already
+        if place.exists():
+            place.rename(unfinished / _OLD / name)
+        if written:
+            new.rename(place)
+    for name in (_NEW, _OLD):
+        shutil.rmtree(unfinished / name, ignore_errors=True)
+    for checkpoint in unfinished.glob(f"*{_CHECKPOINT_SUFFIX}*"):
+        checkpoint.unlink()
+    swap.unlink()  # last: checkpoints without it are an unfinished training

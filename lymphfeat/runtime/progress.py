@@ -1,0 +1,35 @@
+"""The one-way channel by which long library work tells whoever watches how far it is.
+
+The library never prints: a function that takes long accepts a `Progress` and calls it; the command
+line draws it (`lymphfeat_cli.options`), a notebook may pass any callable of its own.
+"""
+
+import time
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called as work goes on."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Report that `done` of `total` units are finished; `text` adds live figures."""
+
+
+def silent(done: int, total: int, text: str = "") -> None:
+    """Ignore progress: the default everywhere."""
+
+
+class RateMeter:
+    """Adds images per second to progress."""
+
+    def __init__(self, progress: Progress, total: int, text: str = "", *, done: int = 0) -> None:
+        """Begin with `done` of `total` images finished earlier; they do not count in the rate."""
+        self._progress, self._total, self._text = progress, total, text
+        self._first, self._done, self._start = done, done, time.perf_counter()
+        progress(done, total, text)
+
+    def add(self, n: int) -> None:
+        """Say that `n` more images are done."""
+        self._done += n
+        rate = (self._done - self._first) / (time.perf_counter() - self._start)
+        self._progress(self._done, self._total, f"{self._text} {rate:.0f} images/s".strip())
