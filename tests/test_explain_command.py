@@ -62,7 +62,7 @@ def test_page_and_figures_are_of_one_day(root: Path, monkeypatch: pytest.MonkeyP
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lymphfeat.explain.report.draw_weights", crash)
+        patch.setattr("lymphfeat.explanation.report.draw_weights", crash)
         assert run(*line, "--plates", "1", "--force").exit_code == 1
     assert contents(Path("out")) == before
 

@@ -102,7 +102,10 @@ def draw_grids(explanation: Explanation, patients: Sequence[str] | None = None) 
         axis.set_axis_off()
     for axis, patient in zip(axes, chosen, strict=False):
         _draw_row(axis, explanation, ids.index(patient))
-    figure.suptitle("Raw scores (white 1, black 0) beside each cell; bar: label", fontsize=9)
+    figure.suptitle(
+        "Each cell with its raw scores to the left (white 1, black 0); coloured bar: label",
+        fontsize=9,
+    )
     return figure
 
 
@@ -116,7 +119,7 @@ def draw_deletion(deletion: Deletion) -> Figure:
     )
     axes.plot(k, _from_zero(deletion.random), "--", color="0.4", label="random")
     axes.plot(k, _from_zero(deletion.highest), color=TUMORAL, label="highest-scored")
-    axes.set(xlabel="images deleted", ylabel="mean change of probability")
+    axes.set(xlabel="images deleted", ylabel="mean change in probability")
     axes.legend(frameon=False)
     return figure
 

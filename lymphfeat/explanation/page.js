@@ -24,7 +24,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// --- one patient's images, read when they are first wanted -----------------------------------
+// --- one patient's images, read when first needed ----------------------------------------------
 
 const read = new Map();
 function imagesOf(index) {
@@ -47,7 +47,7 @@ function imagesOf(index) {
 
 // --- score maps -------------------------------------------------------------------------------
 
-const LOW = [0, 96, 176], HIGH = [224, 106, 0];  // blue and orange: told apart by colour-blind eyes
+const LOW = [0, 96, 176], HIGH = [224, 106, 0];  // blue and orange: colour-blind readers can distinguish them
 function mapColour(logit) {  // colour of a logit, and how much of it covers the cell
   const strength = Math.min(1, Math.abs(logit) / model.limit);
   return [...(logit < 0 ? LOW : HIGH), strength];
@@ -92,9 +92,9 @@ function legend() {
 function picture(cell, mode = mapMode) {
   const named = `cell ${cell.name} of ${patients[cell.patient].id}, score ${fixed(sigmoid(cell.logit))}`;
   const box = el("span", { class: "pic" + (cell.mark > 0 ? " up" : cell.mark < 0 ? " down" : "") },
-    cell.thumb ? el("img", { src: "data:image/jpeg;base64," + cell.thumb, alt: named, decoding: "async" }) : el("span", { class: "none" }, "picture left out"));
+    cell.thumb ? el("img", { src: "data:image/jpeg;base64," + cell.thumb, alt: named, decoding: "async" }) : el("span", { class: "none" }, "no picture"));
   if (mode !== "off" && cell.map) { const canvas = el("canvas", { "aria-hidden": "true" }); drawMap(canvas, cell.map, mode); box.append(canvas); }
-  if (cell.mark) box.append(el("span", { class: "mark", title: cell.mark > 0 ? "counted among the highest" : "counted among the lowest" }, cell.mark > 0 ? "▲" : "▼"));
+  if (cell.mark) box.append(el("span", { class: "mark", title: cell.mark > 0 ? "among the highest" : "among the lowest" }, cell.mark > 0 ? "▲" : "▼"));
   return box;
 }
 
@@ -157,7 +157,7 @@ function byLabel() {
       svg.append(dot(sx(p.p), sy(middle + Math.max(-limit, Math.min(limit, (n % 2 ? 1 : -1) * Math.ceil(n / 2) * step))), kind, p));
     }
   });
-  return chart(title, svg, "A mark a patient; the dotted line is the threshold. Choose a mark to open its patient.");
+  return chart(title, svg, "One mark per patient; the dotted line is the threshold. Click a mark to open its patient.");
 }
 const ROLE = { train: "trained on", validation: "validation", new: "new" };
 const verdict = p => p.error === null ? "" : p.error ? "error" : "right";
@@ -171,7 +171,7 @@ const COLUMNS = [
   ["p", "Probability", p => p.p, p => el("span", {}, fixed(p.p), el("span", { class: "gauge", "aria-hidden": "true" }, el("i", { style: `width:${100 * p.p}%` }), el("b", { style: `left:${100 * model.threshold}%` })))],
   ["margin", "p − threshold", p => p.p - model.threshold, p => signed(p.p - model.threshold)],
   ["called", "Called", p => p.called, p => CLASSES[p.called], "text"],
-  ["error", "Verdict", p => p.error ? 2 : p.error === null ? 0 : 1, p => el("span", { class: p.error ? "verdict-error" : "" }, p.error === null ? "–" : p.error ? "✗ error" : "✓ right"), "text"],
+  ["error", "Verdict", p => p.error ? 2 : p.error === null ? 0 : 1, p => el("span", { class: p.error ? "verdict-error" : "" }, p.error === null ? "–" : p.error ? "✗ error" : "✓ correct"), "text"],
   ["n", "Images", p => p.n, p => String(p.n)],
   ["role", "Role", p => p.role, p => ROLE[p.role], "text"],
   ...data.attributes.map(name => [`a-${name}`, name, p => p.attributes[name], p => { const v = p.attributes[name]; return v === null ? "–" : typeof v === "number" ? v.toFixed(DIGITS[name]) : v; }]),
@@ -179,7 +179,7 @@ const COLUMNS = [
 let sorting = { key: "error", down: true };
 function sorted(rows) {
   const column = COLUMNS.find(c => c[0] === sorting.key), way = sorting.down ? -1 : 1;
-  const wrong = p => Math.abs(p.p - (p.label ?? p.p));  // errors first, and the worst of them
+  const wrong = p => Math.abs(p.p - (p.label ?? p.p));  // errors first, the worst of them at the top
   return [...rows].sort((a, b) => {
     const x = column[2](a), y = column[2](b);
     if ((x === null) !== (y === null)) return x === null ? 1 : -1;  // missing values last, either way
@@ -204,7 +204,7 @@ function fillTable() {
 function showGroups() {
   if (!data.groups.length) return;
   const columns = [["auc", "AUC"], ["ba", "Balanced accuracy"], ["sensitivity", "Sensitivity"], ["specificity", "Specificity"], ["brier", "Brier score"]];
-  const names = { train: "trained on: how well it fits, not how well it predicts", validation: "validation", new: "new to the model" };
+  const names = { train: "trained on (how well the model fits, not how well it predicts)", validation: "validation", new: "new to the model" };
   $("groups").append(el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Labelled patients"), el("th", { scope: "col" }, "Patients"), columns.map(c => el("th", { scope: "col" }, c[1])))),
     el("tbody", {}, data.groups.map(([name, m]) => el("tr", {}, el("td", {}, names[name]), el("td", {}, String(m.patients)), columns.map(([key]) => el("td", {}, fixed(m[key] ?? null)))))))));
 }
@@ -216,23 +216,23 @@ function showCharts() {
     svg.append(el("path", { class: "guide", d: line([[0, 0], [1, 1]], sx, sy) }));
     data.roc.forEach(([name, points, auc], i) => svg.append(el("path", { class: `line ${STYLE[name]}`, d: line(points, sx, sy), "stroke-dasharray": name === "train" ? "5 3" : null }),
       el("text", { x: sx(.98), y: sy(.06 + .09 * (data.roc.length - 1 - i)), "text-anchor": "end" }, `${name === "train" ? "┄" : "—"} ${ROLE[name]}: AUC ${fixed(auc)}`)));
-    charts.push(chart("ROC", svg, "A curve for each group; that of patients trained on shows the fit alone."));
+    charts.push(chart("ROC", svg, "One curve per group. The curve of training patients shows only how well the model fits."));
   }
   if (data.calibration) {
     const { svg, sx, sy } = frame({ x: [0, 1], y: [0, 1], xlabel: "mean probability", ylabel: "share tumoral", title: "Calibration" });
     svg.append(el("path", { class: "guide", d: line([[0, 0], [1, 1]], sx, sy) }));
     for (const [x, share, n, low, high] of data.calibration.rows) svg.append(el("line", { class: "su", x1: sx(x), x2: sx(x), y1: sy(low), y2: sy(high) }), el("circle", { class: "dot fu", cx: sx(x), cy: sy(share), r: 3 + Math.sqrt(n) / 2 }, el("title", {}, `${n} patients`)));
-    charts.push(chart("Calibration", svg, `${data.calibration.patients} patients (${data.calibration.role}) in equal groups, with 95 % intervals. On the dotted line probabilities mean what they say.`));
+    charts.push(chart("Calibration", svg, `${data.calibration.patients} patients (${data.calibration.role}) in groups of equal size, with 95 % intervals. On the dotted line probabilities are perfectly calibrated.`));
   }
   const key = "▲ tumoral, ● reactive or (grey) unknown. ";
   charts.push(scatter("Score against bag size", p => p.n, "images of the patient", key + "A slope within a class is a shortcut."));
-  for (const name of [...data.scatter].sort((a, b) => /lymph/i.test(b) - /lymph/i.test(a))) charts.push(scatter(`Score against ${name}`, p => p.attributes[name], name, key + "The model has not seen this attribute."));
+  for (const name of [...data.scatter].sort((a, b) => /lymph/i.test(b) - /lymph/i.test(a))) charts.push(scatter(`Score against ${name}`, p => p.attributes[name], name, key + "The model does not use this attribute."));
   charts.splice(2, 0, byLabel());
   $("charts").append(...charts.filter(Boolean));
 }
 function showExtremes() {
   for (const { label, ends } of data.extremes) for (const [end, cells] of ends) $("extremes").append(el("div", { class: "card", "data-strip": `${label}-${end}` },
-    el("h3", {}, el("span", { class: `chip c${label}` }, `${CLASSES[label]} patients: ${end} cells`)),
+    el("h3", {}, el("span", { class: `chip c${label}` }, `${CLASSES[label]} patients: ${end}-scored cells`)),
     el("div", { class: "strip" }, cells.map(([patient, name, logit, thumb]) => el("button", { type: "button", class: "tile", onclick: () => openCell(patient, name) },
       picture({ patient, name, logit, thumb, mark: 0 }, "off"), el("span", { class: "t" }, el("b", {}, score(sigmoid(logit))), el("span", { class: "who" }, patients[patient].id)))))));
 }
@@ -250,7 +250,7 @@ function showPatient(index) {
   const draw = () => { scale.replaceChildren(...(mapMode === "off" ? [] : [legend()])); plate.replaceChildren(...[...block.cells].sort(CELL_ORDERS[cellOrder]).map(tile)); };
   view.replaceChildren(
     el("div", { class: `patient-head c${classOf(p)}` }, el("h1", {}, p.id), el("span", { class: `chip c${classOf(p)}` }, p.label === null ? "label unknown" : `label: ${nameOf(p.label)}`),
-      el("span", { class: p.error ? "verdict-error" : "" }, `called ${CLASSES[p.called]}${p.error === null ? "" : p.error ? " ✗ error" : " ✓ right"}`),
+      el("span", { class: p.error ? "verdict-error" : "" }, `called ${CLASSES[p.called]}${p.error === null ? "" : p.error ? " ✗ error" : " ✓ correct"}`),
       el("div", { class: "pager" }, pager("← Previous", go(-1)), pager("Next →", go(1)), pager("All patients", "#cohort"))),
     el("div", { class: "panels" }, decisionPanel(p), sharesPanel(p, block), distributionPanel(p, block)),
     el("h2", {}, `Plate: ${p.n} cells`),
@@ -267,8 +267,8 @@ function tile(cell, _, all) {
     el("span", { class: "t" }, el("b", {}, score(sigmoid(cell.logit))), el("span", {}, percent(cell.weight))));
 }
 function decisionPanel(p) {
-  const drop = p.without === null ? "It has one image only." : `${score(p.p_explained)} → ${score(p.without)}`;
-  const rows = [...(p.calibrated === null ? [] : [["Calibrated", score(p.calibrated)]]), ["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest cell", drop], ["Clinical attributes", "not read by this model: nothing to leave out"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
+  const drop = p.without === null ? "only one image" : `${score(p.p_explained)} → ${score(p.without)}`;
+  const rows = [...(p.calibrated === null ? [] : [["Calibrated", score(p.calibrated)]]), ["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest-scored cell", drop], ["Clinical attributes", "not used by this model"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
   return el("div", { class: "card" }, el("h3", {}, "Probability of tumoral"), el("div", { class: "big" }, score(p.p)),
     el("div", { class: "scale", role: "img", "aria-label": `probability ${fixed(p.p)}, threshold ${fixed(model.threshold)}` }, el("span", { class: "at", style: `left:${100 * p.p}%` }), el("span", { class: "cut", style: `left:${100 * model.threshold}%` }, `threshold ${fixed(model.threshold)}`)),
     el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
@@ -282,16 +282,16 @@ function sharesPanel(p, block) {
   const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
   const bar = share => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${share < 0 ? "reactive" : "tumoral"});${share < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(share) / scale}%` })));
   const end = model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
-  return el("div", { class: "card" }, el("h3", {}, "How it came about"), el("table", { class: "shares" }, el("tbody", {}, rows.map(([name, share]) => el("tr", {}, el("td", {}, name), bar(share), el("td", {}, signed(share, digits)))),
+  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), el("table", { class: "shares" }, el("tbody", {}, rows.map(([name, share]) => el("tr", {}, el("td", {}, name), bar(share), el("td", {}, signed(share, digits)))),
     el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end)))), el("p", { class: "note" }, model.shares));
 }
 function distributionPanel(p, block) {
   const { edges, weight, instances } = data.distribution, counts = block.counts, total = counts.reduce((a, b) => a + b, 0);
   const high = Math.max(...counts) / total * 1.08, title = weight ? "Normalised logits and their weights" : "Logits";
-  const { svg, sx, sy } = frame({ x: [edges[0], edges[edges.length - 1]], y: [0, high], xlabel: weight ? "normalised logit" : "logit", ylabel: `share of its ${instances}`, title });
+  const { svg, sx, sy } = frame({ x: [edges[0], edges[edges.length - 1]], y: [0, high], xlabel: weight ? "normalised logit" : "logit", ylabel: `share of ${instances}`, title });
   counts.forEach((n, i) => svg.append(el("rect", { class: "f0", opacity: .75, x: sx(edges[i]) + .5, width: Math.max(.5, sx(edges[i + 1]) - sx(edges[i]) - 1), y: sy(n / total), height: sy(0) - sy(n / total) })));
   if (weight) svg.append(el("path", { class: "line s1", d: line(weight.map((w, i) => [(edges[i] + edges[i + 1]) / 2, w * high / 1.08]), sx, sy) }), el("text", { x: W - R, y: sy(high / 1.08) - 3, "text-anchor": "end" }, "weight 1"));
-  return el("div", { class: "card" }, el("h3", {}, title), svg, el("p", { class: "note" }, weight ? `Bars: this patient's ${instances}. Curve: the weight the model gives a logit (0 to 1), before it divides by their sum.` : `Bars: the logits of this patient's ${instances}; above 0 speaks for tumoral.`));
+  return el("div", { class: "card" }, el("h3", {}, title), svg, el("p", { class: "note" }, weight ? `Bars: this patient's ${instances}. Curve: the weight the model gives a logit (0 to 1), before division by the patient's sum of weights.` : `Bars: the logits of this patient's ${instances}; values above 0 are evidence for tumoral.`));
 }
 
 // --- one cell ---------------------------------------------------------------------------------
@@ -301,14 +301,14 @@ function openCell(patient, name) {
   const side = el("div"), put = () => side.replaceChildren(picture(cell), mapMode === "off" ? "" : legend());
   const step = (title, to) => el("button", { type: "button", disabled: !cells[to], onclick: () => { openCell(patient, cells[to].name); } }, title);
   put();
-  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank in its patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Share of the patient's ${model.additive}`, fixed(cell.share, 3)], ["Counted", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.marked ? "no" : "by its weight"]];
+  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Share of the patient's ${model.additive}`, fixed(cell.share, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.marked ? "no" : "according to its weight"]];
   const n = model.grid, grid = el("table", { class: "grid", "aria-label": "score of each field of the map" }, el("tbody", {}, Array.from({ length: n }, (_, y) => el("tr", {}, Array.from({ length: n }, (_, x) => {
     const score = sigmoid(cell.map[y * n + x]), grey = Math.round(255 * score);
     return el("td", { style: `background:rgb(${grey},${grey},${grey});color:${grey > 130 ? "#000" : "#fff"}` }, n > 8 ? "" : score.toFixed(2));
   })))));
   dialog.replaceChildren(el("header", {}, el("h2", { id: "cell-title" }, `${patients[patient].id} · ${cell.name}`), step("←", at - 1), step("→", at + 1), el("button", { type: "button", onclick: () => dialog.close() }, "Close")),
     el("div", { class: "two" }, el("div", {}, side, el("p", {}, modeSwitch("cell-mode", put))), el("div", {}, el("dl", {}, rows.map(([a, b]) => [el("dt", {}, a), el("dd", {}, b)])),
-      el("h3", { style: "margin-top:16px" }, `Raw ${n} × ${n} scores`), grid, el("p", { class: "note" }, "White is 1, black is 0. A field sees far beyond its borders: the map says roughly where, never which organelle."),
+      el("h3", { style: "margin-top:16px" }, `Raw ${n} × ${n} scores`), grid, el("p", { class: "note" }, "White is 1, black is 0. A field's score depends on pixels far beyond its borders: the map shows roughly where the model looks, never which organelle."),
       el("a", { href: `#patient=${patient}`, onclick: () => dialog.close() }, `All cells of ${patients[patient].id}`))));
   if (!dialog.open) dialog.showModal();
 }
@@ -324,7 +324,7 @@ $("cell").addEventListener("keydown", event => {
 function showTrust() {
   const d = data.deletion;
   if (d) {
-    const { svg, sx, sy } = frame({ x: [0, d.k[d.k.length - 1]], y: [0, Math.max(...d.highest, ...d.random_high) * 1.08], xlabel: "images deleted", ylabel: "mean change of probability", title: "Deletion" });
+    const { svg, sx, sy } = frame({ x: [0, d.k[d.k.length - 1]], y: [0, Math.max(...d.highest, ...d.random_high) * 1.08], xlabel: "images deleted", ylabel: "mean change in probability", title: "Deletion" });
     const zero = values => [[0, 0], ...values.map((v, i) => [d.k[i], v])];
     svg.append(el("path", { class: "band", d: line([...zero(d.random_low), ...zero(d.random_high).reverse()], sx, sy) + "Z" }), el("path", { class: "line su", "stroke-dasharray": "5 3", d: line(zero(d.random), sx, sy) }), el("path", { class: "line s1", d: line(zero(d.highest), sx, sy) }));
     const last = d.k.length - 1;
@@ -334,7 +334,7 @@ function showTrust() {
   for (const [title, value, told] of data.truth) $("trust").append(el("div", { class: "card" }, el("h3", {}, title), el("div", { class: "big" }, value), el("p", { class: "note" }, told)));
 }
 
-// --- where we are -----------------------------------------------------------------------------
+// --- navigation -----------------------------------------------------------------------------
 
 let lastPatient = null;
 function route() {

@@ -85,7 +85,7 @@ def _render(
 
 
 def _file(name: str) -> str:
-    return resources.files("lymphfeat.explain").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("lymphfeat.explanation").joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(content: Any) -> Markup:
