@@ -47,9 +47,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 SCRIPT = """
 import sys
 from pathlib import Path
-from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend import train_end_to_end
-from lymphfeat.extract import extract
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.training import train_end_to_end
+from lymphfeat.extraction import extract
 from tests.test_distributed import EXTRACT, WAYS, same_chunks, settings_of, take_a_step
 cohort, out = Cohort.load(sys.argv[1]), Path(sys.argv[2])
 train_end_to_end(cohort, settings_of("frozen", processes=2), out / "m")

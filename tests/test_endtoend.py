@@ -272,9 +272,9 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch
-from lymphfeat.cohort import Cohort
-from lymphfeat.endtoend import pixels as pixels_module
-from lymphfeat.endtoend import train_end_to_end
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.finetuning import pixels as pixels_module
+from lymphfeat.training import train_end_to_end
 from tests.tiny import tiny_settings
 torch.set_num_threads(1)
 cohort = Cohort.load(sys.argv[1])
@@ -368,7 +368,7 @@ def test_the_old_model_stays_until_the_new_one_is_there(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lymphfeat.endtoend.run.draw_curves", crash)
+        patch.setattr("lymphfeat.training.draw_curves", crash)
         with pytest.raises(OSError, match="no space left"):
             train_end_to_end(cohort, settings, out, force=True)
     assert contents(out) == before

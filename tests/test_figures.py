@@ -129,7 +129,7 @@ def test_learning_curves(drawn: list[Figure], tmp_path: Path) -> None:
         for epoch in range(4)
     ]
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("lymphfeat.endtoend.curves.replace_file", lambda path, write: write(path))
+    monkey.setattr("lymphfeat.plots.learning_curves.replace_file", lambda path, write: write(path))
     draw_curves(rows, tmp_path)
     monkey.undo()
     draw_curve(rows, tmp_path / "curve.png", "patients")

@@ -283,9 +283,9 @@ def test_a_crash_while_rewriting_leaves_the_old_run(
     def crash(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    for module, name in (("fit", "draw_summary"), ("optimism", "draw_optimism")):
+    for name in ("draw_summary", "draw_optimism"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lymphfeat.{module}.{name}", crash)
+            patch.setattr(f"lymphfeat.fitting.{name}", crash)
             crashed = run(folder, *line, "--protocol", "both", "--seed", "1")
         assert crashed.exit_code == 1
         assert contents(tmp_path) == {f"run/{name}": value for name, value in before.items()}

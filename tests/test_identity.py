@@ -174,7 +174,7 @@ def test_a_cache_out_of_order_stops_nothing(tmp_path: Path, cache: Path, kind: s
 def test_processes_share_the_cache(tmp_path: Path, cache: Path) -> None:
     paths = [settle(write_image(tmp_path / "c" / f"{seed}.png", seed)) for seed in range(60)]
     script = (
-        "import sys; from pathlib import Path; from lymphfeat.identity import file_hashes\n"
+        "import sys; from pathlib import Path; from lymphfeat.runtime.identity import file_hashes\n"
         "print(*file_hashes([Path(name) for name in sys.argv[1:]]))"
     )
     processes = [

@@ -47,8 +47,8 @@ assert len(names) > 60, names
 for name in names:
     importlib.import_module(name)
 
-from lymphfeat import compute
-from lymphfeat.endtoend import pixels
+from lymphfeat.runtime import devices as compute
+from lymphfeat.finetuning import pixels
 from lymphfeat.errors import SettingsError
 
 device = torch.device("cpu")
@@ -76,7 +76,6 @@ def test_a_store_is_written_as_windows_wants_it(tmp_path: Path) -> None:
     """It opens no folder, syncs no file opened for reading, and moves or removes no open file."""
     script = """
 from tests.stores import write_store
-from lymphfeat import store
 
 def open_files(path, *rest, how=os.open):
     if os.path.isdir(path):
