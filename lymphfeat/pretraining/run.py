@@ -33,8 +33,7 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
-_STEPS_BETWEEN_CHECKPOINTS = 10
-_TIMED_STEPS = 8  # tell how many fit in the minutes given; fewer than between checkpoints
+_TIMED_STEPS = 8  # show how many fit in the minutes given; no checkpoint before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +193,10 @@ def _train(
             curve.append(_row(trainer, sums, probe))
             sums = torch.zeros_like(sums)
         meter.show(curve[-1])
-        if trainer.step % _STEPS_BETWEEN_CHECKPOINTS == 0:
-            checkpoint.write({"trainer": trainer.state(), "curve": curve, "sums": sums})
+        last = trainer.step == trainer.total_steps
+        if trainer.step >= _TIMED_STEPS or last:
+            state = {"trainer": trainer.state(), "curve": curve, "sums": sums}
+            checkpoint.write(state, last=last)
     return curve
 
 

@@ -1,4 +1,4 @@
-"""The state of an unfinished training: one file, replaced as a whole now and then.
+"""The state of an unfinished training: one file, replaced as a whole about once a minute.
 
 It carries the identity of its run (settings, cohort, initial weights): a run of another identity
 does not go on from it.
@@ -6,7 +6,7 @@ does not go on from it.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,28 @@ from lymphfeat.runtime.strict_json import json_text, json_value
 
 CHECKPOINT_FILE = "checkpoint.pt"  # in the folder of an unfinished result
 _FORMAT = "lymphfeat-checkpoint-1"
-# Writing takes at most this share of the time: short epochs are not all written.
-_WRITE_SHARE = 0.05
+_SECONDS_BETWEEN_WRITES = 60.0
 
 
 class Checkpoint:
     """The checkpoint of one run."""
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        *,
+        seconds: float = _SECONDS_BETWEEN_WRITES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Write at `path`, at most once in `seconds` of the `clock`."""
         self.path = path
         self._provenance = dict(provenance)
         # Through JSON, as what is read back went.
         self._identity: dict[str, Any] = json_value(identity)
-        self._not_before = 0.0
+        self._seconds, self._clock = seconds, clock
+        self._written: float | None = None  # when this process wrote last
 
     def read(self) -> dict[str, Any] | None:
         """Return the state written last; None when there is none.
@@ -65,9 +72,12 @@ class Checkpoint:
         return dict(content)
 
     def write(self, state: Mapping[str, Any], *, last: bool = False) -> None:
-        """Replace the checkpoint, unless that would take too much of the time; `last` always."""
-        begin = time.perf_counter()
-        if begin < self._not_before and not last:
+        """Replace the checkpoint when the last write is long enough ago.
+
+        The first call writes at once, so that a short training can be resumed too; so does the one
+        with the `last` state.
+        """
+        if not last and not self._is_due():
             return
         content = {
             "format": _FORMAT,
@@ -77,8 +87,10 @@ class Checkpoint:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, lambda path: torch.save(content, path))
-        end = time.perf_counter()
-        self._not_before = end + (end - begin) / _WRITE_SHARE
+        self._written = self._clock()
+
+    def _is_due(self) -> bool:
+        return self._written is None or self._clock() - self._written >= self._seconds
 
     def check(self, *, force: bool) -> None:
         """Raise ModelError for a damaged checkpoint or another run's; by force, delete that."""
