@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 from lymphfeat.runtime import devices
+from lymphfeat_cli import progress_lines
 
 settings.register_profile("lymphfeat", deadline=None)
 settings.load_profile("lymphfeat")
@@ -40,6 +41,14 @@ def _no_processor_chooses() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "has_fast_bfloat16", refuse)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_slow_machine_adds_lines() -> Iterator[None]:
+    """Keep progress lines out of stderr, on which they would depend on how fast a machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress_lines, "FIRST_SECONDS", 3600.0)
         yield
 
 

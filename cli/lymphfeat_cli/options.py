@@ -33,6 +33,7 @@ from rich.table import Table
 
 from lymphfeat.runtime.progress import Progress as ProgressCall
 from lymphfeat.runtime.progress import silent
+from lymphfeat_cli.progress_lines import progress_lines
 
 if TYPE_CHECKING:
     from lymphfeat.cohort.cohort import Cohort
@@ -179,12 +180,16 @@ def _as_date(moment: datetime) -> date:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
-    """Draw progress on stderr; nothing at all with -q or when stderr is not a terminal.
+    """Show progress on stderr: a bar on a terminal, else a line about every 30 seconds.
 
-    Of several processes (torchrun) the first draws its own.
+    Nothing with -q. Of several processes (torchrun) only the first shows its progress.
     """
-    if quiet or not sys.stderr.isatty() or not is_first():
+    if quiet or not is_first():
         yield silent
+        return
+    if not sys.stderr.isatty():
+        with progress_lines(title) as line:
+            yield line
         return
     bar = Progress(
         TextColumn("{task.description}"),

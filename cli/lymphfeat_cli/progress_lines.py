@@ -1,0 +1,75 @@
+"""Progress for a log: one line now and then, where there is no terminal to draw a bar on."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+FIRST_SECONDS = 5.0  # until the first line
+EVERY_SECONDS = 30.0  # between lines
+
+
+class ProgressLine:
+    """What a long job has done so far, in one line."""
+
+    def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title, self._clock = title, clock
+        self._done, self._total, self._text = 0, 0, ""
+        self._first, self._begin = 0, clock()
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Note that `done` of `total` units are finished."""
+        if total != self._total or done < self._done:  # other work: its pace is its own
+            self._first, self._begin = done, self._clock()
+        self._done, self._total, self._text = done, total, text
+
+    def __str__(self) -> str:
+        """Return e.g. `extracting: 120 of 1345 (9 %), 84 images/s, about 15 s left`."""
+        if not self._total:
+            return f"{self._title}: started"
+        share = 100 * self._done // self._total
+        parts = (f"{self._done} of {self._total} ({share} %)", self._text.strip(), self._left())
+        return f"{self._title}: {', '.join(part for part in parts if part)}"
+
+    def _left(self) -> str:
+        finished, waiting = self._done - self._first, self._total - self._done
+        if finished <= 0 or waiting <= 0:
+            return ""
+        seconds = waiting * (self._clock() - self._begin) / finished
+        return f"about {_duration(seconds)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def progress_lines(title: str) -> Iterator[ProgressLine]:
+    """Write a line on stderr after a few seconds, then one about every half minute.
+
+    A thread writes them: work that reports rarely still shows that it goes on.
+    """
+    line, ended = ProgressLine(title), threading.Event()
+
+    def write() -> None:
+        seconds = FIRST_SECONDS
+        while not ended.wait(seconds):
+            try:
+                click.echo(str(line), err=True)
+            except OSError:  # nobody reads stderr any more: the work goes on
+                return
+            seconds = EVERY_SECONDS
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield line
+    finally:
+        ended.set()
+        thread.join()
