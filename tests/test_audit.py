@@ -124,7 +124,7 @@ def test_why_an_image_cannot_be_read(tmp_path: Path) -> None:
     Image.fromarray(np.ones((16, 16), dtype=np.uint16)).save(tmp_path / "a" / "deep.tif")
     reasons = {fault.path: fault.reason for fault in audit(tmp_path).unreadable}
     assert list(reasons) == ["a/deep.tif", "a/empty.png", "a/gone.png", "a/text.jpg"]
-    assert "8 bits a channel" in reasons["a/deep.tif"]
+    assert "8 bits per channel" in reasons["a/deep.tif"]
     assert reasons["a/empty.png"] == "the file is empty"
     assert reasons["a/gone.png"] == "No such file or directory"
     assert reasons["a/text.jpg"] == "not an image of any known format"

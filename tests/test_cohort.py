@@ -281,7 +281,7 @@ def test_the_split_of_the_table_wins_over_the_folder(tmp_path: Path) -> None:
     write_own(tmp_path, "id,label,split", "P1,1,train", "P2,-1,", bags=bags)
     cohort = Cohort.load(tmp_path)
     assert cohort.table["split"].tolist() == ["train", "train"]  # P2: unlabelled, yet in trainset
-    assert "split: the table's, not the folder's, for P1 (train)" in cohort.notes
+    assert "split: taken from the table, not the folder, for P1 (train)" in cohort.notes
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
@@ -328,13 +328,13 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "dob": (
         ("id,label,DOB", "P1,1,25/12/1950"),
-        r"cohort.csv row 2 \(P1\), column dob: '25/12/1950' is no date when read as M/D",
+        r"cohort.csv row 2 \(P1\), column dob: '25/12/1950' is not a date when read as M/D",
     ),
     "unborn": (
         ("id,label,dob", "P1,1,2022-01-01"),
         "before the reference date 2021-01-01; .*--reference-date",
     ),
-    "ancient": (("id,label,dob", "P1,1,1900-01-01"), "must lie in the 120 years"),
+    "ancient": (("id,label,dob", "P1,1,1900-01-01"), "must be within the 120 years"),
     "gender": (("id,label,gender", "P1,1,x"), "must be F, M or empty; got 'x'"),
     "count": (("id,label,lymph_count", "P1,1,0"), "must be above 0"),
     "count text": (("id,label,lymph_count", "P1,1,<5"), "must be a number"),
@@ -350,7 +350,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "narrow": (("id,label,x", "P1,1"), "row 2 has 2"),
     "nameless": (
         ("id,label,", "P1,1,important"),
-        "column without a name, but with values: row 2 'important'",
+        "column with values but no name: row 2 'important'",
     ),
     "quote": (("id,label", 'P1,"1'), "cohort.csv line 2 is not CSV.*quote left open"),
     "header only": (("id,label",), "no patient"),
@@ -398,7 +398,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "match"),
     [
-        ({}, "has no table: a CSV with the columns `id` and `label`.*--table"),
+        ({}, "has no table: it must hold a CSV with the columns `id` and `label`.*--table"),
         ({"a.csv": "x,y"}, "found only a.csv"),
         ({"a.csv": "id,label", "b.csv": "id,label"}, "several tables: a.csv; b.csv.*--table"),
         ({"clinical_annotation.csv": HEADER, "b.csv": "id,label"}, "several tables"),
@@ -442,7 +442,9 @@ def test_missing_images_and_rows_are_named_or_left_out(tmp_path: Path) -> None:
 
 def test_a_cohort_without_any_match_is_refused_even_when_missing_is_allowed(tmp_path: Path) -> None:
     write_own(tmp_path, "id,label", "P1,1", bags={"p1": 1})
-    with pytest.raises(CohortError, match=r"no patient of the table has images.*named exactly"):
+    with pytest.raises(
+        CohortError, match=r"no patient of the table has images.*whose name is exactly"
+    ):
         Cohort.load(tmp_path, allow_missing=True)
 
 
@@ -455,7 +457,7 @@ def test_an_id_in_two_places_is_refused(tmp_path: Path) -> None:
 
 def test_a_patient_inside_another_is_refused(tmp_path: Path) -> None:
     write_own(tmp_path, "id,label", "5,1", "1,0", bags={"5/1": 1, "1": 1})
-    with pytest.raises(CohortError, match="lies in the folders of several patients: 1; 5"):
+    with pytest.raises(CohortError, match="is inside the folders of several patients: 1; 5"):
         Cohort.load(tmp_path)
 
 

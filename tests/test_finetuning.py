@@ -249,7 +249,10 @@ def test_from_the_command_line(
             ["--finetune-epochs", "1", "--splits", "other.json"],
             "must name patients of this cohort; got X9",
         ),
-        (["--finetune-epochs", "1", "--splits", "odd.json"], "split id (=a/b) must be of letters"),
+        (
+            ["--finetune-epochs", "1", "--splits", "odd.json"],
+            "split id (=a/b) must consist of letters",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -83,7 +83,7 @@ def write_odd_tiff(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_16_bit, "pixel mode (=I;16) must be 8 bits a channel; convert"),
+        (write_16_bit, "pixel mode (=I;16) must be 8 bits per channel; convert"),
         (write_float, "pixel mode (=F) must be 8 bits"),
         (write_small, "size (=15x15) must be at least the crop (=16); choose a smaller --crop"),
         (write_truncated, "cannot be read as an image ("),

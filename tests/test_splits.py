@@ -122,7 +122,7 @@ def test_flat_plan_has_no_inner_splits_and_knows_the_ratio() -> None:
     [
         (("P1", "P0", "P99"), ("P2", "P3"), "must name patients of this cohort; got P99"),
         (("P1", "P0", "P5"), ("P2", "P3"), "must name labelled patients; got P5"),
-        (("P1", "P2"), ("P3", "P6"), "training patients of split x must be of both classes"),
+        (("P1", "P2"), ("P3", "P6"), "training patients of split x must include both classes"),
     ],
 )
 def test_foreign_splits_are_refused(

@@ -1,1 +1,1 @@
-"""Cohorts on disk: tables, attributes, images, splits, and whose data went into what."""
+"""Cohorts on disk: tables, attributes, images, splits, and provenance."""

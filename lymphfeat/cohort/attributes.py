@@ -1,4 +1,4 @@
-"""Clinical attributes as numbers: age, gender, lymphocyte count, or any columns of one's own."""
+"""Clinical attributes as numbers: age, gender, lymphocyte count, or any other columns."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ _NOT_ATTRIBUTES = ("label", "split")
 
 
 def choose_attributes(table: pd.DataFrame, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the attribute columns meant: `names`, or all a table has beside label and split.
+    """Return the attribute columns: `names`, or all columns of the table but label and split.
 
-    Raises SettingsError for a column that isn't there.
+    Raises SettingsError for a missing column.
     """
     there = [name for name in table.columns if name not in _NOT_ATTRIBUTES]
     missing = [name for name in names if name not in there]
@@ -31,9 +31,9 @@ def choose_attributes(table: pd.DataFrame, names: Sequence[str] = ()) -> tuple[s
 def attribute_matrix(
     table: pd.DataFrame, names: Sequence[str], logarithmic: Sequence[str] = LOGARITHMIC
 ) -> Floats:
-    """Lay attributes out as numbers, (P, D): NaN where missing, a category as one 0/1 column each.
+    """Return attributes as numbers, (P, D): NaN where missing, one 0/1 column per category.
 
-    Logarithms are taken of the columns `logarithmic`, which must be above 0.
+    The columns `logarithmic`, which must be above 0, are replaced by their logarithm.
     """
     parts = [_columns(table[name], name in logarithmic) for name in names]
     return np.concatenate(parts, axis=1) if parts else np.empty((len(table), 0))
@@ -59,9 +59,10 @@ def _columns(column: "pd.Series[float]", logarithmic: bool) -> Floats:
 
 
 def standardise(matrix: Floats, rows: NDArray[np.int64]) -> Floats:
-    """Scale columns (P, D) to mean 0, deviation 1 OVER `rows` alone; what is missing becomes 0.
+    """Scale columns (P, D) to mean 0, deviation 1 over `rows` only; missing values become 0.
 
-    So a missing value is the training patients' mean. A column that doesn't vary there becomes 0.
+    A missing value thus becomes the training patients' mean. A column that is constant over
+    `rows` becomes 0.
     """
     given = ~np.isnan(matrix[rows])
     count = np.maximum(given.sum(0), 1)

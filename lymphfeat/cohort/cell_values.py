@@ -1,7 +1,7 @@
-"""One cell of a clinical table -> its value: nothing is guessed, nothing of a spelling survives.
+"""One cell of a clinical table -> its value: nothing is guessed, no trace of a spelling is kept.
 
-Each parser takes the cell's text without surrounding spaces, never a missing one, and raises
-ValueError with the reason and the remedy; whoever reads the table adds file, row and column.
+Each parser takes a non-missing cell's text without surrounding spaces and raises ValueError with
+the reason and the remedy; the code that reads the table adds file, row and column.
 """
 
 import math
@@ -13,7 +13,7 @@ UNKNOWN = -1
 MAX_AGE = 120
 DAYS_PER_YEAR = 365.25
 
-# METHOD §6: the separator alone tells the convention, so no date is ever ambiguous.
+# METHOD §6: the separator alone determines the convention, so no date is ambiguous.
 DATE_FORMS = {
     "M/D/YYYY": re.compile(r"(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})", re.ASCII),
     "DD-MM-YYYY": re.compile(r"(?P<d>\d\d)-(?P<m>\d\d)-(?P<y>\d{4})", re.ASCII),
@@ -27,23 +27,23 @@ GENDERS = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
 
 def is_missing(text: str) -> bool:
-    """Tell whether a cell stands for no value."""
+    """Return whether a cell denotes a missing value."""
     return text.lower() in MISSING
 
 
 def date_form(text: str) -> str | None:
-    """Name the convention in which a date is written, None for any other text."""
+    """Return the convention in which a date is written; None for any other text."""
     return next((form for form, pattern in DATE_FORMS.items() if pattern.fullmatch(text)), None)
 
 
 def is_ambiguous_date(text: str) -> bool:
-    """Tell whether a DD-MM-YYYY date is another day when read month first, as guessers do."""
+    """Return whether a DD-MM-YYYY date is a different day when read month first."""
     match = DATE_FORMS["DD-MM-YYYY"].fullmatch(text)
     return match is not None and int(match["d"]) <= 12 and match["d"] != match["m"]
 
 
 def looks_like_date(text: str) -> bool:
-    """Tell whether a cell is some date, also in a form that `parse_date` refuses."""
+    """Return whether a cell looks like a date, even in a form that `parse_date` refuses."""
     return _LIKE_A_DATE.fullmatch(text) is not None
 
 
@@ -57,7 +57,7 @@ def parse_date(text: str) -> date:
     try:
         return date(int(match["y"]), int(match["m"]), int(match["d"]))
     except ValueError:
-        raise ValueError(f"{text!r} is no date when read as {form}; write YYYY-MM-DD") from None
+        raise ValueError(f"{text!r} is not a date when read as {form}; write YYYY-MM-DD") from None
 
 
 def parse_age(text: str, reference_date: date) -> float:
@@ -65,8 +65,8 @@ def parse_age(text: str, reference_date: date) -> float:
     age = (reference_date - parse_date(text)).days / DAYS_PER_YEAR
     if not 0 <= age <= MAX_AGE:
         raise ValueError(
-            f"must lie in the {MAX_AGE} years before the reference date {reference_date}; "
-            f"got {text!r}; mend it or choose another --reference-date"
+            f"must be within the {MAX_AGE} years before the reference date {reference_date}; "
+            f"got {text!r}; fix it or choose another --reference-date"
         )
     return age
 
@@ -77,7 +77,7 @@ def parse_gender(text: str) -> str:
         return GENDERS[text.lower()]
     except KeyError:
         raise ValueError(
-            f"must be F, M or empty; got {text!r}; under another column name any text may stand"
+            f"must be F, M or empty; got {text!r}; a column with another name may hold any text"
         ) from None
 
 

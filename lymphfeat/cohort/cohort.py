@@ -1,6 +1,6 @@
-"""A cohort on disk -> patients with labels, covariates and the paths of their images (METHOD §6).
+"""A cohort on disk -> patients with labels, covariates and image paths (METHOD §6).
 
-No image is opened here: reading a cohort costs one walk through its folders and its tables.
+No image is opened here: reading a cohort takes one pass over its folders and tables.
 """
 
 import os
@@ -40,8 +40,8 @@ class Cohort:
     table: index "id"; columns "label" (int64: 1 tumoral, 0 reactive, -1 unknown), "split"
         ("train" or "test"), then covariates: float64 with NaN, or categories with missing values.
     images: per patient, in the order of `table`, at least one path, sorted by name.
-    notes: one line for each quirk met and how it was resolved.
-    submission_ids: the patients with label -1, in the order of the test CSV (else of the table).
+    notes: one line per irregularity found and how it was resolved.
+    submission_ids: the patients with label -1, in the order of the test CSV, or else of the table.
     """
 
     root: Path
@@ -65,11 +65,11 @@ class Cohort:
     ) -> "Cohort":
         """Read a cohort in the challenge's layout, or one table and an image folder per id.
 
-        table: the CSV to read, when it does not lie under `root` or several do.
+        table: the CSV to read, when it is not under `root` or when several are.
         allow_missing: leave out, with a note, patients without images and folders without a row.
         reference_date: the day on which a date of birth becomes an age in years.
 
-        Raises CohortError naming file, row and remedy for anything that would have to be guessed.
+        Raises CohortError, naming file, row and remedy, for anything that would need guessing.
         """
         root = Path(root)
         files = walk_folder(root)
@@ -106,7 +106,7 @@ class Cohort:
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """Return where each patient's images begin in the row of all images, (P + 1,)."""
+        """Return where each patient's images begin among all images, (P + 1,)."""
         return np.concatenate([[0], np.cumsum(self.n_images)]).astype(np.int64)
 
     @property
@@ -119,7 +119,7 @@ class Cohort:
         wanted = Counter(ids)
         wrong = [id for id, count in wanted.items() if count > 1 or id not in self.table.index]
         if wrong:
-            complain("ids (=…) must be patients of the cohort, once each; got", wrong, "Mend them.")
+            complain("ids (=…) must be patients of the cohort, once each; got", wrong, "Fix them.")
         keep = [index for index, id in enumerate(self.ids) if id in wanted]
         return replace(
             self,
@@ -147,7 +147,7 @@ def _number_key(id: str) -> tuple[str | int, ...]:
     return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
 
 
-# --- what lies in the folder ------------------------------------------------------------------
+# --- what the folder contains -----------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -160,7 +160,7 @@ class Files:
     others: list[Path] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """Say what was passed over."""
+        """Report what was not read."""
         return [*_passed_over("hidden", self.hidden), *_passed_over("other", self.others)]
 
 
@@ -224,7 +224,7 @@ class _Found:
 
 
 def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found:
-    """Give each image folder to the patient whose id it, or a folder above it, bears."""
+    """Give each image folder to the patient whose id is its name, or that of a folder above it."""
     found = _Found()
     loose: dict[Path, list[str]] = {}
     twice: list[str] = []
@@ -247,24 +247,24 @@ def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found
 
 
 def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # some file systems take accents apart
+    return unicodedata.normalize("NFC", name)  # some file systems decompose accents
 
 
 def _patient_folder(folder: Path, ids: set[str]) -> Path | None:
-    """Return the folder's part up to the patient's id; two patients along it are an error."""
+    """Return the folder's path up to the patient's id; two patients along it are an error."""
     chain = [place for place in (folder, *folder.parents) if _normal(place.name) in ids]
     names = {_normal(place.name) for place in chain}
     if len(names) > 1:
         complain(
-            f"image folder {folder} lies in the folders of several patients",
+            f"image folder {folder} is inside the folders of several patients",
             sorted(names),
-            "Give each patient a folder outside the others'.",
+            "Give each patient a folder outside those of the others.",
         )
     return chain[0] if chain else None
 
 
 def _sort_loose(loose: dict[Path, list[str]], found: _Found) -> None:
-    """Images beside or above the patients' folders are passed over; others may be a patient's."""
+    """Skip images next to or above the patients' folders; keep others as possible patients."""
     above = {Path(), *(parent for place in found.places.values() for parent in place.parents)}
     beside = [str(folder / name) for folder in loose if folder in above for name in loose[folder]]
     if beside:
@@ -274,7 +274,7 @@ def _sort_loose(loose: dict[Path, list[str]], found: _Found) -> None:
 
 
 def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing: bool) -> list[str]:
-    """Name patients without images and images without a patient; return them as notes."""
+    """Refuse patients without images and images without a patient, or return them as notes."""
     absent = [id for id in ids if id not in found.images]
     orphans = [f"{folder} ({count} images)" for folder, count in found.orphans.items()]
     kinds = {"patient(s) without images": absent, "image folder(s) without table row": orphans}
@@ -282,7 +282,7 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
     told = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
     if len(absent) == len(ids):
         what = f"no patient of the table has images under {root}"
-        complain(what, told, "Each must have a folder named exactly as its id.")
+        complain(what, told, "Each patient must have a folder whose name is exactly its id.")
     if told and not allow_missing:
         remedy = "Add or rename them, or leave them out with --allow-missing."
         complain(str(root), told, remedy)
@@ -290,7 +290,7 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
 
 
 def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:
-    """Take the split from the table, else from the folder, else from the label."""
+    """Take the split from the table, or else from the folder, or else from the label."""
     splits: list[str] = []
     moved: list[str] = []
     for id, label, told in zip(frame.index, frame["label"], frame["split"], strict=True):
@@ -299,7 +299,9 @@ def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:
         splits.append(split)
         if folder not in (None, split):
             moved.append(f"{id} ({split})")
-    notes = [f"split: the table's, not the folder's, for {name_some(moved)}"] if moved else []
+    notes = (
+        [f"split: taken from the table, not the folder, for {name_some(moved)}"] if moved else []
+    )
     return splits, notes
 
 

@@ -1,4 +1,4 @@
-"""One CSV file -> its rows, every cell still text; where a mistake stands, for error messages.
+"""One CSV file -> its rows, every cell still text, and the location of mistakes for messages.
 
 Rows are numbered as a spreadsheet counts them: the header is row 1, and a blank row counts too.
 """
@@ -24,7 +24,7 @@ _ROW_NUMBERS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One patient as one file has it: column -> text, without surrounding spaces."""
+    """One patient's row in one file: column -> text, without surrounding spaces."""
 
     path: Path
     number: int  # as a spreadsheet counts: the header is row 1
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """Name file and row."""
+        """Return file and row, for messages."""
         return f"{self.path} row {self.number}"
 
     @property
@@ -42,7 +42,7 @@ class Row:
 
 
 def peek_columns(path: Path) -> set[str]:
-    """Read a header's known columns; none of a file that is no CSV, whatever it is."""
+    """Read the columns of a header; none if the file is not a CSV."""
     with path.open("rb") as stream:
         start = stream.read(65_536)
     try:
@@ -54,26 +54,32 @@ def peek_columns(path: Path) -> set[str]:
 
 
 def read_rows(path: Path, notes: list[str]) -> list[Row]:
-    """Read a CSV file (comma, semicolon or tab; UTF-8 or UTF-16) and append its quirks to `notes`.
+    """Read a CSV file (comma, semicolon or tab; UTF-8 or UTF-16), note irregularities in `notes`.
 
-    Raises CohortError for what is no CSV table, has no column `id`, or names a column twice.
+    Raises CohortError for a file that is not a CSV table, has no column `id` or repeats a column.
     """
     records, delimiter = _read_records(path)
     if not records:
-        raise CohortError(f"{path} is empty; a header and one row a patient must stand in it.")
+        raise CohortError(f"{path} is empty; it must have a header and one row per patient.")
     header = _column_names(records[0][1])
     _check_header(path, header)
     if any(not name for name in header):
-        notes.append(f"{path.name}: the column without a name holds row numbers or nothing, unread")
+        notes.append(
+            f"{path.name}: the column without a name holds row numbers or nothing, not read"
+        )
     if delimiter == ";":
-        notes.append(f"{path.name}: separated by semicolons, a comma in a number is decimal")
+        notes.append(
+            f"{path.name}: separated by semicolons, so a comma in a number is a decimal comma"
+        )
     if any(cell != cell.strip() for _, cells in records for cell in cells):
-        notes.append(f"{path.name}: spaces round values removed")
+        notes.append(f"{path.name}: spaces around values removed")
     _check_widths(path, len(header), records[1:])
     _check_nameless(path, header, records[1:])
     rows = [Row(path=path, number=n, cells=_cells(header, c, delimiter)) for n, c in records[1:]]
     if not rows:
-        raise CohortError(f"{path} has a header but no patient; one row a patient must follow it.")
+        raise CohortError(
+            f"{path} has a header but no patients; one row per patient must follow it."
+        )
     return rows
 
 
@@ -112,7 +118,7 @@ def _delimiter(lines: Iterable[str]) -> str:
 
 
 def _column_names(cells: Iterable[str]) -> list[str]:
-    """Lower the case of known columns only; what a spreadsheet or pandas leaves unnamed is ''."""
+    """Lower-case known columns only; columns left unnamed by a spreadsheet or pandas become ''."""
     names = [cell.strip() for cell in cells]
     names = ["" if _ROW_NUMBERS.fullmatch(name) else name for name in names]
     return [name.lower() if name.lower() in KNOWN_COLUMNS else name for name in names]
@@ -135,16 +141,16 @@ def _check_widths(path: Path, width: int, records: Sequence[tuple[int, list[str]
     ]
     if wrong:
         complain(
-            f"{path}: the header has {width} cells, other rows have not",
+            f"{path}: the header has {width} cells, some rows have more or fewer",
             wrong,
-            "Put a value with a comma in it in quotes, and write every cell.",
+            "Quote values that contain a comma, and write every cell.",
         )
 
 
 def _check_nameless(
     path: Path, header: Sequence[str], records: Sequence[tuple[int, list[str]]]
 ) -> None:
-    """Let a column without a name pass only as row numbers: anything else is lost by mistake."""
+    """Allow a column without a name only for row numbers: other values would be lost."""
     lost = [
         f"row {number} {cell!r}"
         for number, cells in records
@@ -152,7 +158,7 @@ def _check_nameless(
         if not name and not re.fullmatch(r"\s*[0-9]*\s*", cell)
     ]
     if lost:
-        complain(f"{path} row 1 has a column without a name, but with values", lost, "Name it.")
+        complain(f"{path} row 1 has a column with values but no name", lost, "Name it.")
 
 
 def _cells(header: Sequence[str], cells: Sequence[str], delimiter: str) -> dict[str, str]:

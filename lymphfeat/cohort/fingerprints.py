@@ -12,11 +12,11 @@ from lymphfeat.runtime.identity import file_hashes
 def cohort_fingerprint(cohort: Cohort) -> dict[str, Any]:
     """Describe a cohort for a recipe: its size, and a hash of its table and its images.
 
-    `hash_of` tells these hashes from earlier ones, which were of names and file sizes.
+    `hash_of` distinguishes these hashes from earlier ones, which were of names and file sizes.
     """
     digest = hashlib.sha256(cohort.table.to_csv().encode())
     for id, paths, hashes in zip(cohort.ids, cohort.images, image_hashes(cohort), strict=True):
-        digest.update(f"{id}:{len(paths)}\n".encode())  # an image may change its patient
+        digest.update(f"{id}:{len(paths)}\n".encode())  # an image may move to another patient
         for path, hash in zip(paths, hashes, strict=True):
             digest.update(f"{path.name}:{hash}\n".encode(errors="surrogateescape"))
     return {

@@ -1,4 +1,4 @@
-"""Cells without labels: the images under a folder, grouped by the folder they lie in."""
+"""Cells without labels: the images under a folder, grouped by the folder they are in."""
 
 import hashlib
 from collections.abc import Sequence
@@ -27,15 +27,17 @@ class Cells:
 
     @classmethod
     def find(cls, folder: Path, grouping: str = "auto") -> "Cells":
-        """Find the images under a folder; their folders' names are the groups' names.
+        """Find the images under a folder, grouped by the names of their folders.
 
-        "auto" takes folders beside a table (a CSV: a cohort) for patients, and the folders of any
-        other place for classes. No table is read. Raises CohortError when there are no images.
+        "auto" treats folders next to a table (a CSV: a cohort) as patients, and any other folders
+        as classes. No table is read. Raises CohortError when there are no images.
         """
         if grouping not in ("auto", *GROUPINGS):
             raise SettingsError(f"groups (={grouping}) must be auto, {', '.join(GROUPINGS)}.")
         if not folder.is_dir():
-            raise CohortError(f"folder (={folder}) must be a folder of images; got none there.")
+            raise CohortError(
+                f"folder (={folder}) must be a folder of images; there is no such folder."
+            )
         files = walk_folder(folder)
         if not files.images:
             raise CohortError(f"{folder}: must hold images (jpg, png, tif, bmp); got none.")
@@ -54,7 +56,7 @@ class Cells:
         )
 
     def provenance(self) -> Provenance:
-        """Return whose images these are; where folders are no patients, the images alone."""
+        """Return whose images these are; only the images where folders are not patients."""
         hashes = np.array(file_hashes(self.paths))
         if self.grouping != "patients":
             return Provenance(images=tuple(PatientKey.of("", [hash]) for hash in hashes))

@@ -16,7 +16,7 @@ from PIL import Image
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.runtime.progress import Progress, silent
 
-# Modes whose conversion to RGB keeps 8 bits a channel; 16-bit and float files would be clipped.
+# Modes whose conversion to RGB keeps 8 bits per channel; 16-bit and float files would be clipped.
 _CONVERTIBLE_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
 
 VIEWS = ("identity", "hflip", "vflip", "both")
@@ -73,10 +73,10 @@ def decode_crop(path: Path, crop: int) -> Crop:
             rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
     except CohortError:
         raise
-    except Exception as error:  # each format fails in its own ways; all mean the same to the user
+    except Exception as error:  # each format fails in its own way; the user sees one message
         raise CohortError(
             f"{path}: cannot be read as an image ({error}); "
-            "`lymphfeat audit` lists every such file, then restore or remove it."
+            "restore or remove it (`lymphfeat audit` lists every such file)."
         ) from None
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
     return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
@@ -85,7 +85,7 @@ def decode_crop(path: Path, crop: int) -> Crop:
 def _check_image(path: Path, image: Image.Image, crop: int) -> None:
     if image.mode not in _CONVERTIBLE_MODES:
         raise CohortError(
-            f"{path}: pixel mode (={image.mode}) must be 8 bits a channel; "
+            f"{path}: pixel mode (={image.mode}) must be 8 bits per channel; "
             "convert the image to 8-bit RGB."
         )
     if min(image.size) < crop:
@@ -125,7 +125,7 @@ def decode_crops(
     threads: int = 2,
     progress: Progress = silent,
 ) -> NDArray[np.uint8]:
-    """Decode all centre crops into one array, (N, 3, crop, crop) uint8, given or made."""
+    """Decode all centre crops into one array, (N, 3, crop, crop) uint8; `into` if given."""
     pixels = np.empty((len(paths), 3, crop, crop), np.uint8) if into is None else into
     for row, image in enumerate(stream_crops(paths, crop, threads=threads)):
         pixels[row] = image.pixels

@@ -1,11 +1,11 @@
-"""Whose labels and whose images went into what was learnt, and whether a patient is among them.
+"""Whose labels and whose images were trained on, and whether a patient is among them.
 
-Every file that holds learnt numbers (weights, store, checkpoint, run, model) carries a `Provenance`
-that includes those of all it was made of.
+Every file that holds the result of training (weights, store, checkpoint, run, model) carries a
+`Provenance` that includes those of everything it was made from.
 
 A patient is recognised by its images, whatever its id: another laboratory's P1 is another patient,
-and the same patient under another id is the same patient. Kept are the smallest of the hashes of
-its image files (a bottom-k sketch), so that a patient is still recognised when images were added
+and the same patient under another id is the same patient. The smallest hashes of its image files
+are kept (a bottom-k sketch), so that a patient is still recognised when images were added
 or removed, and a file's size does not grow with the bags.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from lymphfeat.errors import LeakageError
 
 SKETCH_SIZE = 16  # image hashes kept per patient
-_DIGITS = 16  # of each hash: 64 bits tell some 10⁸ images apart
+_DIGITS = 16  # of each hash: 64 bits distinguish about 10⁸ images
 _SHOWN = 10
 
 
@@ -26,7 +26,7 @@ class PatientKey:
     """What a patient is recognised by."""
 
     id: str
-    images: tuple[str, ...] = ()  # hashes of image files, sorted; empty where they are not known
+    images: tuple[str, ...] = ()  # hashes of image files, sorted; empty where unknown
 
     @classmethod
     def of(cls, id: str, hashes: Iterable[str]) -> "PatientKey":
@@ -36,13 +36,13 @@ class PatientKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """The patients that learnt numbers come from, directly or through what they were made of."""
+    """The patients that a training result comes from, directly or through what it was made from."""
 
-    labels: tuple[PatientKey, ...] = ()  # whose LABELS were learnt from
-    images: tuple[PatientKey, ...] = ()  # whose images were learnt from without labels
+    labels: tuple[PatientKey, ...] = ()  # whose labels were trained on
+    images: tuple[PatientKey, ...] = ()  # whose images were trained on without labels
 
     def __or__(self, other: "Provenance") -> "Provenance":
-        """Return what was made of both."""
+        """Return the provenance of what is made from both."""
         return Provenance(
             labels=tuple(dict.fromkeys(self.labels + other.labels)),
             images=tuple(dict.fromkeys(self.images + other.images)),
@@ -50,7 +50,7 @@ class Provenance:
 
     @property
     def label_ids(self) -> tuple[str, ...]:
-        """Return the ids of the patients whose labels were learnt from."""
+        """Return the ids of the patients whose labels were trained on."""
         return tuple(dict.fromkeys(key.id for key in self.labels))
 
     @cached_property
@@ -62,23 +62,23 @@ class Provenance:
         return _Index(self.images)
 
     def has_label_of(self, patient: PatientKey) -> bool:
-        """Say whether the label of a patient was learnt from."""
+        """Return whether the label of a patient was trained on."""
         return patient in self._labels
 
     def has_images_of(self, patient: PatientKey) -> bool:
-        """Say whether images of a patient were learnt from, with or without its label."""
+        """Return whether images of a patient were trained on, with or without its label."""
         return patient in self._images or patient in self._labels
 
     def labelled(self, patients: Iterable[PatientKey]) -> tuple[str, ...]:
-        """Return the ids of those patients whose labels were learnt from."""
+        """Return the ids of those patients whose labels were trained on."""
         return tuple(patient.id for patient in patients if self.has_label_of(patient))
 
     def pictured(self, patients: Iterable[PatientKey]) -> tuple[str, ...]:
-        """Return the ids of those patients whose images were learnt from without their labels."""
+        """Return the ids of those patients whose images were trained on without labels."""
         return tuple(patient.id for patient in patients if patient in self._images)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a file holds."""
+        """Return the content as JSON."""
         return {"labels": keys_to_json(self.labels), "images": keys_to_json(self.images)}
 
     @classmethod
@@ -91,7 +91,7 @@ class Provenance:
 
     @classmethod
     def of_ids(cls, labels: Iterable[str] = (), images: Iterable[str] = ()) -> "Provenance":
-        """Take over the ids of a file that was written before images were hashed."""
+        """Build from the ids in a file that was written before images were hashed."""
         return cls(
             labels=tuple(PatientKey(id=id) for id in labels),
             images=tuple(PatientKey(id=id) for id in images),
@@ -102,7 +102,7 @@ NOBODY = Provenance()
 
 
 class _Index:
-    """Patients, to be recognised among others."""
+    """A set of patients in which other patients are recognised."""
 
     def __init__(self, keys: Sequence[PatientKey]) -> None:
         self._hashes = {hash for key in keys for hash in key.images}
@@ -110,24 +110,24 @@ class _Index:
         self._only_ids = {key.id for key in keys if not key.images}
 
     def __contains__(self, patient: PatientKey) -> bool:
-        """Compare images; where one side's are not known, ids."""
+        """Compare images, or ids where the images of one side are unknown."""
         if not patient.images:
             return patient.id in self._ids
         return patient.id in self._only_ids or not self._hashes.isdisjoint(patient.images)
 
 
 def is_same_patient(one: PatientKey, other: PatientKey) -> bool:
-    """Say whether two keys are of one patient."""
+    """Return whether two keys belong to the same patient."""
     return one in _Index([other])
 
 
 def keys_to_json(keys: Iterable[PatientKey]) -> list[dict[str, str]]:
-    """Return keys as a file holds them."""
+    """Return keys as JSON."""
     return [{"id": key.id, "images": " ".join(key.images)} for key in keys]
 
 
 def keys_from_json(content: Iterable[Any]) -> tuple[PatientKey, ...]:
-    """Read keys; plain ids are those of files written before images were hashed."""
+    """Read keys; files written before images were hashed hold plain ids."""
     return tuple(
         PatientKey(id=item)
         if isinstance(item, str)
@@ -137,9 +137,9 @@ def keys_from_json(content: Iterable[Any]) -> tuple[PatientKey, ...]:
 
 
 def refuse_seen(seen: Iterable[str], source: str, remedy: str) -> None:
-    """Raise LeakageError when there are patients to be measured on whose labels were learnt from.
+    """Raise LeakageError when patients to be measured on are among those trained on.
 
-    `seen` are their ids, `source` is what learnt from them.
+    `seen` are the ids of those whose labels were seen, `source` is what was trained on them.
     """
     ids = sorted(set(seen))
     if ids:

@@ -1,4 +1,4 @@
-"""Patient-level splits (training and validation patients, and a seed): made, written, read."""
+"""Patient-level splits (training and validation patients, and a seed): make, write, read."""
 
 import json
 import re
@@ -21,20 +21,20 @@ class Split:
     """Training and validation patients of one fit."""
 
     id: str
-    seed: int  # also of the heads' initialisation and mini-batch order
+    seed: int  # also for the heads' initialisation and mini-batch order
     repeat: int
     train: tuple[str, ...]
     validation: tuple[str, ...]
-    # Ids of the splits inside which this one serves: what is chosen for them is chosen on its
-    # validation patients. None for a split that is itself measured. (A fit without two folds
+    # Ids of the splits inside which this is an inner split: what is chosen for them is chosen on
+    # its validation patients. Empty for a split that is itself measured. (A fit without two folds
     # serves both.)
     parents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", self.id):  # it names files and features
             raise SettingsError(
-                f"split id (={self.id}) must be of letters, digits and . _ + -, the first a letter "
-                "or digit."
+                f"split id (={self.id}) must consist of letters, digits and . _ + -, and "
+                "begin with a letter or digit."
             )
         for name, side in (("training", self.train), ("validation", self.validation)):
             if len(set(side)) < len(side):
@@ -64,9 +64,9 @@ def check_classes(labels: NDArray[np.int64], least: int) -> None:
 def report_splits(
     ids: Sequence[str], labels: NDArray[np.int64], *, seeds: int, seed: int = 0
 ) -> list[Split]:
-    """Split in halves, one pair per seed, not stratified (METHOD §4, `report`).
+    """Split into halves, one pair per seed, not stratified (METHOD §4, `report`).
 
-    The seeds are the first `seeds` from `seed` on that give halves of both classes each. A seed
+    The seeds are the first `seeds` from `seed` on whose halves both contain both classes. A seed
     that leaves a half with one class is skipped: no AUC could be measured on it.
     """
     check_classes(labels, 2)
@@ -86,7 +86,7 @@ def report_splits(
 def _halves(
     labels: NDArray[np.int64], first: int
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield seeds from `first` on with the rows of their halves, of both classes each."""
+    """Yield seeds from `first` on whose halves both contain both classes, with the halves' rows."""
     for seed in count(first):
         halves = train_test_split(np.arange(len(labels)), test_size=0.5, random_state=seed)
         if all(len(np.unique(labels[half])) == 2 for half in halves):
@@ -98,8 +98,8 @@ class Folds:
     """One repeat of k-fold, with the splits that serve out-of-fold choices.
 
     `outer[f]` validates on fold f. `pairs[f, g]` (f < g) trains without folds f and g: its
-    probabilities of g's patients are out of fold for outer split f, and those of f's for g. So all
-    inner cross-validations of k folds together cost k (k - 1) / 2 fits, not k (k - 1).
+    probabilities of g's patients are out of fold for outer split f, and those of f's for g. All
+    inner cross-validations of k folds together thus cost k (k - 1) / 2 fits, not k (k - 1).
     """
 
     outer: tuple[Split, ...]
@@ -120,7 +120,7 @@ class Folds:
     def inner(self, fold: int) -> list[Split]:
         """Return the splits whose validation patients cover the outer split's training patients.
 
-        Their `validation` also holds fold `fold` itself, which is not to be looked at.
+        Their `validation` also holds fold `fold` itself, which must not be used.
         """
         return [split for pair, split in self.pairs.items() if fold in pair]
 
@@ -139,11 +139,11 @@ def _without_both(first: Split, second: Split, name: int) -> Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The splits that are measured, and for each those that choices inside its training serve.
+    """The splits that are measured, and for each the inner splits that choices are made on.
 
     `inner[s]` covers the training patients of `outer[s]` with validation patients, and never trains
     on its validation patients; it is empty where nothing is chosen. Of an inner split's validation
-    patients only those who train `outer[s]` are to be looked at.
+    patients only those who train `outer[s]` may be used.
     """
 
     outer: tuple[Split, ...]
@@ -156,9 +156,9 @@ class Plan:
 
     @classmethod
     def nested(cls, outer: Sequence[Split], labels: Mapping[str, int], *, folds: int = 5) -> "Plan":
-        """Plan inner splits: those of folds by pairs, those of any other split its own k-fold.
+        """Plan inner splits: by pairs for folds, by a separate k-fold for any other split.
 
-        An inner split whose id is already that of an outer one gets another.
+        An inner split whose id is already taken by an outer one gets another id.
         """
         taken = {split.id for split in outer}
         inner: dict[str, tuple[Split, ...]] = {}
@@ -180,10 +180,10 @@ class Plan:
 
     @classmethod
     def recorded(cls, splits: Iterable[Split]) -> "Plan":
-        """Plan splits that say themselves which of them serve inside which.
+        """Plan splits that record which of them are inner splits of which.
 
-        Those that serve none of the others are measured. Inner splits are planned when those of
-        every measured split cover its training patients, each of them once.
+        Those that are inner to none of the others are measured. Inner splits are planned when, for
+        every measured split, they cover its training patients, each of them once.
         """
         given = {split.id: split for split in splits}
         outer = [split for split in given.values() if not set(split.parents) & set(given)]
@@ -197,11 +197,11 @@ class Plan:
 
     @property
     def is_nested(self) -> bool:
-        """Say whether choices can be made inside every measured split."""
+        """Return whether choices can be made inside every measured split."""
         return all(self.inner)
 
     def only(self, ids: Sequence[str]) -> "Plan":
-        """Return the plan of some of the measured splits, in the order of their ids."""
+        """Return the plan for some of the measured splits, in the order of `ids`."""
         place = {split.id: number for number, split in enumerate(self.outer)}
         kept = [place[id] for id in ids]
         return Plan(
@@ -221,7 +221,7 @@ class Plan:
 
 
 def _cover(split: Split, inner: Sequence[Split]) -> bool:
-    """Tell whether each training patient of a split is out of fold in one of its inner splits."""
+    """Return whether each training patient of a split is out of fold in one inner split."""
     outside = set(split.validation)
     if any(outside & set(serving.train) for serving in inner):
         return False
@@ -236,7 +236,7 @@ def _renamed(split: Split, taken: set[str]) -> Split:
 
 
 def _are_folds(splits: Sequence[Split]) -> bool:
-    """Tell whether each split validates on one part of the same patients, trains on the others."""
+    """Return whether each split validates on one part of all patients and trains on the rest."""
     everyone = {patient for split in splits for patient in split.validation}
     return (
         len(splits) >= 3
@@ -259,7 +259,7 @@ def _inside(split: Split, labels: Mapping[str, int], folds: int) -> tuple[Split,
 def kfold_splits(
     ids: Sequence[str], labels: NDArray[np.int64], *, folds: int, seeds: int, seed: int = 0
 ) -> list[Folds]:
-    """Make repeats of stratified k-fold, one a seed (METHOD §4, `honest`)."""
+    """Make repeats of stratified k-fold, one per seed (METHOD §4, `honest`)."""
     check_classes(labels, folds)
     return [
         _one_repeat(np.array(ids), labels, folds, seed + repeat, repeat) for repeat in range(seeds)
@@ -294,9 +294,10 @@ def find_splits(
     """Return the splits that `--splits` names, of the labelled ones among patients.
 
     `text` is a file of `write_splits`, `kfold:K` or `kfold:KxR` (R repeats of stratified k-fold),
-    `report:S` (S halves), any of them with `+inner` behind it (also their inner splits, see `Plan`,
-    that out-of-fold thresholds need), or `all` (everybody trains). `ids` and `labels` (P,) are all
-    patients; -1 is unknown. Raises SettingsError for anything else, and for a file of others.
+    `report:S` (S halves), any of them followed by `+inner` (adds their inner splits, see `Plan`,
+    which out-of-fold thresholds need), or `all` (everyone trains). `ids` and `labels` (P,) are of
+    all patients; -1 is unknown. Raises SettingsError for anything else, and for a file with
+    unknown patients.
     """
     name, inner, rest = text.partition("+inner")
     label_of = dict(zip(ids, labels.tolist(), strict=True))
@@ -365,10 +366,10 @@ def _texts(values: object) -> tuple[str, ...]:
 
 
 def with_guessed_parents(splits: Sequence[Split]) -> list[Split]:
-    """Return splits of a store that does not record parents, with those that it must have had.
+    """Return the splits of a store that does not record parents, with the parents inferred.
 
-    `a.0` is inside `a` when both its sides together train `a`; `a+1` when it trains without the
-    validation patients of `a` and of another split.
+    `a.0` is inside `a` when both its sides together are the training patients of `a`; `a+1` is when
+    it trains without the validation patients of `a` and of another split.
     """
     return [replace(split, parents=_guess_parents(split, splits)) for split in splits]
 
@@ -388,10 +389,10 @@ def _guess_parents(split: Split, others: Sequence[Split]) -> tuple[str, ...]:
 
 
 def check_splits(splits: Sequence[Split], labels: Mapping[str, int], source: object) -> None:
-    """Raise SettingsError unless splits are of labelled patients, both classes on both sides.
+    """Raise SettingsError unless all patients are labelled and both sides have both classes.
 
-    `labels` is every known patient's label, -1 where it is not known; `source` names the splits in
-    the message.
+    `labels` maps every patient to its label, -1 where unknown; `source` names the splits in the
+    message.
     """
     named = dict.fromkeys(patient for split in splits for patient in split.train + split.validation)
     for wrong, what in (
@@ -401,13 +402,13 @@ def check_splits(splits: Sequence[Split], labels: Mapping[str, int], source: obj
         if wrong:
             raise SettingsError(
                 f"{source}: must name {what}; got {', '.join(wrong[:5])}"
-                f"{', …' if len(wrong) > 5 else ''}. Is it of another cohort?"
+                f"{', …' if len(wrong) > 5 else ''}. Was it made for another cohort?"
             )
     for split in splits:
         for name, side in (("training", split.train), ("validation", split.validation)):
             if {labels[patient] for patient in side} != {0, 1}:
                 raise SettingsError(
-                    f"{source}: the {name} patients of split {split.id} must be of both classes."
+                    f"{source}: the {name} patients of split {split.id} must include both classes."
                 )
     if not splits:
         raise SettingsError(f"{source}: must hold at least one split; got none.")

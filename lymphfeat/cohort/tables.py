@@ -1,10 +1,10 @@
-"""CSV files -> one row a patient: which files are tables, their cells read, repeated rows compared.
+"""CSV files -> one row per patient: find the tables, read their cells, compare repeated rows.
 
 * Cells are text until a parser of `clinical` reads them: a type-guessing reader would swap day and
   month, and turn the id 007 into 7.
 * All files are read into one list of rows before any column is parsed, so that a column means the
   same in every file.
-* A mistake names file, row (as a spreadsheet counts: the header is row 1) and column; all mistakes
+* A message names file, row (as a spreadsheet counts: the header is row 1) and column; all mistakes
   of a kind are raised at once.
 """
 
@@ -36,7 +36,7 @@ TABLE_SPLITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClinicalTable:
-    """What the CSV files of a cohort say."""
+    """The contents of a cohort's CSV files."""
 
     frame: pd.DataFrame  # index "id" in file order; "label" int64, "split" str or None, covariates
     submission_ids: tuple[str, ...]  # the label -1 ids, in the order of the test file
@@ -45,7 +45,7 @@ class ClinicalTable:
 
 @dataclass(frozen=True, kw_only=True)
 class _Columns:
-    """The parsed columns of all rows, one value a row."""
+    """The parsed columns of all rows, one value per row."""
 
     values: dict[str, list[Value]] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)  # names of the categorical columns
@@ -54,7 +54,7 @@ class _Columns:
 
 
 def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
-    """Read CSV files that together, or each again, hold one row a patient (METHOD §6)."""
+    """Read CSV files that together, or each of them, hold one row per patient (METHOD §6)."""
     notes: list[str] = []
     rows = [row for path in paths for row in read_rows(path, notes)]
     for row in rows:
@@ -64,7 +64,7 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
     columns = _parse_columns(rows, reference_date)
     frame = _join(rows, columns)
     if all("label" not in row.cells for row in rows):
-        notes.append("labels: no column `label`, every patient is unlabelled (-1)")
+        notes.append("labels: no column `label`, so every patient is unlabelled (-1)")
     return ClinicalTable(
         frame=frame,
         submission_ids=_submission_order(rows, frame),
@@ -76,7 +76,7 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
 
 
 def choose_tables(root: Path, candidates: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Choose among the CSV files under `root` those that hold the patients, and note the others."""
+    """Choose the CSV files under `root` that hold the patients, and note the others."""
     headers = {path: peek_columns(path) for path in candidates if not _is_beside(path)}
     known = [path for path in headers if _rank(path) < len(_ORDER)]
     labelled = [path for path, header in headers.items() if {"id", "label"} <= header]
@@ -86,15 +86,15 @@ def choose_tables(root: Path, candidates: Sequence[Path]) -> tuple[list[Path], l
     chosen = sorted(known, key=lambda path: (_rank(path), path)) + others
     if not chosen:
         raise CohortError(
-            f"{root} has no table: a CSV with the columns `id` and `label` (and, if you like, "
-            f"`split` and covariates), or {MAIN_TABLE}, must lie in it; "
+            f"{root} has no table: it must hold a CSV with the columns `id` and `label` (and "
+            f"optionally `split` and covariates), or {MAIN_TABLE}; "
             f"{_found(root, candidates)}name one elsewhere with --table."
         )
     if others and len(chosen) > 1:
         complain(
             f"{root} has several tables",
             [str(path.relative_to(root)) for path in chosen],
-            "Say which holds the cohort with --table, or move the others away.",
+            "Choose the one that holds the cohort with --table, or move the others away.",
         )
     ignored = [str(path.relative_to(root)) for path in candidates if path not in chosen]
     return chosen, [f"{name}: not the cohort's table, not read" for name in ignored]
@@ -109,7 +109,7 @@ def _rank(path: Path) -> int:
 
 
 def _is_beside(path: Path) -> bool:
-    """Submissions hold predictions and truth files hold what nobody may train on: no tables."""
+    """Return whether a file is a submission or holds the truth: these are not tables."""
     return "submission" in path.name.lower() or path.name.lower() == "truth.csv"
 
 
@@ -132,21 +132,23 @@ def _check_ids(rows: Sequence[Row]) -> None:
         if first.setdefault((row.path, row.id), row) is not row
     ]
     if repeats:
-        complain("ids occur twice", repeats, "A table must have one row a patient; keep one.")
+        complain("ids occur twice", repeats, "A table must have one row per patient; keep one.")
 
 
 def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
     columns = _Columns()
     names = dict.fromkeys(name for row in rows for name in row.cells)
     if {"age", "dob"} <= set(names):
-        raise CohortError(f"{rows[0].path} has columns `dob` and `age`; keep one: both give age.")
+        raise CohortError(
+            f"{rows[0].path} has columns `dob` and `age`; keep one, because both give the age."
+        )
     _parse(rows, "label", clinical.parse_label, columns, missing=clinical.UNKNOWN)
     _parse(rows, "split", clinical.parse_split, columns, missing=None)
     for name in names:
         if name not in ("id", "label", "split"):
             _parse_covariate(rows, name, reference_date, columns)
     if columns.mistakes:
-        complain("values that cannot be read", columns.mistakes, "Mend them in the table.")
+        complain("values that cannot be read", columns.mistakes, "Fix them in the table.")
     return columns
 
 
@@ -155,7 +157,7 @@ def _parse_covariate(
 ) -> None:
     given = [row for row in rows if not clinical.is_missing(row.cells.get(name, ""))]
     texts = [row.cells[name] for row in given]
-    first = {row.id: row.cells[name] for row in reversed(given)}  # for notes: a patient once
+    first = {row.id: row.cells[name] for row in reversed(given)}  # for notes: each patient once
     if name == "dob":
         parse_age = partial(clinical.parse_age, reference_date=reference_date)
         _parse(rows, name, parse_age, columns)
@@ -195,7 +197,7 @@ def _parse(
 
 
 def _is_numeric(texts: Sequence[str]) -> bool:
-    """A column is numeric when most of its cells are: the rest are mistakes, not categories."""
+    """Return whether most cells are numbers: the others are then mistakes, not categories."""
     return 2 * sum(map(_is_number, texts)) > len(texts)
 
 
@@ -225,7 +227,7 @@ def _gender_notes(texts: Collection[str]) -> list[str]:
 
 
 def _join(rows: Sequence[Row], columns: _Columns) -> pd.DataFrame:
-    """Merge each patient's rows; a column that a file lacks comes from the next that has it."""
+    """Merge each patient's rows; a column missing in one file comes from the next that has it."""
     groups = _group(rows)
     _check_agreement(rows, groups, columns)
     frame = pd.DataFrame(index=pd.Index(list(groups), name="id", dtype="str"))
@@ -267,7 +269,7 @@ def _check_agreement(rows: Sequence[Row], groups: dict[str, list[int]], columns:
                 if not _same(values[has[0]], values[other]):
                     conflicts.append(_conflict(rows[has[0]], rows[other], name))
     if conflicts:
-        complain("tables disagree", conflicts, "Mend one, or choose one with --table.")
+        complain("tables disagree", conflicts, "Fix one, or choose one with --table.")
 
 
 def _same(a: Value, b: Value) -> bool:
