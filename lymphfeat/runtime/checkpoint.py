@@ -1,7 +1,7 @@
 """The state of an unfinished training: one file, replaced as a whole about once a minute.
 
 It carries the identity of its run (settings, cohort, initial weights): a run of another identity
-does not go on from it.
+does not continue from it.
 """
 
 import json
@@ -37,15 +37,15 @@ class Checkpoint:
         """Write at `path`, at most once in `seconds` of the `clock`."""
         self.path = path
         self._provenance = dict(provenance)
-        # Through JSON, as what is read back went.
+        # Through JSON, like the identity that is read back.
         self._identity: dict[str, Any] = json_value(identity)
         self._seconds, self._clock = seconds, clock
         self._written: float | None = None  # when this process wrote last
 
     def read(self) -> dict[str, Any] | None:
-        """Return the state written last; None when there is none.
+        """Return the state written last, or None.
 
-        Raises ModelError for a damaged one, and for one of another run, naming what differs.
+        Raises ModelError for a damaged checkpoint, and for one of another run, naming what differs.
         """
         if not self.path.exists():
             return None
@@ -64,7 +64,7 @@ class Checkpoint:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}")
-        except Exception as error:  # a damaged file fails in many ways, all the same to the user
+        except Exception as error:  # a damaged file fails in many ways; the user sees one message
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{self.path}: cannot be read as a checkpoint ({reason}); start over with --force."
@@ -93,7 +93,7 @@ class Checkpoint:
         return self._written is None or self._clock() - self._written >= self._seconds
 
     def check(self, *, force: bool) -> None:
-        """Raise ModelError for a damaged checkpoint or another run's; by force, delete that."""
+        """Raise ModelError for a damaged checkpoint or another run's; with `force`, delete it."""
         try:
             self.read()
         except ModelError:
@@ -102,6 +102,6 @@ class Checkpoint:
             self.remove()
 
     def remove(self) -> None:
-        """Delete the checkpoint and what is left of one half written."""
+        """Delete the checkpoint and any partly written one."""
         for path in (self.path, self.path.with_name(self.path.name + ".partial")):
             path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from lymphfeat.errors import SettingsError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Turn auto, cpu or cuda into a device that is there."""
+    """Turn auto, cpu or cuda into an available device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device (=cuda) must be there; got none. Use --device cpu or auto.")
     if name == "auto":
@@ -24,14 +24,14 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Say whether bfloat16 is computed in hardware: tensor cores, or AVX512-bf16 and newer."""
+    """Return whether bfloat16 is computed in hardware: tensor cores, or AVX512-bf16 and newer."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Turn auto, float32 or bfloat16 into a dtype; auto is bfloat16 where hardware has it."""
+    """Turn auto, float32 or bfloat16 into a dtype; auto is bfloat16 where hardware supports it."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name not in ("float32", "bfloat16"):
@@ -40,27 +40,27 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """Name a precision as `choose_precision` takes it."""
+    """Return the name of a precision that `choose_precision` accepts."""
     return str(dtype).removeprefix("torch.")
 
 
 _GROUPS = Path("/sys/fs/cgroup")
 
 
-# By controllers in /proc/self/cgroup (version 2 names none): the files of a group's limit and of
-# what it uses, and which line of memory.stat is the part of that taken by unused cached files.
+# By controllers in /proc/self/cgroup (version 2 names none): the files with a group's limit and
+# usage, and the line of memory.stat with the part of the usage that is unused cached files.
 _NAMES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
-_ASSUMED_MEMORY = 4 << 30  # where the system does not say: Windows
+_ASSUMED_MEMORY = 4 << 30  # where the system does not report it: Windows
 
 
 @contextmanager
 def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Compute with this many CPU threads for a while; None leaves torch's own choice."""
+    """Compute with this many CPU threads inside the context; None keeps torch's own choice."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -70,7 +70,7 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
 
 
 # The parts of torch.backends that may round the factors of float32 products: GPUs to TF32, with 10
-# bits after the point in place of 23 (torch's default in convolutions), CPUs to bfloat16, with 7.
+# bits after the point instead of 23 (torch's default in convolutions), CPUs to bfloat16, with 7.
 _FLOAT32_PRODUCTS = (
     *("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
     *("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
@@ -79,7 +79,7 @@ _FLOAT32_PRODUCTS = (
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """Compute float32 with all its bits for a while, whatever torch is set to."""
+    """Compute float32 at full precision inside the context, whatever torch is set to."""
     parts = [attrgetter(name)(torch.backends) for name in _FLOAT32_PRODUCTS]
     before = [part.fp32_precision for part in parts]
     try:
@@ -92,7 +92,7 @@ def whole_float32() -> Iterator[None]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute in `dtype` where that is safe; float32 is left alone."""
+    """Compute in `dtype` where that is safe; does nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -104,7 +104,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def available_memory(device: torch.device, groups: Path = _GROUPS) -> int:
-    """Return how many bytes a device has free; of the CPU's, what its control groups leave.
+    """Return how many bytes are free on a device; on the CPU, within its control groups.
 
     `groups` is where the system mounts control groups.
     """
@@ -123,7 +123,7 @@ def _free_memory() -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yield how many bytes each control group that this process is in may still take."""
+    """Yield how many bytes each control group of this process may still use."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
@@ -143,13 +143,13 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> int:
     with suppress(OSError):
         for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
             name, value = line.split()
-            if name == cache:  # pages of files, which make room when it is wanted
+            if name == cache:  # file pages, which are freed on demand
                 used -= int(value)
     return max(int((group / limit).read_text(encoding="utf-8")) - used, 0)
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most bytes that this process has held: of a GPU's memory, or of the host's.
+    """Return the peak memory of this process in bytes: of the GPU, or of the host.
 
     NaN on Windows, where the standard library does not know it.
     """

@@ -1,15 +1,16 @@
-"""Files and results that are there whole or not at all.
+"""Files and results that are written completely or not at all.
 
-A result is a folder, or a file with what belongs to it. It is written to `<name>.partial/new`, on
+A result is a folder, or a file with its companions. It is written to `<name>.partial/new`, on
 the same file system, and then swapped in:
 
-1. `<name>.partial/swap.json` is written, in one rename. From here on the new result counts.
+1. `<name>.partial/swap.json` is written, in one rename. From here on the new result is valid.
 2. The old result is moved to `<name>.partial/old` and the new one into its place.
 3. `<name>.partial` is removed.
 
-What ends before step 1 leaves the old result as it was. Step 2 takes two renames, between which
-neither result is in its place; both are in `<name>.partial`, and `recover`, which the next writer
-or reader calls, goes on from there. Checkpoints of an unfinished training lie in `<name>.partial`.
+A process that ends before step 1 leaves the old result as it was. Step 2 takes two renames, between
+which neither result is in its place; both are in `<name>.partial`, and `recover`, which the next
+writer or reader calls, continues from there. Checkpoints of an unfinished training are in
+`<name>.partial`.
 """
 
 import json
@@ -28,16 +29,16 @@ from lymphfeat.runtime.strict_json import json_text
 
 _NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
 _CHECKPOINT_SUFFIX = ".pt"
-_LITTER = (".DS_Store", "Thumbs.db")  # that file managers leave
+_LITTER = (".DS_Store", "Thumbs.db")  # left by file managers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultKind:
-    """What a result folder holds.
+    """What a result folder contains.
 
-    files: patterns of the paths that it may have, part by part as of `fnmatch`; nothing else is
-        ever removed.
-    marks: files of which every result of this kind has one.
+    files: patterns of the paths in it, matched part by part with `fnmatch`; nothing else is ever
+        removed.
+    marks: files of which every result of this kind has at least one.
     """
 
     name: str
@@ -45,7 +46,7 @@ class ResultKind:
     files: tuple[str, ...]
 
     def has(self, path: PurePath) -> bool:
-        """Say whether a path in a folder is one of the result's."""
+        """Return whether a path in a folder is part of the result."""
         return any(
             len(path.parts) == len(parts) and all(map(fnmatchcase, path.parts, parts))
             for parts in (PurePath(pattern).parts for pattern in self.files)
@@ -53,9 +54,9 @@ class ResultKind:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all.
+    """Write a file under a temporary name and rename it: it appears complete or not at all.
 
-    Who may read it is as the umask says, even if `write` makes it private, as safetensors does.
+    Its permissions follow the umask, even if `write` makes it private, as safetensors does.
     """
     unfinished = path.with_name(path.name + ".partial")
     unfinished.unlink(missing_ok=True)
@@ -72,7 +73,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Return the folder beside a result in which it is made."""
+    """Return the folder next to a result in which it is made."""
     return out.parent / f"{out.name}.partial"
 
 
@@ -85,7 +86,7 @@ def find_checkpoints(out: Path) -> tuple[Path, ...]:
 
 
 def check_file(path: Path, *, force: bool) -> None:
-    """Raise SettingsError when a file is there and `force` is not set, or a folder is."""
+    """Raise SettingsError for an existing folder, or an existing file without `force`."""
     if path.is_dir():
         raise SettingsError(f"out (={path}) must be a file; got a folder. Choose another --out.")
     if path.exists() and not force:
@@ -95,8 +96,8 @@ def check_file(path: Path, *, force: bool) -> None:
 def check_folder(out: Path, kind: ResultKind, *, force: bool) -> None:
     """Raise SettingsError unless a result of this kind may be written to the folder `out`.
 
-    It may where nothing is, in an empty folder and, with `force`, over a result of the same kind
-    that has nothing else beside it.
+    It may if `out` does not exist, is an empty folder or, with `force`, holds a result of the same
+    kind and nothing else.
     """
     if out.is_symlink() or os.path.ismount(out) or Path.cwd().is_relative_to(out.resolve()):
         raise SettingsError(
@@ -122,7 +123,7 @@ def check_folder(out: Path, kind: ResultKind, *, force: bool) -> None:
 
 
 def _check_unfinished(folder: Path, resumes: Collection[str], *, force: bool) -> None:
-    """Refuse checkpoints that are not gone on from, or remove them by force; refuse all else."""
+    """Refuse checkpoints that are not resumed, or remove them with `force`; refuse other files."""
     partial = (f"{name}.partial" for name in (_SWAP, *resumes))
     ours = {_NEW, _OLD, _LOCK, *resumes, *partial}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -150,11 +151,11 @@ def result_folder(
     resumes: Collection[str] = (),
     writes: bool = True,
 ) -> Iterator[Path]:
-    """Yield an empty folder to write to, and put it in the place of `out` at the end.
+    """Yield an empty folder to write to, and replace `out` with it at the end.
 
-    Whatever is raised inside leaves `out` as it was. `resumes` names the checkpoints in
-    `unfinished_folder(out)` that are gone on from; they are removed at the end. Of several
-    processes only the one that `writes` does anything. Raises SettingsError at once for what may
+    An exception inside leaves `out` as it was. `resumes` names the checkpoints in
+    `unfinished_folder(out)` that are resumed; they are removed at the end. Of several
+    processes only the one that `writes` does anything. Raises SettingsError at once if `out` may
     not be overwritten (see `check_folder`).
     """
     kinds = {out.name: kind}
@@ -172,11 +173,11 @@ def result_files(
     force: bool = False,
     resumes: Collection[str] = (),
 ) -> Iterator[Path]:
-    """Yield an empty folder to write a file and what belongs to it to, by the names they will have.
+    """Yield an empty folder to write a file and its companions to, under their final names.
 
-    At the end they replace `out` and what is `beside` it, which is files (None) and folders of a
-    kind. What is not written is not there afterwards: nothing beside `out` is of another day.
-    Else as `result_folder`.
+    At the end they replace `out` and its companions: `beside` maps their names to None for files
+    and to a kind for folders. A companion that is not written is removed, so that nothing next to
+    `out` is out of date. Otherwise as `result_folder`.
     """
     kinds = {out.name: None, **beside}
     with _staged(out, kinds, force=force, resumes=resumes, writes=True) as new:
@@ -229,9 +230,9 @@ def _staged(
 
 @contextmanager
 def _locked(unfinished: Path) -> Iterator[bool]:
-    """Hold the lock of an unfinished result and say so; it dies with its process.
+    """Yield whether this process got the lock of an unfinished result; it dies with its process.
 
-    At the end the folder is removed, unless there are checkpoints in it.
+    At the end the folder is removed, unless it contains checkpoints.
     """
     lock = FileLock(unfinished / _LOCK)
     try:
@@ -259,13 +260,13 @@ def _check_free(out: Path, kinds: Mapping[str, ResultKind | None], *, force: boo
 
 
 def _check_names(folder: Path, kind: ResultKind | None) -> None:
-    """Refuse, as a bug, what could not be replaced by force."""
+    """Refuse, as a bug, files that could not be replaced with `force`."""
     strange = [path for path in files_in(folder) if kind and not kind.has(path.relative_to(folder))]
     assert not strange, f"{strange[0]} must be one of the files of a {kind and kind.name}"
 
 
 def _flush(folder: Path) -> None:
-    """Have all files on the disk: a power cut after the old result is gone must not empty them."""
+    """Flush all files to disk: a power cut after the old result is gone must not empty them."""
     for path in files_in(folder):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -279,9 +280,9 @@ def _write_flushed(path: Path, text: str) -> None:
 
 
 def recover(out: Path) -> None:
-    """Go on with a swap that was interrupted; without one do nothing.
+    """Continue a swap that was interrupted; without one, do nothing.
 
-    Nor where another process is about it, or where the user may not write: what is there is read.
+    Also do nothing where another process is doing it, or where the user may not write.
     """
     unfinished = unfinished_folder(out)
     if not (unfinished / _SWAP).exists() or not os.access(unfinished, os.W_OK):
@@ -292,7 +293,7 @@ def recover(out: Path) -> None:
 
 
 def _go_on(out: Path) -> None:
-    """Do what is left of a swap."""
+    """Finish a swap."""
     unfinished = unfinished_folder(out)
     swap = unfinished / _SWAP
     if not swap.exists():

@@ -1,8 +1,8 @@
 """Hashes of files, kept in the user's cache folder, and differences between recipes. No torch.
 
 A file's hash is that of its contents, kept with the file's path, size and modification time,
-so that a large cohort is read once. The cache is a convenience: a command works as well where it
-cannot be read or written.
+so that a large cohort is read only once. The cache is a convenience: commands also work where
+it cannot be read or written.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from lymphfeat.runtime.strict_json import json_text
 _HASH_BYTES = 16
 
 
-# A file changed this short a time ago may change again within the tick of its file system's clock,
-# which is 2 s on FAT; it is not remembered.
+# A file changed more recently than this may change again within one tick of its file system's
+# clock, which is 2 s on FAT; its hash is not cached.
 _SETTLED_NS = 3 * 10**9
 
 
@@ -35,7 +35,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS hashes (
 def differing_fields(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Name the fields in which two recipes differ, with both values."""
+    """List the fields in which two recipes differ, with both values."""
     lines = []
     for key in sorted(set(ours) | set(theirs)):
         a, b = ours.get(key), theirs.get(key)
@@ -122,7 +122,7 @@ def _remember(found: Mapping[_Stamp, str]) -> None:
 
 def _open_cache() -> sqlite3.Connection:
     folder = user_cache_path("lymphfeat", appauthor=False)
-    if not folder.is_absolute():  # a user without a home
+    if not folder.is_absolute():  # a user without a home folder
         raise FileNotFoundError(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(folder / "hashes-1.sqlite")

@@ -1,6 +1,6 @@
-"""The processes that torchrun started, and what they do together; alone, everything does nothing.
+"""The processes that torchrun started and their exchanges; with one process, these do nothing.
 
-Between main memories tensors travel by gloo, between GPUs by NCCL.
+Tensors are exchanged by gloo in main memory and by NCCL between GPUs.
 """
 
 import atexit
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def join_processes() -> None:
-    """Join the processes of torchrun, for as long as this one lives; alone, do nothing.
+    """Join the processes of torchrun until this one ends; with one process, do nothing.
 
-    Not for a while only: processes that leave and meet again find each other's old addresses.
+    Processes that leave and join again would find each other's old addresses.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
         return
@@ -33,7 +33,7 @@ def _together() -> bool:
 
 
 def rank() -> int:
-    """Return this process's number, 0 when it is alone."""
+    """Return this process's number; 0 when it is the only one."""
     return distributed.get_rank() if _together() else 0
 
 
@@ -48,7 +48,7 @@ def is_first() -> bool:
 
 
 def from_first(value: T) -> T:
-    """Return what the first process has."""
+    """Return the value of the first process."""
     if count() == 1:
         return value
     values = [value]
@@ -57,7 +57,7 @@ def from_first(value: T) -> T:
 
 
 def to_first(value: T) -> list[T]:
-    """Return what every process has to the first one, nothing to the others."""
+    """Return the values of all processes to the first one, an empty list to the others."""
     if count() == 1:
         return [value]
     values: list[Any] | None = [None] * count() if is_first() else None
@@ -66,7 +66,7 @@ def to_first(value: T) -> list[T]:
 
 
 def share(rows: Tensor) -> Tensor:
-    """Return this process's part of rows, the parts as equal as can be and in order."""
+    """Return this process's part of rows; the parts are as equal as possible and in order."""
     return rows.tensor_split(count())[rank()]
 
 
@@ -84,22 +84,22 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # Every process has the whole loss, so the gradient of its own rows is whole, too.
+        # Every process has the whole loss, so the gradient of its own rows is complete, too.
         return gradients[0][ctx.start : ctx.start + ctx.size].contiguous(), None
 
 
 def gather_rows(own: Tensor, n: int) -> Tensor:
-    """Put the parts of `share` of n rows together again: everybody has all; differentiable.
+    """Gather the parts that `share` made of n rows on every process; differentiable.
 
-    Of a loss that every process computes of all rows, each gets the gradient by its own part:
-    the gradient by what made the parts is the sum over processes.
+    If every process computes the loss of all rows, each gets the gradient with respect to its own
+    part: the gradient with respect to the parameters is the sum over processes.
     """
     gathered: Tensor = own if count() == 1 else _Gather.apply(own, n)
     return gathered
 
 
 def one_voice(values: Tensor) -> Tensor:
-    """Let what every process computes alike count once in sums of gradients."""
+    """Count values that every process computes identically once in sums of gradients."""
     n = count()
     return values if n == 1 else values / n + (values - values / n).detach()
 

@@ -1,7 +1,7 @@
-"""The one-way channel by which long library work tells whoever watches how far it is.
+"""Progress reports from long-running library functions.
 
-The library never prints: a function that takes long accepts a `Progress` and calls it; the command
-line draws it (`lymphfeat_cli.options`), a notebook may pass any callable of its own.
+The library never prints: long-running functions accept a `Progress` and call it; the command line
+draws it (`lymphfeat_cli.options`), a notebook may pass any callable.
 """
 
 import time
@@ -9,10 +9,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work goes on."""
+    """A callable that is called as work progresses."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Report that `done` of `total` units are finished; `text` adds live figures."""
+        """Report that `done` of `total` units are finished; `text` adds live values."""
 
 
 def silent(done: int, total: int, text: str = "") -> None:
@@ -23,13 +23,13 @@ class RateMeter:
     """Adds images per second to progress."""
 
     def __init__(self, progress: Progress, total: int, text: str = "", *, done: int = 0) -> None:
-        """Begin with `done` of `total` images finished earlier; they do not count in the rate."""
+        """Start with `done` of `total` images finished earlier; they do not count in the rate."""
         self._progress, self._total, self._text = progress, total, text
         self._first, self._done, self._start = done, done, time.perf_counter()
         progress(done, total, text)
 
     def add(self, n: int) -> None:
-        """Say that `n` more images are done."""
+        """Report that `n` more images are done."""
         self._done += n
         rate = (self._done - self._first) / (time.perf_counter() - self._start)
         self._progress(self._done, self._total, f"{self._text} {rate:.0f} images/s".strip())

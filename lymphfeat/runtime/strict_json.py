@@ -1,6 +1,6 @@
-"""JSON as RFC 8259 has it, for results and files alike: every reader of JSON can read it.
+"""JSON as defined by RFC 8259, for results and files: every JSON reader can read it.
 
-Python's own writer puts NaN and Infinity into the text, which are no JSON.
+Python's own writer writes NaN and Infinity, which are not JSON.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 def json_text(value: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Write a value as JSON; numbers that are not finite become null.
 
-    Takes what `json.dumps` does, and NumPy's numbers and arrays, paths and dates. Raises TypeError
+    Accepts what `json.dumps` does, and NumPy numbers and arrays, paths and dates. Raises TypeError
     for anything else.
     """
     return json.dumps(json_value(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def json_value(value: Any) -> Any:
-    """Return a value as it comes back from JSON."""
+    """Return a value as it is after a round trip through JSON."""
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
