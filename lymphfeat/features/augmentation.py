@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How far views of one cell may differ. Colours are factors about 1, on the 0..255 scale."""
+    """How far views of one cell may differ. Colours are factors around 1, on the 0..255 scale."""
 
     size: int  # pixels of a view's side
     zoom: tuple[float, float] = (0.8, 1.15)  # magnification, log-uniform
     shift: float = 0.07  # of half the field, either way, along each axis
     brightness: float = 0.12
-    stain: float = 0.08  # of each channel by itself: the hue of a stain
+    stain: float = 0.08  # of each channel separately: the hue of a stain
     saturation: float = 0.25
     contrast: float = 0.15
     blur: float = 0.25  # share of views that are blurred a little
@@ -30,7 +30,7 @@ class Augmentation:
         """Draw one view of each field of pixels.
 
         `fields` (n, 3, F, F) are 0..255 of any dtype; the views (n, 3, size, size) are float32, 0
-        to 255. The generator must be of the fields' device.
+        to 255. The generator must be on the fields' device.
         """
         dice = _Dice(len(fields), generator)
         views = self._place(fields.float(), dice)  # (n, 3, size, size)
@@ -40,7 +40,7 @@ class Augmentation:
         return (views + noise * dice.uniform(0, self.noise)).clamp_(0, 255)
 
     def _place(self, fields: Tensor, dice: "_Dice") -> Tensor:
-        """Turn, mirror, magnify and shift."""
+        """Rotate, mirror, magnify and shift."""
         n, side = len(fields), fields.shape[-1]
         low, high = (math.log(factor) for factor in self.zoom)
         scale = self.size / side / dice.uniform(low, high).exp().flatten()  # (n,)

@@ -39,8 +39,8 @@ _SHOWN_KEYS = 5
 class Backbone(nn.Module):
     """A timm model whose forward gives feature maps.
 
-    Convolutional models give theirs as they are; of a transformer's tokens the prefix (class,
-    register) tokens are dropped and the rest laid out on their grid.
+    Those of convolutional models are unchanged; of a transformer's tokens the prefix (class,
+    register) tokens are dropped and the rest are arranged on their grid.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -66,7 +66,7 @@ class LoadedWeights:
     """What was loaded into a backbone."""
 
     source: str  # none, imagenet, bloodcells, or the file's name
-    sha256: str  # of the weights as they stand in the backbone
+    sha256: str  # of the weights as they are in the backbone
     provenance: Provenance = NOBODY  # whose labels and images they come from
 
 
@@ -80,7 +80,7 @@ def build_backbone(
 ) -> tuple[Backbone, LoadedWeights]:
     """Build a timm backbone with spatial maps and load its weights.
 
-    `weights` is "auto" (the shipped ones where there are any, else none), "bloodcells" (the
+    `weights` is "auto" (the shipped ones if there are any, otherwise none), "bloodcells" (the
     shipped ones), "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
     cache) or a path to a .safetensors or .pth file with timm's keys, whose classifier is dropped.
     Raises SettingsError for an unknown or unsuitable backbone, WeightsError for weights that do
@@ -128,7 +128,7 @@ def make_backbone(
 def stages(backbone: Backbone) -> list[list[nn.Parameter]]:
     """Return a backbone's parameters by stage, the stem's first, as timm groups them.
 
-    Raises SettingsError for the few models of which timm knows no stages.
+    Raises SettingsError for the few models for which timm defines no stages.
     """
     try:
         matcher = backbone.model.group_matcher(coarse=True)  # type: ignore[operator]
@@ -143,9 +143,9 @@ def stages(backbone: Backbone) -> list[list[nn.Parameter]]:
 
 
 def choose_weights(weights: str, backbone: str) -> str:
-    """Turn "auto" into the weights it stands for; raises WeightsError for shipped ones of another.
+    """Resolve "auto"; raises WeightsError for shipped weights of another backbone.
 
-    Weights are shipped for resnet18 alone; other backbones begin from random ones.
+    Weights are shipped only for resnet18; other backbones start from random ones.
     """
     if weights == "auto":
         return SHIPPED if backbone == SHIPPED_FOR else "none"
@@ -186,7 +186,7 @@ def _create_model(
 def _create_sized(
     name: str, image_size: int, pretrained: bool, options: Mapping[str, Any]
 ) -> nn.Module:
-    # Transformers are built for one image size; convolutional models know no such argument.
+    # Transformers are built for one image size; convolutional models have no such argument.
     try:
         model: nn.Module = timm.create_model(
             name, pretrained=pretrained, img_size=image_size, **options
@@ -275,7 +275,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return what `write_weights` wrote beside the tensors; empty for files of others."""
+    """Return what `write_weights` wrote next to the tensors; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
@@ -284,11 +284,11 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Return whose labels and images a weights file comes from; nobody's for files of others."""
+    """Return whose labels and images a weights file comes from; nobody's for other files."""
     facts = read_facts(path)
     if "provenance" in facts:
         return Provenance.from_json(facts["provenance"])
-    # Files of earlier versions have ids alone.
+    # Files of earlier versions have only ids.
     return Provenance.of_ids(labels=facts.get("trained_on", ()), images=facts.get("patients", ()))
 
 

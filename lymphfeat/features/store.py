@@ -29,7 +29,7 @@ FORMAT = "lymphfeat"
 FORMAT_VERSION = 2
 
 
-SLASH = "\u2215"  # stands for the / of a covariate's name (CD4/CD8), which HDF5 takes for a path
+SLASH = "\u2215"  # replaces the / in a covariate's name (CD4/CD8), which HDF5 takes for a path
 
 
 Recipe = Mapping[str, Any]
@@ -37,7 +37,7 @@ Recipe = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """What is known of the feature maps under one name of a store."""
+    """What is known about the feature maps under one name of a store."""
 
     name: str  # "frozen", or the split's id for weights fine-tuned on that split
     backbone: str
@@ -162,7 +162,7 @@ class FeatureStore:
     def verify(self) -> None:
         """Read every feature map; raises StoreError, naming image and patient, for a damaged one.
 
-        A map that is whole averages to its pooled feature.
+        An undamaged map averages to its pooled feature.
         """
         if recipe_sha256(self.recipe) != self.recipe_sha256:
             raise StoreError(
@@ -185,7 +185,7 @@ class FeatureStore:
                     )
 
     def describe(self) -> dict[str, Any]:
-        """Say what the store is, for people and machines."""
+        """Summarise the store, for people and machines."""
         return {
             "path": str(self.path),
             "patients": len(self.table),
@@ -201,11 +201,11 @@ class FeatureStore:
         }
 
     def label_seen(self, name: str = "frozen") -> tuple[str, ...]:
-        """Name the patients here whose labels the weights have seen, by whatever id."""
+        """Return the patients in this store whose labels the weights have seen, under any id."""
         return self.feature_sets[self._known(name)].provenance.labelled(self.keys)
 
     def images_seen(self, name: str = "frozen") -> tuple[str, ...]:
-        """Name the patients here whose images the weights have seen without labels."""
+        """Return the patients in this store whose images the weights have seen without labels."""
         return self.feature_sets[self._known(name)].provenance.pictured(self.keys)
 
     @cached_property
@@ -236,7 +236,7 @@ class FeatureStore:
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """Return the splits for which the store has features of their own, fine-tuned backbone."""
+        """Return the splits for which the store has features of a fine-tuned backbone."""
         tuned = [found for found in self.feature_sets.values() if found.split]
         splits = [
             Split(

@@ -2,8 +2,8 @@
 
 - All HDF5 metadata is written first, into a temporary sibling, which is closed; rows then go in
   place through memmaps, so no HDF5 structure is ever half written.
-- A journal beside it names the finished blocks of rows with their checksums. At the end every block
-  is read back and compared, the store is marked complete and renamed.
+- A journal next to it lists the finished blocks of rows with their checksums. At the end every
+  block is read back and compared, the store is marked complete and renamed.
 - A lock that dies with its process keeps a second writer out.
 """
 
@@ -43,7 +43,7 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class StoreWriter:
-    """Writes a store block by block; opened anew with an equal recipe, it goes on where it was.
+    """Writes a store block by block; reopened with an equal recipe, it continues where it was.
 
     A block is a range of rows [start, stop); blocks may be written in any order, each once.
     `force` drops an unfinished store of another recipe, which is an error otherwise. A store that
@@ -91,7 +91,7 @@ class StoreWriter:
         self._opened.close()
 
     def _resume(self, force: bool) -> dict[tuple[int, int], dict[str, int]] | None:
-        """Return the finished blocks of an earlier try with an equal recipe; None to start anew."""
+        """Return the finished blocks of an earlier try with an equal recipe; None to start over."""
         self._journal.seek(0)
         text = self._journal.read()
         lines = text.splitlines()
@@ -139,7 +139,7 @@ class StoreWriter:
         os.fsync(self._journal.fileno())
 
     def finished(self, start: int, stop: int) -> bool:
-        """Say whether an earlier try has written this block."""
+        """Return whether an earlier try has written this block."""
         assert self._blocks is not None
         return (start, stop) in self._blocks
 
@@ -164,7 +164,7 @@ class StoreWriter:
             self._maps[name][start:stop] = values
             checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
             self._maps[name].flush()
-        fsync_file(self.partial)  # rows are on the disk before the journal says so
+        fsync_file(self.partial)  # rows are on disk before the journal lists them
         self._append({"start": start, "stop": stop, "crc32": checksums})
         assert self._blocks is not None
         self._blocks[(start, stop)] = checksums
@@ -345,7 +345,7 @@ def _allocate(
 
 
 def _row_names(path: Path) -> list[str]:
-    """Name the datasets that have one row an image and are written in place."""
+    """Return the datasets that have one row per image and are written in place."""
     with h5py.File(path, "r") as file:
         names = [f"{group}/{name}" for group in ("features", "pooled") for name in file[group]]
     return ["images/crc32", *names]

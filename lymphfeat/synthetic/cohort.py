@@ -1,9 +1,9 @@
-"""A made-up cohort of rendered smears in the challenge's layout, quirks included (METHOD §6).
+"""A synthetic cohort of rendered smears in the challenge's layout, quirks included (METHOD §6).
 
 * `synthetic.json` is written first: the settings, and which files are ours. `truth.csv` is written
-  last: a cohort without it is unfinished, and writing it again goes on where it stopped.
-* Every file is written beside its name and renamed, so what stands there is whole.
-* Every patient and every image has a generator of its own: the bytes depend on the settings alone,
+  last: a cohort without it is unfinished, and writing it again continues where it stopped.
+* Every file is written under a temporary name and renamed, so every file is complete.
+* Every patient and every image has its own generator: the bytes depend only on the settings,
   not on the number of threads or on where a run was cut off.
 """
 
@@ -65,7 +65,7 @@ TRUTH_COLUMNS = ("SPLIT", "ID", "FILE", "LABEL", "CELL_CLASS", "IS_WITNESS")
 
 _FORMAT, _VERSION = "lymphfeat synthetic cohort", 1
 _PATIENT_KEY, _PLATE_KEY = 1, 2  # first spawn keys of the generators
-_SUBMITTED_SHARE = 0.4  # of the test ids stand in sample_submission.csv (METHOD §6: 17 of 42)
+_SUBMITTED_SHARE = 0.4  # of the test ids are in sample_submission.csv (METHOD §6: 17 of 42)
 _JPEG_QUALITY = 90
 _FOLDER = re.compile(rf"({TRAIN}|{TEST})/P\d+")
 
@@ -128,7 +128,7 @@ def _identity(row: dict[str, str]) -> tuple[str, str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Manifest:
-    """What `synthetic.json` says: empty when there is none of ours."""
+    """The content of `synthetic.json`; empty when there is none of ours."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)  # patient folder -> number of images
@@ -286,7 +286,7 @@ def _render_patient(out: Path, settings: SyntheticSettings, patient: SyntheticPa
     cells = _cell_classes(settings, patient)
     for index, name in enumerate(_names(patient.images)):
         path = out / patient.folder / name
-        if not path.exists():  # else it is whole, for it was renamed
+        if not path.exists():  # otherwise it is complete, because it was renamed
             pixels = render_cell(
                 _generator(settings, patient, index),
                 cells[index] == _ATYPICAL,
@@ -307,7 +307,7 @@ def _is_large(cell: str) -> bool | None:
 
 
 def is_synthetic_cohort(root: Path) -> bool:
-    """Tell whether a folder holds a synthetic cohort of this version."""
+    """Return whether a folder holds a synthetic cohort of this version."""
     return _Manifest.read(root / MANIFEST).settings.get("version") == _VERSION
 
 
@@ -384,7 +384,7 @@ def _truth_rows(
 def write_plate(
     settings: SyntheticSettings, path: Path, *, columns: int = 8, force: bool = False
 ) -> Path:
-    """Draw a contact sheet, a row of cells for each class, every cell on a slide of its own.
+    """Draw a contact sheet: one row of cells per class, each cell on its own slide.
 
     Raises SettingsError when `path` exists and `force` is not given, CohortError when it cannot be
     written.

@@ -29,7 +29,7 @@ class SyntheticSettings:
     tumoral: share of tumoral patients.
     witness_share: least and greatest share of atypical cells in a tumoral patient (at least one).
     difficulty: 0 = atypical cells differ plainly from normal ones .. 1 = not at all.
-    size_confounding: 0 = bag size says nothing of the label .. 1 = nearly all; 0.5 is about the
+    size_confounding: 0 = bag size says nothing about the label .. 1 = nearly all; 0.5 is about the
         challenge's (AUC 0.8).
     attribute_strength: the same for age and lymphocyte count, which at 0.5 have AUC 0.84 together.
     image_size: side in pixels.
@@ -71,7 +71,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticPatient:
-    """One made-up patient."""
+    """One synthetic patient."""
 
     number: int
     label: int  # 0 or 1, also of test patients
