@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache
 
-.PHONY: demo test lint check clean
+.PHONY: demo test test-all lint check clean
 
 $(BIN)/lymphfeat: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lymphfeat needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -29,6 +29,10 @@ demo: $(BIN)/lymphfeat
 # The same on every machine: a test names its precision, or runs in float32 and in bfloat16 whatever
 # the processor has (tests/conftest.py).
 test: $(BIN)/lymphfeat
+	$(BIN)/python -m pytest -m "not slow"
+
+# With the slow ones: torchrun, a browser, simulated studies.
+test-all: $(BIN)/lymphfeat
 	$(BIN)/python -m pytest
 
 # What a commit must pass, beside the tests.
@@ -37,7 +41,7 @@ lint: $(BIN)/lymphfeat
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test-all
 
 clean:
 	rm -rf .venv runs models $(CACHE)/synthetic $(CACHE)/*.h5*

@@ -16,7 +16,10 @@ from tests.test_model import make_model
 from tests.tiny import write_red_cohort
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

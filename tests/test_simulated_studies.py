@@ -8,6 +8,8 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 
+pytestmark = pytest.mark.slow
+
 HEADS = [HeadSettings(agg="top1", unit="image", k_agg=1, lr=0.03)]
 LABELS = np.array([0, 1, 1] * 20)
 

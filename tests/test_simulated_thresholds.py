@@ -20,6 +20,8 @@ from tests.simulated_thresholds import (
     measure_noise,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("n", [72, 163])
 def test_members_without_any_signal_have_a_balanced_accuracy_of_one_half(n: int) -> None:
