@@ -258,7 +258,9 @@ def test_devices_and_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device() == choose_device("cpu") == cpu
-    with pytest.raises(SettingsError, match=re.escape("device (=cuda) must be there; got none")):
+    with pytest.raises(
+        SettingsError, match=re.escape("device (=cuda) must be available; got none")
+    ):
         choose_device("cuda")
     assert choose_precision("float32", cpu) == torch.float32
     assert choose_precision("bfloat16", cpu) == torch.bfloat16

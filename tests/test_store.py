@@ -428,7 +428,7 @@ def test_refuses_what_is_no_store(tmp_path: Path) -> None:
         FeatureStore.open(tmp_path)
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(StoreError, match="HDF5 file but no lymphfeat feature store"):
+    with pytest.raises(StoreError, match="HDF5 file but not a lymphfeat feature store"):
         FeatureStore.open(tmp_path / "other.h5")
 
 

@@ -295,7 +295,7 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 def _check_format(file: h5py.File, path: Path) -> None:
     if file.attrs.get("format") != FORMAT:
-        raise StoreError(f"{path}: is an HDF5 file but no lymphfeat feature store.")
+        raise StoreError(f"{path}: is an HDF5 file but not a lymphfeat feature store.")
     version = _version(file)
     if version > FORMAT_VERSION:
         raise StoreError(

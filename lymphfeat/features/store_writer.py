@@ -248,7 +248,7 @@ def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.
     if len(bad):
         raise StoreError(
             f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
-            f"most {FLOAT16_MAX:.0f}, for a store holds float16. Check --weights, and use the "
+            f"most {FLOAT16_MAX:.0f} because a store holds float16. Check --weights, and use the "
             "--normalization that they were trained with."
         )
     # In C order, for means to be summed in the order in which `verify` sums them.

@@ -17,7 +17,7 @@ from lymphfeat.errors import SettingsError
 def choose_device(name: str = "auto") -> torch.device:
     """Turn auto, cpu or cuda into an available device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device (=cuda) must be there; got none. Use --device cpu or auto.")
+        raise SettingsError("device (=cuda) must be available; got none. Use --device cpu or auto.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -99,7 +99,7 @@ def write_synthetic_cohort(
     except OSError as error:
         raise CohortError(
             f"{error.filename or out} cannot be written: {error.strerror}; "
-            "mend that or choose another folder."
+            "fix that or choose another folder."
         ) from None
     return out
 
@@ -185,8 +185,8 @@ def _check_ours(out: Path, there: _Manifest) -> None:
     found = next((path for path in sorted(out.iterdir()) if not path.name.startswith(".")), None)
     if found is not None:
         raise CohortError(
-            f"{out} holds {found.name}, which is no part of a synthetic cohort; choose another "
-            "folder, or write beside what is there with --force."
+            f"{out} holds {found.name}, which is not part of a synthetic cohort; choose "
+            "another folder, or add to its contents with --force."
         )
 
 
@@ -331,7 +331,7 @@ def _cell_extent(
     patient = patients.get(image.parent.as_posix())
     names = _names(patient.images) if patient else []
     if patient is None or image.name not in names:
-        raise CohortError(f"{image} must be an image of the synthetic cohort; it holds no such.")
+        raise CohortError(f"{image} must be an image of the synthetic cohort.")
     index = names.index(image.name)
     cell = _cell_classes(settings, patient)[index]
     return cell_extent(
