@@ -303,9 +303,9 @@ def test_heads_that_do_the_same_are_equal() -> None:
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"agg": ("mean", "max"), "k_agg": (5,)}, r"k_agg \(=5\) must be read .*; got mean, max"),
-        ({"k_min": (3,)}, r"k_min \(=3\) must be read .* with k_percent"),
-        ({"k_percent": (5.0,), "k_train": (2,)}, r"k_train \(=2\) must be read"),
+        ({"agg": ("mean", "max"), "k_agg": (5,)}, r"k_agg \(=5\) must be used .*; got mean, max"),
+        ({"k_min": (3,)}, r"k_min \(=3\) must be used .* with k_percent"),
+        ({"k_percent": (5.0,), "k_train": (2,)}, r"k_train \(=2\) must be used"),
         ({"unit": ("cell",)}, r"unit \(=cell\) must be one of"),
     ],
 )

@@ -398,7 +398,7 @@ def test_mistakes_are_named(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"agg \(=nose\) must be one of"):
         train_end_to_end(cohort, tiny_settings("nose"), tmp_path / "b")
     head = HeadSettings(agg="mean", lr=1e30)
-    with pytest.raises(SettingsError, match=r"lr \(=1e\+30\) must let the loss stay finite"):
+    with pytest.raises(SettingsError, match=r"lr \(=1e\+30\) must keep the loss finite"):
         train_end_to_end(cohort, tiny_settings(head=head, epochs=4), tmp_path / "c")
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="must be a folder; got a file"):
@@ -544,5 +544,5 @@ def test_crops_that_memory_has_no_room_for_are_mapped(
 
 def test_no_room_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels_module, "available_memory", lambda device: 0)
-    with pytest.raises(SettingsError, match="fit neither memory nor the temporary folder"):
+    with pytest.raises(SettingsError, match="fit neither in memory nor in the temporary folder"):
         pixels_module._make_room((2**40, 3, 112, 112))

@@ -153,7 +153,7 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
     assert not any("epoch" in text for text in seen)
     out.unlink()
     other = replace(SETTINGS, finetune=tiny_settings(epochs=2))
-    with pytest.raises(ModelError, match="weights of another training are there: epochs is 1"):
+    with pytest.raises(ModelError, match="already holds weights of another training: epochs is 1"):
         extract(cohort, out, other, splits=splits)
 
 

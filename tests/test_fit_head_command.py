@@ -198,7 +198,7 @@ def test_same_seed_same_tables(folder: Path, tmp_path: Path) -> None:
         (["--k-agg", "0"], "k_agg (=0) must be at least 1"),
         (
             ["--agg", "mean", "--k-agg", "5"],
-            "k_agg (=5) must be read by one of the heads; got mean",
+            "k_agg (=5) must be used by one of the heads; got mean",
         ),
         (["--views", "2"], "views (=2) must be at most the 1 of"),
         (["--folds", "20"], "labelled reactive patients (=11) must be at least 20"),

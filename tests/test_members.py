@@ -353,7 +353,7 @@ def test_training_from_a_head_runs(run: Path, cohort: Cohort, tmp_path: Path) ->
 
 
 def test_a_head_of_other_features_is_refused(run: Path, cohort: Cohort, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="must be fitted on the features of the very weights"):
+    with pytest.raises(SettingsError, match="must be fitted on features of the same weights"):
         read_initial_head(run, (), "0" * 64)
     settings = tiny_settings(init_head=str(tmp_path))
     with pytest.raises(SettingsError, match="must be a run of `lymphfeat fit-head --save`"):

@@ -309,12 +309,12 @@ def _no_json(folder: Path) -> None:
     ("damage", "message"),
     [
         (_drop_facts, "must be a folder with model.json; got none; make one with"),
-        (_only_checkpoint, "unfinished training is there: run the same"),
+        (_only_checkpoint, "holds an unfinished training: run the same"),
         (_drop_tensors, r"model.safetensors: cannot be read as this model's tensors"),
         (_cut_tensors, r"model.safetensors: cannot be read as this model's tensors"),
-        (_other_tensors, "tensors must be those model.json was written with; got others"),
+        (_other_tensors, "tensors must be those that model.json was written with; got others"),
         (_no_json, "model.json: is not valid JSON"),
-        (lambda f: _edit(f, format="other"), "is JSON but no lymphfeat model"),
+        (lambda f: _edit(f, format="other"), "is JSON but not a lymphfeat model"),
         (
             lambda f: _edit(f, format_version=99),
             r"format_version \(=99\) must be at most 1; update",

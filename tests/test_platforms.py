@@ -64,7 +64,7 @@ mapped[:] = 7
 try:
     pixels._make_room((2**40, 3, 112, 112))
 except SettingsError as error:
-    assert "fit neither memory nor the temporary folder" in str(error)
+    assert "fit neither in memory nor in the temporary folder" in str(error)
 else:
     raise AssertionError("an exabyte")
 """

@@ -236,7 +236,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for message, out, settings in (
         ("out (=w.pth) must end in .safetensors", Path("w.pth"), TINY),
         ("there.safetensors exists; choose another", tmp_path / "there.safetensors", TINY),
-        ("needs folders that are patients", tmp_path / "w.safetensors", _with_pairs()),
+        ("needs one folder per patient", tmp_path / "w.safetensors", _with_pairs()),
         ("must be at least the crop", tmp_path / "w.safetensors", replace(TINY, field=64)),
     ):
         (tmp_path / "there.safetensors").touch()

@@ -72,8 +72,8 @@ def read_initial_head(
 def _check_weights(run: Path, recipe: Mapping[str, Any], sha256: str) -> None:
     if "finetune" in recipe or recipe["weights_sha256"] != sha256:
         raise SettingsError(
-            f"init_head (={run}) must be fitted on the features of the very weights that training "
-            f"begins with; its store has {recipe['weights']} of {recipe['backbone']}. "
+            f"init_head (={run}) must be fitted on features of the same weights that training "
+            f"starts from; its store has {recipe['weights']} of {recipe['backbone']}. "
             "Choose the same --backbone and --weights."
         )
 
@@ -90,8 +90,8 @@ def _innocent_splits(
     if not innocent:
         raise LeakageError(
             f"init_head (={run}) must come from splits that did not train on the patients held out "
-            "here; all of them did. Fit with the same --seed, --seeds 1 and --folds, or train "
-            "without --folds and --validation."
+            "here; all of its splits did. Fit with the same --seed, --seeds 1 and --folds, or "
+            "train without --folds and --validation."
         )
     return innocent
 
@@ -110,7 +110,7 @@ def _choose_best(run: Path, linear: Sequence[str]) -> str:
     for row in _read_json(run / "summary.json"):
         if row["head"] in linear:
             return str(row["head"])
-    raise SettingsError(f"init_head (={run}) must have a linear head; it has networks alone.")
+    raise SettingsError(f"init_head (={run}) must have a linear head; it has only networks.")
 
 
 def _choose_inside(run: Path, linear: Sequence[str], splits: Sequence[Split]) -> str:
@@ -126,9 +126,9 @@ def _choose_inside(run: Path, linear: Sequence[str], splits: Sequence[Split]) ->
         if chosen:
             return str(chosen[0])
     raise SettingsError(
-        f"init_head (={run}) must hold one linear head, or a choice among linear heads that was "
-        "made inside training patients, because patients are held out here; got "
-        f"{', '.join(linear) or 'networks alone'}. Fit one head, or several with --protocol honest."
+        f"init_head (={run}) must hold one linear head, or a choice among linear heads made "
+        "within training patients, because patients are held out here; got "
+        f"{', '.join(linear) or 'only networks'}. Fit one head, or several with --protocol honest."
     )
 
 

@@ -53,8 +53,8 @@ def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
         )
     except ValueError as error:
         raise SettingsError(
-            f"validation (={settings.validation}) must leave patients of both classes on both "
-            f"sides of {len(labelled.ids)} labelled ones ({error})."
+            f"validation (={settings.validation}) must leave patients of both classes for both "
+            f"training and validation; got {len(labelled.ids)} labelled patients ({error})."
         ) from None
     return Parts(train=labelled.select(train), validation=labelled.select(validation))
 
@@ -72,7 +72,7 @@ def _check_classes(labelled: Cohort) -> None:
     reactive = int((labelled.labels == 0).sum())
     if not tumoral or not reactive:
         raise CohortError(
-            f"{labelled.root}: labelled patients must be of both classes to train on; got "
+            f"{labelled.root}: training needs labelled patients of both classes; got "
             f"{tumoral} tumoral (label 1) and {reactive} reactive (label 0)."
         )
 

@@ -84,8 +84,8 @@ def _run_epoch(
     seconds = time.perf_counter() - start
     if not math.isfinite(result.loss):
         raise SettingsError(
-            f"lr (={job.settings.head.lr}) must let the loss stay finite; in epoch {epoch + 1} "
-            "it did not. Start over with a smaller --lr."
+            f"lr (={job.settings.head.lr}) must keep the loss finite; got {result.loss} in epoch "
+            f"{epoch + 1}. Start again with a smaller --lr."
         )
     row = _row(job, epoch, result, seconds)
     return row if held_out is None else row | _measure(job, trainer, held_out)

@@ -84,8 +84,8 @@ def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
     differences = differing_fields(_as_read(job.identity), _read_identity(path))
     if differences and not force:
         raise ModelError(
-            f"{path}: weights of another training are there: {'; '.join(differences)}. "
-            "Choose another --out, or train anew with --force."
+            f"{path}: already holds weights of another training: {'; '.join(differences)}. "
+            "Choose another --out, or train again with --force."
         )
     return not differences
 
@@ -101,7 +101,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
         return _as_read(read_facts(path)["identity"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{path}: is no fine-tuned backbone ({error}); remove it, or choose another --out."
+            f"{path}: is not a fine-tuned backbone ({error}); remove it, or choose another --out."
         ) from None
 
 

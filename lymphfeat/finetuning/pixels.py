@@ -170,8 +170,8 @@ def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
             return np.memmap(file, np.uint8, "w+", shape=shape)
     except OSError as error:
         raise SettingsError(
-            f"crops of {shape[0]} images fit neither memory nor the temporary folder ({error}); "
-            "set TMPDIR to a folder with more room, or choose a smaller --crop."
+            f"the crops of {shape[0]} images fit neither in memory nor in the temporary folder "
+            f"({error}); set TMPDIR to a folder with more room, or choose a smaller --crop."
         ) from None
 
 

@@ -165,8 +165,8 @@ def freeze(backbone: Backbone, count: int) -> None:
     found = stages(backbone)
     if count >= len(found):
         raise SettingsError(
-            f"freeze_stages (={count}) must leave one of the {len(found)} stages of "
-            f"{backbone.name} to learn. For a head alone use `lymphfeat fit-head`."
+            f"freeze_stages (={count}) must leave at least one of the {len(found)} stages of "
+            f"{backbone.name} to train. To train only a head, use `lymphfeat fit-head`."
         )
     for parameters in found[:count]:
         for parameter in parameters:

@@ -49,12 +49,12 @@ def require_linear(settings: HeadSettings) -> None:
         linear = [name for name, row in AGGREGATORS.items() if row.network is None]
         raise SettingsError(
             f"agg (={settings.agg}) must be one of {', '.join(linear)} here; attention, "
-            "transformer and lstm are trained on cached maps, by fit-head."
+            "transformer and lstm are trained on cached maps by fit-head."
         )
     if settings.class_weights != "none":
         raise SettingsError(
-            f"class_weights (={settings.class_weights}) must be none here; heads on cached maps "
-            "know it, by fit-head."
+            f"class_weights (={settings.class_weights}) must be none here; only fit-head, which "
+            "trains heads on cached maps, can weight classes."
         )
 
 
@@ -111,10 +111,10 @@ def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
         readers = [name for name, row in AGGREGATORS.items() if field.name in row.reads]
         if unread:
             raise SettingsError(
-                f"{field.name} (={unread[0]}) must be read by one of the heads; got "
+                f"{field.name} (={unread[0]}) must be used by one of the heads; got "
                 f"{', '.join(dict.fromkeys(head.agg for head in heads))}. "
-                f"{', '.join(readers)} may read it"
-                + (", with k_percent." if field.name == "k_min" else ".")
+                f"It is used by {', '.join(readers)}"
+                + (" with k_percent." if field.name == "k_min" else ".")
             )
 
 

@@ -131,21 +131,21 @@ AGGREGATORS: dict[str, Aggregator] = {
     "topbottomk": Aggregator(
         "ranking",
         "image",
-        "of the k highest and the k lowest (report §3.3)",
+        "mean probability of the k highest and the k lowest (report §3.3)",
         reads=("unit", *_K, "loss"),
         bottom=True,
     ),
     "mean": Aggregator(
         "weighted",
         "pixel",
-        "every instance counts alike",
+        "every instance has the same weight",
         patient_logit=_mean_logit,
         weights=_mean_weights,
     ),
     "max": Aggregator(
         "weighted",
         "pixel",
-        "the highest logit, trained on patients",
+        "the highest logit, trained on whole patients",
         patient_logit=_max_logit,
         weights=_max_weights,
     ),
@@ -189,7 +189,7 @@ AGGREGATORS: dict[str, Aggregator] = {
     "lstm": Aggregator(
         "network",
         "",
-        "a recurrent network reads the images in their order",
+        "a recurrent network reads the images in order",
         reads=("width", "layers"),
         network=LSTM,
     ),

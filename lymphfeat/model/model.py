@@ -81,7 +81,7 @@ def member_folders(folder: Path) -> list[Path]:
     try:
         return [folder / name for name in json.loads(path.read_text(encoding="utf-8"))["members"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: is damaged ({error}); copy the model folder anew.") from None
+        raise ModelError(f"{path}: is damaged ({error}); copy the model folder again.") from None
 
 
 class Model:
@@ -163,7 +163,7 @@ class Model:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
                 f"{folder / FACTS_FILE}: is damaged ({type(error).__name__}: {error}); "
-                "copy the model folder anew or train it again."
+                "copy the model folder again or retrain the model."
             ) from None
         _load_tensors(model, folder, str(facts.get("weights_sha256")))
         return model
@@ -251,18 +251,20 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "make one with `lymphfeat endtoend`"
         if find_checkpoints(folder):
-            hint = "an unfinished training is there: run the same `lymphfeat endtoend` again"
+            hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
         elif (folder / MEMBERS_FILE).exists():
-            hint = f"it holds k-fold members: choose one of them, as {member_folders(folder)[0]}"
+            hint = (
+                f"it holds k-fold members: choose one of them, such as {member_folders(folder)[0]}"
+            )
         raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(
-            f"{path}: is not valid JSON ({error}); copy the model folder anew."
+            f"{path}: is not valid JSON ({error}); copy the model folder again."
         ) from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ModelError(f"{path}: is JSON but no lymphfeat model.")
+        raise ModelError(f"{path}: is JSON but not a lymphfeat model.")
     version = facts.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelError(
@@ -319,10 +321,10 @@ def _load_tensors(model: Model, folder: Path, sha256: str) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{path}: cannot be read as this model's tensors ({str(error).splitlines()[0]}); "
-            "copy the model folder anew or train it again."
+            "copy the model folder again or retrain the model."
         ) from None
     if weights_sha256(network) != sha256:
         raise ModelError(
-            f"{path}: tensors must be those {FACTS_FILE} was written with; got others. "
+            f"{path}: tensors must be those that {FACTS_FILE} was written with; got others. "
             "Copy both files of the model together."
         )

@@ -98,8 +98,9 @@ def _finite(logits: Tensor, paths: Sequence[Path]) -> Tensor:
     bad = (~logits.isfinite()).any(2).any(0).nonzero()
     if len(bad):
         raise ModelError(
-            f"{paths[int(bad[0])]}: the model's score must be a finite number; got none, for "
-            f"{len(bad)} images. Training has diverged: train again with a smaller --lr."
+            f"{paths[int(bad[0])]}: the model's score must be a finite number; got NaN or "
+            f"infinity for {len(bad)} images. Training has diverged: train again with a smaller "
+            "--lr."
         )
     return logits
 

@@ -1,1 +1,1 @@
-"""Every matplotlib figure outside `explanation`."""
+"""All matplotlib figures except those of `explanation`."""

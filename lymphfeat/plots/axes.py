@@ -1,4 +1,4 @@
-"""What the axes of figures share: bounds of shares, error bars, a quiet grid."""
+"""What all plots share: axes bounded to [0, 1], error bars, a light grid."""
 
 from typing import Any, Literal
 
@@ -9,9 +9,9 @@ Which = Literal["x", "y"]
 
 
 def bound_shares(axes: Axes, which: Which) -> None:
-    """Cut an axis of shares (balanced accuracy, AUC, probability) off at 0 and 1.
+    """Clip the range of an axis of shares (balanced accuracy, AUC, probability) to [0, 1].
 
-    What lies on a bound is drawn whole, over the frame. Call it when all is drawn.
+    Markers on a bound are drawn whole, over the frame. Call this after drawing everything.
     """
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     low, high = max(low, 0.0), min(high, 1.0)
@@ -24,7 +24,7 @@ def bound_shares(axes: Axes, which: Which) -> None:
 
 
 def show_all_shares(axes: Axes, which: Which) -> None:
-    """Let an axis of shares run from 0 to 1. Call it when all is drawn."""
+    """Make an axis of shares run from 0 to 1. Call this after drawing everything."""
     if which == "x":
         axes.set_xlim(0, 1)
     else:
@@ -35,7 +35,7 @@ def show_all_shares(axes: Axes, which: Which) -> None:
 def draw_interval(
     axes: Axes, value: float, y: float, low: float, high: float, **style: Any
 ) -> None:
-    """Draw a value at height `y` with its interval from `low` to `high`, NaN if it has none."""
+    """Draw a value at height `y` with its interval from `low` to `high`; NaN bounds draw none."""
     known = np.isfinite(low) and np.isfinite(high)
     axes.errorbar(value, y, xerr=[[value - low], [high - value]] if known else None, **style)
 

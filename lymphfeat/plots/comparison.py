@@ -1,4 +1,4 @@
-"""The figure of a comparison: every row's figure, and its difference from the reference."""
+"""The plot of a comparison: the result of every row, and its difference from the reference."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lymphfeat.evaluation.metrics import metric_bounds
 from lymphfeat.plots.axes import bound_shares, draw_grid, draw_interval
 from lymphfeat.runtime.files import replace_file
 
-_TOLD_APART, _NOT = "#c0392b", "0.45"
+_DIFFERENT, _NOT = "#c0392b", "0.45"
 NAMES = {
     "ba": "balanced accuracy",
     "sensitivity": "sensitivity",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw each row's values and interval, and each pair's difference, as the suffix says."""
+    """Draw every row's values and interval, and every pair's difference, in the suffix's format."""
     n = max(len(comparison.rows), len(comparison.pairs))
     figure = Figure(figsize=(12, max(3.0, 0.36 * n + 1.6)), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -51,11 +51,11 @@ def _draw_rows(axes: Axes, comparison: Comparison) -> None:
 def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     pairs = comparison.pairs.iloc[::-1].to_dict("records")
     for y, pair in enumerate(pairs):
-        color = _TOLD_APART if pair["p_adjusted"] < 0.05 else _NOT
+        color = _DIFFERENT if pair["p_adjusted"] < 0.05 else _NOT
         draw_interval(axes, pair["difference"], y, pair["low"], pair["high"], fmt="o", color=color)
         known = np.isfinite(pair["p_adjusted"])
         axes.annotate(
-            f"p {pair['p_adjusted']:.2g}" if known else "no interval: one split",
+            f"p {pair['p_adjusted']:.2g}" if known else "no interval (one split)",
             (pair["difference"], y),
             xytext=(0, 6),
             textcoords="offset points",
@@ -66,6 +66,6 @@ def _draw_pairs(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks(range(len(pairs)), [f"{p['name']} − {p['reference']}" for p in pairs])
     axes.set_ylim(-0.6, len(pairs) - 0.3)
     axes.axvline(0, color="0.5", linewidth=1)
-    last = "; with baselines at the last epoch" if comparison.pairs["last_epoch"].any() else ""
+    last = "; against baselines at the last epoch" if comparison.pairs["last_epoch"].any() else ""
     axes.set_xlabel(f"difference, simultaneous 95 % interval, Holm's p{last}")
     draw_grid(axes, "x")

@@ -1,4 +1,4 @@
-"""The figure of an end-to-end training's learning curves."""
+"""The plot of an end-to-end training's learning curves."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

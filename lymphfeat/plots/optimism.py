@@ -1,4 +1,4 @@
-"""The figure of both protocols: every row's accuracies, and their difference."""
+"""The plot of both protocols: the accuracies of every row, and their difference."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from lymphfeat.plots.axes import bound_shares, draw_grid, draw_interval
 
 _PROTOCOLS = (
-    ("report", "report: epochs chosen on the patients measured", 0.12, "#c0392b"),
+    ("report", "report: epochs chosen on the evaluated patients", 0.12, "#c0392b"),
     ("honest", "honest", -0.12, "#1f77b4"),
 )
 
 
 def draw_optimism(table: pd.DataFrame, path: Path) -> None:
-    """Draw both protocols' accuracies of every head, and their difference, as a PNG."""
+    """Draw the accuracies of every head under both protocols, and their difference, as a PNG."""
     figure = Figure(figsize=(12, max(3.0, 0.42 * len(table) + 1.4)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4, 3), sharey=True)
     for y, row in enumerate(table.iloc[::-1].to_dict("records")):

@@ -1,4 +1,4 @@
-"""The figure of a pre-training's learning curve."""
+"""The plot of a pre-training's learning curve."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from lymphfeat.plots.axes import show_all_shares
 
 PROBED = {
-    "patients": "nearest cell is of the same patient",
-    "classes": "nearest cell is of the same class",
-    "none": "",  # one group: nothing to tell apart
+    "patients": "nearest cell is from the same patient",
+    "classes": "nearest cell is from the same class",
+    "none": "",  # one group: nothing to distinguish
 }
 
 

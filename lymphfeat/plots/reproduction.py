@@ -35,7 +35,7 @@ def draw_depths(table: pd.DataFrame, path: Path) -> None:
 
 
 def draw_subsets(table: pd.DataFrame, path: Path) -> None:
-    """Draw the report's figure 5: all images against 10 drawn anew at every step."""
+    """Draw the report's figure 5: all images against 10 drawn again at every step."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     ordered = table.set_index("name").loc[[n for n in FIGURE_5 if n in set(table["name"])]]
     names = [name.replace(", ", "\n").replace("ResNet-18", "all images") for name in ordered.index]

@@ -1,4 +1,4 @@
-"""The figure of a run: every row with its interval, learning curves, and calibration."""
+"""The plot of a run: every row with its interval, learning curves, and calibration."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lymphfeat.settings import FitSettings
 
 Color = tuple[float, float, float, float]
 
-_SHOWN_CURVES = 8  # more lines than this cannot be told apart
+_SHOWN_CURVES = 8  # more lines than this cannot be distinguished
 _SHOWN_RELIABILITIES = 3
 _GREY = (0.6, 0.6, 0.6, 1.0)
 _BASELINES = {BAG_SIZE: ("--", "#b8860b"), CLINICAL: ("-.", "#6a5acd")}  # lines in every panel
@@ -37,7 +37,9 @@ def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
         _draw_reliability(panels[2], outcome, colors)
     n = outcome.summary["runs"].iloc[0]
     epochs = (
-        "mean of ten best epochs" if settings.protocol == "report" else f"{settings.epoch} epoch"
+        "mean of the ten best epochs"
+        if settings.protocol == "report"
+        else f"{settings.epoch} epoch"
     )
     figure.suptitle(f"{settings.protocol} protocol: {n} splits per row, {epochs}")
     figure.savefig(path, dpi=130)
@@ -84,7 +86,7 @@ def _draw_curves(axes: Axes, outcome: Outcome, colors: dict[str, Color]) -> None
     _legend_below(axes, title, columns=3)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("validation ROC-AUC, mean of runs")
+    axes.set_ylabel("validation ROC-AUC, mean over splits")
     bound_shares(axes, "y")
     draw_grid(axes)
 
@@ -102,9 +104,9 @@ def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) ->
         color = colors[row["head"]]
         axes.plot(before.predicted, before.observed, color=color, linewidth=1, linestyle="--")
         axes.plot(after.predicted, after.observed, color=color, marker="o", markersize=4)
-        told = f"{row['head']}: {row['ece']:.3f} → {row['ece_calibrated']:.3f}"
-        axes.plot([], [], color=color, label=told)
-    title = "calibration error, raw (dashed) → calibrated"
+        label = f"{row['head']}: {row['ece']:.3f} → {row['ece_calibrated']:.3f}"
+        axes.plot([], [], color=color, label=label)
+    title = "calibration error, raw (dashed) → calibrated (solid)"
     _legend_below(axes, title, columns=1)
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("share of tumoral patients")
@@ -114,7 +116,7 @@ def _draw_reliability(axes: Axes, outcome: Outcome, colors: dict[str, Color]) ->
 
 
 def _legend_below(axes: Axes, title: str | None, columns: int) -> None:
-    """Put the legend where it hides no curve."""
+    """Put the legend below the axes, where it hides no curve."""
     axes.legend(
         title=title,
         ncols=columns,

@@ -100,12 +100,12 @@ def _check(cells: Cells, out: Path, settings: PretrainSettings) -> None:
     if len(cells.paths) < _LEAST_IMAGES:
         raise SettingsError(
             f"cells (={len(cells.paths)} images) must be at least {_LEAST_IMAGES}; "
-            "pre-training wants thousands."
+            "pre-training needs thousands."
         )
     if settings.patient_pairs and cells.grouping != "patients":
         raise SettingsError(
-            f"patient_pairs (={settings.patient_pairs}) needs folders that are patients; got "
-            f"{cells.grouping}. Say --groups patients if they are."
+            f"patient_pairs (={settings.patient_pairs}) needs one folder per patient; got "
+            f"{cells.grouping}. Use --groups patients if the folders are patients."
         )
 
 
