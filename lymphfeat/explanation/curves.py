@@ -1,4 +1,4 @@
-"""Curves and distributions of a report, as plain arrays for page and figures alike."""
+"""Curves and distributions of a report, as plain arrays for both the page and the plots."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Doubles = NDArray[np.float64]
 def roc_curve(probability: Doubles, labels: NDArray[np.int64]) -> Doubles:
     """Return the points (false, true positive rate) of the ROC curve: (K, 2), from 0 0 to 1 1.
 
-    Rates are NaN without patients of a class.
+    The rate of a class without patients is NaN.
     """
     order = np.argsort(-probability, kind="stable")
     ranked, own = probability[order], labels[order]
@@ -31,7 +31,7 @@ def roc_curve(probability: Doubles, labels: NDArray[np.int64]) -> Doubles:
 def calibration_curve(probability: Doubles, labels: NDArray[np.int64], bins: int = 5) -> Doubles:
     """Return (mean probability, share tumoral, patients, low, high) of equal groups: (K, 5).
 
-    low and high are the share's 95 % interval after Wilson 1927.
+    low and high bound the 95 % interval of the share (Wilson 1927).
     """
     order = np.argsort(probability, kind="stable")
     groups = [group for group in np.array_split(order, min(bins, len(order))) if len(group)]
@@ -60,7 +60,7 @@ class WeightCurve:
 
     @classmethod
     def of(cls, model: Model) -> "WeightCurve | None":
-        """Return a model's curve, None when its weights are no function of the logit alone."""
+        """Return a model's curve, or None when its weights depend on more than the logit."""
         if model.head_settings.agg != "bnsigmoid":
             return None
         state = model.head.state

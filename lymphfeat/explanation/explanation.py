@@ -1,4 +1,4 @@
-"""Everything a report shows of a model on a cohort, as arrays and tables."""
+"""Everything a report shows about a model on a cohort, as arrays and tables."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
 class Explanation:
     """What a model saw in a cohort.
 
-    maps (N, h, w) are pixel logits. Images lie patient by patient, in the cohort's order.
+    maps (N, h, w) are pixel logits. Images are grouped by patient, in the cohort's order.
     """
 
     model: Model
@@ -46,7 +46,7 @@ class Explanation:
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
-        """Return each image's place in its patient, 0 the highest: (N,)."""
+        """Return each image's rank within its patient, 0 for the highest: (N,)."""
         return ranks(self.logit, self.cohort.n_images)
 
     @cached_property
@@ -102,7 +102,7 @@ class Explanation:
         )
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
-        """Measure the labelled patients: those trained on, validated on, and new ones apart."""
+        """Measure the labelled patients, separately for training, validation and new patients."""
         return self.model.measure(self.patients)
 
     def truth_scores(self) -> dict[str, float]:
@@ -126,8 +126,8 @@ def explain(
 ) -> Explanation:
     """Explain a model's decisions on a cohort.
 
-    What is explained is each image as it is; where the model predicts the mean over four flips,
-    `predicted` holds that mean. `truth` is for scoring only; the seed draws the random deletions.
+    The unflipped images are explained; where the model predicts the mean over four flips,
+    `predicted` holds that mean. `truth` is used only for scoring. `seed` sets the random deletions.
     `precision` is as for `Model.predict`.
     """
     scoring = {"device": device, "precision": precision, "threads": threads}

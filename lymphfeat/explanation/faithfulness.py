@@ -1,4 +1,4 @@
-"""Do scores and maps show what the decision rests on: deletions, and overlap with known cells."""
+"""Test whether scores and maps show what a decision depends on: deletion, and known cells."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from lymphfeat.model.model import Model
 from lymphfeat.synthetic.cohort import cell_extents, is_synthetic_cohort
 
 MOST_DELETED = 10
-_COVERED = 0.5  # a map's pixel is of the cell where the cell covers at least so much of it
+_COVERED = 0.5  # a map pixel belongs to the cell if the cell covers at least this share of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deletion:
-    """How far probabilities move when images are deleted; means over patients.
+    """How much probabilities change when images are deleted; means over patients.
 
-    Patients with more than the largest k are measured, the same ones at every k.
+    Only patients with more images than the largest k are measured, the same ones at every k.
     """
 
     k: NDArray[np.int64]  # (K,) 1, 2, …
@@ -36,7 +36,7 @@ class Deletion:
 
     @property
     def area(self) -> float:
-        """Return the area between the curves: the mean over k of highest less random."""
+        """Return the area between the curves: the mean over k of highest − random."""
         return float((self.highest - self.random).mean())
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Deletion:
 
     @property
     def surely(self) -> bool:
-        """Tell whether at every k the highest-scored move more than any random draw."""
+        """Return whether, at every k, the highest-scored change more than any random draw."""
         return bool((self.highest > self.random_high).all())
 
 
@@ -56,7 +56,7 @@ def delete_images(
 ) -> Deletion | None:
     """Delete the k highest-scored, or k random, images of every patient and read out the rest.
 
-    k goes to 10, or to half of a middling patient's images. None where no patient has two images.
+    k goes up to 10, or half the median number of images. None where no patient has two images.
     """
     most = int(min(MOST_DELETED, np.median(sizes) // 2))
     kept = sizes > most
@@ -90,15 +90,15 @@ def delete_images(
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How the score maps of atypical (witness) cells lie over the cell as it was rendered.
+    """How well the score maps of atypical (witness) cells match the rendered cells.
 
-    auc: a map pixel of the cell outranks one beside it, mean over images. pointing: share of images
-    whose highest pixel is of the cell; by chance it would be `cell_share`.
+    auc: probability that a map pixel on the cell outranks one outside it, mean over images.
+    pointing: share of images whose highest pixel is on the cell; by chance, `cell_share`.
     """
 
     auc: float
     pointing: float
-    cell_share: float  # of the map that is of the cell
+    cell_share: float  # share of the map that is on the cell
     images: int
 
 
@@ -116,7 +116,7 @@ def measure_overlap(cohort: Cohort, maps: Floats, crop: int, truth: Truth | None
 
 
 def _extents(root: Path, paths: Sequence[Path], crop: int) -> Floats:
-    """Return where the cells lie in the images' centre crops: (n, crop, crop)."""
+    """Return where the cells are in the images' centre crops: (n, crop, crop)."""
     extents = cell_extents(root, paths)  # (n, side, side)
     begin = (extents.shape[1] - crop) // 2
     cut: Floats = extents[:, begin : begin + crop, begin : begin + crop]
@@ -126,7 +126,7 @@ def _extents(root: Path, paths: Sequence[Path], crop: int) -> Floats:
 def overlap_with_cells(maps: Floats, extents: Floats) -> Overlap | None:
     """Measure maps (n, h, w) against the cells' extents (n, side, side), 1 inside the cell.
 
-    Images without a pixel of the cell, or without one beside it, are left out.
+    Images without a pixel on the cell, or without one outside it, are left out.
     """
     inside = np.stack([_coverage(extent, maps.shape[1]) >= _COVERED for extent in extents])
     labels = inside.reshape(len(maps), -1).astype(np.int64)

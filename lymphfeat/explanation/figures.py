@@ -19,7 +19,7 @@ from lymphfeat.explanation.page import colour_limit, extreme_images
 from lymphfeat.explanation.scores import Floats
 from lymphfeat.plots.axes import show_all_shares
 
-# Told apart by colour-blind eyes, and the same for patients and maps.
+# Distinguishable by colour-blind readers, and the same for patients and maps.
 TUMORAL, REACTIVE, UNKNOWN = "#b84a00", "#00609c", "#6f7579"
 COLORS = {1: TUMORAL, 0: REACTIVE, -1: UNKNOWN}
 _NAMES = {1: "tumoral", 0: "reactive", -1: "label unknown"}
@@ -30,7 +30,7 @@ _MAP_COLORS = LinearSegmentedColormap.from_list(
 
 def smooth_map(grid: Floats, side: int) -> Floats:
     """Upsample a score map (h, w) to (side, side) by cubic splines, within its own range."""
-    padded = np.pad(grid, 1, mode="edge")  # so that the border's fields keep their places
+    padded = np.pad(grid, 1, mode="edge")  # keeps the border fields in place
     factor = side / len(grid)
     fine = zoom(padded, factor, order=3, mode="nearest", grid_mode=True)
     margin = (len(fine) - side) // 2
@@ -58,7 +58,7 @@ def draw_cell(pixels: NDArray[np.uint8], grid: Floats, title: str = "") -> Figur
 def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> Figure:
     """Draw a patient's cells from the highest score to the lowest, with score and weight.
 
-    Cells counted among the highest are framed in the colour of tumoral, among the lowest in that of
+    Cells used as the highest are framed in the colour of tumoral, as the lowest in that of
     reactive.
     """
     index = explanation.cohort.ids.index(patient)
@@ -87,10 +87,10 @@ def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> 
 
 
 def draw_grids(explanation: Explanation, patients: Sequence[str] | None = None) -> Figure:
-    """Draw patients' cells beside their raw grids, white 1 and black 0 (report, figure 6).
+    """Draw patients' cells next to their raw grids, white 1 and black 0 (report, figure 6).
 
-    16 patients, evenly taken from all, unless named; up to 6 cells each, from the highest down. The
-    bar at the left is the patient's label.
+    By default 16 patients evenly spaced over the cohort; up to 6 cells each, highest first. The
+    bar at the left shows the patient's label.
     """
     ids = explanation.cohort.ids
     chosen = patients or [
@@ -110,7 +110,7 @@ def draw_grids(explanation: Explanation, patients: Sequence[str] | None = None) 
 
 
 def draw_deletion(deletion: Deletion) -> Figure:
-    """Draw how far probabilities move when the highest-scored, or random, images are deleted."""
+    """Draw how much probabilities change when highest-scored, or random, images are deleted."""
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()
     k = np.concatenate([[0], deletion.k])
@@ -155,7 +155,7 @@ def draw_cohort(explanation: Explanation) -> Figure:
 
 
 def draw_extremes(explanation: Explanation, n: int = 10) -> Figure:
-    """Draw the cohort's highest and lowest cells of each class, one a patient."""
+    """Draw the cohort's highest and lowest cells of each class, one per patient."""
     figure = Figure(figsize=(1.05 * n + 1.2, 5.2), layout="constrained")
     grid = figure.subplots(4, n, squeeze=False)
     paths = [path for paths in explanation.cohort.images for path in paths]
@@ -199,7 +199,7 @@ def _frame(axes: Axes, mark: int) -> None:
 
 
 def _draw_row(axes: Axes, explanation: Explanation, index: int, cells: int = 6) -> None:
-    """Lay a patient's cells out in a strip of grid and picture, grid and picture, …"""
+    """Draw a patient's cells as a strip: grid and picture, grid and picture, …"""
     begin, end = explanation.cohort.offsets[index : index + 2]
     order = np.argsort(explanation.rank[begin:end])[:cells]
     side = explanation.model.recipe.crop

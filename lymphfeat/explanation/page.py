@@ -32,9 +32,9 @@ from lymphfeat.runtime.progress import Progress, silent
 
 BUDGET = 60_000_000  # bytes of the file
 STRIP = 10  # cells in each strip of the highest and lowest
-_SHELL = 120_000  # bytes of template, style and script, amply
-_STRIP_PICTURE = 12_000  # bytes at most of a picture that stands in a strip a second time
-_LARGEST_LOGIT = 327.67  # that int16 hundredths hold
+_SHELL = 120_000  # a generous bound on the bytes of template, style and script
+_STRIP_PICTURE = 12_000  # maximum bytes of a picture that a strip repeats
+_LARGEST_LOGIT = 327.67  # the largest that int16 hundredths can hold
 
 
 def render_page(
@@ -44,7 +44,7 @@ def render_page(
     threads: int = 2,
     progress: Progress = silent,
 ) -> str:
-    """Return the page, at most `budget` bytes as UTF-8: pictures of least worth are left out."""
+    """Return the page, at most `budget` bytes as UTF-8, without the least important pictures."""
     distribution = Distribution.of(explanation.model, explanation.maps, explanation.cohort.n_images)
     blocks = _patient_blocks(explanation, distribution)
     text = sum(len(_json(block)) for block in blocks) + _SHELL + 4 * STRIP * _STRIP_PICTURE
@@ -89,13 +89,13 @@ def _file(name: str) -> str:
 
 
 def _json(content: Any) -> Markup:
-    """Write JSON that no text in it can end the element it stands in."""
+    """Write JSON whose text cannot close the HTML element around it."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))  # ASCII alone
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _worth(explanation: Explanation) -> NDArray[np.float64]:
-    """Value a picture by its image's nearness to the top or bottom of its patient's ranking."""
+    """Value a picture by how near its image is to the top or bottom of its patient's ranking."""
     sizes = explanation.cohort.n_images[explanation.patient]
     from_end = np.minimum(explanation.rank, sizes - 1 - explanation.rank)
     worth: NDArray[np.float64] = -from_end.astype(np.float64)
@@ -147,7 +147,7 @@ def _model(explanation: Explanation) -> dict[str, Any]:
 
 
 def colour_limit(maps: NDArray[np.float32]) -> float:
-    """Return the logit at which a map's colour is full, the same for all: 1, 2, 3, 4, 6 or 8."""
+    """Return the logit at which the colour of every map saturates: 1, 2, 3, 4, 6 or 8."""
     middling = float(np.quantile(np.abs(maps), 0.98))
     return float(next((limit for limit in (1, 2, 3, 4, 6) if middling <= limit), 8))
 
@@ -217,7 +217,7 @@ def _rocs(explanation: Explanation, groups: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _calibration(explanation: Explanation) -> dict[str, Any] | None:
-    """Take the patients who say most of calibration: new ones, else validated, else trained on."""
+    """Use the most informative patients: new ones, else validation, else training patients."""
     for role in ("new", "validation", "train"):
         probability, labels = _measured(explanation, role)
         if len(labels) >= 2:
@@ -233,9 +233,9 @@ def _measured(explanation: Explanation, role: str) -> tuple[NDArray[np.float64],
 
 
 def extreme_images(explanation: Explanation, label: int, n: int = STRIP) -> dict[str, list[int]]:
-    """Return the rows of a class's highest and lowest images, one a patient: "highest", "lowest".
+    """Return the rows of a class's "highest" and "lowest" images, one per patient.
 
-    The patients whose extreme image is most extreme come first.
+    Patients whose extreme image is most extreme come first.
     """
     own = np.flatnonzero(explanation.cohort.labels == label)
     begin = explanation.cohort.offsets

@@ -1,4 +1,4 @@
-"""The page and the figures beside it, written whole or not at all."""
+"""The page and its figures, written completely or not at all."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from lymphfeat.runtime.files import (
 )
 from lymphfeat.runtime.progress import Progress, silent
 
-PLATES = 6  # patients drawn as figures unless told otherwise
+PLATES = 6  # default number of patients drawn as figures
 _FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "weights-*")
 FIGURES = ResultKind(
     name="set of figures",
@@ -53,12 +53,12 @@ def write_report(
     force: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
-    """Write the page to `out`, and figures into the folder beside it; return the files.
+    """Write the page to `out` and the figures to the folder next to it; return the files.
 
     Page and figures are replaced together. Raises SettingsError as `check_report`.
 
-    plates: so many patients get a plate and a distribution, those called wrongly first.
-    formats: of the figures, "png", "pdf"; none for no figures.
+    plates: number of patients that get a plate and a distribution, misclassified ones first.
+    formats: of the figures, "png" and "pdf"; empty for no figures.
     """
     figures = figures_folder(out)
     with result_files(out, {figures.name: FIGURES}, force=force) as folder:
@@ -73,9 +73,9 @@ def write_report(
 
 
 def check_report(out: Path, *, force: bool) -> None:
-    """Raise SettingsError when a page or its figures are there and `force` is not set.
+    """Raise SettingsError when a page or its figures exist and `force` is not set.
 
-    Files in the folder of figures that are none are never overwritten.
+    Other files in the folder of figures are never overwritten.
     """
     check_file(out, force=force)
     check_folder(figures_folder(out), FIGURES, force=force)
@@ -98,7 +98,7 @@ def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figur
 
 
 def worst_first(explanation: Explanation) -> list[str]:
-    """Name the patients, those farthest on the wrong side of the threshold first."""
+    """List the patients, those farthest on the wrong side of the threshold first."""
     table = explanation.patients
     wrong = table["error"].fillna(False).to_numpy(bool)
     distance = np.abs(table["probability"].to_numpy() - explanation.model.threshold)
@@ -107,7 +107,7 @@ def worst_first(explanation: Explanation) -> list[str]:
 
 
 def _safe(name: str) -> str:
-    """Make a file name of an id, whatever characters it has."""
+    """Make a file name from an id, whatever characters it has."""
     return "".join(char if char.isalnum() or char in "-_." else "_" for char in name)[:60]
 
 

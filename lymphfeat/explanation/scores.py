@@ -1,4 +1,4 @@
-"""Scores of every pixel of every image, and how each patient's probability came about of them."""
+"""Scores of every pixel of every image, and how they make up each patient's probability."""
 
 import math
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """How patients' probabilities came about.
+    """How patients' probabilities are computed.
 
     A patient's total is its logit for the weighted family, its probability for the ranking family;
     the shares of its images and `rest` add up to it exactly. `rest` is what belongs to no image: 0
-    but for `lse`, where it is the smoothing's part.
+    except for `lse`, where it is the smoothing term.
     """
 
     additive: str  # "logit" or "probability": what the shares add up to
@@ -55,7 +55,7 @@ def score_maps(
 ) -> Floats:
     """Return the logit of every pixel of every image's feature map, unflipped: (N, h, w).
 
-    An image's logit is the mean of its pixels'; pixels are at their place in the centre crop.
+    An image's logit is the mean of its pixels'; pixels keep their positions in the centre crop.
     """
     chosen = choose_device(device)
     with cpu_threads(threads), whole_float32():
@@ -119,7 +119,7 @@ def probability_without(
 
 
 def ranks(logit: Floats, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return each image's place in its patient, 0 the highest score, ties in order: (N,)."""
+    """Return each image's rank within its patient, 0 for the highest, ties in order: (N,)."""
     patient = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((-logit, patient))  # stable
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -140,7 +140,7 @@ def _patient_logits(head: HeadStack, images: Bags, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _shares(head: HeadStack, images: Bags, logits: Tensor, ranked: bool) -> Tensor:
-    """Return Σ α ℓ, or of the ranking family Σ α σ(ℓ), over each image's instances: (N,)."""
+    """Return Σ α ℓ, or Σ α σ(ℓ) for the ranking family, over each image's instances: (N,)."""
     bags = images.times(logits.shape[1])
     flat = logits.reshape(-1, 1)
     weight = head.instance_weights(flat, bags)

@@ -15,16 +15,16 @@ from PIL import Image
 from lymphfeat.cohort.images import decode_crop
 from lymphfeat.runtime.progress import Progress, silent
 
-SIDES = (112, 80, 64, 48)  # px, the largest that fits the budget is taken
+SIDES = (112, 80, 64, 48)  # px; the largest that fits the budget is used
 _QUALITY = 80
-_SAMPLE = 64  # images by which a side's bytes are told
+_SAMPLE = 64  # images used to estimate the bytes at a given side
 _BASE64 = 4 / 3
-_SEPARATORS = 3  # bytes a picture costs beside its own: quotes and a comma
+_SEPARATORS = 3  # extra bytes per picture: quotes and a comma
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thumbnails:
-    """Pictures (base64 of a JPEG each), None where left out for want of room."""
+    """Pictures, each a base64 JPEG; None where left out to stay within the budget."""
 
     pictures: tuple[str | None, ...]  # (N,)
     side: int  # px
@@ -44,10 +44,10 @@ def make_thumbnails(
     threads: int = 2,
     progress: Progress = silent,
 ) -> Thumbnails:
-    """Picture the centre crops of images, together at most `budget` bytes as base64.
+    """Make pictures of the centre crops of images, at most `budget` bytes of base64 in total.
 
-    The largest side at which all fit is taken; where none lets all fit, those of least worth (N,)
-    are left out at the smallest side.
+    The largest side at which all fit is used; where none fits, the smallest side is used and the
+    pictures of lowest `worth` (N,) are left out.
     """
     sample = paths[:: max(1, len(paths) // _SAMPLE)]
     side = _choose_side(sample, len(paths), crop, budget)

@@ -1,7 +1,7 @@
-"""Random views of images in training: flips, and as options other colours and affine places.
+"""Random views of training images: flips, and optionally colour and affine transforms.
 
-Drawn on the CPU for a whole batch at once, applied on the device: the passes of the exact gradient
-see the same views, and so do runs on a CPU and on a GPU.
+Views are drawn on the CPU for a whole batch and applied on the device, so that both passes of the
+exact gradient see the same views, as do runs on a CPU and on a GPU.
 """
 
 import math
@@ -18,18 +18,18 @@ from lymphfeat.settings import EndToEndSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How each of n images is seen. What is off has no columns. On the CPU."""
+    """The transforms of n images. Disabled ones have no columns. On the CPU."""
 
     flips: Tensor  # (n, 2) bool: left-right, upside-down
     colours: Tensor  # (n, 5 or 0) factors: of red, green and blue, saturation, contrast
     places: Tensor  # (n, 4 or 0): angle in radians, magnification, shift by x and y of half a side
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Views":
-        """Change every table alike."""
+        """Apply the same change to every table."""
         return Views(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """Return uint8 pixels (n, 3, H, W) as they are seen, 0 to 255, on their device."""
+        """Return the views of uint8 pixels (n, 3, H, W), 0 to 255, on their device."""
         if self.flips.any():
             pixels = flip_each(pixels, to_device(self.flips, pixels.device))
         if self.places.shape[1]:
@@ -42,7 +42,7 @@ class Views:
 
 
 def unaltered(n: int) -> Views:
-    """Return the views of n images as they are."""
+    """Return the identity views of n images."""
     return Views(
         flips=torch.zeros(n, 2, dtype=torch.bool),
         colours=torch.zeros(n, 0),
@@ -55,7 +55,7 @@ def draw_views(n: int, settings: EndToEndSettings, generator: torch.Generator) -
 
     - flips: each of the two with probability one half.
     - `colour_jitter` s: every factor uniform in 1 ± s.
-    - `affine` s: turned by up to s half-turns either way, magnified by (1 + s) to the power of -1
+    - `affine` s: rotated by up to s half-turns either way, scaled by (1 + s) to the power of -1
       to 1, shifted by up to s quarters of a side along each axis; mirrored beyond the border.
     """
     views = unaltered(n)

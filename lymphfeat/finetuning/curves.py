@@ -29,7 +29,7 @@ def metric_columns(
 
 
 def write_curves(rows: Sequence[Row], folder: Path) -> None:
-    """Write curves.csv to a folder, made if it is not there."""
+    """Write curves.csv to a folder, creating the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CURVES[0], partial(_write, rows))
 

@@ -1,7 +1,7 @@
-"""The backbone in training: a batch of cached crops -> instances, batch-norm as told.
+"""The backbone in training: a batch of cached crops -> instances, with the batch-norm mode given.
 
 Under torchrun every process encodes its part of a batch and gets the instances of all: what follows
-the backbone, statistics of bnsigmoid included, sees the whole batch everywhere.
+the backbone, including the statistics of bnsigmoid, sees the whole batch in every process.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from lymphfeat.runtime.devices import autocast, to_device
 
 
 class Encoder:
-    """Turns batches into instances (n, U, C), float32, with gradients unless torch forbids them."""
+    """Turns batches into instances (n, U, C), float32, with gradients unless they are disabled."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class Encoder:
             layer.forward = partial(_common_batchnorm, layer)  # type: ignore[method-assign]
 
     def __call__(self, batch: ImageBatch, *, batchnorm_training: bool = True) -> Tensor:
-        """Encode a batch in training mode, batch-norm as told."""
+        """Encode a batch in training mode, with batch-norm in the mode given."""
         self.backbone.train()
-        # The statistics of a single image are none.
+        # A single image has no statistics.
         training = batchnorm_training and not self._frozen_batchnorm and len(batch) > 1
         for module in batchnorms(self.backbone):
             module.train(training and _learns(module))
@@ -63,8 +63,8 @@ class Encoder:
         return torch.cat([self._together(part, logits) for part in parts])
 
     def _together(self, batch: ImageBatch, encode: Callable[[ImageBatch], Tensor]) -> Tensor:
-        """Encode a batch, shared out over the processes."""
-        if len(batch) < processes.count():  # nothing to share: everybody does it all
+        """Encode a batch, divided among the processes."""
+        if len(batch) < processes.count():  # too few to divide: every process encodes all
             return processes.one_voice(encode(batch))
         return processes.gather_rows(encode(batch.share()), len(batch))
 
@@ -74,8 +74,8 @@ class Encoder:
             maps = self.backbone(self.pixels.load(batch))  # (n, C, h, w)
         maps = maps.float()
         if self._unit == "pixel" and batch.views.flips.any():
-            # Back to where they lie in the file, so that a pixel has one number in every view
-            # (under affine places, roughly).
+            # Back to their positions in the file, so that a pixel has the same index in every view
+            # (approximately, with affine transforms).
             maps = flip_each(maps, to_device(batch.views.flips, device))
         return instances_of(maps, self._unit)
 
@@ -92,7 +92,7 @@ def _common_batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
     _follow(layer, mean, variance * n / (n - 1))
     scale = layer.weight * (variance + layer.eps).rsqrt()
     y = (centred * scale[:, None, None] + layer.bias[:, None, None]).to(x.dtype)
-    # timm's layers end in an activation of their own.
+    # timm's layers end with their own activation.
     for name in ("drop", "act"):
         y = getattr(layer, name, nn.Identity())(y)
     return y
@@ -111,7 +111,7 @@ def _follow(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def _learns(layer: nn.Module) -> bool:
-    """Say whether a layer is not frozen; one without parameters is not."""
+    """Return whether a layer is not frozen; one without parameters is not."""
     return all(parameter.requires_grad for parameter in layer.parameters())
 
 
@@ -122,7 +122,7 @@ def batchnorms(module: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Put the running statistics of batch-norm back afterwards as they were before."""
+    """Restore the running statistics of batch-norm afterwards."""
     buffers = [buffer for layer in batchnorms(module) for buffer in layer.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     try:

@@ -1,6 +1,6 @@
 """One backward pass through the backbone in bounded memory (METHOD §3): gradient subset, or exact.
 
-Both see a batch in random order and a loss of all its instances, leave gradients in the parameters,
+Both take a batch in random order and a loss of all its instances, leave gradients in the parameters
 and return the loss. Memory holds the activations of one chunk and the instances of the batch.
 """
 
@@ -22,7 +22,7 @@ def backpropagate(
     encoder: Encoder, batch: ImageBatch, loss_of: LossOf, settings: EndToEndSettings
 ) -> Tensor:
     """Add the gradients of a loss to the parameters, as `settings.gradient` says; return it."""
-    n = processes.count()  # sizes are each process's
+    n = processes.count()  # the sizes are per process
     if settings.gradient == "exact":
         return exact_gradient(encoder, batch, loss_of, chunk_size=n * settings.max_backward_size)
     return subset_gradient(
@@ -46,8 +46,8 @@ def subset_gradient(
 ) -> Tensor:
     """Backpropagate through the first `max_backward_size` images only (report, pseudo-code 2).
 
-    The others pass the backbone without gradients, in chunks, batch-norm in the mode
-    `no_grad_batchnorm`; what follows the backbone sees all and learns from all.
+    The others pass through the backbone without gradients, in chunks, with batch-norm in the mode
+    `no_grad_batchnorm`; what follows the backbone sees and learns from all.
     """
     with torch.no_grad():
         others = [
@@ -65,10 +65,11 @@ def exact_gradient(
 ) -> Tensor:
     """Backpropagate through all images, chunk by chunk, in the memory of one chunk.
 
-    All chunks pass forward without gradients; the loss gives its gradient by the instances; each
-    chunk passes forward once more and carries its share back. With frozen batch-norm this is the
-    gradient of one pass over the whole batch, to rounding; else that of batch-norm by chunks. The
-    backbone must be deterministic (no dropout), for both passes must agree.
+    All chunks pass forward without gradients; the loss gives its gradient with respect to the
+    instances; each chunk passes forward once more and backpropagates its share. With frozen
+    batch-norm this is the gradient of one pass over the whole batch, up to rounding; otherwise that
+    of batch-norm by chunks. The backbone must be deterministic (no dropout), because both passes
+    must agree.
     """
     chunks = batch.chunks(chunk_size)
     with torch.no_grad(), statistics_kept(encoder.backbone):

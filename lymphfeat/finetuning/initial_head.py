@@ -33,7 +33,7 @@ class InitialHead:
     provenance: Provenance
 
     def as_stack(self, settings: HeadSettings) -> HeadStack:
-        """Return the head as a trainable one; `settings` tell how it is trained on."""
+        """Return the head as a trainable one; `settings` say how training continues."""
         head = HeadStack([settings], self.tensors["weight"][None].clone(), self.tensors["bias"])
         state = {name: value.reshape(1) for name, value in self.tensors.items() if name != "weight"}
         head.load_state_dict(state | {"weight": self.tensors["weight"][None]}, strict=False)
@@ -45,10 +45,10 @@ def read_initial_head(
 ) -> InitialHead:
     """Read a run's best linear head: the mean over its splits that have not seen `held_out`.
 
-    With nobody held out the best row of the run is taken. Otherwise the choice must not rest on
-    those held out either: it is the one that the run made inside the training patients of those
-    splits. Raises SettingsError for a run without saved heads, on other weights, or without such a
-    choice; LeakageError when every split has seen the label of one of `held_out`.
+    With nobody held out the best row of the run is used. Otherwise the choice must not depend on
+    the patients held out either: it is the one that the run made within the training patients of
+    those splits. Raises SettingsError for a run without saved heads, on other weights, or without
+    such a choice; LeakageError when every split has seen the label of one of `held_out`.
     """
     recover(run)
     config = _read_json(run / "config.json")
@@ -81,7 +81,7 @@ def _check_weights(run: Path, recipe: Mapping[str, Any], sha256: str) -> None:
 def _innocent_splits(
     run: Path, provenance: RunProvenance, held_out: Sequence[PatientKey]
 ) -> list[Split]:
-    """Return the splits whose heads have not seen the label of anybody held out."""
+    """Return the splits whose heads have not seen the label of any patient held out."""
     innocent = [
         split
         for split in read_splits(run / "splits.json")
@@ -106,7 +106,7 @@ def _linear_heads(heads: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> li
 
 
 def _choose_best(run: Path, linear: Sequence[str]) -> str:
-    """Return the first linear head of the summary, which has the best first."""
+    """Return the first linear head of the summary, which is sorted best first."""
     for row in _read_json(run / "summary.json"):
         if row["head"] in linear:
             return str(row["head"])
@@ -114,7 +114,7 @@ def _choose_best(run: Path, linear: Sequence[str]) -> str:
 
 
 def _choose_inside(run: Path, linear: Sequence[str], splits: Sequence[Split]) -> str:
-    """Return the head that was chosen most often inside the training patients of the splits."""
+    """Return the head that was chosen most often within the training patients of the splits."""
     if len(linear) == 1:
         return linear[0]
     runs = pd.read_csv(run / "runs.csv", keep_default_na=False)

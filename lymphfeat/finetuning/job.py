@@ -1,4 +1,4 @@
-"""What one end-to-end training is: its patients, its initialised networks, its identity."""
+"""One end-to-end training: its patients, its initialised networks, its identity."""
 
 import platform
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class Parts:
 
 
 def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
-    """Take `settings.validation` of the labelled patients out of training, stratified.
+    """Hold `settings.validation` of the labelled patients out of training, stratified.
 
     Raises CohortError unless training patients of both classes remain.
     """
@@ -60,7 +60,7 @@ def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
 
 
 def parts_of(labelled: Cohort, split: Split) -> Parts:
-    """Take a split's patients; raises CohortError unless both classes are to be trained on."""
+    """Select a split's patients; raises CohortError unless both classes are in training."""
     train = labelled.select(split.train)
     _check_classes(train)
     validation = labelled.select(split.validation) if split.validation else None
@@ -82,7 +82,7 @@ class Job:
     """One training: an initialised model, its patients and its settings."""
 
     model: Model
-    weights: LoadedWeights  # what the backbone begins with
+    weights: LoadedWeights  # the initial weights of the backbone
     parts: Parts
     settings: EndToEndSettings
     generator: torch.Generator
@@ -175,7 +175,7 @@ def _identity(
     weights: LoadedWeights,
     fingerprint: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Collect what training depends on; where it runs is free to change."""
+    """Collect what training depends on; where it runs may change."""
     fields = asdict(settings)
     for name in ("device", "threads", "tta", "threshold", "allow_shared_images"):
         del fields[name]

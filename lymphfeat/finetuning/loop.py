@@ -20,13 +20,13 @@ from lymphfeat.runtime.progress import Progress, silent
 
 
 def decode(cohort: Cohort, job: Job, progress: Progress = silent) -> PixelCache:
-    """Decode the images of a cohort as a job wants them."""
+    """Decode the images of a cohort as a job needs them."""
     recipe = job.model.recipe
     return PixelCache.decode(cohort, recipe.crop, recipe.normalization, job.device, progress)
 
 
 def make_trainer(job: Job, pixels: PixelCache, cached: Cohort) -> Trainer:
-    """Make the trainer of a job's model, which moves to the device."""
+    """Make the trainer of a job's model and move the model to the device."""
     model = job.model
     model.backbone.to(job.device).to(memory_format=torch.channels_last)
     model.head.to(job.device)
@@ -48,9 +48,9 @@ def fit(
     checkpoint: Checkpoint,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Train the job's model in place, from its checkpoint if there is one; return the curves.
+    """Train the job's model in place, from its checkpoint if one exists; return the curves.
 
-    `pixels` are the images of the cohort `cached`, which has the job's patients.
+    `pixels` are the images of the cohort `cached`, which contains the job's patients.
     """
     model, settings = job.model, job.settings
     trainer = make_trainer(job, pixels, cached)
@@ -112,7 +112,7 @@ def _measure(job: Job, trainer: Trainer, held_out: Roster) -> dict[str, float]:
 
 
 def _shown(row: Row) -> str:
-    """Tell the figures of an epoch in a few words."""
+    """Summarise an epoch in a few words."""
     validation = f" validation BA {row['validation_ba']:.3f}" if "validation_ba" in row else ""
     gigabytes = row["peak_memory_gb"]
     memory = f" {gigabytes:.1f} GB" if math.isfinite(gigabytes) else ""

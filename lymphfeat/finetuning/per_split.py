@@ -1,4 +1,4 @@
-"""Backbones fine-tuned per split, for feature stores: each learns from its training patients alone.
+"""Backbones fine-tuned per split, for feature stores: each learns only from training patients.
 
 A split's folder holds its weights, with the identity of their training, and its curves. Weights of
 the same identity are not trained again.
@@ -44,10 +44,10 @@ def fine_tune(
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Path]:
-    """Train a backbone for each split and return where its weights are, by the split's id.
+    """Train a backbone for each split and return the path of its weights, by the split's id.
 
-    The seed is the split's. What is interrupted goes on when called again. Raises ModelError when
-    weights of another training are in the split's folder and `force` is not set.
+    The seed is the split's. An interrupted training resumes when called again. Raises ModelError
+    when the split's folder holds weights of another training and `force` is not set.
     """
     # Where patients share images, the heads on these features are refused (guards).
     settings = replace(settings, head=resolve(settings.head), validation=0.0)
@@ -66,7 +66,7 @@ def fine_tune(
 
 
 def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress:
-    """Say which split the progress is of."""
+    """Name the split in its progress."""
 
     def report(done: int, total: int, text: str = "") -> None:
         name = f"{splits[number - 1].id} ({number}/{len(splits)})"
@@ -76,7 +76,7 @@ def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress
 
 
 def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
-    """Say whether these very weights are there; refuse others unless `force`."""
+    """Return whether these exact weights exist; refuse others unless `force`."""
     recover(folder)
     path = folder / BACKBONE_FILE
     if not path.exists():
@@ -91,7 +91,7 @@ def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
 
 
 def _as_read(identity: Any) -> dict[str, Any]:
-    """Return an identity as it comes back from a file."""
+    """Return an identity as it would be read from a file."""
     content: dict[str, Any] = json_value(identity)
     return content
 

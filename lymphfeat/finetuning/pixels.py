@@ -1,6 +1,6 @@
-"""Crops decoded once and kept as bytes; made into views and normalised on the device, by batches.
+"""Crops decoded once and kept as bytes; augmented and normalised on the device, batch by batch.
 
-Crops that memory has no room for lie in an unnamed file in the temporary folder ($TMPDIR), mapped.
+Crops that do not fit in memory are mapped from an unnamed file in the temporary folder ($TMPDIR).
 """
 
 import errno
@@ -33,7 +33,7 @@ _HOST_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images to be seen in one go: rows of a `PixelCache`, and how each is seen. On the CPU."""
+    """Images of one pass: rows of a `PixelCache`, and the view of each. On the CPU."""
 
     rows: Tensor  # (n,) int64
     views: Views
@@ -54,7 +54,7 @@ class ImageBatch:
         return self._cut(share)
 
     def chunks(self, size: int) -> list["ImageBatch"]:
-        """Cut into parts of at most `size`, as equal as can be, in order."""
+        """Cut into parts of at most `size`, as equal as possible, in order."""
         count = -(-len(self) // size)
         if not count:
             return []
@@ -69,7 +69,7 @@ class ImageBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Patients to learn from or to measure: where a cache has their images, and their labels."""
+    """Patients to train on or to evaluate: where a cache has their images, and their labels."""
 
     starts: Tensor  # (P,) int64, row of the first image
     sizes: Tensor  # (P,) int64
@@ -77,7 +77,7 @@ class Roster:
 
     @classmethod
     def of(cls, patients: Cohort, cached: Cohort) -> "Roster":
-        """Find patients in the cache of a cohort that has them all."""
+        """Find patients in the cache of a cohort that contains them all."""
         start = dict(zip(cached.ids, cached.offsets[:-1].tolist(), strict=True))
         return cls(
             starts=torch.tensor([start[id] for id in patients.ids]),
@@ -89,7 +89,7 @@ class Roster:
         return len(self.sizes)
 
     def images(self) -> "ImageBatch":
-        """Return all images, patient after patient, as they are."""
+        """Return all images, patient after patient, unaltered."""
         rows = [
             torch.arange(start, start + size)
             for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
@@ -101,7 +101,7 @@ class PixelCache:
     """The crops of all images of a cohort, patient after patient."""
 
     def __init__(self, pixels: Tensor, normalization: Normalization, device: torch.device) -> None:
-        """Take crops (N, 3, H, W) uint8; they move to the device if it has room for them."""
+        """Take crops (N, 3, H, W) uint8; they move to the device if they fit."""
         self.device = device
         self._normalization = normalization
         self._resident = _fits(pixels, device)
@@ -160,12 +160,12 @@ def as_they_are(rows: Tensor) -> ImageBatch:
 
 
 def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return an array in memory, or mapped from an unnamed file if memory has no room for it."""
+    """Return an array in memory, or mapped from an unnamed file if it does not fit."""
     size = math.prod(shape)
     if size <= _HOST_SHARE * available_memory(torch.device("cpu")):
         return np.empty(shape, np.uint8)
     try:
-        with tempfile.TemporaryFile() as file:  # the map keeps it
+        with tempfile.TemporaryFile() as file:  # the map keeps it open
             _reserve(file.fileno(), size)
             return np.memmap(file, np.uint8, "w+", shape=shape)
     except OSError as error:
@@ -176,7 +176,7 @@ def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Fail now if the disk has no room for a temporary file: a write to a map would crash."""
+    """Fail now if a temporary file does not fit on the disk: a write to the map would crash."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     elif shutil.disk_usage(tempfile.gettempdir()).free < size:  # macOS, Windows

@@ -1,7 +1,7 @@
 """The training loops: an epoch of the weighted family, an epoch of the ranking family (METHOD §3).
 
 - All randomness comes from one CPU generator, so that a run on a GPU sees what a run on a CPU sees
-  and a checkpoint holds the whole state.
+  and a checkpoint holds the complete state.
 - Within an epoch nothing is read back from the device (the ranking family reads the ranking once).
 """
 
@@ -41,12 +41,12 @@ class Bag:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """What came of one epoch."""
+    """The results of one epoch."""
 
     loss: float  # mean over the steps
-    patients: NDArray[np.int64]  # (b,) those who were seen
-    probability: NDArray[np.float32]  # (b,) theirs, while training
-    images: int  # that passed the backbone
+    patients: NDArray[np.int64]  # (b,) the patients seen
+    probability: NDArray[np.float32]  # (b,) their probabilities during training
+    images: int  # number that passed through the backbone
 
 
 class Trainer:
@@ -96,7 +96,7 @@ class Trainer:
         return loss
 
     def draw(self, patients: Tensor) -> Bag:
-        """Take the images of patients (b,), or `images_per_patient` of each drawn anew."""
+        """Return the images of patients (b,), or a new draw of `images_per_patient` of each."""
         rows = [self._draw_one(patient) for patient in patients.tolist()]
         return Bag(rows=torch.cat(rows), sizes=torch.tensor([len(part) for part in rows]))
 
@@ -125,7 +125,7 @@ class Trainer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self.backbone.model.load_state_dict(state["backbone"])
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -144,7 +144,7 @@ def _make_optimizer(
 
 
 def _backbone_groups(backbone: Backbone, settings: EndToEndSettings) -> list[dict[str, Any]]:
-    """Return what of the backbone learns, by stage if the stages differ in their rate."""
+    """Return the trainable parameters of the backbone, by stage if learning rates differ."""
     lr = settings.head.lr
     if settings.layer_decay == 1:
         return [{"params": [p for p in backbone.parameters() if p.requires_grad], "lr": lr}]
@@ -156,9 +156,9 @@ def _backbone_groups(backbone: Backbone, settings: EndToEndSettings) -> list[dic
 
 
 def freeze(backbone: Backbone, count: int) -> None:
-    """Let the backbone's lowest stages keep their weights and batch-norm statistics.
+    """Freeze the weights and batch-norm statistics of the backbone's lowest stages.
 
-    Raises SettingsError unless a stage is left to learn.
+    Raises SettingsError unless at least one stage is left to train.
     """
     if not count:
         return
@@ -186,7 +186,7 @@ class WeightedTrainer(Trainer):
     """Trains on batches of whole patients."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
-        """Train on every patient once, but for an incomplete last batch."""
+        """Train on every patient once, except for an incomplete last batch."""
         batches = list(full_batches(self.shuffled(len(self.roster)), self.settings.batch_size))
         losses, logits, images = [], [], 0
         for done, patients in enumerate(batches):
@@ -261,7 +261,7 @@ class RankingTrainer(Trainer):
     def _learn(
         self, selected: list[Tensor], rows: Tensor, per_image: int, progress: Progress
     ) -> tuple[list[Tensor], int]:
-        """Take a step a mini-batch; return the losses and how many images passed."""
+        """Take one step per mini-batch; return the losses and the number of images passed."""
         groups = _groups(selected, self.settings.head.loss)
         patients = torch.tensor([patient for patient, _ in groups])
         batches = list(full_batches(self.shuffled(len(groups)), self.settings.batch_size))
@@ -288,7 +288,7 @@ class RankingTrainer(Trainer):
 
 
 def _groups(selected: list[Tensor], loss: str) -> list[tuple[int, Tensor]]:
-    """List what gets a loss of its own, with its patient: each instance, or a patient's together.
+    """List what gets its own loss, with its patient: each instance, or all of a patient's.
 
     A single instance's mean logit is its logit: the instance loss is the bag loss of bags of one.
     """
@@ -300,7 +300,7 @@ def _groups(selected: list[Tensor], loss: str) -> list[tuple[int, Tensor]]:
 
 
 class SelectedLoss:
-    """The cross-entropy of selected instances, each for itself or a patient's mean."""
+    """The cross-entropy of selected instances, individually or of a patient's mean."""
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class SelectedLoss:
         labels: Tensor,
         device: torch.device,
     ) -> None:
-        """Take the batch's order as `PatientLoss`; pixels (n,): which of its image's is meant."""
+        """Take the batch's order as `PatientLoss`; pixels (n,): the index of each in its image."""
         self._head = head
         self._bags = Bags.of(bag.sizes, device)
         self._place = to_device(order.argsort(), device)

@@ -22,7 +22,7 @@ class Bags:
     """How M instances are cut into B bags."""
 
     sizes: Tensor  # (B,) int64, each at least 1
-    n_instances: int  # M, their sum: to ask the device for it would be to wait for the device
+    n_instances: int  # M, their sum; asking the device for it would mean waiting for the device
 
     @classmethod
     def of(
@@ -61,7 +61,7 @@ class Bags:
         return self._reduce(values, "max")
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
-        # Unsafe leaves out a check of the sizes, for which the device would have to be waited for.
+        # Unsafe skips a check of the sizes that would have to wait for the device.
         return torch.segment_reduce(values, how, lengths=self.sizes, axis=0, unsafe=True)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Bags:
 
     @cached_property
     def buckets(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Bags of like size, for work that wants a rectangle: (bags (b,), rows (b, n)) each.
+        """Bags of similar size, for work that needs a rectangle: (bags (b,), rows (b, n)) each.
 
         Within a bucket bags are padded to the bucket's largest with row M. Sizes of one bucket
         differ by at most a quarter, so at most a fifth of a rectangle is padding.

@@ -1,4 +1,4 @@
-"""Which heads are meant: grids of settings, defaults that a name implies, names of heads."""
+"""Grids of head settings, defaults that a name implies, names of heads."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -12,16 +12,16 @@ from lymphfeat.settings import HeadGrid, HeadSettings
 DEFAULT_K = (5, 10)  # of `--agg all`
 
 
-_OPTIMISER = ("class_weights", "lr", "weight_decay")  # what every head reads
+_OPTIMISER = ("class_weights", "lr", "weight_decay")  # used by every head
 
 
 _DEFAULTS = HeadSettings()
 
 
 def resolve(settings: HeadSettings) -> HeadSettings:
-    """Fill in what the aggregator's name decides, and put what it does not read to its default.
+    """Fill in what the aggregator's name decides, and reset settings it does not use.
 
-    Heads that do the same are so equal. Raises SettingsError for an unknown aggregator.
+    Equivalent heads thus compare equal. Raises SettingsError for an unknown aggregator.
     """
     if settings.agg not in AGGREGATORS:
         raise SettingsError(
@@ -44,7 +44,7 @@ def resolve(settings: HeadSettings) -> HeadSettings:
 
 
 def require_linear(settings: HeadSettings) -> None:
-    """Raise SettingsError for what only heads on cached maps know: networks, class weights."""
+    """Raise SettingsError for what only heads on cached maps support: networks, class weights."""
     if AGGREGATORS[settings.agg].network is not None:
         linear = [name for name, row in AGGREGATORS.items() if row.network is None]
         raise SettingsError(
@@ -67,9 +67,9 @@ def _read(settings: HeadSettings) -> set[str]:
 def expand(grid: HeadGrid) -> list[HeadSettings]:
     """List the heads of a grid, each once.
 
-    "all" is every aggregator and a family's name all of that family; both take topk… at 5 and 10.
+    "all" means every aggregator and a family's name all of that family; both use topk… at 5 and 10.
 
-    Raises SettingsError for an unknown aggregator, and for a value that no head reads.
+    Raises SettingsError for an unknown aggregator, and for a value that no head uses.
     """
     heads: list[HeadSettings] = []
     for agg in grid.agg:
@@ -119,7 +119,7 @@ def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
 
 
 def head_name(settings: HeadSettings) -> str:
-    """Name a head as tables and figures do: its aggregator, k, and what departs from defaults."""
+    """Name a head as tables and plots do: its aggregator, k, and non-default settings."""
     default = resolve(HeadSettings(agg=settings.agg))
     name = settings.agg
     if name in ("topk", "topbottomk"):

@@ -22,10 +22,10 @@ class Aggregator:
     # "ranking": trained on instances; "weighted": trained on patients; "network": trained on
     # patients, and not a mean of linear scores
     family: str
-    unit: str  # the unit counted by default; of networks none, they read images
+    unit: str  # the default unit; networks have none, they read images
     about: str
-    reads: tuple[str, ...] = ("unit",)  # settings that matter, beside those of the optimiser
-    bottom: bool = False  # ranking family: do the lowest instances count too
+    reads: tuple[str, ...] = ("unit",)  # settings it uses, besides those of the optimiser
+    bottom: bool = False  # ranking family: whether the lowest instances count too
     # Weighted family: (state, logits (M, H), bags) -> patient logits (B, H), while training.
     patient_logit: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
     # Weighted family: (state, logits (M, H), bags) -> weights (M, H), each bag's adding up to 1.
@@ -36,12 +36,12 @@ class Aggregator:
 
 @dataclass(frozen=True)
 class AggregatorState:
-    """What the aggregators of H heads know beside the logits; every tensor is (H,)."""
+    """What the aggregators of H heads use besides the logits; every tensor is (H,)."""
 
     gamma: Tensor  # bnsigmoid, trained
     beta: Tensor  # bnsigmoid, trained
-    running_mean: Tensor  # bnsigmoid, followed
-    running_var: Tensor  # bnsigmoid, followed
+    running_mean: Tensor  # bnsigmoid, updated in training
+    running_var: Tensor  # bnsigmoid, updated in training
     temperature: Tensor  # lse
     momentum: Tensor  # of the running statistics
     training: bool = False
@@ -59,7 +59,7 @@ class AggregatorState:
         )
 
     def columns(self, columns: "slice | Tensor") -> "AggregatorState":
-        """Take some heads; a slice shares memory, so that running statistics stay followed."""
+        """Select some heads; a slice shares memory, so that running statistics keep updating."""
         tensors = {
             field.name: getattr(self, field.name)[columns]
             for field in fields(self)

@@ -53,7 +53,7 @@ class HeadStack(nn.Module):
         return self.aggregator.patient_logit(self.state, logits, bags)
 
     def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
-        """Return how much each instance counts for its patient: (M, H), bags adding up to 1."""
+        """Return the weight of each instance for its patient: (M, H), adding up to 1 per bag."""
         if self.aggregator.weights is not None:
             return self.aggregator.weights(self.state, logits, bags)
         first = self.settings[0]
@@ -71,7 +71,7 @@ class HeadStack(nn.Module):
 
 
 class NetworkHead(nn.Module):
-    """A network on raw pooled images: it standardises them as it was trained."""
+    """A network on raw pooled images, which it standardises as in training."""
 
     mean: Tensor
     scale: Tensor
@@ -87,7 +87,7 @@ class NetworkHead(nn.Module):
     def initial(
         cls, settings: HeadSettings, mean: Tensor, scale: Tensor, generator: torch.Generator
     ) -> "NetworkHead":
-        """Initialise a network as a generator says, on the device of `mean`."""
+        """Initialise a network from a generator, on the device of `mean`."""
         make = AGGREGATORS[settings.agg].network
         assert make is not None
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -103,7 +103,7 @@ class NetworkHead(nn.Module):
 
     @torch.no_grad()
     def image_logits(self, images: Tensor) -> Tensor:
-        """Score images (m, C) as patients who have nothing else: (m,)."""
+        """Score images (m, C), each as a patient with a single image: (m,)."""
         logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
         return logits
 
@@ -126,7 +126,7 @@ def class_weights(settings: HeadSettings, labels: Tensor) -> Tensor:
     """Return how much the loss of a reactive and of a tumoral patient counts: (2,).
 
     "balanced" gives n / (2 · n of the class) among the training `labels` (P,), so that both classes
-    count alike and the mean weight is 1.
+    count equally and the mean weight is 1.
     """
     if settings.class_weights == "none":
         return torch.ones(2, device=labels.device)

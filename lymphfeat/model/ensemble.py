@@ -12,7 +12,7 @@ from lymphfeat.model.predictions import SEEN, Predictions, decided_columns
 def average_predictions(
     members: Sequence[Predictions], decisions: Sequence[Decision]
 ) -> Predictions:
-    """Average what several models say of one cohort, and decide as `combine` says.
+    """Average the predictions of several models on one cohort, and decide with `combine`.
 
     The probability is the logistic of the mean of their calibrated logits.
     """
@@ -32,5 +32,5 @@ def average_predictions(
 
 
 def _most_seen(columns: Sequence["pd.Series[str]"]) -> list[str]:
-    """Return what the members together have seen of each patient."""
+    """Return what the members have jointly seen of each patient."""
     return [min(seen, key=SEEN.index) for seen in zip(*columns, strict=True)]

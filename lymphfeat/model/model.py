@@ -1,4 +1,4 @@
-"""The portable model: backbone, head and all it takes to apply them to new patients.
+"""The portable model: backbone, head and everything needed to apply them to new patients.
 
 A model folder holds `model.safetensors` (tensors, float32) and `model.json` (everything else); no
 pickle. `model.json` carries the hash of the tensors.
@@ -56,11 +56,11 @@ MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """Where a model comes from."""
+    """The origin of a model."""
 
     trained_on: tuple[str, ...]  # ids of its own training patients
     validated_on: tuple[PatientKey, ...] = ()
-    provenance: Provenance = NOBODY  # all it comes from, its initial weights included
+    provenance: Provenance = NOBODY  # of everything in it, including its initial weights
     cohort: Mapping[str, Any] = field(default_factory=dict)  # its fingerprint
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
@@ -85,7 +85,7 @@ def member_folders(folder: Path) -> list[Path]:
 
 
 class Model:
-    """A trained backbone and head; `predict` applies them to any cohort, labels not needed."""
+    """A trained backbone and head; `predict` applies them to any cohort, with or without labels."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Model:
         self.recipe = recipe
         self.facts = facts
         self.decision = decision
-        self.tta = tta  # whether `predict` takes the mean over the four flips unless told otherwise
+        self.tta = tta  # whether `predict` averages over the four flips by default
 
     @property
     def head_settings(self) -> HeadSettings:
@@ -121,11 +121,11 @@ class Model:
 
     @property
     def threshold_from(self) -> str:
-        """Say what the threshold was chosen on."""
+        """Return what the threshold was chosen on."""
         return self.decision.threshold_from
 
     def save(self, folder: Path | str) -> None:
-        """Write `model.safetensors` and `model.json` to a folder, made if it is not there."""
+        """Write `model.safetensors` and `model.json` to a folder, creating it if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -154,7 +154,7 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Model":
-        """Read a model folder; raises ModelError, saying what to do, for one that is not whole."""
+        """Read a model folder; raises ModelError, saying what to do, if it is incomplete."""
         folder = Path(folder)
         recover(folder)
         facts = _read_facts(folder)
@@ -179,12 +179,12 @@ class Model:
         batch_size: int = 64,
         progress: Progress = silent,
     ) -> Predictions:
-        """Predict every patient and image of a cohort, each from nothing but its own images.
+        """Predict every patient and image of a cohort, each only from its own images.
 
-        With `tta` everything is the mean over the four flips; None is the model's own choice.
+        With `tta` everything is the mean over the four flips; None uses the model's default.
         Images are decoded and scored in batches; only their logits are kept. `precision` is
-        float32, bfloat16 or auto; only float32 gives the same probabilities on every machine, but
-        for the order of sums.
+        float32, bfloat16 or auto; only float32 gives the same probabilities on every machine, up
+        to the order of summation.
         """
         chosen = choose_device(device)
         views = VIEWS if (self.tta if tta is None else tta) else VIEWS[:1]
@@ -201,10 +201,10 @@ class Model:
             return self._read_out(cohort, logits)
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-        """Measure the labelled ones of predicted patients, by what the model has seen of them.
+        """Measure predicted patients with a label, grouped by what the model has seen of them.
 
-        The groups are "train" (their labels were learnt from, by the model or by what it was made
-        of: how well the model fits, not how well it predicts), "validation" and "new".
+        The groups are "train" (the model, or what it was made from, learnt from their labels: how
+        well it fits, not how well it predicts), "validation" and "new".
         """
         known = patients[patients["label"].notna()]
         groups = known["seen"].map(ROLE_OF)
@@ -215,7 +215,7 @@ class Model:
         }
 
     def seen(self, patients: Sequence[PatientKey]) -> list[str]:
-        """Say of each patient what the model has seen of it, as one of `SEEN`."""
+        """Return what the model has seen of each patient, as one of `SEEN`."""
         validated = Provenance(labels=self.facts.validated_on)
 
         def seen_of(patient: PatientKey) -> str:
@@ -302,7 +302,7 @@ def _build(facts: Mapping[str, Any]) -> Model:
 def _provenance_of(training: Mapping[str, Any]) -> Provenance:
     if "provenance" in training:
         return Provenance.from_json(training["provenance"])
-    return Provenance.of_ids(labels=training["trained_on"])  # of models of earlier versions
+    return Provenance.of_ids(labels=training["trained_on"])  # models of earlier versions
 
 
 def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:

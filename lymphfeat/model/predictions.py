@@ -1,4 +1,4 @@
-"""What a model says of a cohort: tables of patients and images."""
+"""The predictions of a model on a cohort: tables of patients and images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,27 +25,27 @@ ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model says of a cohort.
+    """The predictions of a model on a cohort.
 
     patients: id, label (missing where unknown), seen (one of `SEEN`), n_images, probability (of
         tumoral), calibrated (missing where the model has no calibration), predicted (1 where the
-        probability is above the threshold). Of several models the probability is calibrated
-        already, and there is also spread, the standard deviation of the members' calibrated
-        probabilities.
+        probability is above the threshold). For several models the probability is already
+        calibrated, and there is a column spread, the standard deviation of the members'
+        calibrated probabilities.
     images: patient, image (file name), logit (the mean of its instances' logits), probability (its
-        logistic), weight: the image's share in its patient's decision, adding up to 1 a patient.
+        logistic), weight: the image's share in its patient's decision, adding up to 1 per patient.
     """
 
     patients: pd.DataFrame
     images: pd.DataFrame
 
     def decided(self, decision: Decision) -> "Predictions":
-        """Return the same probabilities, calibrated and called by a decision."""
+        """Return the same probabilities, calibrated and thresholded by a decision."""
         decided = decided_columns(self.patients["probability"].to_numpy(np.float64), decision)
         return replace(self, patients=self.patients.assign(**decided))
 
     def save(self, patients: Path | None = None, images: Path | None = None) -> None:
-        """Write either table as CSV, whole or not at all."""
+        """Write either table as CSV, completely or not at all."""
         for table, path in ((self.patients, patients), (self.images, images)):
             if path is not None:
                 replace_file(path, partial(_write_table, table))

@@ -52,7 +52,7 @@ class CohortScorer:
         device: torch.device,
         unit: str | None = None,
     ) -> None:
-        """Take the unit to score, None for the head's own."""
+        """Take the unit to score; None uses the head's."""
         self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(head).eval().to(device)
         self._recipe = recipe
@@ -107,7 +107,7 @@ def _finite(logits: Tensor, paths: Sequence[Path]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOut:
-    """What a head makes of instance logits."""
+    """What a head computes from instance logits."""
 
     probability: Tensor  # (P,) of patients
     weight: Tensor  # (N,) an image's share in its patient's decision

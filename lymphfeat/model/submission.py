@@ -16,7 +16,7 @@ HEADERS = ("Id,Predicted", "ID,LABEL")
 def write_submission(
     patients: pd.DataFrame, ids: Sequence[str], path: Path, header: str = HEADERS[0]
 ) -> None:
-    """Write a row for each of `ids`, in their order: id and 0 or 1.
+    """Write one row per id, in the order of `ids`: id and 0 or 1.
 
     `patients` is `Predictions.patients`; `header` one of `HEADERS`.
     """

@@ -1,5 +1,5 @@
 """Self-supervised pre-training: unlabelled cells -> backbone weights.
 
-run.py is the way in; trainer.py makes the steps, pairs.py draws what is to look alike, probe.py
-measures on the way.
+run.py is the entry point; trainer.py takes the steps, pairs.py draws the pairs that should look
+alike, probe.py measures progress.
 """

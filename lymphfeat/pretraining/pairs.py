@@ -1,4 +1,4 @@
-"""Which two fields of pixels are to look alike: one cell twice, or two cells of one patient."""
+"""Pairs of pixel fields that should look alike: one cell twice, or two cells of one patient."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 class PairSampler:
     """Draws anchors and their partners.
 
-    Rows of one group lie side by side. With `balanced`, an image of a group of n is drawn with
-    weight n^-1/2: rare classes more often than they are, common ones still more often than rare.
+    Rows of one group are adjacent. With `balanced`, an image of a group of n is drawn with weight
+    n^-1/2: rare classes more often than they occur, common ones still more often than rare.
     """
 
     def __init__(

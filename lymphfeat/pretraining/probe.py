@@ -1,4 +1,4 @@
-"""A k-NN probe: do cells of one class, or of one patient, lie together in feature space?"""
+"""A k-NN probe: are cells of one class, or of one patient, close together in feature space?"""
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def pooled_features(
 
 
 def nearest_neighbour_share(features: NDArray[np.float32], groups: NDArray[np.int64]) -> float:
-    """Return the share of rows whose nearest other row (cosine) is of their own group, 0 to 1."""
+    """Return the share of rows whose nearest other row (cosine) is in the same group, 0 to 1."""
     scaled = (features - features.mean(0)) / (features.std(0) + 1e-6)  # (n, C)
     nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(scaled)
     neighbour = nearest.kneighbors(return_distance=False)[:, 0]  # (n,) of the others

@@ -1,4 +1,4 @@
-"""A whole pre-training: a folder of cells -> a weights file, its curve and its figure."""
+"""A complete pre-training: a folder of cells -> a weights file, its curve and its plot."""
 
 import time
 from collections.abc import Mapping
@@ -33,12 +33,12 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
-_TIMED_STEPS = 8  # show how many fit in the minutes given; no checkpoint before
+_TIMED_STEPS = 8  # to estimate how many fit in the minutes; no checkpoint before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """What a pre-training left."""
+    """The results of a pre-training."""
 
     weights: Path
     sha256: str
@@ -56,11 +56,11 @@ def pretrain(
 ) -> Pretrained:
     """Train a backbone on cells without their patients' labels and write its weights to `out`.
 
-    Beside the .safetensors file (float16, timm's keys, the recipe in its header) come a curve as
-    CSV and PNG; the three are replaced together, at the end. An interrupted run goes on from its
-    checkpoint, on a CPU to the same bits. Raises SettingsError when one of them is there and
-    `force` is not set or for cells that do not fit the settings, CohortError for an image that
-    cannot be read.
+    Next to the .safetensors file (float16, timm's keys, the recipe in its header) it writes the
+    learning curve as CSV and PNG; the three are replaced together, at the end. An interrupted run
+    resumes from its checkpoint, bit for bit on a CPU. Raises SettingsError when one of the files
+    exists and `force` is not set, or for cells that do not fit the settings; CohortError for an
+    image that cannot be read.
     """
     _check(cells, out, settings)
     dtype = choose_precision(settings.precision, choose_device(settings.device))
@@ -110,7 +110,7 @@ def _check(cells: Cells, out: Path, settings: PretrainSettings) -> None:
 
 
 def _recipe(cells: Cells, settings: PretrainSettings, init: LoadedWeights) -> dict[str, Any]:
-    """Collect all that determines the weights."""
+    """Collect everything that determines the weights."""
     facts = asdict(settings) | {"init": init.source, "init_sha256": init.sha256}
     return facts | {
         "method": "vicreg",
@@ -158,7 +158,7 @@ def _prepare(
 
 
 class _Probe:
-    """The nearest-neighbour probe on a fixed choice of images."""
+    """The nearest-neighbour probe on a fixed sample of images."""
 
     def __init__(self, fields: Tensor, groups: Tensor, settings: PretrainSettings) -> None:
         rows = probe_rows(groups, settings.seed).to(fields.device)
@@ -175,7 +175,7 @@ class _Probe:
 def _train(
     trainer: Trainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
 ) -> list[Row]:
-    """Train from the checkpoint if there is one; return a row an epoch, from epoch 0 on."""
+    """Train from the checkpoint if one exists; return one row per epoch, starting at epoch 0."""
     state = checkpoint.read()
     if state is None:
         curve: list[Row] = [{"epoch": 0, "probe": probe.measure(trainer.backbone)}]
@@ -201,7 +201,7 @@ def _train(
 
 
 def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> Row:
-    """Return the figures of the epoch just ended; `sums` are over its steps."""
+    """Return the results of the epoch just ended; `sums` are over its steps."""
     loss, class_loss, class_accuracy = (sums / trainer.steps_per_epoch).tolist()
     classes = {"class_loss": class_loss, "class_accuracy": class_accuracy}
     return {
@@ -213,7 +213,7 @@ def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> Row:
 
 
 class _Meter:
-    """Shows steps, views per second and the last figures."""
+    """Shows steps, views per second and the latest results."""
 
     def __init__(self, progress: Progress, trainer: Trainer, row: Row) -> None:
         self._progress, self._trainer = progress, trainer

@@ -1,7 +1,7 @@
-"""VICReg on pairs of views, with a classifier beside it where folders are classes.
+"""VICReg on pairs of views, plus a classifier where folders are classes.
 
-VICReg (Bardes et al. 2022) asks of the projections of two views that they be alike, that every
-dimension vary over the batch, and that dimensions be uncorrelated. It needs neither negatives nor
+VICReg (Bardes et al. 2022) requires the projections of two views to be alike, every dimension to
+vary over the batch, and dimensions to be uncorrelated. It needs neither negatives nor
 large batches, so it works on two cores. The loss and the projector are lightly's.
 """
 
@@ -71,18 +71,18 @@ class Trainer:
         )
         self.batch_size = min(settings.batch_size, len(fields))
         self.steps_per_epoch = max(len(fields) // self.batch_size, 1)
-        # With minutes, until `fill_minutes`: more than can be.
+        # With minutes, an unreachable number until `fill_minutes`.
         epochs = settings.epochs if settings.minutes is None else 10**6
         self.total_steps = epochs * self.steps_per_epoch
         self.step = 0
 
     @property
     def minutes(self) -> float | None:
-        """Return the time to fill, when the settings ask for that instead of epochs."""
+        """Return the time to train for, when the settings give it instead of epochs."""
         return self._settings.minutes
 
     def fill_minutes(self, seconds_per_step: float) -> None:
-        """Set the steps to the whole epochs, begun ones included, that fill the minutes."""
+        """Set the steps to whole epochs that fill the minutes, started epochs included."""
         assert self.minutes is not None
         epochs = round(self.minutes * 60 / seconds_per_step / self.steps_per_epoch)
         self.total_steps = max(epochs, -(-self.step // self.steps_per_epoch)) * self.steps_per_epoch
@@ -95,7 +95,7 @@ class Trainer:
         }
 
     def advance(self) -> Tensor:
-        """Make one step; return (similarity loss, class loss, share of classes right), (3,)."""
+        """Take one step; return (similarity loss, class loss, share of classes correct), (3,)."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * self._rate()
         anchors, partners = self._pairs.draw(self.batch_size)
@@ -133,7 +133,7 @@ class Trainer:
         return warmup * 0.5 * (1.02 + 0.98 * math.cos(math.pi * done))
 
     def state(self) -> dict[str, Any]:
-        """Return all that the next step depends on."""
+        """Return everything that the next step depends on."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -143,7 +143,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self.step, self.total_steps = state["step"], state["total_steps"]
         for name, module in self._modules().items():
             module.load_state_dict(state["modules"][name])

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
     def forward(self, images: Tensor, bags: Bags) -> Tensor:
         """Return the patients' logits: images (m, C) -> (B,)."""
-        # The classifier is linear: that of the mean is the mean of the images'.
+        # The classifier is linear: its logit of the mean is the mean of its logits of the images.
         logits = self.classifier(images).float()  # (m, 1)
         return bags.sum(self.weights(images, bags) * logits)[:, 0]
 
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
 class LSTM(nn.Module):
     """A bidirectional LSTM reads the images in their order; a linear classifier of its last states.
 
-    The only aggregator for which the order of a patient's images counts.
+    The only aggregator for which the order of a patient's images matters.
     """
 
     def __init__(self, channels: int, settings: HeadSettings) -> None:

@@ -13,7 +13,7 @@ from lymphfeat.heads.bags import Bags
 
 
 def effective_k(sizes: Tensor, k: int, percent: float | None = None, minimum: int = 1) -> Tensor:
-    """Return how many instances each bag gives (report §3.2): (B,), from sizes (B,).
+    """Return how many instances of each bag are used (report §3.2): (B,), from sizes (B,).
 
     min(n, k), or with `percent` min(n, max(minimum, ceil(percent / 100 · n))).
     """
@@ -54,7 +54,7 @@ class Ranking:
         return self.rows[0].shape[1]
 
     def columns(self, heads: Tensor) -> "Ranking":
-        """Take some heads."""
+        """Select some heads."""
         return Ranking(
             self.bags,
             tuple(rows.index_select(1, heads) for rows in self.rows),
@@ -64,7 +64,7 @@ class Ranking:
     def top(self, k: int) -> Tensor:
         """Return the rows of each bag's k highest instances: (B, H, k), padded with M.
 
-        A bag with fewer than k instances gives all it has.
+        All instances of a bag with fewer than k are returned.
         """
         top = self.rows[0].new_full((self.bags.n_bags, self.heads, k), self.bags.n_instances)
         for (bags, _), rows in zip(self.bags.buckets, self.rows, strict=True):

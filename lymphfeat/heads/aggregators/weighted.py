@@ -25,7 +25,7 @@ def max_weights(logits: Tensor, bags: Bags) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and biased variance of logits over instances, one a head."""
+    """Mean and biased variance of logits over instances, one per head."""
 
     mean: Tensor  # (H,)
     variance: Tensor  # (H,)
@@ -43,10 +43,10 @@ def bnsigmoid_weights(
     """Return σ(β + γ (sg(ℓ) − μ) / sqrt(V + ε)), divided by their sum over the bag.
 
     γ, β (H,) get gradients, the logits do not. `statistics` are the batch's while training and the
-    running ones afterwards, so that a patient's score depends on nobody else.
+    running ones afterwards, so that a patient's score depends on no other patient.
     """
     normalized = (logits.detach() - statistics.mean) / (statistics.variance + EPSILON).sqrt()
-    # In the log domain: where every sigmoid of a bag underflows, their shares still exist.
+    # In the log domain the shares exist even where every sigmoid of a bag underflows.
     log_weights = torch.nn.functional.logsigmoid(beta + gamma * normalized)  # (M, H)
     return bags.softmax(log_weights)
 
@@ -59,7 +59,7 @@ def weighted_logit(logits: Tensor, weights: Tensor, bags: Bags) -> Tensor:
 def lse_logit(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
     """Return the log-mean-exp at temperature r (H,): (1/r) log mean exp(r ℓ): (B, H).
 
-    r towards 0 is the mean, r towards infinity the maximum.
+    As r goes to 0 it tends to the mean, as r goes to infinity to the maximum.
     """
     scaled = temperature * logits
     largest = bags.max(scaled.detach())  # (B, H)
@@ -67,5 +67,5 @@ def lse_logit(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
 
 
 def lse_weights(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
-    """Return the gradient of `lse_logit`: softmax(r ℓ) over each bag; how an image counted."""
+    """Return the gradient of `lse_logit`: softmax(r ℓ) over each bag, how much an image counts."""
     return bags.softmax(temperature * logits)

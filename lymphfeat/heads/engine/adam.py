@@ -9,7 +9,7 @@ from torch import Tensor
 class StackedAdam:
     """Adam (Kingma & Ba 2015, torch's defaults) for H heads, each with its own lr and step count.
 
-    Heads without a gradient in a step (`active` false) are left exactly as they are.
+    Heads without a gradient in a step (`active` false) are left unchanged.
     """
 
     def __init__(self, parameters: Sequence[Tensor], lr: Tensor, weight_decay: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The head engine: fits many heads together on cached feature maps.
 
-A *fit* is one head's settings on one split. Fits of one family, unit and way of learning are laid
-side by side as one head axis H (`ranking`, `weighted`); `networks` share what they read. Every fit
-draws its own initialisation and order from a generator seeded by its split alone, so fitting many
-together gives what fitting one alone gives; and a grid can be cut into blocks as memory demands.
+A *fit* is one head's settings on one split. Fits of one family, unit and way of learning are
+stacked along one head axis H (`ranking`, `weighted`); `networks` share what they read. Every fit
+draws its own initialisation and order from a generator seeded only by its split, so fitting many
+together gives the same as fitting one alone, and a grid can be cut into blocks that fit in memory.
 """
 
 from collections import defaultdict
@@ -38,7 +38,7 @@ class Trainer(Protocol):
         """Evaluate on other features, into a result of one epoch."""
 
     def keep(self, result: FittedHeads) -> None:
-        """Write what was learnt."""
+        """Write the learnt parameters."""
 
 
 TRAINERS: dict[str, type[RankingTrainer] | type[WeightedTrainer] | type[NetworkTrainer]] = {
@@ -62,9 +62,9 @@ def fit_heads(
 ) -> FittedHeads:
     """Fit all heads together; keep every patient's probability after every epoch.
 
-    With several `views` one of them is drawn for every image at every step; evaluation sees the
-    identity, or with `tta` takes the mean over the views. Heads that need more than `memory` bytes
-    (None: a quarter of what is free) are fitted block after block. Under torchrun every process
+    With several `views` one of them is drawn for every image at every step; evaluation uses the
+    identity, or with `tta` the mean over the views. Heads that need more than `memory` bytes
+    (None: a quarter of the free memory) are fitted block after block. Under torchrun every process
     fits its share and returns all. With bfloat16 features the last probabilities are compared with
     the same weights' in float32. Progress counts heads × epochs.
     """
@@ -92,7 +92,7 @@ class _Count:
         self._done = 0
 
     def __call__(self, block: int, heads: int, epoch: int) -> None:
-        """Say that some heads of a block have finished an epoch."""
+        """Report that some heads of a block have finished an epoch."""
         self._done += heads
         of_block = f", block {block + 1} of {self._blocks}" if self._blocks > 1 else ""
         text = f"epoch {epoch + 1} of {self._epochs}{of_block}"
@@ -108,7 +108,7 @@ def _fit_block(
     tta: bool,
     count: Callable[[int, int], None],
 ) -> None:
-    """Fit some of the fits of a result together, and write what came of them into it."""
+    """Fit some of the fits of a result together, and write their results into it."""
     groups = _group(result.fits, positions, sampling)
     trainers = [_make_trainer(features, result.fits, group, sampling, tta=tta) for group in groups]
     for epoch in range(result.losses.shape[1]):
@@ -136,7 +136,7 @@ def _compare_with_float32(
 
 
 def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) -> list[list[int]]:
-    """Cut fits into blocks whose weights, optimisers and batches memory can hold."""
+    """Cut fits into blocks whose weights, optimisers and batches fit in memory."""
     sizes: dict[HeadSettings, int] = {}
     blocks: list[list[int]] = [[]]
     held = 0
@@ -153,7 +153,7 @@ def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) ->
 
 
 def _bytes_of(head: HeadSettings, channels: int, batch_size: int) -> int:
-    """Estimate what a fit holds while it is trained."""
+    """Estimate the memory of a fit in training, in bytes."""
     aggregator = AGGREGATORS[head.agg]
     if aggregator.network is not None:
         with torch.device("meta"):

@@ -22,7 +22,7 @@ _CHUNK_ROWS = 1 << 15  # instances read at a time
 
 
 class Source(Protocol):
-    """Where the instances of one unit lie."""
+    """Where the instances of one unit are stored."""
 
     def span(self, start: int, stop: int, view: int) -> Tensor:
         """Return the instances (m, C) of images start:stop in a view."""
@@ -80,7 +80,7 @@ class Streamed:
 
 
 def _as_pixels(maps: Tensor, view: int) -> Tensor:
-    """Turn maps (n, C, h, w) of a view into (n, h · w, C), a pixel at its place in the image."""
+    """Turn maps (n, C, h, w) of a view into (n, h · w, C), pixels at their image positions."""
     return flip_view(maps, VIEWS[view]).flatten(2).mT
 
 
@@ -130,7 +130,7 @@ class Instances:
     def chunks(self, heads: int, view: int = 0) -> Iterator[tuple[slice, Tensor, Bags]]:
         """Yield all patients, some at a time: (patients, instances (m, C), bags).
 
-        A chunk is as large as logits of so many heads may be, and has at least one patient.
+        A chunk is as large as the limit on its logits of `heads` heads allows, at least a patient.
         """
         limit = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // heads) // self.per_image)  # images
         start = 0
@@ -160,8 +160,8 @@ class Features:
     ) -> None:
         """Take maps (N, V, C, h, w), or (N, C, h, w) of one view, and their averages (N, V, C).
 
-        The pixels are laid out when used first; where they would not fit into half of `memory`
-        bytes (None: what is free) they are read from `maps` each time instead.
+        The pixels are laid out on first use; where they would not fit into half of `memory` bytes
+        (None: the free memory) they are read from `maps` each time instead.
         """
         self._maps = maps if maps.ndim == 5 else maps[:, None]
         self.device = device or torch.device("cpu")
@@ -200,7 +200,7 @@ class Features:
 
     @cached_property
     def _pixels(self) -> Tensor:
-        """(V, N · h · w, C): one row a pixel, images and patients contiguous."""
+        """(V, N · h · w, C): one row per pixel, images and patients contiguous."""
         n, views, channels, height, width = self._maps.shape
         shape = (views, n, height * width, channels)
         pixels = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -230,7 +230,7 @@ class Features:
 
     @cached_property
     def patient_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each patient's number of images (P, 1), their sum (P, C) and that of their squares."""
+        """Each patient's number of images (P, 1), their sum (P, C) and the sum of their squares."""
         totals, squares = [], []
         for _, images, bags in self.of_unit("image").chunks(1):
             totals.append(bags.sum(images.double()))

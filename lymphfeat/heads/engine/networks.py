@@ -1,4 +1,4 @@
-"""Training of networks on a patient's pooled images, one after another: they gain nothing stacked.
+"""Training of networks on a patient's pooled images, one by one, as stacking gains nothing.
 
 All fits of a split see the same patients in the same order and share what is read.
 """
@@ -21,7 +21,7 @@ from lymphfeat.heads.engine.scorers import Scaling
 from lymphfeat.heads.stack import NetworkHead, class_weights
 from lymphfeat.runtime.devices import autocast
 
-_CHUNK_WIDTH = 512  # counts as so many heads where chunks of patients are cut
+_CHUNK_WIDTH = 512  # number of heads a network counts as when patients are cut into chunks
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Training of the ranking family (METHOD §2 A): rank all instances, then learn from the selected.
 
-All fits of one k_train share one matrix product a ranking phase and one batched step a mini-batch.
-Heads that differ only in what they read out (top1, topk at any k, topbottomk) share one scorer.
+All fits of one k_train share one matrix product per ranking phase and one batched step per
+mini-batch.
+Heads that differ only in their read-out (top1, topk at any k, topbottomk) share one scorer.
 """
 
 from collections import defaultdict
@@ -25,7 +26,7 @@ from lymphfeat.settings import HeadSettings
 
 
 def learning(head: HeadSettings) -> HeadSettings:
-    """Blank out what a head reads out and keep what it learns from."""
+    """Reset the settings of a head's read-out and keep those of its training."""
     return HeadSettings(
         agg="topk",
         unit=head.unit,
@@ -49,7 +50,7 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _ReadOut:
-    """Fits whose probabilities are read off a ranking alike."""
+    """Fits with the same read-out of a ranking."""
 
     head: HeadSettings
     columns: Tensor | None  # (n,) their scorers; None is every one
@@ -107,7 +108,7 @@ class RankingTrainer:
         return effective_k(sizes, self._head.k_train, self._head.k_percent, self._head.k_min)
 
     def run_epoch(self, epoch: int, result: FittedHeads) -> None:
-        """Learn from the instances ranked highest, rank anew, read the probabilities out."""
+        """Learn from the instances ranked highest, rank again, read out the probabilities."""
         losses = self._learn()  # (H,)
         for scorer, group in enumerate(self._positions):
             result.losses[group, epoch] = losses[scorer]

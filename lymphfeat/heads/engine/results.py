@@ -1,4 +1,4 @@
-"""What is fitted, and what came of it."""
+"""Fits and their results."""
 
 import tempfile
 import zlib
@@ -13,8 +13,8 @@ from lymphfeat.cohort.splits import Split
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.settings import HeadSettings
 
-EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # what bnsigmoid has beside a scorer
-_LARGE = 1 << 30  # bytes of curves, from which on they lie in a temporary file
+EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # of bnsigmoid, besides the scorer
+_LARGE = 1 << 30  # bytes of curves above which they are kept in a temporary file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,12 @@ class Fit:
 
     head: HeadSettings
     split: Split
-    curve: bool = True  # evaluate after every epoch; without, only after the last
+    curve: bool = True  # whether to evaluate after every epoch, or only after the last
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedHeads:
-    """What came of fits, in the order they were asked for."""
+    """The results of fits, in the order requested."""
 
     fits: tuple[Fit, ...]
     curves: NDArray[np.float32]  # (fits, epochs, P) probabilities after every epoch; NaN unasked
@@ -44,7 +44,7 @@ class FittedHeads:
     def empty(
         cls, fits: Sequence[Fit], *, epochs: int, patients: int, channels: int
     ) -> "FittedHeads":
-        """Make room for fits."""
+        """Allocate the results of fits."""
         n = len(fits)
         return cls(
             fits=tuple(fits),
@@ -58,7 +58,7 @@ class FittedHeads:
 
     @classmethod
     def joined(cls, parts: Sequence["FittedHeads"]) -> "FittedHeads":
-        """Put the fits of several calls behind each other."""
+        """Concatenate the fits of several calls."""
         fits = tuple(fit for part in parts for fit in part.fits)
         _, epochs, patients = parts[0].curves.shape
         channels = parts[0].weight.shape[1]
@@ -103,7 +103,7 @@ class FittedHeads:
 
 
 def _nan(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return an array of NaN, of which the system may swap out what memory cannot hold."""
+    """Return an array of NaN; a large one is mapped from a file, so it need not fit in memory."""
     if np.prod(shape, dtype=np.int64) * 4 < _LARGE:
         return np.full(shape, np.nan, np.float32)
     with tempfile.TemporaryFile() as file:  # lives as long as it is mapped
@@ -113,5 +113,5 @@ def _nan(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def split_generator(split: Split) -> torch.Generator:
-    """Return the generator of a split's initialisation and order: nothing else seeds a fit."""
+    """Return the generator of a split's initialisation and order, the only seed of a fit."""
     return torch.Generator().manual_seed(zlib.crc32(f"{split.seed}/{split.id}".encode()))

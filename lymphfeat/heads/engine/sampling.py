@@ -16,12 +16,12 @@ class Sampling:
     """How the mini-batches of every fit are drawn."""
 
     batch_size: int = 16  # patients, or selected instances
-    images_per_patient: int | None = None  # drawn anew at every step; None is all
-    views: int = 1  # of which one is drawn for every image at every step
+    images_per_patient: int | None = None  # drawn again at every step; None means all
+    views: int = 1  # one of them is drawn for every image at every step
 
     @property
     def whole(self) -> bool:
-        """Whether a patient is always all its images, as they are."""
+        """Whether every step uses all images of a patient, unaltered."""
         return self.images_per_patient is None and self.views == 1
 
 
@@ -51,7 +51,7 @@ class Sampler:
         self._sampling, self._generator = sampling, generator
 
     def epoch(self) -> list[Batch]:
-        """Draw batches of every training patient once, but for an incomplete last batch."""
+        """Draw batches of every training patient once, except for an incomplete last batch."""
         order = self.shuffled(len(self.train))
         batches = batched(self.train[order][:, None], self._sampling.batch_size, -1)[..., 0]
         return [self._draw(batch[batch >= 0]) for batch in batches]
@@ -79,7 +79,7 @@ class Sampler:
         return first + self.shuffled(last - first)[:most].sort().values
 
     def views(self, shape: Sequence[int]) -> Tensor | None:
-        """Draw a view for each of so many images; None where there is only one."""
+        """Draw a view for each image; None where there is only one view."""
         if self._sampling.views == 1:
             return None
         return torch.randint(self._sampling.views, tuple(shape), generator=self._generator)
@@ -92,7 +92,7 @@ class Sampler:
 def batched(rows: Tensor, batch_size: int, padding: int) -> Tensor:
     """Cut shuffled rows (n, …) into (steps, batch, …), without the incomplete last batch.
 
-    Fewer rows than one batch are padded to it, so that there is always a step.
+    Fewer rows than one batch are padded to a full one, so that there is always one step.
     """
     steps = max(1, len(rows) // batch_size)
     rows = rows[: steps * batch_size]

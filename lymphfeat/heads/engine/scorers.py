@@ -1,4 +1,4 @@
-"""Stacked linear scorers: standardised inside, folded for use; and what weighs their losses."""
+"""Stacked linear scorers, standardised in training and folded for use, and their loss weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: the head axis is shared out over them."""
+"""The head axis divided among the processes that torchrun started."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from lymphfeat.runtime.processes import count, rank
 
 
 def own_share(fits: Sequence[Fit]) -> list[int]:
-    """Return the positions of the fits that fall to this process; those of a split together."""
+    """Return the positions of this process's fits; those of a split stay together."""
     if count() == 1:
         return list(range(len(fits)))
     order, n = by_split(fits), count()
@@ -17,7 +17,7 @@ def own_share(fits: Sequence[Fit]) -> list[int]:
 
 
 def exchange(fits: Sequence[Fit], positions: Sequence[int], part: FittedHeads) -> FittedHeads:
-    """Return all fits, from what every process has fitted at its positions."""
+    """Return all fits, collected from what every process fitted at its positions."""
     if count() == 1:
         return part
     own = (list(positions), part)
@@ -33,5 +33,5 @@ def exchange(fits: Sequence[Fit], positions: Sequence[int], part: FittedHeads) -
 
 
 def by_split(fits: Sequence[Fit]) -> list[int]:
-    """Order the positions of fits so that those of a split, which share what is read, meet."""
+    """Order the positions of fits so that those of a split, which share reads, are adjacent."""
     return sorted(range(len(fits)), key=lambda position: fits[position].split.id)

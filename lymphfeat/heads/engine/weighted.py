@@ -1,9 +1,9 @@
-"""Training of the weighted family (METHOD §2 B) on whole patients, one lane a split.
+"""Training of the weighted family (METHOD §2 B) on whole patients, one lane per split.
 
 A lane's heads see the same patients in the same order. All lanes take their steps together, and a
-patient whom several lanes want in a step is read once for all of them: reading the features is what
-costs, for their scorers are few. The gradient of a linear scorer is written out (Gᵀ X), so that
-features are read twice a step and nothing of their size is allocated.
+patient that several lanes need in a step is read once for all of them: reading the features is the
+main cost, because there are few scorers. The gradient of a linear scorer is written out (Gᵀ X), so
+that features are read twice per step and nothing of their size is allocated.
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ _SMALL = 8  # instances of a patient, below which reading is cheaper than sharin
 
 
 def unit_of(head: HeadSettings, sampling: Sampling) -> str:
-    """Return what to read: a mean of scores is the score of the mean, of whole patients too."""
+    """Return the unit to read: a mean of scores is the score of the mean, also over a patient."""
     if head.agg != "mean":
         return head.unit
     return "patient" if sampling.whole else "image"
@@ -51,8 +51,8 @@ class WeightedTrainer:
         tta: bool = False,
     ) -> None:
         """Take the positions of the fits that this trainer is for."""
-        # In the order split, aggregator: a split's heads are neighbours, and of those an
-        # aggregator's.
+        # Sorted by split, then aggregator: the heads of a split are adjacent, and within it those
+        # of an aggregator.
         self._positions = sorted(positions, key=lambda p: (fits[p].split.id, fits[p].head.agg))
         own = [fits[position] for position in self._positions]
         self._unit = unit_of(own[0].head, sampling)
@@ -112,7 +112,7 @@ class WeightedTrainer:
         return slopes.loss
 
     def _blocks(self, lanes: Sequence["_Lane"], batches: Sequence[Batch]) -> Iterator[list[int]]:
-        """Cut the lanes of a step into blocks whose logits memory can hold."""
+        """Cut the lanes of a step into blocks whose logits fit in memory."""
         block: list[int] = []
         held = 0
         for i, (lane, batch) in enumerate(zip(lanes, batches, strict=True)):
@@ -154,7 +154,7 @@ class WeightedTrainer:
         self._evaluate(0, result)
 
     def _evaluate(self, epoch: int, result: FittedHeads) -> None:
-        """Write every patient's probability by the heads whose curve is wanted."""
+        """Write every patient's probability for the heads whose curve is requested."""
         last = epoch == result.losses.shape[1] - 1
         wanted = [i for i, curve in enumerate(self._curves) if curve or last]
         wanted.sort(key=lambda i: self._aggs[i])
@@ -272,11 +272,11 @@ class _Reads(Protocol):
         """Return each lane's logits (m, K) by all folded scorers (H, C), (H,)."""
 
     def add_gradient(self, slopes: Sequence[Tensor], gradient: Tensor) -> None:
-        """Add to the gradient by all scorers (H, C) what each lane's slopes (m, K) make."""
+        """Add the share of each lane's slopes (m, K) to the gradient of all scorers (H, C)."""
 
 
 class _SharedReads:
-    """Whole patients, each read once for all lanes that want it."""
+    """Whole patients, each read once for all lanes that need it."""
 
     def __init__(
         self, instances: Instances, lanes: Sequence[_Lane], batches: Sequence[Batch]
