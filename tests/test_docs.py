@@ -15,6 +15,7 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.grid import expand
 from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.runtime import devices
 from lymphfeat.settings import HeadGrid
 from lymphfeat_cli.main import COMMANDS, cli
 from tests.tiny import one_thread as one_thread
@@ -85,6 +86,7 @@ def test_python_runs_as_shown(
 ) -> None:
     write_red_cohort(tmp_path / "cohort", side=112)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
     exec(_blocks(page)[number], {})
     results = {path.name for path in tmp_path.iterdir()}
     assert {"run", "model"} & results
