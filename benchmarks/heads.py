@@ -38,7 +38,7 @@ from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.fitting import load_features
-from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
@@ -247,7 +247,7 @@ def attention_epochs(features: Features, split: Split, epochs: int) -> tuple[flo
     head = HeadSettings(agg="attention", width=128, lr=0.003)
     fit = Fit(head=head, split=split, curve=False)
     start = clock()
-    fitted = fit_heads(features, [fit], epochs=epochs, batch_size=BATCH)
+    fitted = fit_stacked(features, [fit], epochs=epochs, batch_size=BATCH)
     return clock() - start, float(fitted.losses[0, -1])
 
 
@@ -287,7 +287,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     names = dict.fromkeys(head_name(fit.head) for fit in fits)
     print(f"  {len(fits)} fits: {SEEDS} seeds × {', '.join(names)}")
     if epochs:
-        whole = timed(lambda: fit_heads(features, fits, epochs=epochs, batch_size=BATCH))
+        whole = timed(lambda: fit_stacked(features, fits, epochs=epochs, batch_size=BATCH))
         show(f"the ablation, {epochs} epochs", [whole])
         size = store.path.stat().st_size / 2**30
         show(f"peak memory; the store has {size:.2f} GB", [peak_memory()], "GB")
@@ -295,7 +295,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     ours, products, loops = [], [], []
     for _ in range(repeats):
         # The second epoch less the first: what every fit begins with counts once, not each time.
-        two = timed(lambda: fit_heads(features, fits, epochs=3, batch_size=BATCH))
+        two = timed(lambda: fit_stacked(features, fits, epochs=3, batch_size=BATCH))
         ours.append((two - _epoch(features, fits)) / 2)
         products.append(timed(bare.run_epoch))
         loops.append(plain_loop_epoch(features, fits))
@@ -308,7 +308,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
 
 
 def _epoch(features: Features, fits: Sequence[Fit]) -> float:
-    return timed(lambda: fit_heads(features, fits, epochs=1, batch_size=BATCH))
+    return timed(lambda: fit_stacked(features, fits, epochs=1, batch_size=BATCH))
 
 
 def compare_attention(features: Features, split: Split, repeats: int) -> None:

@@ -1,3 +1,90 @@
-"""lymphfeat: reactive or tumoral lymphocytosis from bags of blood-cell images."""
+"""Tell reactive from tumoral lymphocytosis by bags of blood-cell images (docs/python.md).
+
+`import lymphfeat as lf` is cheap: a public name's module, and torch with it, is imported when the
+name is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lymphfeat.auditing import audit
+    from lymphfeat.cohort.cohort import Cohort
+    from lymphfeat.comparison import compare
+    from lymphfeat.errors import (
+        CohortError,
+        LeakageError,
+        LymphfeatError,
+        ModelError,
+        SettingsError,
+        StoreError,
+        WeightsError,
+    )
+    from lymphfeat.explanation.explanation import explain
+    from lymphfeat.extraction import extract
+    from lymphfeat.features.store import FeatureStore
+    from lymphfeat.fitting import fit_heads
+    from lymphfeat.model.model import load_model
+    from lymphfeat.settings import (
+        BackboneSettings,
+        EndToEndSettings,
+        ExtractSettings,
+        FitSettings,
+        HeadGrid,
+        HeadSettings,
+        PretrainSettings,
+    )
+    from lymphfeat.training import train
 
 __version__ = "0.1.0"
+__all__ = [
+    "BackboneSettings",
+    "Cohort",
+    "CohortError",
+    "EndToEndSettings",
+    "ExtractSettings",
+    "FeatureStore",
+    "FitSettings",
+    "HeadGrid",
+    "HeadSettings",
+    "LeakageError",
+    "LymphfeatError",
+    "ModelError",
+    "PretrainSettings",
+    "SettingsError",
+    "StoreError",
+    "WeightsError",
+    "audit",
+    "compare",
+    "explain",
+    "extract",
+    "fit_heads",
+    "load_model",
+    "train",
+]
+
+# The module of each name; a settings class or an error is in the module of that kind.
+_MODULES = {
+    "Cohort": "cohort.cohort",
+    "FeatureStore": "features.store",
+    "audit": "auditing",
+    "compare": "comparison",
+    "explain": "explanation.explanation",
+    "extract": "extraction",
+    "fit_heads": "fitting",
+    "load_model": "model.model",
+    "train": "training",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for known
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        kind = "errors" if name.endswith("Error") else "settings"
+        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, kind)}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

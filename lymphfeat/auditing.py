@@ -77,7 +77,7 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """All that `audit_cohort` found."""
+    """All that `audit` found."""
 
     root: str
     crop: int
@@ -119,7 +119,7 @@ class Audit:
         partial.replace(path)
 
 
-def audit_cohort(cohort: Cohort, *, crop: int = 112, progress: Progress = silent) -> Audit:
+def audit(cohort: Cohort, *, crop: int = 112, progress: Progress = silent) -> Audit:
     """Decode every image of a cohort and report counts, faults, copies and shortcuts (METHOD §6).
 
     crop: images with a side below it, in pixels, are reported as too small.

@@ -1,6 +1,7 @@
 """Rows of several runs side by side, paired by split (METHOD §4)."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,24 +61,28 @@ class SavedRun:
         return str(self.config["settings"]["protocol"])
 
 
-def compare_runs(
-    folders: Sequence[Path],
+def compare(
+    folders: Sequence[str | os.PathLike[str]],
     *,
     metric: str = "ba",
     heads: Sequence[str] = (),
     against: str | None = None,
     all_pairs: bool = False,
 ) -> Comparison:
-    """Compare the rows of runs, paired by split, with Nadeau–Bengio intervals and Holm's p.
+    """Compare the rows of run folders, paired by split (Nadeau–Bengio intervals, Holm's p).
 
     `heads` are the rows to take (default: all of every run). Each is set against one reference,
     `against` (default: the first row of the first run, in the order in which it was asked for, so
     that it isn't chosen by its result), or with `all_pairs` against every other. Raises
     SettingsError for runs of different protocols or splits, and where nothing is left to compare.
     """
+    if isinstance(folders, str | os.PathLike):
+        raise SettingsError(
+            f"folders (={folders}) must be a list of run folders, such as [{str(folders)!r}]."
+        )
     if metric not in METRICS:
         raise SettingsError(f"metric (={metric}) must be one of {', '.join(METRICS)}.")
-    saved = [SavedRun.read(folder) for folder in dict.fromkeys(folders)]
+    saved = [SavedRun.read(folder) for folder in dict.fromkeys(map(Path, folders))]
     for run in saved:
         _refuse_seen(run)
     for other in saved[1:]:

@@ -1,6 +1,7 @@
 """Extraction: images into a store of feature maps, by one backbone or one fine-tuned a split."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -45,8 +46,8 @@ _INCIDENTAL = ("weights", "batch_size", "device", "threads", "versions")
 
 def extract(
     cohort: Cohort,
-    out: Path,
-    settings: ExtractSettings,
+    out: str | os.PathLike[str],
+    settings: ExtractSettings | None = None,
     *,
     splits: Sequence[Split] = (),
     force: bool = False,
@@ -66,6 +67,7 @@ def extract(
     set; CohortError for an image that cannot be read. What `force`
     overwrites stays until the new store is finished.
     """
+    out, settings = Path(out), settings or ExtractSettings()
     if out.is_dir():
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)

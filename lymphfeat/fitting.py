@@ -1,6 +1,8 @@
 """fit-head: every head on a feature store under a protocol, and the run folder it leaves."""
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from lymphfeat.evaluation.protocol import Outcome, SplitFeatures, run_protocol, 
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.engine.instances import Features
-from lymphfeat.heads.grid import head_name
+from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.plots.optimism import draw_optimism
 from lymphfeat.plots.summary import draw_summary
 from lymphfeat.runtime.devices import (
@@ -34,7 +36,7 @@ from lymphfeat.runtime.files import ResultKind, files_in, replace_file, result_f
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings
 
 RUN_FORMAT = "lymphfeat-run"
 FROZEN = "frozen"
@@ -65,31 +67,40 @@ RUN = ResultKind(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder and what is in it."""
+    """What `fit_heads` found, and the folder it is in (None where none was written)."""
 
-    folder: Path
+    folder: Path | None
     settings: FitSettings
     outcome: Outcome
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Return the files in the folder."""
-        return files_in(self.folder)
+        return files_in(self.folder) if self.folder else ()
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Return one row per head, the best first: its metrics with their intervals."""
+        return self.outcome.summary
 
 
-def fit_head(
-    store: FeatureStore,
-    heads: Sequence[HeadSettings],
-    settings: FitSettings,
-    out: Path,
+def fit_heads(
+    store: FeatureStore | str | os.PathLike[str],
+    heads: Sequence[HeadSettings] | HeadGrid = (),
+    settings: FitSettings | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
+    agg: str | Sequence[str] = (),
     splits: Sequence[Split] | None = None,
-    truth: Path | None = None,
+    truth: str | os.PathLike[str] | None = None,
     save: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> Run:
-    """Fit heads on a store under a protocol and write the run folder `out` (DESIGN §6).
+    """Fit heads on a store under a protocol; with `out` write that run folder.
+
+    `heads` lists them or spans a grid of them; `agg` names them by aggregator instead, one or
+    several, with default settings. Without either, top-k is fitted.
 
     `splits` are taken in place of the protocol's own, as from another run's splits.json. `truth`
     names witness images: the table then also says how well each head finds them. `save` keeps the
@@ -97,11 +108,19 @@ def fit_head(
     is replaced as a whole, at the end. Raises SettingsError when a run is there already and `force`
     is not set, or anything else.
     """
+    if save and out is None:
+        raise SettingsError("save (=True) must go with out, the run folder that keeps the weights.")
+    heads = _choose_heads(heads, agg)
+    settings = settings or FitSettings()
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     device = choose_device(settings.device)
-    witness = None if truth is None else _witnesses(store, truth)
+    witness = None if truth is None else _witnesses(store, Path(truth))
     join_processes()
+    run_folder = None if out is None else Path(out)
     with (
-        result_folder(out, RUN, force=force, writes=is_first()) as folder,
+        nullcontext()
+        if run_folder is None
+        else result_folder(run_folder, RUN, force=force, writes=is_first()) as folder,
         cpu_threads(settings.threads),
         whole_float32(),
     ):
@@ -126,9 +145,22 @@ def fit_head(
             patients = np.repeat(np.arange(len(store.ids)), store.n_images)
             aucs = witness_aucs(outcome, features, patients, witness)
             outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
-        if is_first():
+        if folder and is_first():
             _write(outcome, store, settings, folder, save)
-    return Run(folder=out, settings=settings, outcome=outcome)
+    return Run(folder=run_folder, settings=settings, outcome=outcome)
+
+
+def _choose_heads(
+    heads: Sequence[HeadSettings] | HeadGrid, agg: str | Sequence[str]
+) -> list[HeadSettings]:
+    if heads and agg:
+        raise SettingsError(f"agg (={agg}) must not go with heads; give one of them.")
+    if isinstance(heads, HeadGrid):
+        return expand(heads)
+    if heads:
+        return [resolve(head) for head in heads]
+    names = (agg,) if isinstance(agg, str) else tuple(agg)
+    return expand(HeadGrid(agg=names) if names else HeadGrid())
 
 
 def _roundings(outcome: Outcome) -> dict[str, float]:
@@ -269,16 +301,16 @@ def fit_both(
     force: bool = False,
     progress: Progress = silent,
 ) -> BothRuns:
-    """Run `fit_head` under either protocol into `out`/report and `out`/honest, and set them off.
+    """Run `fit_heads` under either protocol into `out`/report and `out`/honest, and set them off.
 
     Fusions and nested epochs, which need training patients' out-of-fold probabilities, are of the
     honest run alone. Also writes optimism.csv and optimism.png. The folder is replaced as a whole,
-    at the end; raises SettingsError as `fit_head` does.
+    at the end; raises SettingsError as `fit_heads` does.
     """
     join_processes()
     with result_folder(out, RUN, force=force, writes=is_first()) as folder:
         runs = {
-            protocol: fit_head(
+            protocol: fit_heads(
                 store,
                 heads,
                 _under(settings, protocol),

@@ -150,7 +150,7 @@ def reproduce_report(
 
     Feature stores go to `cache`, one a backbone, and are used again; runs, table.csv, figure3.png
     and figure5.png to `out`, which is replaced as a whole, at the end. The report trained the whole
-    network: figures differ for that too. Raises SettingsError as `fit_head` does.
+    network: figures differ for that too. Raises SettingsError as `fit_heads` does.
     """
     join_processes()
     with result_folder(out, REPRODUCTION, force=force, writes=is_first()) as folder:

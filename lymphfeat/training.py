@@ -1,8 +1,11 @@
 """End-to-end training of a final model, or of the members of a k-fold: cohort -> model folder."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pandas as pd
@@ -44,6 +47,55 @@ from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import EndToEndSettings
+
+
+@overload
+def train(
+    cohort: Cohort,
+    out: str | os.PathLike[str],
+    settings: EndToEndSettings | None = ...,
+    *,
+    folds: None = ...,
+    force: bool = ...,
+    submission_header: str = ...,
+    progress: Progress = ...,
+) -> Model: ...
+@overload
+def train(
+    cohort: Cohort,
+    out: str | os.PathLike[str],
+    settings: EndToEndSettings | None = ...,
+    *,
+    folds: int | None,
+    force: bool = ...,
+    submission_header: str = ...,
+    progress: Progress = ...,
+) -> "Model | Members": ...
+def train(
+    cohort: Cohort,
+    out: str | os.PathLike[str],
+    settings: EndToEndSettings | None = None,
+    *,
+    folds: int | None = None,
+    force: bool = False,
+    submission_header: str = HEADERS[0],
+    progress: Progress = silent,
+) -> "Model | Members":
+    """Train a backbone and its head together; write the model and its predictions to folder `out`.
+
+    With `folds` trains one member without each fold of the labelled patients and averages them (see
+    `train_folds`); otherwise one model (see `train_end_to_end`). `settings` has defaults. Raises
+    SettingsError, ModelError, CohortError and LeakageError as those do.
+    """
+    train_one_or_all = train_end_to_end if folds is None else partial(train_folds, folds=folds)
+    return train_one_or_all(
+        cohort,
+        settings or EndToEndSettings(),
+        Path(out),
+        force=force,
+        submission_header=submission_header,
+        progress=progress,
+    )
 
 
 def train_end_to_end(

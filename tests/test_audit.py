@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lymphfeat.auditing import Audit, audit_cohort
+from lymphfeat import auditing
+from lymphfeat.auditing import Audit
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.shortcuts import Predictor, delong_auc
@@ -24,7 +25,7 @@ CROP = 12
 
 
 def audit(root: Path, crop: int = CROP) -> Audit:
-    return audit_cohort(Cohort.load(root), crop=crop)
+    return auditing.audit(Cohort.load(root), crop=crop)
 
 
 def find(result: Audit, name: str) -> Predictor:

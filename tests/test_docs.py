@@ -8,14 +8,18 @@ import click
 import numpy as np
 import pytest
 
+import lymphfeat as lf
 from lymphfeat.cohort.splits import report_splits
-from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.grid import expand
 from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.runtime import devices
 from lymphfeat.settings import HeadGrid
 from lymphfeat_cli.main import COMMANDS, cli
+from tests.tiny import one_thread as one_thread
+from tests.tiny import write_red_cohort
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,15 +67,42 @@ def test_there_are_examples() -> None:
     assert len(_shown_lines()) >= 15
 
 
-def test_readme_python_compiles() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.S)
-    assert blocks
-    for block in blocks:
-        imports = "\n".join(
-            line for line in block.splitlines() if line.startswith("from lymphfeat")
-        )
-        exec(imports, {})
-        compile(block, "README.md", "exec")
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+RUN = [(ROOT / "README.md", 0), (ROOT / "docs" / "python.md", 0), (ROOT / "docs" / "python.md", 1)]
+
+
+def test_every_python_block_of_these_pages_is_run() -> None:
+    pages = dict.fromkeys(page for page, _ in RUN)
+    assert [(page, number) for page in pages for number in range(len(_blocks(page)))] == RUN
+
+
+@pytest.mark.parametrize(("page", "number"), RUN, ids=["readme", "comparison", "explanation"])
+@pytest.mark.usefixtures("one_thread")
+def test_python_runs_as_shown(
+    page: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_red_cohort(tmp_path / "cohort", side=112)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
+    exec(_blocks(page)[number], {})
+    results = {path.name for path in tmp_path.iterdir()}
+    assert {"run", "model"} & results
+
+
+def test_readme_python_is_ten_lines() -> None:
+    (block,) = _blocks(ROOT / "README.md")
+    assert len([line for line in block.splitlines() if line]) <= 10
+
+
+def test_python_page_names_every_public_name() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `lf\.(\w+)` \|", page, re.M)) == sorted(lf.__all__)
+    shown = "".join(_blocks(ROOT / "docs" / "python.md"))
+    functions = [name for name in lf.__all__ if name[0].islower()]
+    assert [name for name in functions if f"lf.{name}(" not in shown] == []
 
 
 def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +119,7 @@ def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) ->
     )
     split = report_splits(ids, labels, seeds=1)[0]
     (head,) = expand(HeadGrid(agg=("median",)))
-    fitted = fit_heads(features, [Fit(head=head, split=split)], epochs=2, batch_size=2)
+    fitted = fit_stacked(features, [Fit(head=head, split=split)], epochs=2, batch_size=2)
     scores = fitted.image_logits(0, features.images.numpy())
     medians = [
         np.sort(part)[(len(part) - 1) // 2] for part in np.split(scores, np.cumsum(sizes)[:-1])

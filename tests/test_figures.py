@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.comparison import compare_runs
+from lymphfeat.comparison import compare
 from lymphfeat.evaluation.protocol import run_protocol
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.explanation.figures import draw_cohort, draw_weights
@@ -98,7 +98,7 @@ def test_summary_and_optimism(drawn: list[Figure], strength: float) -> None:
 def test_comparison(drawn: list[Figure], tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"mean": 0.25, "max": -0.4, "top1": 0.0}, auc=1.0)
     for metric in ("ba", "auc"):
-        draw_comparison(compare_runs([tmp_path / "a"], metric=metric), tmp_path / "c.png")
+        draw_comparison(compare([tmp_path / "a"], metric=metric), tmp_path / "c.png")
     check(drawn, 2)
 
 

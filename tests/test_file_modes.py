@@ -10,7 +10,7 @@ import pytest
 
 from lymphfeat.cohort.provenance import NOBODY
 from lymphfeat.features.backbones import build_backbone, write_weights
-from lymphfeat.fitting import fit_head
+from lymphfeat.fitting import fit_heads
 from lymphfeat.runtime.checkpoint import Checkpoint
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.settings import FitSettings, HeadSettings
@@ -54,8 +54,8 @@ def test_model_and_checkpoint(tmp_path: Path, mode: int) -> None:
 def test_store_and_heads(tmp_path: Path, mode: int) -> None:
     store = write_store(tmp_path / "s.h5", made_up_cohort((2,) * 24))
     settings = FitSettings(protocol="report", seeds=1, epochs=1, threads=1, device="cpu")
-    run = fit_head(store, [HeadSettings(agg="mean")], settings, tmp_path / "run", save=True)
-    assert run.folder / "heads.safetensors" in run.files
+    run = fit_heads(store, [HeadSettings(agg="mean")], settings, tmp_path / "run", save=True)
+    assert tmp_path / "run" / "heads.safetensors" in run.files
     assert set(modes(tmp_path).values()) == {mode}, modes(tmp_path)
 
 

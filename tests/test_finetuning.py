@@ -19,8 +19,8 @@ from lymphfeat.errors import LeakageError, ModelError, SettingsError
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.extraction import extract
 from lymphfeat.features.store import FeatureStore
-from lymphfeat.fitting import fit_head
-from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.fitting import fit_heads
+from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.grid import resolve
@@ -88,7 +88,7 @@ def test_maps_are_those_of_the_weights_beside_the_store(
     tuned = store.feature_sets["kfold3-r0-f1"]
     assert plain.feature_sets["frozen"].provenance == tuned.provenance
     with pytest.raises(LeakageError, match="learnt from the labels of P"):
-        fit_head(plain, HEADS, replace(FIT, folds=3), tmp_path / "run")
+        fit_heads(plain, HEADS, replace(FIT, folds=3), tmp_path / "run")
 
 
 def test_validation_patients_teach_nothing(cohort: Cohort, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
     one = extract(cohort, out, SETTINGS, splits=splits)
     assert one.feature_sets["all"].provenance.label_ids == cohort.labelled().ids
     with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: nobody is left"):
-        fit_head(one, HEADS, FIT, tmp_path / "run")
+        fit_heads(one, HEADS, FIT, tmp_path / "run")
     seen: list[str] = []
     more = extract(
         cohort,
@@ -162,18 +162,18 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
 
 def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_path: Path) -> None:
     settings = replace(FIT, protocol="report")
-    outcome = fit_head(store, HEADS, settings, tmp_path / "run").outcome
+    outcome = fit_heads(store, HEADS, settings, tmp_path / "run").outcome
     assert [split.id for split in outcome.splits] == [f"kfold3-r0-f{f}" for f in range(3)]
     assert [fit.split.id for fit in outcome.fitted.fits] == 2 * [s.id for s in outcome.splits]
     for i, fit in enumerate(outcome.fitted.fits):
-        alone = fit_heads(features_of(store, fit.split.id), [fit], epochs=3, batch_size=4)
+        alone = fit_stacked(features_of(store, fit.split.id), [fit], epochs=3, batch_size=4)
         np.testing.assert_allclose(outcome.fitted.weight[i], alone.weight[0], rtol=1e-4, atol=1e-6)
         predictions = outcome.predictions.query("split == @fit.split.id")
         assert set(predictions["patient"]) == set(fit.split.validation)
 
 
 def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path: Path) -> None:
-    outcome = fit_head(store, HEADS[:1], FIT, tmp_path / "run").outcome
+    outcome = fit_heads(store, HEADS[:1], FIT, tmp_path / "run").outcome
     assert outcome.thresholds == "prevalence, from training patients out of fold"
     split = outcome.splits[2]
     probabilities: list[float] = []
@@ -181,7 +181,7 @@ def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path:
     for name in ("kfold3-r0-f0+2", "kfold3-r0-f1+2"):
         inner = next(s for s in store.splits if s.id == name)
         features = features_of(store, name)
-        found = fit_heads(features, [Fit(head=HEADS[0], split=inner)], epochs=3, batch_size=4)
+        found = fit_stacked(features, [Fit(head=HEADS[0], split=inner)], epochs=3, batch_size=4)
         rows = features.rows_of([p for p in inner.validation if p in split.train])
         probabilities += found.curves[0, -1, rows].tolist()
         labels += store.labels[rows].tolist()

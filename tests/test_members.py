@@ -25,7 +25,7 @@ from lymphfeat.evaluation.decision import Decision, combine
 from lymphfeat.extraction import extract
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.finetuning.job import parts_of, prepare
-from lymphfeat.fitting import fit_head
+from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import average_predictions
 from lymphfeat.model.model import Model, member_folders
@@ -318,7 +318,7 @@ def run(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = extract(cohort, folder / "s.h5", settings)
     heads = [resolve(HeadSettings(agg="bnsigmoid", lr=0.05))]
     fit = FitSettings(seeds=1, folds=3, epochs=4, batch_size=4, device="cpu", threads=1)
-    fit_head(store, heads, fit, folder / "run", save=True)
+    fit_heads(store, heads, fit, folder / "run", save=True)
     return folder / "run"
 
 

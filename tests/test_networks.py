@@ -13,7 +13,7 @@ from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
@@ -166,7 +166,7 @@ def test_engine_trains_what_a_plain_loop_trains(
     (split,) = report_splits(IDS, LABELS, seeds=1)
     settings = settings_of(agg, **head)
     slow = one_after_another(features, settings, split, sampling, epochs=3)
-    fitted = fit_heads(
+    fitted = fit_stacked(
         features,
         [Fit(head=settings, split=split, curve=False)],
         epochs=3,
@@ -181,7 +181,7 @@ def test_engine_trains_what_a_plain_loop_trains(
 def test_fitting_together_is_fitting_alone(features: Features) -> None:
     heads = [settings_of(agg) for agg in (*NETWORKS, "topk", "bnsigmoid")]
     fits = [Fit(head=head, split=s) for head in heads for s in report_splits(IDS, LABELS, seeds=2)]
-    call = partial(fit_heads, features, epochs=2, batch_size=2)
+    call = partial(fit_stacked, features, epochs=2, batch_size=2)
     together = call(fits)
     for i, fit in enumerate(fits):
         alone = call([fit])
@@ -192,7 +192,7 @@ def test_fitting_together_is_fitting_alone(features: Features) -> None:
 def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -> None:
     split = report_splits(IDS, LABELS, seeds=1)[0]
     fits = [Fit(head=settings_of(agg), split=split) for agg in ("attention", "mean")]
-    fitted = fit_heads(features, fits, epochs=1, batch_size=2)
+    fitted = fit_stacked(features, fits, epochs=1, batch_size=2)
     single = SIZES.index(1)
     image = features.images[BOUNDS[single] : BOUNDS[single] + 1].numpy()
     for i in range(2):

@@ -13,7 +13,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.extraction import extract
-from lymphfeat.fitting import fit_head
+from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
@@ -64,7 +64,7 @@ def test_products_have_all_bits(shortened: None) -> None:
 def fit_networks(model: Model, cohort: Cohort, out: Path) -> None:
     store = extract(cohort, out / "s.h5", ExtractSettings(backbone=BACKBONE, **HERE))
     heads = [resolve(HeadSettings(agg="lstm", width=4))]
-    fit_head(store, heads, FitSettings(seeds=1, folds=3, epochs=1, **HERE), out / "run")
+    fit_heads(store, heads, FitSettings(seeds=1, folds=3, epochs=1, **HERE), out / "run")
 
 
 def pretrain_a_little(model: Model, cohort: Cohort, out: Path) -> None:

@@ -21,14 +21,14 @@ from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.cohort.provenance import SKETCH_SIZE, PatientKey, Provenance
 from lymphfeat.cohort.splits import Split, find_splits, write_splits
-from lymphfeat.comparison import compare_runs
+from lymphfeat.comparison import compare
 from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import build_backbone, read_provenance, write_weights
 from lymphfeat.features.store import FeatureStore
-from lymphfeat.fitting import fit_head
+from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import average_predictions
 from lymphfeat.model.model import Model, member_folders
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     train_end_to_end(third, inheriting, root / "heir")
     train_folds(third, inheriting, root / "members", folds=2)
     frozen = extract(cohorts["same"], root / "frozen.h5", EXTRACT)
-    fit_head(frozen, HEADS, FIT, root / "run", splits=[split], save=True)
+    fit_heads(frozen, HEADS, FIT, root / "run", splits=[split], save=True)
     resnet, _ = build_backbone("resnet18", weights="none")
     write_weights(resnet, root / "resnet.safetensors", {"provenance": _facts(pretrained)})
     return World(
@@ -132,7 +132,7 @@ def _store(source: Path, cohort: Cohort, out: Path) -> FeatureStore:
 
 
 def fit_heads_on(source: Path, cohort: Cohort, out: Path) -> None:
-    fit_head(_store(source, cohort, out), HEADS, FIT, out / "run")
+    fit_heads(_store(source, cohort, out), HEADS, FIT, out / "run")
 
 
 def fine_tune_from(source: Path, cohort: Cohort, out: Path) -> None:
@@ -175,11 +175,11 @@ def compare_run_on(source: Path, cohort: Cohort, out: Path) -> None:
     """Compare a run of these patients, with provenance as if its features came from the source."""
     split = find_splits("kfold:3", cohort.ids, cohort.labels)
     store = extract(cohort, out / "s.h5", EXTRACT)
-    fit_head(store, HEADS, FIT, out / "run", splits=split)
+    fit_heads(store, HEADS, FIT, out / "run", splits=split)
     honest = RunProvenance.of(store)
     planted = replace(honest, features={"frozen": read_provenance(source)})
     (out / "run" / PROVENANCE_FILE).write_text(json.dumps(planted.to_json()))
-    compare_runs([out / "run"])
+    compare([out / "run"])
 
 
 def predict_by(source: Path, cohort: Cohort, out: Path) -> None:
@@ -289,9 +289,9 @@ def test_a_patient_is_known_again_with_images_added_and_removed(world: World) ->
 def test_runs_of_two_cohorts_are_not_compared(world: World, tmp_path: Path) -> None:
     for name in ("same", "another"):
         store = extract(world.cohorts[name], tmp_path / f"{name}.h5", EXTRACT)
-        fit_head(store, HEADS, FIT, tmp_path / name)
+        fit_heads(store, HEADS, FIT, tmp_path / name)
     with pytest.raises(SettingsError, match="have different images of P"):
-        compare_runs([tmp_path / "same", tmp_path / "another"])
+        compare([tmp_path / "same", tmp_path / "another"])
 
 
 def test_a_head_to_begin_with_is_chosen_without_those_held_out(
@@ -302,11 +302,11 @@ def test_a_head_to_begin_with_is_chosen_without_those_held_out(
     store = extract(cohort, tmp_path / "s.h5", EXTRACT)
     heads = [resolve(HeadSettings(agg="mean", lr=lr)) for lr in (1e-3, 1e-1)]
     honest = replace(FIT, folds=3, epochs=3)
-    fit_head(store, heads, honest, tmp_path / "honest", save=True)
+    fit_heads(store, heads, honest, tmp_path / "honest", save=True)
     write_splits(find_splits("kfold:3", cohort.ids, cohort.labels), tmp_path / "splits.json")
     report = replace(honest, protocol="report", folds=5)
     splits = find_splits("kfold:3", cohort.ids, cohort.labels)
-    fit_head(store, heads, report, tmp_path / "report", splits=splits, save=True)
+    fit_heads(store, heads, report, tmp_path / "report", splits=splits, save=True)
     settings = tiny_settings("mean", epochs=1)
     train_folds(
         cohort, replace(settings, init_head=str(tmp_path / "honest")), tmp_path / "m", folds=3

@@ -66,18 +66,18 @@ def command(
     predict the label.
     """
     _check_out(out, force)
-    from lymphfeat.auditing import audit_cohort
+    from lymphfeat.auditing import audit
 
     loaded = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("decoding images", quiet) as progress:
-        audit = audit_cohort(loaded, crop=crop, progress=progress)
+        found = audit(loaded, crop=crop, progress=progress)
     if out is not None:
-        audit.save(out)
+        found.save(out)
         note(f"Wrote {out}.")
     if as_json:
-        show_json(audit.to_dict())
+        show_json(found.to_dict())
     else:
-        _show(audit)
+        _show(found)
 
 
 def _check_out(out: Path | None, force: bool) -> None:

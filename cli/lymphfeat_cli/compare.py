@@ -67,10 +67,10 @@ def command(
     the --splits of the other.
     """
     check_file(out, force=force)
-    from lymphfeat.comparison import compare_runs
+    from lymphfeat.comparison import compare
     from lymphfeat.plots.comparison import draw_comparison
 
-    found = compare_runs(runs, metric=metric, heads=heads, against=against, all_pairs=all_pairs)
+    found = compare(runs, metric=metric, heads=heads, against=against, all_pairs=all_pairs)
     draw_comparison(found, out)
     if as_json:
         show_json(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,17 +203,17 @@ def command(
     submission for the unlabelled ones.
     """
     from lymphfeat.evaluation.hidden_truth import Truth
-    from lymphfeat.training import train_end_to_end, train_folds
+    from lymphfeat.training import train
 
     settings = _settings(**options)
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("training", quiet) as progress:
-        train = partial(train_folds, folds=folds) if folds else train_end_to_end
         trained = train(
             patients,
+            out,
             settings,
-            out=out,
+            folds=folds or None,
             force=force,
             submission_header=submission_header,
             progress=progress,

@@ -164,7 +164,7 @@ def command(
     """
     from lymphfeat.cohort.splits import read_splits
     from lymphfeat.features.store import FeatureStore
-    from lymphfeat.fitting import Run, fit_both, fit_head
+    from lymphfeat.fitting import Run, fit_both, fit_heads
     from lymphfeat.heads.grid import expand
     from lymphfeat.settings import FitSettings
 
@@ -175,7 +175,7 @@ def command(
     opened = FeatureStore.open(store or cache_path("features.h5"))
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with progress_bar(f"fitting {len(heads)} heads", quiet) as progress:
-        fit = fit_both if protocol == "both" else fit_head
+        fit = fit_both if protocol == "both" else fit_heads
         found = fit(
             opened,
             heads,

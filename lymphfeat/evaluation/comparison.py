@@ -11,7 +11,7 @@ SMALLER_IS_BETTER = ("log_loss", "brier")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare_runs` found.
+    """What `compare` found.
 
     rows: name, run, head, mean, low, high: each row's figure with its own corrected 95 % interval,
         cut off at the metric's bounds.

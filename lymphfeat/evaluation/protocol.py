@@ -33,7 +33,7 @@ from lymphfeat.evaluation.scores import (
     select_inside,
     summarise,
 )
-from lymphfeat.heads.engine.engine import fit_heads
+from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.grid import head_name
@@ -292,7 +292,7 @@ def _fit(
 def _fit_on(
     features: Features, fits: Sequence[Fit], settings: FitSettings, progress: Progress
 ) -> FittedHeads:
-    return fit_heads(
+    return fit_stacked(
         features,
         fits,
         epochs=settings.epochs,

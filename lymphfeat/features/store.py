@@ -6,6 +6,7 @@ a store larger than memory streams; hence features are contiguous and uncompress
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -133,7 +134,7 @@ class FeatureStore:
     notes: tuple[str, ...] = ()  # how it differs from what `extract` was asked for
 
     @classmethod
-    def open(cls, path: Path | str) -> "FeatureStore":
+    def open(cls, path: str | os.PathLike[str]) -> "FeatureStore":
         """Open a complete store; raises StoreError, saying what to do, for anything else."""
         path = Path(path)
         with _open_hdf5(path) as file:

@@ -5,6 +5,7 @@ pickle. `model.json` carries the hash of the tensors.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,7 +154,7 @@ class Model:
         }
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Model":
+    def load(cls, folder: str | os.PathLike[str]) -> "Model":
         """Read a model folder; raises ModelError, saying what to do, if it is incomplete."""
         folder = Path(folder)
         recover(folder)
@@ -311,6 +312,11 @@ def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:
         name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
     )
     return ModelRecipe(**{**content, "normalization": normalization})
+
+
+def load_model(folder: str | os.PathLike[str]) -> Model:
+    """Read a model folder; raises ModelError, saying what to do, for one that is not whole."""
+    return Model.load(folder)
 
 
 def _load_tensors(model: Model, folder: Path, sha256: str) -> None:

@@ -48,7 +48,7 @@ TRAINERS: dict[str, type[RankingTrainer] | type[WeightedTrainer] | type[NetworkT
 }
 
 
-def fit_heads(
+def fit_stacked(
     features: Features,
     fits: Sequence[Fit],
     *,
