@@ -247,7 +247,7 @@ def test_fusion_mistakes() -> None:
     with pytest.raises(SettingsError, match="the cohort's table has none"):
         fit_fusions(patients, [head], ["late"], np.empty((N, 0)))
     flat = Patients(IDS, LABELS, Plan.flat(patients.plan.outer))
-    with pytest.raises(SettingsError, match="must learn from out-of-fold image logits"):
+    with pytest.raises(SettingsError, match="fusion requires out-of-fold image logits"):
         fit_fusions(flat, [head], ["late"], attributes)
     assert len(fit_fusions(patients, [head], ["all"], attributes)) == 3
 

@@ -138,7 +138,7 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "s.h5"
     one = extract(cohort, out, SETTINGS, splits=splits)
     assert one.feature_sets["all"].provenance.label_ids == cohort.labelled().ids
-    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: nobody is left"):
+    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: none are left"):
         fit_head(one, HEADS, FIT, tmp_path / "run")
     seen: list[str] = []
     more = extract(
