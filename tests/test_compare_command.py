@@ -114,7 +114,7 @@ def test_chosen_rows_reference_and_all_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"seed": 1}, "must be measured on the same splits"),
+        ({"seed": 1}, "runs must use the same splits"),
         ({"protocol": "report"}, "runs must use the same protocol"),
     ],
 )
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ((tmp_path / "empty",), "must be a run folder of `lymphfeat fit-head`"),
         ((tmp_path / "gone",), "must be a run folder of `lymphfeat fit-head`"),
         ((tmp_path / "a",), "rows to compare (=1) must be at least 2"),
-        ((tmp_path / "a", "--head", "max"), "head (=max) must be one of the runs' rows: mean"),
+        ((tmp_path / "a", "--head", "max"), "head (=max) must be a row of the runs: mean"),
     ):
         result = compare(tmp_path, *arguments)
         assert result.exit_code == 2

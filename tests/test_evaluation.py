@@ -278,7 +278,7 @@ def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
     baselines = fit_baselines(patients, np.arange(N) + 1, np.empty((N, 0)))
     runs = pd.concat([measure(patients, each).runs for each in (head, *baselines)])
     assert find_warnings(runs, plan) == (
-        "seer: not compared with bag size alone, because one split gives no interval. "
+        "seer: not compared with bag size alone, because a single split gives no interval. "
         "Use more --seeds.",
     )
 

@@ -219,7 +219,7 @@ def test_from_the_command_line(
     line = extract_line(cohort, "--finetune-epochs", "1", "--splits", "kfold:2")
     result = run(*line)
     assert result.exit_code == 0, result.output
-    assert "fine-tuned for each of 2 splits: kfold2-r0-f0, kfold2-r0-f1" in result.stdout
+    assert "fine-tuned per split, for 2 splits: kfold2-r0-f0, kfold2-r0-f1" in result.stdout
     fitted = run("fit-head", "--agg", "mean", "--epochs", "2", "--out", "run")
     assert fitted.exit_code == 0, fitted.output
     assert (

@@ -113,7 +113,7 @@ Examples:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Random seed of --weights none, --splits and fine-tuning.",
+    help="Random seed of --weights none and --splits.",
 )
 @device_option
 @threads_option

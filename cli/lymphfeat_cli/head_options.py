@@ -107,7 +107,7 @@ def only_head(grid: "HeadGrid") -> "HeadSettings":
     heads = expand(grid)
     if len(heads) != 1:
         raise click.UsageError(
-            f"this command trains exactly one head; got {len(heads)}: "
+            f"this command trains one head; got {len(heads)}: "
             f"{', '.join(head_name(head) for head in heads)}."
         )
     return heads[0]

@@ -78,7 +78,7 @@ cohort_options = stack(
         type=click.DateTime(["%Y-%m-%d"]),
         default="2021-01-01",
         show_default=True,
-        help="Date at which age is computed from the date of birth.",
+        help="Date for computing age from the date of birth.",
     ),
 )
 

@@ -75,7 +75,7 @@ Examples:
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Train for about this many minutes; sets --epochs from the measured speed.",
+    help="Train for about this many minutes instead of --epochs.",
 )
 @click.option(
     "--batch-size",
