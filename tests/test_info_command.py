@@ -57,7 +57,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
 def test_an_unfinished_store(tmp_path: Path) -> None:
     with open_writer(tmp_path / "s.h5", made_up_cohort()):
         pass
-    assert "found an unfinished one" in refusal(tmp_path / "s.h5")
+    assert "an unfinished one is beside it" in refusal(tmp_path / "s.h5")
     assert "is not complete; run the same" in refusal(tmp_path / "s.h5.partial")
 
 
