@@ -28,7 +28,7 @@ def run(*arguments: str) -> Result:
 def test_trains_and_names_its_files(root: Path) -> None:
     result = run("--cohort", str(root), "--submission-header", "ID,LABEL")
     assert result.exit_code == 0, result.output
-    assert "trained on (not a performance estimate)" in result.stdout
+    assert "training patients (not a performance estimate)" in result.stdout
     assert "(the mean probability of the 10 training patients, as the model fits them)" in (
         result.stdout
     )

@@ -298,7 +298,7 @@ def test_from_the_command_line(
     )
     pd.testing.assert_frame_equal(again, written, check_exact=True)
     assert (
-        "trained on (not a performance estimate) │       10 │" in predicted.stdout
+        "training patients (not a performance estimate) │       10 │" in predicted.stdout
     )  # by one member or another
     assert "validation" not in predicted.stdout
     with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, as .*fold-0"):

@@ -76,7 +76,7 @@ def test_truth_and_metrics(root: Path) -> None:
     assert told["truth"]["hidden_patients"] == 2
     shown = run("--cohort", str(root), "--truth", str(root / "truth.csv"), "--force")
     assert "Witness images: AUC of image scores" in shown.stdout
-    assert "trained on (not a performance estimate)" in shown.stdout
+    assert "training patients (not a performance estimate)" in shown.stdout
 
 
 def test_float32_unless_asked_otherwise(auto_precision: str, root: Path) -> None:
