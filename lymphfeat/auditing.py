@@ -96,16 +96,16 @@ class Audit:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """One line for each thing to mend or to know before a model is trained."""
+        """One line per finding to fix or to know before training a model."""
         return tuple(_findings(self))
 
     @property
     def verdict(self) -> str:
-        """One line: how many findings, or that there is none."""
+        """One line: the number of findings, or that there are none."""
         count = len(self.findings)
         if not count:
-            return f"nothing to mend in {self.patients} patients, {self.images} images"
-        return f"{count} finding{'s' if count > 1 else ''}, named above"
+            return f"nothing to fix in {self.patients} patients, {self.images} images"
+        return f"{count} finding{'s' if count > 1 else ''}, listed above"
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as JSON has it; what is not a finite number becomes None."""
@@ -335,12 +335,12 @@ def _findings(audit: Audit) -> Iterator[str]:
     if audit.unreadable:
         yield f"broken: {len(audit.unreadable)} unreadable image(s); restore or remove them"
     if audit.too_small:
-        told = f"{len(audit.too_small)} image(s) smaller than the crop (={audit.crop})"
-        yield f"broken: {told}; restore them or choose a smaller crop"
+        found = f"{len(audit.too_small)} image(s) smaller than the crop (={audit.crop})"
+        yield f"broken: {found}; restore them or choose a smaller crop"
     yield from _leaks(audit.shared)
     if audit.repeated:
         count = sum(copies.images for copies in audit.repeated)
-        yield f"repeats: {count} image(s) stand several times within a patient, and count so"
+        yield f"repeats: {count} image(s) occur more than once in a patient, and count each time"
     yield from filter(None, (predictor.finding for predictor in audit.predictors))
 
 
@@ -353,6 +353,6 @@ def _leaks(shared: Sequence[Copies]) -> Iterator[str]:
     if mixed := [c for c in shared if UNKNOWN in c.labels and set(c.labels) != {UNKNOWN}]:
         count = sum(copies.images for copies in mixed)
         yield f"leak: {count} of them shared by labelled and unlabelled patients"
-    if torn := [c for c in shared if {0, 1} <= set(c.labels)]:
-        count = sum(copies.images for copies in torn)
+    if opposed := [c for c in shared if {0, 1} <= set(c.labels)]:
+        count = sum(copies.images for copies in opposed)
         yield f"contradiction: {count} of them shared by reactive and tumoral patients"

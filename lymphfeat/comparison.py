@@ -91,7 +91,7 @@ def compare(
     values = _values(saved, rows, metric)
     names = rows["name"].tolist()
     if len(names) < 2:
-        raise SettingsError(f"rows to compare (={len(names)}) must be at least 2; add another run.")
+        raise SettingsError(f"rows to compare (={len(names)}) must be at least 2; add a run.")
     reference = _find(names, against) if against else names[0]
     pairs = (
         [(b, a) for a, b in combinations(names, 2)]
@@ -115,7 +115,7 @@ def _refuse_seen(run: SavedRun) -> None:
     refuse_seen(
         {id for split in run.splits for id in run.provenance.seen(split)},
         f"{run.folder}: the backbone of its features",
-        "Fit the run on features of weights that have not seen them.",
+        "Fit the run on features from weights not trained on them.",
     )
 
 
@@ -123,7 +123,7 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
     """Refuse runs that were not measured alike."""
     if first.protocol != other.protocol:
         raise SettingsError(
-            f"runs must be of one protocol; {first.folder} is {first.protocol}, "
+            f"runs must use the same protocol; {first.folder} uses {first.protocol}, "
             f"{other.folder} {other.protocol}."
         )
     sides = [
@@ -133,7 +133,7 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
     if sides[0] != sides[1]:
         differing = sorted(id for id in {**sides[0], **sides[1]} if _differ(id, *sides))
         raise SettingsError(
-            f"runs must be measured on the same splits; {first.folder} and {other.folder} differ "
+            f"runs must use the same splits; {first.folder} and {other.folder} differ "
             f"in {len(differing)}, the first {differing[0]}. Fit {other.folder} again with "
             f"--splits {first.folder / 'splits.json'}."
         )
@@ -144,8 +144,8 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
     ]
     if strangers:
         raise SettingsError(
-            f"runs must be of the same patients; {first.folder} and {other.folder} have different "
-            f"images of {', '.join(strangers[:5])}. Are they of two cohorts?"
+            f"runs must have the same patients; {first.folder} and {other.folder} have different "
+            f"images of {', '.join(strangers[:5])}. Are they from different cohorts?"
         )
     changed = [id for id, label in first.labels.items() if other.labels.get(id, label) != label]
     if changed:
@@ -199,7 +199,7 @@ def _matching(rows: pd.DataFrame, head: str) -> list[str]:
 def _find(names: Sequence[str], wanted: str) -> str:
     if wanted in names:
         return wanted
-    raise SettingsError(f"head (={wanted}) must be one of the runs' rows: {', '.join(names)}.")
+    raise SettingsError(f"head (={wanted}) must be a row of the runs: {', '.join(names)}.")
 
 
 def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -207,8 +207,8 @@ def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, column: str) -> pd.Da
     for run in saved:
         if column not in run.runs:
             raise SettingsError(
-                f"run (={run.folder}) must hold {column} in runs.csv; an older version wrote it. "
-                "Fit it again with --force."
+                f"run (={run.folder}) must hold {column} in runs.csv; an older version wrote the "
+                "run. Fit it again with --force."
             )
     of = {str(run.folder): run.runs.set_index(["head", "split"])[column] for run in saved}
     return pd.DataFrame(

@@ -114,7 +114,7 @@ def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights
     refuse_seen(
         held_out.intersection(seen),
         f"weights (={weights.source})",
-        "Choose weights that have not seen them, such as bloodcells or none.",
+        "Choose weights not trained on them, such as bloodcells or none.",
     )
 
 
@@ -176,7 +176,7 @@ def make_recipe(
     """Collect all that determines a store's bytes."""
     if bool(splits) != bool(settings.finetune):
         raise SettingsError(
-            f"splits (={len(splits)}) must come with fine-tuning and it with them: give both "
+            f"splits (={len(splits)}) and fine-tuning must be given together: use both "
             "--splits and --finetune-epochs, or neither."
         )
     return _frozen_recipe(cohort, settings, weights, dtype, device) | (
@@ -231,15 +231,15 @@ def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
     differences = differing_fields(_decisive(recipe), _decisive(store.recipe))
     if differences:
         raise StoreError(
-            f"{out}: a store of another recipe is there: {'; '.join(differences)}. "
+            f"{out} already holds a store with a different recipe: {'; '.join(differences)}. "
             "Choose another --out, or overwrite it with --force."
         )
     incidental = differing_fields(_incidental(recipe), _incidental(store.recipe))
     if not incidental:
         return store
     note = (
-        f"{out} is reused, though {'; '.join(incidental)}. This changes rounding alone; "
-        "extract it again with --force if that matters."
+        f"{out} is reused although {'; '.join(incidental)}. This affects only rounding; "
+        "extract again with --force if that matters."
     )
     return replace(store, notes=(note,))
 

@@ -182,7 +182,7 @@ def load_features(
     if views is not None and views > store.shape.views:
         raise SettingsError(
             f"views (={views}) must be at most the {store.shape.views} of {store.path}; "
-            "`lymphfeat extract --views` makes more."
+            "run `lymphfeat extract --views` for more."
         )
 
     def read(name: str) -> Features:
@@ -205,7 +205,7 @@ def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
     """Return which of the store's images are witnesses: (N,)."""
     images = Truth.read([path]).images
     if images is None:
-        raise CohortError(f"{path}: columns must hold ID, FILE, IS_WITNESS to score images.")
+        raise CohortError(f"{path}: must have the columns ID, FILE, IS_WITNESS to score images.")
     known = images.set_index(["patient", "image"])["witness"]
     names = pd.MultiIndex.from_arrays(
         [np.repeat(store.ids, store.n_images), np.array(store.image_names)]

@@ -36,7 +36,7 @@ def inspect(path: Path) -> dict[str, Any]:
         return {"kind": "feature store", "whole": True, **store.describe()}
     if not path.is_dir():
         unfinished = unfinished_folder(path)
-        hint = f"; an unfinished one is beside it: {unfinished.name}" if unfinished.is_dir() else ""
+        hint = f"; found an unfinished one: {unfinished.name}" if unfinished.is_dir() else ""
         raise SettingsError(
             f"path (={path}) must be a feature store, a run or a model folder{hint}."
         )
@@ -50,7 +50,7 @@ def inspect(path: Path) -> dict[str, Any]:
         return _describe_run(path)
     raise SettingsError(
         f"path (={path}) must hold {FACTS_FILE} (a model) or config.json (a run); got neither. "
-        "If what wrote it was interrupted, run it again."
+        "If the command that writes it was interrupted, run it again."
     )
 
 
@@ -133,4 +133,4 @@ def _describe_run(path: Path) -> dict[str, Any]:
             "balanced accuracy": {row["head"]: _accuracy(row) for row in summary},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path}: is a damaged run ({error}); fit it again.") from None
+        raise SettingsError(f"{path} is a damaged run ({error}); fit it again.") from None

@@ -187,7 +187,9 @@ def _reproduce(
             progress=progress,
         )
         if store.recipe["weights"] == "none":
-            warnings.append(f"{place}: random weights; name others by --weights to learn anything.")
+            warnings.append(
+                f"{place}: random weights; choose others with --weights for meaningful results."
+            )
         warnings += [f"{place}: {line}" for line in both.honest.outcome.warnings]
         found += [_tell(row, both) for row in rows]
     table = pd.DataFrame(found).set_index("name").loc[[row.name for row in wanted]]
@@ -200,7 +202,7 @@ def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
     refuse_seen(
         provenance.labelled(patient_keys(cohort.labelled())),
         f"weights (={backbone.weights})",
-        "Choose weights that have not seen them, such as bloodcells or none.",
+        "Choose weights not trained on them, such as bloodcells or none.",
     )
 
 

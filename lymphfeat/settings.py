@@ -1,4 +1,4 @@
-"""Every setting and its default, as frozen values that are checked when they are made."""
+"""All settings and their defaults, as frozen dataclasses that are checked on creation."""
 
 from dataclasses import dataclass, field
 
@@ -17,14 +17,14 @@ def _require_at_least(value: float | None, least: float, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings:
-    """Which backbone sees what: together with the weights' hash, what a feature map depends on."""
+    """The backbone and its input: with the weights' hash, all that a feature map depends on."""
 
     backbone: str = "resnet18"
     # auto (bloodcells for resnet18, else none) | bloodcells | none | imagenet | a file
     weights: str = "auto"
-    crop: int = 112  # pixels, about the image's centre (report §4.1)
+    crop: int = 112  # side of the centre crop in pixels (report §4.1)
     normalization: str = "imagenet"  # or "challenge" (METHOD §3)
-    output_stride: int | None = None  # 8, 16 or 32; None is the backbone's own
+    output_stride: int | None = None  # 8, 16 or 32; None: the backbone's own
     weights_seed: int = 0  # initialises weights "none"
 
     def __post_init__(self) -> None:
@@ -35,12 +35,12 @@ class BackboneSettings:
 class HeadSettings:
     """One head: a linear scorer and an aggregator, and how it is trained (METHOD §2).
 
-    k counts instances of `unit`; with `k_percent` it is max(k_min, ceil(k_percent / 100 · n)) for
-    learning and for the patient probability alike, and never more than the patient has.
+    k counts instances of `unit`; with `k_percent` it is max(k_min, ceil(k_percent / 100 · n)), both
+    in training and in prediction, and never more than the patient has.
     """
 
     agg: str = "topk"
-    unit: str = ""  # "pixel" | "image"; "" is the aggregator's own
+    unit: str = ""  # "pixel" | "image"; "": the aggregator's default
     k_train: int = 1
     k_agg: int = 10
     k_percent: float | None = None
@@ -51,8 +51,8 @@ class HeadSettings:
     momentum: float = 0.1  # bnsigmoid's running statistics
     width: int = 128  # networks: hidden units of attention, of embeddings, of each direction
     layers: int = 1  # transformer, lstm
-    class_weights: str = "none"  # or "balanced": both classes count alike in the loss
-    # For heads on frozen maps, by measurement (docs/heads.md); report's 1e-4 is for whole nets.
+    class_weights: str = "none"  # or "balanced": equal weight for both classes in the loss
+    # For heads on frozen maps, by measurement (docs/heads.md); 1e-4 is for whole networks.
     lr: float = 0.003
     weight_decay: float = 0.0
 
@@ -75,13 +75,13 @@ class HeadSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGrid:
-    """Values of head settings, every combination of which is a head (`heads.expand`).
+    """Values of head settings; every combination is one head (`heads.grid.expand`).
 
-    An empty field leaves a setting at its default; a setting that an aggregator does not read makes
-    no further heads of it. `k_percent` beside `k_agg` adds heads, for k is one or the other.
+    An empty field leaves a setting at its default; a setting that an aggregator does not read adds
+    no heads of it. `k_percent` given with `k_agg` adds heads because k is one or the other.
     """
 
-    agg: tuple[str, ...] = ("topk",)  # or a family: ranking, weighted, network; or all of them
+    agg: tuple[str, ...] = ("topk",)  # or a family (ranking, weighted, network), or all
     unit: tuple[str, ...] = ()
     k_train: tuple[int, ...] = ()
     k_agg: tuple[int, ...] = ()
@@ -111,22 +111,22 @@ class FitSettings:
     """How heads are fitted on a store and measured (METHOD §3–4)."""
 
     protocol: str = "honest"  # or "report"
-    seeds: int = 10  # runs under "report", repeats of k-fold under "honest"
+    seeds: int = 10  # random splits under "report", repeats of k-fold under "honest"
     folds: int = 5
     epochs: int = 40
     batch_size: int = 16  # patients (weighted family) or instances (ranking family)
-    images_per_patient: int | None = None  # drawn anew at every step; None is all
-    views: int | None = None  # of the store's, one drawn for every image at every step; None is all
-    tta: bool = False  # evaluate the mean over those views, not the identity alone
-    evaluate_every: int = 1  # epochs, of which `report` takes its ten best
-    epoch: str = "last"  # or "nested": the best inside each training set (honest)
+    images_per_patient: int | None = None  # drawn at every step; None: all
+    views: int | None = None  # stored views, one drawn per image at every step; None: all
+    tta: bool = False  # evaluate the mean over those views instead of the identity view
+    evaluate_every: int = 1  # epochs; `report` takes the ten best of those evaluated
+    epoch: str = "last"  # or "nested": the best within each training set (honest)
     fusions: tuple[str, ...] = ()  # late, sum, experts, all (METHOD §5)
-    attributes: tuple[str, ...] = ()  # clinical columns; none is all there are
-    log_attributes: tuple[str, ...] = ("lymph_count",)  # taken as logarithms
+    attributes: tuple[str, ...] = ()  # clinical columns; empty: all
+    log_attributes: tuple[str, ...] = ("lymph_count",)  # log-transformed
     calibration: str = "platt"  # | "temperature" | "none"
     threshold: str = "prevalence"  # | "best-ba" | "0.5" (honest); see decision.learn_threshold
-    allow_shared_images: bool = False  # in training and validation patients: a leak
-    seed: int = 0  # the first of the seeds
+    allow_shared_images: bool = False  # between training and validation patients: a leak
+    seed: int = 0  # first of the seeds
     precision: str = "float32"
     device: str = "auto"
     threads: int | None = None
@@ -138,7 +138,7 @@ class FitSettings:
         _require_one_of(self.threshold, _RULES, "threshold")
         require(
             self.epoch == "last" or self.protocol == "honest",
-            "epoch (=nested) must go with --protocol honest; report takes each run's ten best.",
+            "epoch (=nested) must go with --protocol honest; report takes the ten best epochs.",
         )
         for name in (
             "seeds",
@@ -166,25 +166,26 @@ class EndToEndSettings:
     head: HeadSettings = field(default_factory=lambda: HeadSettings(agg="bnsigmoid", lr=1e-4))
     epochs: int = 40
     batch_size: int = 16  # patients (weighted family) or images (ranking family)
-    images_per_patient: int | None = None  # drawn anew at every step; None is all
-    max_forward_size: int = 512  # images a chunk without gradients
+    images_per_patient: int | None = None  # drawn at every step; None: all
+    max_forward_size: int = 512  # images per chunk without gradients
     max_backward_size: int = 512  # images that get gradients in one step
     gradient: str = "subset"  # "subset" (report, pseudo-code 2) or "exact"
     frozen_batchnorm: bool = False  # keep the backbone's batch-norm statistics as loaded
     no_grad_batchnorm: str = "train"  # batch-norm in the chunks without gradients: train | eval
-    head_lr: float | None = None  # None is the head's lr for all
-    layer_decay: float = 1.0  # a stage learns at so many times the rate of the stage above it
-    freeze_stages: int = 0  # of the backbone, from the stem up: they keep their weights
-    init_head: str | None = None  # a run of fit-head whose best head training begins with
+    head_lr: float | None = None  # None: same as head.lr
+    layer_decay: float = 1.0  # learning-rate multiplier per stage downward
+    freeze_stages: int = 0  # number of stages to freeze, from the stem up
+    init_head: str | None = None  # a run of fit-head; training starts from its best head
     flips: bool = True
-    # Strengths, 0 is off (report §4.1: they "heavily impaired the accuracy"); see endtoend.views.
+    # Strengths; 0 is off (report §4.1: they "heavily impaired the accuracy"). See
+    # finetuning.augmentation.
     colour_jitter: float = 0.0
     affine: float = 0.0
     validation: float = 0.0  # share of labelled patients held out to draw the curves
-    # Who is called tumoral: prevalence | best-ba (with folds) | 0.5; see decision.learn_threshold.
+    # Decision threshold: prevalence | best-ba (with folds) | 0.5; see decision.learn_threshold.
     threshold: str = "prevalence"
     tta: bool = False  # predict the mean over the four flips
-    allow_shared_images: bool = False  # in training and held-out patients: a leak
+    allow_shared_images: bool = False  # between training and held-out patients: a leak
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
@@ -210,20 +211,20 @@ class EndToEndSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
-    """How a backbone learns from cells without labels."""
+    """How a backbone is pre-trained on unlabelled cells."""
 
     backbone: str = "resnet18"
     init: str = "auto"  # the weights to start from, as BackboneSettings.weights
     epochs: int = 10  # an epoch draws as many pairs as there are images
-    minutes: float | None = None  # train about so long instead: epochs follow from the speed
+    minutes: float | None = None  # train for about this many minutes instead
     batch_size: int = 64  # pairs of views
-    view_size: int = 96  # pixels of a view's side
-    field: int = 144  # pixels about the image's centre that views are taken from
+    view_size: int = 96  # side of a view in pixels
+    field: int = 144  # side, in pixels, of the central region views are taken from
     zoom: tuple[float, float] = (0.8, 1.15)  # magnification of a view
-    # Share of pairs that are two cells of one patient; the others are two views of one cell.
+    # Share of pairs made of two cells of one patient; the rest are two views of one cell.
     patient_pairs: float = 0.0
-    supervised: float = 0.1  # weight of the classes' cross-entropy, where folders are classes
-    projection: int = 1024  # width of the projector, which only the pre-training uses
+    supervised: float = 0.1  # weight of the classification loss, if folders are classes
+    projection: int = 1024  # width of the projector, used only in pre-training
     lr: float = 1e-3
     weight_decay: float = 1e-3
     seed: int = 0
@@ -258,14 +259,14 @@ class ExtractSettings:
     """How images become a feature store."""
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
-    views: int = 1  # identity, hflip, vflip, both: the first so many
+    views: int = 1  # the first N of: identity, hflip, vflip, both
     precision: str = "auto"  # auto | float32 | bfloat16
-    batch_size: int = 64  # images; part of the recipe, for rounding may depend on it
-    # How backbones are fine-tuned, one a split; its backbone, seed, precision, device and threads
-    # are these settings' and the split's. None trains nothing.
+    batch_size: int = 64  # images; part of the recipe because rounding may depend on it
+    # How one backbone per split is fine-tuned. Its backbone, precision, device and threads are
+    # taken from these settings, its seed from the split. None: no fine-tuning.
     finetune: EndToEndSettings | None = None
     device: str = "auto"
-    threads: int | None = None  # None is all cores
+    threads: int | None = None  # None: all cores
 
     def __post_init__(self) -> None:
         _require_at_least(self.batch_size, 1, "batch_size")

@@ -52,7 +52,7 @@ def test_a_clean_cohort_has_counts_and_no_finding(tmp_path: Path) -> None:
     assert result.formats == {"PNG RGB": 15}
     assert result.sizes == {"16x16": 15}
     assert result.findings == ()
-    assert result.verdict == "nothing to mend in 7 patients, 15 images"
+    assert result.verdict == "nothing to fix in 7 patients, 15 images"
     assert len(result.quirks) > 3
     ranges = {attribute.name: attribute for attribute in result.attributes}
     assert ranges["gender"].counts == {"F": 4, "M": 2}
@@ -285,7 +285,9 @@ def test_an_attribute_that_is_the_label_is_a_leak(tmp_path: Path) -> None:
     treated = find(result, "treated")
     assert (treated.auc, treated.high) == (1, 1)
     assert treated.low == pytest.approx(0.025 ** (1 / 100))  # not 1: 200 patients prove no more
-    assert result.findings[0].startswith("leak: treated alone all but gives the label (AUC 1.00")
+    assert result.findings[0].startswith(
+        "leak: treated alone almost determines the label (AUC 1.00"
+    )
 
 
 def test_how_images_are_stored_can_be_a_shortcut(tmp_path: Path) -> None:
@@ -326,12 +328,12 @@ def test_command_prints_tables_findings_and_a_verdict(tmp_path: Path) -> None:
     (tmp_path / "testset" / "P3" / "bad.jpg").write_bytes(b"")
     result = run("--cohort", tmp_path, "--crop", CROP)
     assert result.exit_code == 0
-    assert "P3 (-1), P11 (-1): 1 image(s), such as testset/P3/000000.png = testset/P11/x.png" in (
+    assert "P3 (-1), P11 (-1): 1 image(s), e.g. testset/P3/000000.png = testset/P11/x.png" in (
         result.stdout
     )
     assert "testset/P3/bad.jpg: the file is empty" in result.stdout
     assert "lymph_count" in result.stdout
-    assert result.stdout.rstrip().endswith("Verdict: 2 findings, named above.")
+    assert result.stdout.rstrip().endswith("Verdict: 2 findings, listed above.")
     assert result.stderr == ""
 
 

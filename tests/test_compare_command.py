@@ -96,7 +96,7 @@ def test_a_run_whose_writer_was_killed_between_the_renames(tmp_path: Path) -> No
 def test_noise_is_not_told_apart(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"mean": 0.0, "max": 0.0})
     result = compare(tmp_path, tmp_path / "a", "--metric", "auc")
-    assert "max and mean cannot be told apart (p 1)" in result.output
+    assert "max and mean do not differ significantly (p 1)" in result.output
 
 
 def test_chosen_rows_reference_and_all_pairs(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_chosen_rows_reference_and_all_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"seed": 1}, "must be measured on the same splits"),
-        ({"protocol": "report"}, "runs must be of one protocol"),
+        ({"seed": 1}, "runs must use the same splits"),
+        ({"protocol": "report"}, "runs must use the same protocol"),
     ],
 )
 def test_runs_that_were_not_measured_alike_are_refused(
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ((tmp_path / "empty",), "must be a run folder of `lymphfeat fit-head`"),
         ((tmp_path / "gone",), "must be a run folder of `lymphfeat fit-head`"),
         ((tmp_path / "a",), "rows to compare (=1) must be at least 2"),
-        ((tmp_path / "a", "--head", "max"), "head (=max) must be one of the runs' rows: mean"),
+        ((tmp_path / "a", "--head", "max"), "head (=max) must be a row of the runs: mean"),
     ):
         result = compare(tmp_path, *arguments)
         assert result.exit_code == 2
@@ -173,7 +173,7 @@ def test_one_split_gives_no_interval_and_no_verdict(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1}, folds=1)
     result = compare(tmp_path, tmp_path / "a")
     assert result.exit_code == 0, result.output
-    assert "max and mean cannot be told apart: one split gives no interval." in result.output
+    assert "max and mean cannot be compared: a single split gives no interval." in result.output
     assert "nan" not in result.output
 
 
@@ -182,7 +182,7 @@ def test_under_report_heads_are_set_against_a_baseline_at_their_last_epoch(tmp_p
     runs = write_run(tmp_path / "a", {"mean": 0.2, "max": 0.2, "bag size": 0.0}, protocol="report")
     result = compare(tmp_path, tmp_path / "a", "--against", "bag size")
     assert result.exit_code == 2
-    assert "must hold ba_last in runs.csv; an older version wrote it" in result.output
+    assert "must hold ba_last in runs.csv; an older version wrote the run" in result.output
     last = runs["ba"].where(runs["head"] == "bag size", runs["ba"] - 0.2)
     runs.assign(ba_last=last).to_csv(tmp_path / "a" / "runs.csv", index=False)
     result = compare(tmp_path, tmp_path / "a", "--all-pairs", "--json")
@@ -191,5 +191,5 @@ def test_under_report_heads_are_set_against_a_baseline_at_their_last_epoch(tmp_p
     assert pairs["bag size", "mean"]["difference"] == pytest.approx(0, abs=0.02)
     assert not pairs["max", "mean"]["last_epoch"]
     shown = compare(tmp_path, tmp_path / "a", "--against", "bag size", "--force").output
-    assert "mean and bag size cannot be told apart (p " in shown
+    assert "mean and bag size do not differ significantly (p " in shown
     assert "both at their last epoch" in shown

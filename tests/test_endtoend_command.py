@@ -28,7 +28,7 @@ def run(*arguments: str) -> Result:
 def test_trains_and_names_its_files(root: Path) -> None:
     result = run("--cohort", str(root), "--submission-header", "ID,LABEL")
     assert result.exit_code == 0, result.output
-    assert "trained on (fit, not skill)" in result.stdout
+    assert "training patients (not a performance estimate)" in result.stdout
     assert "(the mean probability of the 10 training patients, as the model fits them)" in (
         result.stdout
     )
@@ -68,7 +68,7 @@ def test_says_when_there_is_nobody_to_submit(tmp_path: Path) -> None:
     root = write_red_cohort(tmp_path / "red", "0101")
     result = run("--cohort", str(root), "--out", str(tmp_path / "m"))
     assert result.exit_code == 0, result.output
-    assert "No submission written: the cohort has no unlabelled patient." in result.stderr
+    assert "No submission written: the cohort has no unlabelled patients." in result.stderr
 
 
 @pytest.mark.parametrize(

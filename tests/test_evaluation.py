@@ -247,7 +247,7 @@ def test_fusion_mistakes() -> None:
     with pytest.raises(SettingsError, match="the cohort's table has none"):
         fit_fusions(patients, [head], ["late"], np.empty((N, 0)))
     flat = Patients(IDS, LABELS, Plan.flat(patients.plan.outer))
-    with pytest.raises(SettingsError, match="must learn from out-of-fold image logits"):
+    with pytest.raises(SettingsError, match="fusion requires out-of-fold image logits"):
         fit_fusions(flat, [head], ["late"], attributes)
     assert len(fit_fusions(patients, [head], ["all"], attributes)) == 3
 
@@ -278,7 +278,7 @@ def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
     baselines = fit_baselines(patients, np.arange(N) + 1, np.empty((N, 0)))
     runs = pd.concat([measure(patients, each).runs for each in (head, *baselines)])
     assert find_warnings(runs, plan) == (
-        "seer: not compared with bag size alone, because one split gives no interval. "
+        "seer: not compared with bag size alone, because a single split gives no interval. "
         "Use more --seeds.",
     )
 

@@ -211,7 +211,8 @@ def test_another_recipe_is_refused_or_forced(cohort: Cohort, root: Path, tmp_pat
     extract(cohort, out, SETTINGS)
     before = out.read_bytes()
     other = replace(SETTINGS, views=2, batch_size=3)
-    message = f"{out}: a store of another recipe is there: views is ['identity'] there, ['identity'"
+    message = f"{out} already holds a store with a different recipe: "
+    message += "views is ['identity'] there, ['identity'"
     with pytest.raises(StoreError, match=re.escape(message)):
         extract(cohort, out, other)
     write_image(root / "P2" / "new.png", 7, SIDE)
@@ -248,7 +249,7 @@ def test_a_store_that_differs_in_rounding_alone_is_reused(
         "--force",
     ):
         assert told in note
-    with pytest.raises(StoreError, match=r"recipe is there: crop is 48 there, 40 now\. Choose"):
+    with pytest.raises(StoreError, match=r"different recipe: crop is 48 there, 40 now\. Choose"):
         extract(cohort, out, replace(SETTINGS, backbone=replace(SETTINGS.backbone, crop=40)))
     assert extract(cohort, out, SETTINGS, force=True).notes == ()
     assert FeatureStore.open(out).recipe["device"] == "cpu"
@@ -277,7 +278,9 @@ def test_a_store_that_differs_in_more_is_refused(
     with h5py.File(out, "r+") as file:
         recipe = json.loads(file.attrs["recipe"]) | {key: value, "threads": 7}
         file.attrs.modify("recipe", json.dumps(recipe))
-    with pytest.raises(StoreError, match=f"a store of another recipe is there: {key}") as caught:
+    with pytest.raises(
+        StoreError, match=f"already holds a store with a different recipe: {key}"
+    ) as caught:
         extract(cohort, out, SETTINGS)
     assert "threads" not in str(caught.value)
 

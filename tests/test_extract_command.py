@@ -68,7 +68,8 @@ def test_another_recipe_needs_force(root: Path) -> None:
     refused = run(*line, "--output-stride", "8")
     assert refused.exit_code == 2
     assert (
-        "Error: s.h5: a store of another recipe is there: output_stride is None" in refused.stderr
+        "Error: s.h5 already holds a store with a different recipe: output_stride is None"
+        in refused.stderr
     )
     assert "--force" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -84,7 +85,7 @@ def test_a_store_made_by_other_threads_is_reused(root: Path) -> None:
     before = Path("s.h5").read_bytes()
     reused = run(*line, "--threads", "2")
     assert reused.exit_code == 0, reused.output
-    assert "s.h5 is reused, though threads is 1 there, 2 now." in reused.stderr
+    assert "s.h5 is reused although threads is 1 there, 2 now." in reused.stderr
     assert Path("s.h5").read_bytes() == before
 
 

@@ -138,7 +138,7 @@ def test_other_views_train_nothing_anew(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "s.h5"
     one = extract(cohort, out, SETTINGS, splits=splits)
     assert one.feature_sets["all"].provenance.label_ids == cohort.labelled().ids
-    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: nobody is left"):
+    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients: none are left"):
         fit_heads(one, HEADS, FIT, tmp_path / "run")
     seen: list[str] = []
     more = extract(
@@ -219,7 +219,7 @@ def test_from_the_command_line(
     line = extract_line(cohort, "--finetune-epochs", "1", "--splits", "kfold:2")
     result = run(*line)
     assert result.exit_code == 0, result.output
-    assert "fine-tuned for each of 2 splits: kfold2-r0-f0, kfold2-r0-f1" in result.stdout
+    assert "fine-tuned per split, for 2 splits: kfold2-r0-f0, kfold2-r0-f1" in result.stdout
     fitted = run("fit-head", "--agg", "mean", "--epochs", "2", "--out", "run")
     assert fitted.exit_code == 0, fitted.output
     assert (

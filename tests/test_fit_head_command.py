@@ -344,7 +344,7 @@ def test_splits_of_another_run_are_taken_and_give_the_same_figures(
     compared = CliRunner().invoke(
         cli, ["compare", str(first), str(second), "--out", str(tmp_path / "figure.png")]
     )
-    assert "cannot be told apart (p 1)" in compared.output
+    assert "do not differ significantly (p 1)" in compared.output
     foreign = tmp_path / "foreign.json"
     foreign.write_text((first / "splits.json").read_text().replace('"P4"', '"P44"'))
     refused = run(folder, *common, "--splits", str(foreign), "--out", str(tmp_path / "third"))
@@ -356,7 +356,7 @@ def test_the_table_says_where_bfloat16_differs(folder: Path, tmp_path: Path) -> 
     few = ("--seeds", "2", "--epochs", "2", "--protocol", "report", "--precision", "bfloat16")
     result = run(folder, *few, "--save", "--out", str(tmp_path / "run"))
     assert result.exit_code == 0, result.output
-    assert "bfloat16 moves p by" in result.output
+    assert "p shift by bfloat16" in result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (change,) = [row["bfloat16_change"] for row in summary if row["head"] == "top10"]
     # top10 counts images; a mean of the highest probabilities moves by at most a quarter of what
@@ -427,7 +427,7 @@ def test_an_image_in_patients_of_both_sides(tmp_path: Path) -> None:
     line += ["--out", str(tmp_path / "run")]
     refused = CliRunner().invoke(cli, line)
     assert refused.exit_code == 2, refused.output
-    assert "got 1.png of P1 = 0.png of P8, torn apart by split" in refused.stderr
+    assert "got 1.png of P1 = 0.png of P8, on both sides of split" in refused.stderr
     assert "--allow-shared-images" in refused.stderr
     allowed = CliRunner().invoke(cli, [*line, "--allow-shared-images"])
     assert allowed.exit_code == 0, allowed.output

@@ -58,7 +58,9 @@ def test_a_shared_image_torn_apart_by_a_split_is_refused() -> None:
     together = Split(id="a", seed=0, repeat=0, train=("P0", "P3"), validation=("P1",))
     torn = Split(id="b", seed=0, repeat=0, train=("P0", "P1"), validation=("P3",))
     refuse_shared_images([together], shared)
-    with pytest.raises(LeakageError, match=r"001.png of P0 = 000.png of P3, torn apart by split b"):
+    with pytest.raises(
+        LeakageError, match=r"001.png of P0 = 000.png of P3, on both sides of split b"
+    ):
         refuse_shared_images([together, torn], shared)
 
 

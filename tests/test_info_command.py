@@ -111,7 +111,7 @@ def test_a_run_whose_writer_was_killed_between_the_renames(run: Path) -> None:
 
 def test_an_unfinished_result(tmp_path: Path) -> None:
     write(tmp_path / "m.partial", "", "checkpoint.pt")
-    assert "an unfinished one is beside it: m.partial" in refusal(tmp_path / "m")
+    assert "found an unfinished one: m.partial" in refusal(tmp_path / "m")
     told = json.loads(info(tmp_path / "m.partial", "--json").stdout)
     assert (told["kind"], told["whole"]) == ("unfinished result", False)
     assert (told["of"], told["checkpoints"]) == (str(tmp_path / "m"), ["checkpoint.pt"])
@@ -120,7 +120,7 @@ def test_an_unfinished_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": {}, "store": "s.h5"}'])
 def test_a_damaged_run(run: Path, content: str) -> None:
     (run / "config.json").write_text(content)
-    assert f"{run}: is a damaged run (" in refusal(run)
+    assert f"{run} is a damaged run (" in refusal(run)
 
 
 # --- what it cannot name -------------------------------------------------------------------------

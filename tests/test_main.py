@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     result = fail_with(KeyboardInterrupt(), monkeypatch)
     assert result.exit_code == 1
-    assert "Interrupted: what was finished is kept; run the same line again." in result.stderr
+    assert "Interrupted. Finished work is kept; run the same command again." in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,7 +285,7 @@ def test_from_the_command_line(
     result = CliRunner().invoke(cli, ["endtoend", *line, *tiny])
     assert result.exit_code == 0, result.output
     assert "training patients, out of fold" in result.stdout
-    assert "from the other folds (whose members have seen it)" in result.stdout
+    assert "from the other folds (whose members were trained on it)" in result.stdout
     assert "wrote models/endtoend/members.json" in result.stdout
     predicted = CliRunner().invoke(cli, ["predict", *line])
     assert predicted.exit_code == 0, predicted.output
@@ -298,7 +298,7 @@ def test_from_the_command_line(
     )
     pd.testing.assert_frame_equal(again, written, check_exact=True)
     assert (
-        "trained on (fit, not skill) │       10 │" in predicted.stdout
+        "training patients (not a performance estimate) │       10 │" in predicted.stdout
     )  # by one member or another
     assert "validation" not in predicted.stdout
     with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, as .*fold-0"):
@@ -404,7 +404,7 @@ def test_an_image_on_both_sides_is_refused(tmp_path: Path, held_out: tuple[str, 
     line = line_of(root, tmp_path / "m", *held_out)
     result = CliRunner().invoke(cli, line)
     assert result.exit_code == 2, result.output
-    assert re.search(r"got 1.png of P1 = 0.png of P8, torn apart", result.stderr)
+    assert re.search(r"got 1.png of P1 = 0.png of P8, on both sides of split", result.stderr)
     assert not (tmp_path / "m" / "model.json").exists()
     allowed = CliRunner().invoke(cli, [*line, "--allow-shared-images"])
     assert allowed.exit_code == 0, allowed.output

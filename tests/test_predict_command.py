@@ -76,7 +76,7 @@ def test_truth_and_metrics(root: Path) -> None:
     assert told["truth"]["hidden_patients"] == 2
     shown = run("--cohort", str(root), "--truth", str(root / "truth.csv"), "--force")
     assert "Witness images: AUC of image scores" in shown.stdout
-    assert "trained on (fit, not skill)" in shown.stdout
+    assert "training patients (not a performance estimate)" in shown.stdout
 
 
 def test_float32_unless_asked_otherwise(auto_precision: str, root: Path) -> None:
@@ -106,7 +106,7 @@ def test_nothing_is_overwritten(root: Path) -> None:
         (["--out", "no/where.csv"], "folder no does not exist"),
         (["--truth", "other.csv"], "truth must name images of this cohort; got none of them"),
         (["--truth", "wrong.csv"], "wrong.csv row 2, column IS_WITNESS: must be 0 or 1; got 'x'"),
-        (["--truth", "twice.csv"], "twice.csv row 3: image 0.png of P1 must stand there once"),
+        (["--truth", "twice.csv"], "twice.csv row 3: image 0.png of P1 must occur once"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, root: Path) -> None:

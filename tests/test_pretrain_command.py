@@ -30,7 +30,7 @@ def test_a_store_of_pretrained_weights_names_the_patients_seen(tmp_path: Path) -
     result = run("pretrain", cohort, *SMALL, "--patient-pairs", "0.5", "--out", weights)
     assert result.exit_code == 0, result.output
     assert "30 images in 12 folder(s): patients" in result.stderr
-    assert "nearest cell is of the same patient: " in result.stdout
+    assert "Nearest cell from the same patient: " in result.stdout
 
     store = tmp_path / "f.h5"
     backbone = ["--backbone", "test_efficientnet", "--crop", SIDE, "--weights", weights]

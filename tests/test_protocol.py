@@ -245,7 +245,7 @@ def test_without_backbones_inside_a_training_set_nothing_is_chosen_and_that_is_s
     own = SplitFeatures(DOTTED, list(features.row), features.bags.sizes.numpy(), lambda _: features)
     outcome = run_on(own, labels, DOTTED)
     assert outcome.thresholds == "prevalence, from training patients as fitted"
-    assert outcome.warnings[0].startswith("thresholds are not from out-of-fold probabilities")
+    assert outcome.warnings[0].startswith("thresholds do not come from out-of-fold probabilities")
     with pytest.raises(
         SettingsError, match=r"epoch \(=nested\) must be chosen on out-of-fold .*inner"
     ):

@@ -44,7 +44,7 @@ def test_table_and_figures_beside_the_published(
     result = reproduce(*arguments, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert "resnet18: random weights; name others by --weights" in told["warnings"][0]
+    assert "resnet18: random weights; choose others with --weights" in told["warnings"][0]
     rows = {row["name"]: row for row in told["rows"]}
     assert set(rows) == {row.name for row in ROWS if row.backbone == "resnet18"}
     for row in rows.values():

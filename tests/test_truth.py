@@ -64,7 +64,7 @@ def test_labels_alone(tmp_path: Path) -> None:
 def test_contradicting_labels(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("ID,LABEL\nP1,1\nP1,0\n")
-    with pytest.raises(CohortError, match="LABEL must be one and the same in all rows of P1"):
+    with pytest.raises(CohortError, match="LABEL must be the same in all rows of P1"):
         read_labels(path)
 
 

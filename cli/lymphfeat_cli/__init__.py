@@ -1,1 +1,1 @@
-"""The `lymphfeat` command: parses, calls one library function, shows what came back."""
+"""The `lymphfeat` command: parses, calls one library function, shows the result."""

@@ -1,4 +1,4 @@
-"""`lymphfeat audit`: read a cohort and say what is in it, what is odd, and what leaks."""
+"""`lymphfeat audit`: check a cohort for contents, oddities, leaks and shortcuts."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from lymphfeat.auditing import Attribute, Audit, Copies, Fault, Group
     from lymphfeat.evaluation.shortcuts import Predictor
 
-LISTED = 12  # entries of a kind shown; --json and --out have them all
+LISTED = 12  # entries shown of each kind; --json and --out list all
 
 
 @click.command(
     "audit",
     epilog="Example: lymphfeat audit --cohort data/lymphocytosis --out audit.json. "
-    "Findings do not fail the command (exit 0); a cohort that cannot be read does (exit 2).",
+    "Exit status: 0 with or without findings, 2 if the cohort cannot be read.",
 )
 @cohort_options
 @click.option(
@@ -39,12 +39,12 @@ LISTED = 12  # entries of a kind shown; --json and --out have them all
     type=click.IntRange(1),
     default=112,
     show_default=True,
-    help="Images with a side below it, in pixels, are reported.",
+    help="Report images with a side shorter than this many pixels.",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything found to this JSON file as well.",
+    help="Also write all results to this JSON file.",
 )
 @force_option
 @output_options
@@ -59,10 +59,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Read a cohort and say what is in it, what is odd, and what leaks.
+    """Check a cohort: contents, oddities, leaks and shortcuts.
 
-    Counts patients and images, tells how each quirk of the files was resolved, names unreadable,
-    too small and duplicated images, and measures how far bag size and each attribute alone
+    Counts patients and images, reports how each quirk of the files was resolved, lists unreadable,
+    too small and duplicate images, and measures how well bag size and each attribute alone
     predict the label.
     """
     _check_out(out, force)
@@ -84,7 +84,7 @@ def _check_out(out: Path | None, force: bool) -> None:
     if out is not None:
         check_file(out, force=force)
     if out is not None and not out.parent.is_dir():
-        raise click.UsageError(f"folder {out.parent} of --out does not exist; make it first.")
+        raise click.UsageError(f"folder {out.parent} of --out does not exist; create it first.")
 
 
 def _show(audit: "Audit") -> None:
@@ -94,10 +94,10 @@ def _show(audit: "Audit") -> None:
         columns = ["attribute", "missing", "min", "median", "max", "values"]
         show_table("Clinical attributes", columns, [_range(a) for a in audit.attributes])
     if audit.predictors:
-        columns = ["alone", "patients", "AUC", "95 % interval", "tumoral is"]
+        columns = ["predictor", "patients", "AUC", "95 % interval", "tumoral is"]
         rows = [_power(predictor) for predictor in audit.predictors]
-        show_table("How far each alone predicts the label", columns, rows)
-    _show_lines("Read as", audit.quirks, listed=len(audit.quirks))
+        show_table("How well each predictor alone predicts the label", columns, rows)
+    _show_lines("Quirks and how they were resolved", audit.quirks, listed=len(audit.quirks))
     _show_lines("Unreadable images", [_fault(fault) for fault in audit.unreadable])
     crop = f"Images smaller than the crop ({audit.crop} px)"
     _show_lines(crop, [_fault(fault) for fault in audit.too_small])
@@ -114,11 +114,11 @@ def _show_groups(audit: "Audit") -> None:
         (g.split, LABEL_NAMES[g.label], g.label, g.patients, g.images, *_spread(g))
         for g in audit.groups
     ]
-    columns = ["split", "is", "label", "patients", "images", "fewest", "median", "most"]
-    show_table("Patients, and images a patient", columns, rows)
+    columns = ["split", "class", "label", "patients", "images", "min", "median", "max"]
+    show_table("Patients, and images per patient", columns, rows)
     for title, counts in (("formats", audit.formats), ("sizes", audit.sizes)):
-        told = [f"{name}: {count}" for name, count in counts.items()]
-        click.echo(f"Image {title}: {', '.join(_shortened(told)) or 'none readable'}")
+        shown = [f"{name}: {count}" for name, count in counts.items()]
+        click.echo(f"Image {title}: {', '.join(_shortened(shown)) or 'none readable'}")
     click.echo()
 
 
@@ -128,9 +128,14 @@ def _spread(group: "Group") -> tuple[str, ...]:
 
 def _range(attribute: "Attribute") -> list[str]:
     numbers = (attribute.minimum, attribute.median, attribute.maximum)
-    told = ["" if number is None else f"{number:.4g}" for number in numbers]
+    shown = ["" if number is None else f"{number:.4g}" for number in numbers]
     counts = [f"{escape(value)} {count}" for value, count in (attribute.counts or {}).items()]
-    return [escape(attribute.name), str(attribute.missing), *told, ", ".join(_shortened(counts, 6))]
+    return [
+        escape(attribute.name),
+        str(attribute.missing),
+        *shown,
+        ", ".join(_shortened(counts, 6)),
+    ]
 
 
 def _power(predictor: "Predictor") -> list[str]:
@@ -151,7 +156,7 @@ def _fault(fault: "Fault") -> str:
 def _copy(copies: "Copies") -> str:
     pairs = zip(copies.patients, copies.labels, strict=True)
     who = ", ".join(_shortened([f"{patient} ({label})" for patient, label in pairs]))
-    return f"{who}: {copies.images} image(s), such as {' = '.join(_shortened(copies.example, 4))}"
+    return f"{who}: {copies.images} image(s), e.g. {' = '.join(_shortened(copies.example, 4))}"
 
 
 def _show_lines(title: str, lines: Sequence[str], listed: int = LISTED) -> None:

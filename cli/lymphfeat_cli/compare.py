@@ -1,4 +1,4 @@
-"""`lymphfeat compare`: the rows of several runs side by side, paired by split."""
+"""`lymphfeat compare`: rows of several runs, compared and paired by split."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,18 +33,22 @@ Examples:
     type=click.Choice(["ba", "sensitivity", "specificity", "auc", "log_loss", "brier"]),
     default="ba",
     show_default=True,
+    help="Metric to compare.",
 )
-@click.option("--head", "heads", multiple=True, help="Rows to take. Repeatable. [default: all]")
+@click.option("--head", "heads", multiple=True, help="Row to compare. Repeatable. [default: all]")
 @click.option(
-    "--against", help="The row all others are set against. [default: the first run's first]"
+    "--against",
+    help="Reference row that the others are compared with. [default: first row of the first run]",
 )
-@click.option("--all-pairs", is_flag=True, help="Every pair, not only those with the reference.")
+@click.option(
+    "--all-pairs", is_flag=True, help="Compare all pairs, not only those with the reference row."
+)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="comparison.png",
     show_default=True,
-    help="The figure.",
+    help="Figure to write.",
 )
 @force_option
 @output_options
@@ -61,10 +65,10 @@ def command(
 ) -> None:
     """Compare the rows of runs of `lymphfeat fit-head`, split by split.
 
-    Prints each row's figure and each difference with interval and p. Intervals of rows are
-    Nadeau–Bengio corrected for overlapping training sets; those of differences hold for all
-    comparisons at once, and p is Holm's. Runs on different splits are refused: fit one again with
-    the --splits of the other.
+    Prints the metric of each row, and each difference with its interval and p-value. Intervals are
+    Nadeau–Bengio corrected for overlapping training sets; intervals of differences hold for all
+    comparisons simultaneously, and p-values are Holm-adjusted. The runs must use the same splits:
+    if they do not, refit one with the --splits of the other.
     """
     check_file(out, force=force)
     from lymphfeat.comparison import compare
@@ -117,6 +121,7 @@ def _show(found: "Comparison") -> None:
         click.echo(sentence)
     if found.protocol == "report":
         click.echo(
-            "Rows of the report protocol are means of ten best epochs: optimistic, but alike for "
-            "all heads. A baseline has one epoch, so heads are compared with it at their last one."
+            "Rows of the report protocol are means of the ten best epochs: optimistic, but equally "
+            "so for all heads. Baselines have a single epoch, so they are compared with the last "
+            "epoch of the heads."
         )

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from lymphfeat.training import Members
 
 CROSS_FITTED = (
-    "Out of fold: each patient is judged by the member that has not seen it, at a threshold and "
-    "calibration from the other folds (whose members have seen it); AUC is within folds."
+    "Out of fold: each patient is predicted by the member not trained on it, with threshold and "
+    "calibration from the other folds (whose members were trained on it); AUC is within folds."
 )
 
 
@@ -52,7 +52,7 @@ Examples:
   lymphfeat endtoend --cohort DIR --agg topk --k-train 5 --epochs 20 --out models/top5
   torchrun --nproc-per-node 8 -m lymphfeat_cli endtoend --cohort DIR
   lymphfeat endtoend --cohort DIR --folds 5 --tta --init-head runs/best
-An interrupted training goes on when the same line is run again.""",
+Run the same command again to resume an interrupted training.""",
 )
 @cohort_options
 @click.option(
@@ -60,70 +60,79 @@ An interrupted training goes on when the same line is run again.""",
     type=click.Path(path_type=Path),
     default="models/endtoend",
     show_default=True,
-    help="The model folder to write.",
+    help="Model folder to write.",
 )
 @head_options(agg="bnsigmoid", lr=1e-4)
-@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--backbone",
+    default="resnet18",
+    show_default=True,
+    help="Any timm model that returns feature maps.",
+)
 @weights_option
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
-@click.option("--head-lr", type=float, help="The head's own. [default: --lr]")
+@click.option(
+    "--epochs", type=click.IntRange(1), default=40, show_default=True, help="Training epochs."
+)
+@click.option("--head-lr", type=float, help="Learning rate of the head. [default: --lr]")
 @click.option(
     "--layer-decay",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Each stage of the backbone learns at so many times the rate of the one above.",
+    help="Learning-rate multiplier per stage downward.",
 )
 @click.option(
     "--freeze-stages",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="So many stages, from the stem up, keep weights and batch-norm (resnet18 has 5).",
+    help="Number of stages to freeze, from the stem up: weights and batch-norm (resnet18 has 5).",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Patients (or, for top1, topk and topbottomk, selected images) a step.",
+    help="Patients (or, for top1, topk and topbottomk, selected images) per step.",
 )
 @click.option(
     "--images-per-patient",
     type=click.IntRange(1),
-    help="Draw so many of each patient's images anew at every step. [default: all]",
+    help="Number of images drawn per patient at every step. [default: all]",
 )
 @click.option(
     "--max-forward-size",
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Images at a time without gradients: bounds memory.",
+    help="Maximum images per pass without gradients; limits memory.",
 )
 @click.option(
     "--max-backward-size",
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Images at a time with gradients: bounds memory.",
+    help="Maximum images per pass with gradients; limits memory.",
 )
 @click.option(
     "--gradient",
     type=click.Choice(["subset", "exact"]),
     default="subset",
     show_default=True,
-    help="Through a random --max-backward-size images of a step, or through all of them.",
+    help="Images that receive gradients in a step: a random --max-backward-size of them, or all.",
 )
 @click.option(
     "--no-grad-batchnorm",
     type=click.Choice(["train", "eval"]),
     default="train",
     show_default=True,
-    help="Batch-norm of the images without gradients.",
+    help="Batch-norm mode in passes without gradients.",
 )
-@click.option("--freeze-batchnorm", is_flag=True, help="Keep batch-norm statistics as loaded.")
 @click.option(
-    "--flips/--no-flips", default=True, show_default=True, help="Random flips in training."
+    "--freeze-batchnorm", is_flag=True, help="Keep the batch-norm statistics of the weights."
+)
+@click.option(
+    "--flips/--no-flips", default=True, show_default=True, help="Random flips during training."
 )
 @click.option(
     "--colour-jitter",
@@ -131,39 +140,39 @@ An interrupted training goes on when the same line is run again.""",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Change brightness of each channel, saturation and contrast by up to this share.",
+    help="Random change of brightness per channel, saturation and contrast, up to this fraction.",
 )
 @click.option(
     "--affine",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Turn by up to so many half-turns; magnify and shift accordingly.",
+    help="Maximum random rotation in half-turns (1 is 180°), with scaling and shifts to match.",
 )
 @click.option(
     "--validation",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Share of labelled patients held out, for the curves.",
+    help="Share of labelled patients held out to draw validation curves.",
 )
 @click.option(
     "--folds",
     type=click.IntRange(2),
-    help="Train so many members, each without one fold, and average them; threshold and "
-    "calibration come from out-of-fold probabilities. [default: one model on all]",
+    help="Train this many members, each without one fold, and average them; threshold and "
+    "calibration come from out-of-fold probabilities. [default: one model on all patients]",
 )
 @threshold_option
 @click.option(
     "--init-head",
     type=click.Path(file_okay=False),
-    help="Begin with the best linear head of this run of fit-head --save, on the same weights; it "
-    "brings its own --agg and options.",
+    help="Start from the best linear head of this run of fit-head --save on the same weights; "
+    "its aggregator and options replace those given here.",
 )
 @click.option(
     "--allow-shared-images",
     is_flag=True,
-    help="Go on though one image is in a training and in a held-out patient: a leak.",
+    help="Continue even if training and held-out patients share images (a leak).",
 )
 @click.option("--tta", is_flag=True, help="Predict the mean over the four flips.")
 @click.option(
@@ -171,10 +180,16 @@ An interrupted training goes on when the same line is run again.""",
     type=click.Choice(["imagenet", "challenge"]),
     default="imagenet",
     show_default=True,
-    help="Channel constants; those the weights were trained with.",
+    help="Channel means and scales; use those the weights were trained with.",
 )
-@click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
-@click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="Dilated backbone.")
+@click.option(
+    "--crop", type=int, default=112, show_default=True, help="Side of the centre crop in pixels."
+)
+@click.option(
+    "--output-stride",
+    type=click.Choice(["8", "16", "32"]),
+    help="Stride of the feature maps, by dilation. [default: the backbone's own]",
+)
 @precision_option(default="auto")
 @submission_header_option
 @truth_option
@@ -197,9 +212,9 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Train backbone and head together; write the model, its predictions and a submission.
+    """Train backbone and head together; write model, predictions and submission.
 
-    Trains on all labelled patients (less --validation), predicts every patient, and writes a
+    Trains on all labelled patients (except --validation), predicts every patient, and writes a
     submission for the unlabelled ones.
     """
     from lymphfeat.evaluation.hidden_truth import Truth
@@ -219,7 +234,7 @@ def command(
             progress=progress,
         )
     if not is_first():
-        return  # of several processes the first shows the result
+        return  # of several processes only the first shows the result
     scores = _score(known, trained.threshold, out)
     if as_json:
         show_json(_result(trained, out) | ({"truth": scores} if known else {}))
@@ -279,24 +294,24 @@ def _result(trained: "Model | Members", out: Path) -> dict[str, object]:
 
 
 def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Say so when the model's AUC is not surely above that of bag size."""
-    beside = metrics.get("baseline: bag size", {})
-    low = beside.get("auc_gain_low")
-    if low is not None and low <= 0:  # not where it is NaN: nothing was measured then
+    """Warn when the model's AUC is not significantly above that of bag size."""
+    baseline = metrics.get("baseline: bag size", {})
+    low = baseline.get("auc_gain_low")
+    if low is not None and low <= 0:  # false for NaN: not measured
         note(
-            f"Warning: the model does not beat bag size alone (AUC {beside['auc']:.2f}); what it "
-            "learnt may be how many images a patient has."
+            f"Warning: the model does not beat bag size alone (AUC {baseline['auc']:.2f}); it "
+            "may have learnt only the number of images per patient."
         )
 
 
 def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> None:
-    show_metrics("Patients, as the final model predicts them", trained.metrics)
+    show_metrics("Final model, on labelled patients", trained.metrics)
     warn_of_bag_size(trained.metrics)
     show_truth(scores)
-    click.echo(f"Called tumoral: {threshold_text(trained.threshold)} ({trained.threshold_from}).")
+    click.echo(f"Tumoral if {threshold_text(trained.threshold)} ({trained.threshold_from}).")
     if "out of fold" in trained.metrics:
         click.echo(CROSS_FITTED)
     for path in files_in(out):
         click.echo(f"wrote {path}")
     if not (out / "submission.csv").exists():
-        note("No submission written: the cohort has no unlabelled patient.")
+        note("No submission written: the cohort has no unlabelled patients.")

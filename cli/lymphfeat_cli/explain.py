@@ -1,4 +1,4 @@
-"""`lymphfeat explain`: model + cohort -> one HTML page of what the model saw, and figures."""
+"""`lymphfeat explain`: model + cohort -> HTML report of what the model looked at, with figures."""
 
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ Examples:
   lymphfeat explain --cohort DIR
   lymphfeat explain --model models/endtoend --cohort DIR --out report.html --figures pdf
   lymphfeat explain --image DIR/P7/000003.jpg --out cell.png
-The page is one file: open it in a browser, no network is needed.""",
+The report is one self-contained file: open it in a browser; no network is needed.""",
 )
 @click.option(
     "--model",
@@ -42,44 +42,44 @@ The page is one file: open it in a browser, no network is needed.""",
     type=click.Path(path_type=Path),
     default="models/endtoend",
     show_default=True,
-    help="A model folder, as `lymphfeat endtoend` writes it.",
+    help="Model folder written by `lymphfeat endtoend`.",
 )
 @cohort_options
 @click.option(
     "--image",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Explain this one cell, and no cohort.",
+    help="Explain this one image instead of a cohort.",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The page, or with --image the figure (.png, .pdf, .svg). "
-    "[default: report.html; cell.png]",
+    help="Report to write, or with --image the figure (.png, .pdf, .svg). "
+    "[default: report.html, or cell.png]",
 )
 @click.option(
     "--figures",
     type=click.Choice(["png", "pdf", "both", "none"]),
     default="png",
     show_default=True,
-    help="Figures in the folder beside the page.",
+    help="Format of the separate figures, in a folder next to the report.",
 )
 @click.option(
     "--plates",
     type=click.IntRange(0),
     default=6,
     show_default=True,
-    help="So many patients' plates as figures, those called wrongly first.",
+    help="Number of patients with a plate of cells as a figure; misclassified patients first.",
 )
 @click.option(
     "--megabytes",
     type=click.IntRange(1),
     default=60,
     show_default=True,
-    help="The page's greatest size: beyond, pictures get smaller, then are left out.",
+    help="Maximum size of the report; pictures are shrunk, then left out, to stay below it.",
 )
 @truth_option
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
 )
 @seed_option
 @precision_option(default="float32")
@@ -108,14 +108,14 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show what a model saw: scores of every cell, maps, shares of the decision.
+    """Show what a model looked at: cell scores, maps, and each cell's share of the decision.
 
-    Writes one HTML page and figures beside it, and prints how faithful they are: whether deleting
-    the highest-scored cells moves probabilities more than deleting random ones.
+    Writes an HTML report and figures, and prints how faithful they are: whether deleting the
+    highest-scored cells changes probabilities more than deleting random cells.
     """
     out = out or (CELL if image else PAGE)
     if not out.parent.is_dir():
-        raise click.UsageError(f"folder {out.parent} does not exist; make it first.")
+        raise click.UsageError(f"folder {out.parent} does not exist; create it first.")
     if image is not None:
         check_file(out, force=force)
         _explain_image(folder, image, out, device, precision, as_json)
@@ -169,7 +169,7 @@ def _explain_image(
         show_json(result | {"map": cell.grid.tolist(), "files": [str(out)]})
         return
     click.echo(f"{image}: score {cell.probability:.3f} (logit {cell.logit:+.3f})")
-    click.echo("Logits of its fields:")
+    click.echo("Logits per field of the map:")
     for row in cell.grid:
         click.echo("  " + " ".join(f"{value:+7.2f}" for value in row))
     click.echo(f"wrote {out}")
@@ -199,9 +199,9 @@ def _show(explanation: "Explanation", files: list[Path]) -> None:
     overlap = explanation.overlap
     if overlap is not None:
         click.echo(
-            f"Maps of {overlap.images} atypical cells: AUC {overlap.auc:.3f} of fields on the cell "
-            f"against beside it; the highest is on it in {overlap.pointing:.0%} "
-            f"(chance {overlap.cell_share:.0%})."
+            f"Maps of {overlap.images} atypical cells: AUC {overlap.auc:.3f} for fields on the "
+            f"cell against fields off it; the highest is on it in {overlap.pointing:.0%} "
+            f"of maps (chance {overlap.cell_share:.0%})."
         )
     click.echo(f"wrote {files[0]}")
     if len(files) > 1:

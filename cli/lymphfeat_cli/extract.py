@@ -38,59 +38,82 @@ Examples:
     type=click.Path(dir_okay=False, path_type=Path),
     help="The store to write. [default: cache/features.h5]",
 )
-@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--backbone",
+    default="resnet18",
+    show_default=True,
+    help="Any timm model that returns feature maps.",
+)
 @weights_option
-@click.option("--crop", type=int, default=112, show_default=True, help="Centre crop in pixels.")
+@click.option(
+    "--crop", type=int, default=112, show_default=True, help="Side of the centre crop in pixels."
+)
 @click.option(
     "--normalization",
     type=click.Choice(["imagenet", "challenge"]),
     default="imagenet",
     show_default=True,
-    help="Channel constants; those the weights were trained with.",
+    help="Channel means and scales; use those the weights were trained with.",
 )
-@click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="Dilated backbone.")
+@click.option(
+    "--output-stride",
+    type=click.Choice(["8", "16", "32"]),
+    help="Stride of the feature maps, by dilation. [default: the backbone's own]",
+)
 @click.option(
     "--views",
     type=click.IntRange(1, 4),
     default=1,
     show_default=True,
-    help="Stored copies of an image: identity, hflip, vflip, both.",
+    help="Views stored per image, in this order: identity, hflip, vflip, both.",
 )
 @precision_option(default="auto")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Images per batch.",
+)
 @click.option(
     "--finetune-epochs",
     type=click.IntRange(1),
-    help="Fine-tune a backbone for each of --splits on its training patients; fit-head then pairs "
-    "each split with its own. [default: nothing is trained]",
+    help="Fine-tune one backbone per split (see --splits) on its training patients for this many "
+    "epochs; fit-head then uses each split's own features. [default: no fine-tuning]",
 )
 @click.option(
     "--splits",
-    help="kfold:5, kfold:5x10 (ten repeats), kfold:5+inner (also what out-of-fold thresholds "
-    "need: 10 backbones more), report:10, all, or a splits.json. [default with "
-    "--finetune-epochs: kfold:5]",
+    help="Splits to fine-tune for: kfold:5, kfold:5x10 (ten repeats), kfold:5+inner (10 more "
+    "backbones, needed for out-of-fold thresholds), report:10, all, or a splits.json. "
+    "[default with --finetune-epochs: kfold:5]",
 )
 @click.option(
     "--finetune-agg",
     default="bnsigmoid",
     show_default=True,
-    help="Aggregator to fine-tune with, as of endtoend.",
+    help="Aggregator used for fine-tuning; see --agg of endtoend.",
 )
-@click.option("--finetune-lr", type=float, default=1e-4, show_default=True)
-@click.option("--finetune-images-per-patient", type=click.IntRange(1), help="[default: all]")
+@click.option(
+    "--finetune-lr", type=float, default=1e-4, show_default=True, help="Learning rate (Adam)."
+)
+@click.option(
+    "--finetune-images-per-patient",
+    type=click.IntRange(1),
+    help="Images drawn per patient at every step of fine-tuning. [default: all]",
+)
 @click.option(
     "--finetune-gradient",
     type=click.Choice(["subset", "exact"]),
     default="subset",
     show_default=True,
-    help="As --gradient of endtoend.",
+    help="See --gradient of endtoend.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of --weights none and of --splits.",
+    help="Random seed of --weights none and --splits.",
 )
 @device_option
 @threads_option
@@ -123,14 +146,14 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Dump one spatial feature map per image to an HDF5 feature store.
+    """Write one spatial feature map per image to an HDF5 feature store.
 
-    An interrupted extraction goes on where it was when the same line is run again. A finished one
-    of the same recipe is left as it is; another number of threads, device or version of torch is
-    reported and does not matter.
+    Run the same command again to resume an interrupted extraction. A finished store with the same
+    recipe is reused; a different number of threads, device or torch version changes only rounding
+    and is reported.
 
-    With --finetune-epochs a backbone is trained for each split before; the weights stay beside the
-    store, in the folder OUT.backbones.
+    With --finetune-epochs, one backbone per split is trained first; the weights are kept in the
+    folder OUT.backbones.
     """
     from lymphfeat.cohort.splits import find_splits
     from lymphfeat.extraction import extract
@@ -175,11 +198,11 @@ def command(
     seen = store.images_seen(next(iter(store.feature_sets)))
     if seen:
         note(
-            f"The weights saw images of {len(seen)} of the {len(store.ids)} patients in "
-            "pre-training, without labels: no leak of labels; say so in a report."
+            f"The weights were pre-trained on images of {len(seen)} of the {len(store.ids)} "
+            "patients, without labels: no label leak, but mention it when you report results."
         )
     if not is_first():
-        return  # of several processes the first shows the result
+        return  # of several processes only the first shows the result
     if as_json:
         show_json(store.describe())
         return
@@ -191,6 +214,6 @@ def command(
     )
     if store.splits:
         click.echo(
-            f"The backbone was fine-tuned for each of {len(store.splits)} splits: "
+            f"One backbone was fine-tuned per split, for {len(store.splits)} splits: "
             f"{', '.join(split.id for split in store.splits)}."
         )

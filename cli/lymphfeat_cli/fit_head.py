@@ -1,4 +1,4 @@
-"""`lymphfeat fit-head`: feature store -> every head over every split, and a table."""
+"""`lymphfeat fit-head`: feature store -> heads fitted on every split, and a table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,104 +42,122 @@ Examples:
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
   torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
-Options that take several values make a grid: every combination is a head, all fitted in one go.""",
+Options with several values form a grid: each combination is one head; all are fitted at once.""",
 )
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
-    help="Feature store of `lymphfeat extract`. [default: cache/features.h5]",
+    help="Feature store written by `lymphfeat extract`. [default: cache/features.h5]",
 )
 @head_options(agg="topk", lr=0.003)
 @grid_option(
     "--class-weights",
     TEXTS,
-    "none, or balanced: both classes count alike in the loss. [default: none]",
+    "none, or balanced: equal weight for both classes in the loss. [default: none]",
 )
 @click.option(
     "--protocol",
     type=click.Choice(["honest", "report", "both"]),
     default="honest",
     show_default=True,
-    help="honest: repeated stratified k-fold, --threshold from training patients. "
-    "report: halves, threshold .5, the ten best epochs (optimistic). both: and how optimistic.",
+    help="honest: repeated stratified k-fold, threshold from training patients. report: random "
+    "halves, threshold 0.5, mean of the ten best epochs (optimistic). both: run both and measure "
+    "the optimism.",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(1),
     default=10,
     show_default=True,
-    help="Runs (report) or repeats of k-fold (honest).",
+    help="Number of random splits (report) or repeats of k-fold (honest).",
 )
-@click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
+@click.option(
+    "--folds",
+    type=click.IntRange(3),
+    default=5,
+    show_default=True,
+    help="Folds of the k-fold (honest).",
+)
 @click.option(
     "--splits",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Splits to measure on, in place of the protocol's own: the splits.json of another run.",
+    help="Use these splits instead of the protocol's own: the splits.json of another run.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=40, show_default=True, help="Training epochs."
+)
 @click.option(
     "--choose-epoch",
     "epoch",
     type=click.Choice(["last", "nested"]),
     default="last",
     show_default=True,
-    help="nested: the epoch best on out-of-fold probabilities inside each training set (honest).",
+    help="last, or nested: the best epoch on out-of-fold probabilities within each training set "
+    "(honest).",
 )
 @click.option(
     "--fusion",
     "fusions",
     multiple=True,
     type=click.Choice(["late", "sum", "experts", "all"]),
-    help="Also fuse every head with the clinical attributes (honest). Repeatable.",
+    help="Also fuse each head with the clinical attributes, in this way (honest). Repeatable.",
 )
 @click.option(
     "--attributes",
     type=TEXTS,
     default=(),
-    help="Clinical columns of the cohort's table, numeric or categories. [default: all]",
+    help="Clinical columns to use, numeric or categorical. [default: all]",
 )
 @click.option(
     "--log-attributes",
     type=TEXTS,
     default=("lymph_count",),
-    help="Those taken as logarithms. [default: lymph_count]",
+    help="Clinical columns to log-transform. [default: lymph_count]",
 )
 @click.option(
     "--calibration",
     type=click.Choice(["platt", "temperature", "none"]),
     default="platt",
     show_default=True,
-    help="How probabilities are calibrated on training patients (honest).",
+    help="How to calibrate probabilities on the training patients (honest).",
 )
 @threshold_option
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Patients (or, for top1, topk and topbottomk, selected instances) per step.",
+)
 @click.option(
     "--images-per-patient",
     type=click.IntRange(1),
-    help="Draw so many of each patient's images anew at every step. [default: all]",
+    help="Number of images drawn per patient at every step. [default: all]",
 )
 @click.option(
     "--views",
     type=click.IntRange(1),
-    help="Of the store's views draw one for every image at every step. [default: all it has]",
+    help="Number of stored views to use; one is drawn per image at every step. [default: all]",
 )
-@click.option("--tta", is_flag=True, help="Evaluate the mean over the views, not the identity.")
+@click.option(
+    "--tta", is_flag=True, help="Evaluate the mean over the views instead of the identity view."
+)
 @click.option(
     "--truth",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="CSV (ID, FILE, IS_WITNESS): also measure how well each head finds the witness images.",
+    help="CSV (ID, FILE, IS_WITNESS) of witness images, to measure how well each head finds them.",
 )
 @precision_option(default="float32")
 @click.option(
     "--allow-shared-images",
     is_flag=True,
-    help="Go on though one image is in a training and in a validation patient: a leak.",
+    help="Continue even if training and validation patients share images (a leak).",
 )
-@click.option("--save", is_flag=True, help="Keep the heads' weights (heads.safetensors).")
+@click.option("--save", is_flag=True, help="Save the weights of the heads (heads.safetensors).")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Run folder. [default: runs/<aggregators>-<protocol>, numbered when taken]",
+    help="Run folder. [default: runs/<aggregators>-<protocol>, numbered if it exists]",
 )
 @seed_option
 @device_option
@@ -159,8 +177,8 @@ def command(
 ) -> None:
     """Fit MIL heads on cached feature maps, over all seeds and splits at once.
 
-    Prints one row a head, the best first, and writes a run folder: the table, every epoch, every
-    prediction, the splits and a figure.
+    Prints one row per head, best first, and writes a run folder with the table, all epochs,
+    predictions and splits, and a figure.
     """
     from lymphfeat.cohort.splits import read_splits
     from lymphfeat.features.store import FeatureStore
@@ -190,7 +208,7 @@ def command(
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     table = None if isinstance(found, Run) else found.table
     if not is_first():
-        return  # of several processes the first shows the result
+        return  # of several processes only the first shows the result
     if as_json:
         show_json(_result(folder, runs, table))
         return
@@ -205,16 +223,16 @@ def command(
 
 def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:
     last = runs[-1].outcome
-    told: dict[str, object] = {
+    result: dict[str, object] = {
         "folder": str(folder),
         "summary": last.summary.to_dict("records"),
         "warnings": list(last.warnings),
         "files": [str(path) for path in files_in(folder)],
     }
     if optimism is not None:
-        told["report"] = runs[0].outcome.summary.to_dict("records")
-        told["optimism"] = optimism.to_dict("records")
-    return told
+        result["report"] = runs[0].outcome.summary.to_dict("records")
+        result["optimism"] = optimism.to_dict("records")
+    return result
 
 
 def _show_optimism(table: "pd.DataFrame") -> None:
@@ -228,12 +246,14 @@ def _show_optimism(table: "pd.DataFrame") -> None:
         ]
         for row in table.to_dict("records")
     ]
-    columns = ["head", "report", "honest", "optimism (95 %)", "of it by choosing epochs"]
-    show_table("Optimism: what the report's protocol adds to balanced accuracy", columns, rows)
+    columns = ["head", "report", "honest", "optimism (95 %)", "of which: choice of epochs"]
+    show_table(
+        "Optimism of the report protocol in balanced accuracy (report − honest)", columns, rows
+    )
 
 
 def _free_folder(name: str) -> Path:
-    """Return runs/<name>, or the first of runs/<name>-2, -3, … that is not there yet."""
+    """Return runs/<name>, or the first of runs/<name>-2, -3, … that does not exist yet."""
     folder, number = Path("runs") / name, 2
     while folder.exists():
         folder, number = Path("runs") / f"{name}-{number}", number + 1
@@ -252,7 +272,7 @@ def _show(outcome: "Outcome", settings: "FitSettings") -> None:
         columns += ["log loss", "calibrated", "ECE", "calibrated"]
         names += ["log_loss", "log_loss_calibrated", "ece", "ece_calibrated"]
     if "bfloat16_change" in summary:
-        columns.append("bfloat16 moves p by up to")
+        columns.append("p shift by bfloat16")
         names.append("bfloat16_change")
     if "witness_auc" in summary:
         columns.append("cell AUC")
@@ -267,10 +287,10 @@ def _show(outcome: "Outcome", settings: "FitSettings") -> None:
     ]
     runs = int(summary["runs"].iloc[0])
     title = (
-        f"report protocol: {runs} splits, threshold .5, mean of each run's 10 best epochs "
-        "(chosen on the patients measured: optimistic)"
+        f"report protocol: {runs} splits, threshold 0.5, mean of the 10 best epochs per split "
+        "(chosen on the evaluated patients: optimistic)"
         if report
-        else f"honest protocol: {runs} fits a row, {settings.epoch} epoch, threshold "
+        else f"honest protocol: {runs} splits per row, {settings.epoch} epoch, threshold "
         f"{outcome.thresholds}"
     )
     show_table(title, columns, rows)

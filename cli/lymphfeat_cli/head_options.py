@@ -1,4 +1,4 @@
-"""The options that say which heads are meant: of `fit-head` a grid, of `endtoend` one head."""
+"""Options that choose heads: a grid for `fit-head`, one head for `endtoend`."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CommaList(click.ParamType["tuple[Any, ...]"]):
-    """One value or several between commas; in lymphfeat.toml also a list."""
+    """One value or several separated by commas; in lymphfeat.toml also a list."""
 
     def __init__(self, convert: Callable[[str], Any], name: str) -> None:
         self._convert = convert
@@ -36,7 +36,7 @@ NUMBERS = CommaList(float, "float")
 
 
 def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
-    """Return the options of heads, with the default aggregator and learning rate of a command."""
+    """Return the head options, with a command's default aggregator and learning rate."""
     return stack(
         click.option(
             "--agg",
@@ -44,24 +44,42 @@ def head_options(*, agg: str, lr: float) -> Callable[[F], F]:
             default=(agg,),
             show_default=True,
             help="Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid, attention, "
-            "gated-attention, transformer, lstm; a family: ranking, weighted, network; or all. "
+            "gated-attention, transformer, lstm; a family (ranking, weighted, network); or all. "
             "Repeatable.",
         ),
-        grid_option("--unit", TEXTS, "pixel or image. [default: image for top…, else pixel]"),
-        grid_option("--k-train", INTEGERS, "Instances learnt from, of a patient. [default: 1]"),
-        grid_option("--k-agg", INTEGERS, "Instances read out. [default: 10; with all: 5,10]"),
-        grid_option("--k-percent", NUMBERS, "Both as a percentage of a patient's instances."),
-        grid_option("--k-min", INTEGERS, "Least k then. [default: 1]"),
-        grid_option("--reduce", TEXTS, "mean or max, of topk's probabilities. [default: mean]"),
         grid_option(
-            "--loss", TEXTS, "instance or bag: what topk… learns from. [default: instance]"
+            "--unit", TEXTS, "Instance: pixel or image. [default: image for top…, else pixel]"
         ),
-        grid_option("--temperature", NUMBERS, "Of lse. [default: 1]"),
-        grid_option("--momentum", NUMBERS, "Of bnsigmoid's statistics. [default: 0.1]"),
-        grid_option("--width", INTEGERS, "Of attention, transformer, lstm. [default: 128]"),
-        grid_option("--layers", INTEGERS, "Of transformer, lstm. [default: 1]"),
-        grid_option("--lr", NUMBERS, f"Adam's step size. [default: {lr:g}]", default=(lr,)),
-        grid_option("--weight-decay", NUMBERS, "L2 penalty. [default: 0]"),
+        grid_option("--k-train", INTEGERS, "Instances per patient used in training. [default: 1]"),
+        grid_option(
+            "--k-agg",
+            INTEGERS,
+            "Instances per patient used in prediction. [default: 10; with all: 5,10]",
+        ),
+        grid_option(
+            "--k-percent",
+            NUMBERS,
+            "Use this percentage of a patient's instances, in training and in prediction.",
+        ),
+        grid_option("--k-min", INTEGERS, "Minimum k with --k-percent. [default: 1]"),
+        grid_option(
+            "--reduce",
+            TEXTS,
+            "How topk combines instance probabilities: mean or max. [default: mean]",
+        ),
+        grid_option(
+            "--loss", TEXTS, "Loss of top-k heads: per instance or per bag. [default: instance]"
+        ),
+        grid_option("--temperature", NUMBERS, "Temperature of lse. [default: 1]"),
+        grid_option(
+            "--momentum", NUMBERS, "Momentum of bnsigmoid's running statistics. [default: 0.1]"
+        ),
+        grid_option(
+            "--width", INTEGERS, "Hidden units of attention, transformer, lstm. [default: 128]"
+        ),
+        grid_option("--layers", INTEGERS, "Layers of transformer, lstm. [default: 1]"),
+        grid_option("--lr", NUMBERS, f"Learning rate (Adam). [default: {lr:g}]", default=(lr,)),
+        grid_option("--weight-decay", NUMBERS, "Weight decay (L2 penalty). [default: 0]"),
     )
 
 
@@ -73,7 +91,7 @@ def grid_option(
 
 
 def pop_grid(options: dict[str, Any]) -> "HeadGrid":
-    """Take the options of heads out of a command's options."""
+    """Remove the head options from a command's options and return them."""
     from dataclasses import fields
 
     from lymphfeat.settings import HeadGrid
@@ -83,7 +101,7 @@ def pop_grid(options: dict[str, Any]) -> "HeadGrid":
 
 
 def only_head(grid: "HeadGrid") -> "HeadSettings":
-    """Return the head of a grid that must have one."""
+    """Return the only head of a grid; raise UsageError if there are several."""
     from lymphfeat.heads.grid import expand, head_name
 
     heads = expand(grid)

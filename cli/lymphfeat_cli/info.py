@@ -1,4 +1,4 @@
-"""`lymphfeat info`: what a store, a run, a model or weights are, and whether they are whole."""
+"""`lymphfeat info`: describe a store, run, model or weights and check that it is complete."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ Examples:
 @click.argument("path", type=click.Path(path_type=Path))
 @output_options
 def command(path: Path, as_json: bool, quiet: bool) -> None:
-    """Say what a feature store, a run, a model or weights are, and whether they are whole.
+    """Describe a feature store, run, model or weights file and check that it is complete.
 
-    PATH is a file or a folder; `bloodcells` names the shipped weights.
+    PATH is a file or a folder, or `bloodcells` for the weights shipped with lymphfeat.
     """
     from lymphfeat.inspection import inspect
 

@@ -19,20 +19,20 @@ from lymphfeat.errors import LymphfeatError
 # other work, spinning made the head engine 50 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# name -> one-line help. Each command lives in the module of its name (`fit-head` in fit_head.py),
-# imported only when it runs or is asked for its own help, so that `lymphfeat --help` is instant.
+# name -> one-line help. Each command is in the module of its name (`fit-head` in fit_head.py),
+# imported only to run it or to show its help, so that `lymphfeat --help` is instant.
 COMMANDS = {
-    "audit": "Read a cohort and say what is in it, what is odd, and what leaks.",
+    "audit": "Check a cohort: contents, oddities, leaks and shortcuts.",
     "extract": "Cohort -> feature store: one spatial feature map per image.",
-    "info": "Say what a store, a run, a model or weights are, and whether they are whole.",
-    "fit-head": "Feature store -> every MIL head over every split, and a table.",
-    "endtoend": "Cohort -> final model, trained through the backbone; predictions; submission.",
-    "compare": "Runs -> their rows side by side, paired by split, with intervals and p.",
-    "reproduce": "Cohort -> the report's figures, beside honest ones and the published.",
-    "predict": "Model + cohort -> predictions (labels not needed).",
-    "explain": "Model + cohort -> one HTML page of what the model saw, and figures.",
+    "info": "Describe a store, run, model or weights file and check that it is complete.",
+    "fit-head": "Feature store -> MIL heads fitted on every split, with a results table.",
+    "endtoend": "Cohort -> final model trained through the backbone, predictions, submission.",
+    "compare": "Compare rows of runs, paired by split, with intervals and p-values.",
+    "reproduce": "Cohort -> the report's results, next to honest and published ones.",
+    "predict": "Model + cohort -> predictions (no labels needed).",
+    "explain": "Model + cohort -> HTML report of what the model looked at, with figures.",
     "pretrain": "Unlabelled cells -> backbone weights, self-supervised.",
-    "synth": "Write a synthetic cohort that looks like the real thing.",
+    "synth": "Write a synthetic cohort in the layout of the real one.",
 }
 
 CONFIG_FILE = "lymphfeat.toml"
@@ -66,24 +66,24 @@ class LazyGroup(click.Group):
             ctx.exit(EXIT_BAD_INPUT)
         except BrokenPipeError:
             raise
-        except OSError as error:  # a full disk, a folder one may not write in
+        except OSError as error:  # a full disk, a folder without write permission
             if ctx.params.get("debug"):
                 traceback.print_exc()
             click.echo(f"{_error()}: {error}", err=True)
             ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
-            click.echo("Interrupted: what was finished is kept; run the same line again.", err=True)
+            click.echo("Interrupted. Finished work is kept; run the same command again.", err=True)
             ctx.exit(EXIT_FAILED)
 
 
 def _error() -> str:
-    """Return how an error begins; of several processes (torchrun), whose it is."""
+    """Return the start of an error line; with several processes (torchrun), name the process."""
     rank = os.environ.get("RANK", "0")
     return "Error" if rank == "0" else f"Error in process {rank}"
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Read option defaults, one table a command, from `lymphfeat.toml`."""
+    """Read option defaults, one table per command, from `lymphfeat.toml`."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -120,26 +120,28 @@ def _plain(value: Any) -> Any:
 @click.command(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=f"Options may also stand in {CONFIG_FILE}, one table a command: [fit-head] seeds = 5. "
+    epilog=f"Options can also be set in {CONFIG_FILE}, one table per command: "
+    "[fit-head] seeds = 5. "
     "Research software, not a medical device.",
 )
 @click.version_option(__version__, prog_name="lymphfeat")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"Option defaults, one table a command. [default: ./{CONFIG_FILE} if there]",
+    help="TOML file of option defaults, one table per command. "
+    f"[default: ./{CONFIG_FILE} if it exists]",
 )
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, config: Path | None) -> None:
-    """Reactive or tumoral lymphocytosis, from bags of blood-cell images.
+    """Classify lymphocytosis as reactive or tumoral from bags of blood-cell images.
 
     \b
-    The main job, without arguments on a built-in synthetic cohort:
+    The main workflow, by default on a built-in synthetic cohort:
       lymphfeat extract
       lymphfeat fit-head --agg topk
       lymphfeat endtoend
-    On your own patients, first look at them:
+    With your own patients, check the cohort first:
       lymphfeat audit --cohort DIR
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -149,7 +151,7 @@ def cli(ctx: click.Context, debug: bool, config: Path | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a bug keeps its traceback, a closed pipe ends quietly."""
+    """Run the command line; a bug shows its traceback, a closed pipe ends quietly."""
     try:
         cli()
     except BrokenPipeError:

@@ -2,7 +2,7 @@
 
 --cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict, explain
 --device, --threads                           extract, fit-head, endtoend, predict, explain
---precision                                   all that compute with images or their maps
+--precision                                   every command that computes on images or maps
 --seed                                        extract, fit-head, endtoend, pretrain, synth, explain
 --weights                                     extract, endtoend
 --threshold                                   fit-head, endtoend
@@ -60,25 +60,25 @@ cohort_options = stack(
         "--cohort",
         type=click.Path(path_type=Path),
         envvar=COHORT_VARIABLE,
-        help="Cohort folder (challenge layout, or table + one image folder per id). "
+        help="Cohort folder (challenge layout, or a CSV and one image folder per id). "
         f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
     ),
     click.option(
         "--table",
         type=click.Path(path_type=Path),
-        help="The cohort's CSV, when it does not lie in the cohort folder.",
+        help="The cohort's CSV file, if it is not in the cohort folder.",
     ),
     click.option(
         "--allow-missing",
         is_flag=True,
-        help="Leave out patients without images and images without a table row (they are named).",
+        help="Skip patients without images and images without a table row (each is reported).",
     ),
     click.option(
         "--reference-date",
         type=click.DateTime(["%Y-%m-%d"]),
         default="2021-01-01",
         show_default=True,
-        help="Age is counted from the date of birth to this day.",
+        help="Date for computing age from the date of birth.",
     ),
 )
 
@@ -87,16 +87,16 @@ threshold_option = click.option(
     type=click.Choice(["prevalence", "best-ba", "0.5"]),
     default="prevalence",
     show_default=True,
-    help="Who is called tumoral. prevalence: whose calibrated probability exceeds the mean of the "
-    "training patients', which is the share of tumoral ones. best-ba: at the threshold of the best "
-    "balanced accuracy on training patients. Both are found on out-of-fold probabilities.",
+    help="Decision threshold. prevalence: the mean calibrated probability of the training "
+    "patients, which equals their share of tumoral patients. best-ba: the threshold with the best "
+    "balanced accuracy on the training patients. Both use out-of-fold probabilities.",
 )
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to compute; auto takes a GPU when there is one.",
+    help="Compute device; auto uses a GPU if available.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]"
@@ -110,35 +110,35 @@ def precision_option(default: str) -> Callable[[F], F]:
         type=click.Choice(["auto", "float32", "bfloat16"]),
         default=default,
         show_default=True,
-        help="bfloat16 is faster where the processor computes it, and coarser; auto is bfloat16 "
-        "there, float32 elsewhere.",
+        help="bfloat16 is less precise, and faster on hardware that supports it; auto is bfloat16 "
+        "on such hardware and float32 elsewhere.",
     )
 
 
 seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all randomness."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed."
 )
 weights_option = click.option(
     "--weights",
     default="auto",
     show_default=True,
-    help="bloodcells (shipped, resnet18), none (random), imagenet (timm's, needs a network) or a "
-    ".safetensors/.pth file; auto is bloodcells for resnet18, else none.",
+    help="bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
+    "timm) or a .safetensors/.pth file; auto is bloodcells for resnet18, otherwise none.",
 )
-force_option = click.option("--force", is_flag=True, help="Overwrite what is already there.")
+force_option = click.option("--force", is_flag=True, help="Overwrite existing results.")
 output_options = stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr."),
 )
 
 
 def cache_path(name: str) -> Path:
-    """Return where `name` lies by default: under $LYMPHFEAT_CACHE, else ./cache."""
+    """Return the default path of `name`: under $LYMPHFEAT_CACHE, else ./cache."""
     return Path(os.environ.get(CACHE_VARIABLE, "cache")) / name
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr; of several processes the first does."""
+    """Print a note on stderr; of several processes only the first prints it."""
     if is_first():
         click.echo(text, err=True)
 
@@ -158,7 +158,7 @@ def load_cohort(
 
         cohort = cache_path("synthetic")
         note(
-            f"No cohort named (--cohort, {COHORT_VARIABLE}): "
+            f"No cohort given (--cohort or {COHORT_VARIABLE}): "
             f"using the built-in synthetic cohort in {cohort}."
         )
         while not is_first() and not (cohort / "truth.csv").exists():
@@ -215,7 +215,7 @@ def is_first() -> bool:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on stdout, whole also when stdout is a file."""
+    """Print a table on stdout, at full width if stdout is a file."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -226,25 +226,25 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Format a number; a dash for one that is not known (None or NaN)."""
+    """Format a number; a dash if it is unknown (None or NaN)."""
     return "–" if value is None or value != value else format(value, form)
 
 
 def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
-    """Format an interval; a dash for one that is not known."""
+    """Format an interval; a dash if it is unknown."""
     return "–" if number(low) == "–" else f"{number(low, form)} to {number(high, form)}"
 
 
 def with_interval(
     value: float | None, low: float | None, high: float | None, form: str = ".3f"
 ) -> str:
-    """Format a number and its interval in brackets, without one that is not known."""
+    """Format a number with its interval in brackets, omitted if it is unknown."""
     ends = interval(low, high, form)
     return number(value, form) + ("" if ends == "–" else f" ({ends})")
 
 
 def show_json(result: Mapping[str, object]) -> None:
-    """Print a result for machines; docs/json describes those of each command."""
+    """Print a result as JSON; docs/json describes each command's result."""
     from lymphfeat.runtime.strict_json import json_text
 
     click.echo(json_text(result, indent=2))

@@ -1,4 +1,4 @@
-"""`lymphfeat predict`: model + cohort -> predictions; labels not needed."""
+"""`lymphfeat predict`: model + cohort -> predictions; no labels needed."""
 
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Examples:
   lymphfeat predict --cohort DIR
   lymphfeat predict --model models/endtoend --cohort DIR --out new.csv --images-out cells.csv
-A cohort to predict is a CSV with a column id, and a folder of images for each id.""",
+A cohort to predict needs a CSV with a column id, and one folder of images per id.""",
 )
 @click.option(
     "--model",
@@ -47,14 +47,14 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
     type=click.Path(path_type=Path),
     default=("models/endtoend",),
     show_default=True,
-    help="A model folder, as `lymphfeat endtoend` writes it. Of several, or of k-fold members, the "
-    "mean of their calibrated logits, and the spread.",
+    help="Model folder written by `lymphfeat endtoend`. Repeatable: several models, or k-fold "
+    "members, are averaged over calibrated logits, and their spread is written.",
 )
 @click.option(
     "--sensitivity",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Decide by the model's operating point for this sensitivity (0.8, 0.9, 0.95, 0.99). "
-    "[default: its threshold]",
+    help="Use the model's operating point for this sensitivity (0.8, 0.9, 0.95, 0.99). "
+    "[default: the model's threshold]",
 )
 @cohort_options
 @click.option(
@@ -62,27 +62,27 @@ A cohort to predict is a CSV with a column id, and a folder of images for each i
     type=click.Path(dir_okay=False, path_type=Path),
     default="predictions.csv",
     show_default=True,
-    help="A row for each patient.",
+    help="CSV to write, one row per patient.",
 )
 @click.option(
     "--images-out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A row for each image: its logit, probability and weight in the decision.",
+    help="Also write a CSV with one row per image: logit, probability, weight in the decision.",
 )
 @click.option(
     "--submission",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Hard 0/1 for the unlabelled patients.",
+    help="Also write a submission: 0 or 1 for each unlabelled patient.",
 )
 @submission_header_option
 @truth_option
 @click.option(
     "--tta/--no-tta",
     default=None,
-    help="Predict the mean over the four flips. [default: as the model was trained to]",
+    help="Predict the mean over the four flips. [default: the model's setting]",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
 )
 @precision_option(default="float32")
 @device_option
@@ -112,8 +112,8 @@ def command(
 ) -> None:
     """Predict patients from their images with a trained model.
 
-    Each patient is predicted from its own images alone. Where labels are known, the predictions
-    are measured, the patients the model was trained on apart.
+    Each patient is predicted from its own images only. Predictions of labelled patients are
+    evaluated, separately for the patients the model was trained on.
     """
     files = [path for path in (out, images_out, submission) if path is not None]
     _check_free(files, force)
@@ -150,7 +150,7 @@ def command(
         )
     elif submission is not None:
         files.remove(submission)
-        note("No submission written: the cohort has no unlabelled patient.")
+        note("No submission written: the cohort has no unlabelled patients.")
     scores = known.score(predictions.images, predictions.patients, model.threshold) if known else {}
     if as_json:
         show_json(_result(model, predictions, files) | ({"truth": scores} if known else {}))
@@ -180,7 +180,7 @@ def _check_free(files: list[Path], force: bool) -> None:
     for path in files:
         check_file(path, force=force)
         if not path.parent.is_dir():
-            raise click.UsageError(f"folder {path.parent} does not exist; make it first.")
+            raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
 
 
 def _result(model: "Model", predictions: "Predictions", files: list[Path]) -> dict[str, object]:
@@ -204,7 +204,9 @@ def _show(
         f"({threshold_text(model.threshold)}: {model.threshold_from})."
     )
     if patients["calibrated"].isna().all():
-        click.echo("No calibrated probabilities: the model has none, for it was trained once.")
+        click.echo(
+            "No calibrated probabilities: the model has none because it was trained without folds."
+        )
     show_metrics("Labelled patients", model.measure(patients))
     show_truth(scores)
     for path in files:

@@ -32,22 +32,27 @@ Examples:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="The weights file to write (.safetensors).",
+    help="Weights file to write (.safetensors).",
 )
-@click.option("--backbone", default="resnet18", show_default=True, help="Any timm model with maps.")
+@click.option(
+    "--backbone",
+    default="resnet18",
+    show_default=True,
+    help="Any timm model that returns feature maps.",
+)
 @click.option(
     "--init",
     default="auto",
     show_default=True,
-    help="Start from: bloodcells, none (random), imagenet, a .safetensors/.pth file; "
-    "auto is bloodcells for resnet18, else none.",
+    help="Initial weights: bloodcells, none (random), imagenet or a .safetensors/.pth file; "
+    "auto is bloodcells for resnet18, otherwise none.",
 )
 @click.option(
     "--groups",
     type=click.Choice(["auto", "patients", "classes", "none"]),
     default="auto",
     show_default=True,
-    help="What the image folders are; auto: patients where a table lies, else classes. "
+    help="What each image folder is; auto: a patient if there is a table, otherwise a class. "
     "The table is not read.",
 )
 @click.option(
@@ -55,31 +60,43 @@ Examples:
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="Share of pairs that are two cells of one patient; the others, one cell twice.",
+    help="Share of pairs made of two cells of one patient; the rest are two views of one cell.",
 )
 @click.option(
     "--supervised",
     type=click.FloatRange(0),
     default=0.1,
     show_default=True,
-    help="Weight of telling the classes apart, where folders are classes.",
+    help="Weight of the classification loss, if folders are classes.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Training epochs."
+)
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Train about so long instead of --epochs, which follow from the speed.",
+    help="Train for about this many minutes instead of --epochs.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(2), default=64, show_default=True, help="Pairs of views."
+    "--batch-size",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Pairs of views per step.",
 )
-@click.option("--view-size", type=click.IntRange(32), default=96, show_default=True)
+@click.option(
+    "--view-size",
+    type=click.IntRange(32),
+    default=96,
+    show_default=True,
+    help="Side of a view in pixels.",
+)
 @click.option(
     "--field",
     type=click.IntRange(32),
     default=144,
     show_default=True,
-    help="Pixels about an image's centre that views are taken from.",
+    help="Side, in pixels, of the central region that views are taken from.",
 )
 @click.option(
     "--zoom",
@@ -87,9 +104,9 @@ Examples:
     default=(0.8, 1.15),
     show_default=True,
     metavar="LOW HIGH",
-    help="Magnification of a view; 1 is the images' own scale.",
+    help="Range of magnification of a view; 1 is the original scale.",
 )
-@click.option("--lr", type=float, default=1e-3, show_default=True)
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate.")
 @precision_option(default="auto")
 @seed_option
 @device_option
@@ -119,11 +136,11 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Train a backbone on the cells under FOLDER, without labels of patients.
+    """Train a backbone on the cell images in FOLDER, without patient labels.
 
-    FOLDER is a cohort (labels are neither used nor read) or any folder of cell images; folders
-    that are classes add a supervised term. Writes the weights, and beside them a curve (.csv,
-    .png). An interrupted training goes on when the same line is run again. Needs the extra
+    FOLDER is a cohort (its labels are not read) or any folder of cell images; if its folders are
+    classes, a supervised loss is added. Writes the weights and a training curve (.csv, .png). Run
+    the same command again to resume an interrupted training. Requires the extra
     lymphfeat[pretrain].
     """
     from lymphfeat.errors import SettingsError
@@ -169,6 +186,8 @@ def command(
     if cells.grouping != "none":
         what = {"patients": "patient", "classes": "class"}[cells.grouping]
         before, *_, after = (row["probe"] for row in trained.curve)
-        click.echo(f"nearest cell is of the same {what}: {before:.3f} before, {after:.3f} after")
+        click.echo(
+            f"Nearest cell from the same {what}: {before:.3f} before, {after:.3f} after training"
+        )
     for path in trained.files:
         click.echo(f"wrote {path}")

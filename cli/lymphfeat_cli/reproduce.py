@@ -1,4 +1,4 @@
-"""`lymphfeat reproduce report`: the report's figures on a cohort, beside honest ones."""
+"""`lymphfeat reproduce report`: the report's results on a cohort, next to honest ones."""
 
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ Examples:
   lymphfeat reproduce report --cohort DIR --weights imagenet
   lymphfeat reproduce report --backbone resnet18 --seeds 3 --epochs 20
   lymphfeat reproduce report --weights resnet18=cells.safetensors --weights imagenet
-A second run takes the feature stores of the first (in cache/reproduce).""",
+A second run reuses the feature stores of the first (in cache/reproduce).""",
 )
 @click.argument("what", type=click.Choice(["report"]))
 @cohort_options
@@ -44,23 +44,37 @@ A second run takes the feature stores of the first (in cache/reproduce).""",
     type=click.Choice(["resnet18", "resnet34", "resnet50"]),
     default=("resnet18", "resnet34", "resnet50"),
     show_default=True,
-    help="Repeatable; rows of others are left out.",
+    help="Backbone to include. Repeatable; rows of the others are left out.",
 )
 @click.option(
     "--weights",
     multiple=True,
-    help="As of `extract`, for all backbones or as NAME=WEIGHTS for one. Repeatable. The report "
-    "began with imagenet. [default: extract's]",
+    help="As --weights of extract, for all backbones, or NAME=WEIGHTS for one. Repeatable. The "
+    "report used imagenet. [default: auto]",
 )
-@click.option("--seeds", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--folds", type=click.IntRange(3), default=5, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Number of random splits (report) and repeats of k-fold (honest).",
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(3),
+    default=5,
+    show_default=True,
+    help="Folds of the k-fold (honest).",
+)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=40, show_default=True, help="Training epochs."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default="runs/reproduce-report",
     show_default=True,
-    help="Folder of runs, table and figures.",
+    help="Folder for runs, table and figures.",
 )
 @seed_option
 @precision_option(default="auto")
@@ -90,9 +104,10 @@ def command(
 ) -> None:
     """Reproduce the report's comparisons on a cohort, under its protocol and under the honest one.
 
-    Top-1, 5 and 10, top&bottom 5 and 10, bnsigmoid on three ResNets, mean against bnsigmoid, all
-    against 10 images: heads on cached frozen maps, beside the published figures. The report
-    trained whole networks, so absolute figures may differ; what to look at is the optimism.
+    Compares top-1, 5 and 10, top&bottom 5 and 10, bnsigmoid on three ResNets, mean with bnsigmoid,
+    and all images with 10 per patient. Heads are fitted on cached frozen maps and shown next to
+    the published results. The report trained whole networks, so absolute values may differ; the
+    optimism is the result to look at.
     """
     from lymphfeat.reproduction import ReproductionSettings, reproduce_report
     from lymphfeat.settings import FitSettings
@@ -138,9 +153,9 @@ def _show(found: "Reproduction") -> None:
         ]
         for row in found.table.to_dict("records")
     ]
-    columns = ["", "published", "here, report's protocol", "here, honest", "optimism"]
-    show_table("Balanced accuracy (95 % interval; of the published ± as published)", columns, rows)
-    click.echo("* threshold chosen on the patients measured, as published for these rows.")
+    columns = ["", "published", "here, report protocol", "here, honest", "optimism"]
+    show_table("Balanced accuracy (95 % interval; published: ± as published)", columns, rows)
+    click.echo("* threshold chosen on the evaluated patients, as published for these rows.")
     for warning in found.warnings:
         click.echo(f"Warning: {warning}")
     click.echo("Wrote " + ", ".join(str(path) for path in found.files))

@@ -1,4 +1,4 @@
-"""What `endtoend` and `predict` show alike: metrics of patients, scores against a truth file."""
+"""Output shared by several commands: patient metrics and scores against truth files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +11,15 @@ truth_option = click.option(
     "--truth",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
-    help="CSV of what was hidden (ID,FILE,IS_WITNESS and/or ID,LABEL), to score against; repeat "
-    "for several. Never trained on.",
+    help="CSV of hidden truth to score against (ID,FILE,IS_WITNESS and/or ID,LABEL). Never used "
+    "for training. Repeatable.",
 )
 submission_header_option = click.option(
     "--submission-header",
     type=click.Choice(["Id,Predicted", "ID,LABEL"]),
     default="Id,Predicted",
     show_default=True,
-    help="Columns of the submission.",
+    help="Column names of the submission.",
 )
 
 _COLUMNS = {
@@ -31,15 +31,15 @@ _COLUMNS = {
     "log_loss": "log loss",
 }
 _GROUPS = {
-    "train": "trained on (fit, not skill)",
+    "train": "training patients (not a performance estimate)",
     "validation": "validation",
     "out of fold": "training patients, out of fold",
-    "new": "others",
+    "new": "new patients",
 }
 
 
 def show_metrics(title: str, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Print a row for each group of labelled patients; nothing without any."""
+    """Print one row per group of labelled patients; nothing if there are none."""
     rows = [
         [_GROUPS.get(group, group), *(_cell(values, name) for name in _COLUMNS)]
         for group, values in metrics.items()
@@ -49,11 +49,11 @@ def show_metrics(title: str, metrics: Mapping[str, Mapping[str, float | None]]) 
 
 
 def show_truth(scores: Mapping[str, float]) -> None:
-    """Print scores against a truth file; nothing without any."""
+    """Print scores against a truth file; nothing if there are none."""
     if "witness_auc" in scores:
         click.echo(
             f"Witness images: AUC of image scores {number(scores['witness_auc'])} within patients "
-            f"who have any, {number(scores['witness_auc_all'])} over all."
+            f"with witnesses, {number(scores['witness_auc_all'])} over all images."
         )
     hidden = {
         name.removeprefix("hidden_"): value
@@ -61,11 +61,11 @@ def show_truth(scores: Mapping[str, float]) -> None:
         if name.startswith("hidden_")
     }
     if hidden:
-        show_metrics("Against the labels that were hidden", {"unlabelled": hidden})
+        show_metrics("Scored against the hidden labels", {"unlabelled": hidden})
 
 
 def threshold_text(threshold: float) -> str:
-    """Say who is called tumoral."""
+    """Describe which patients are called tumoral."""
     if threshold < 0:
         return "everyone, whatever the probability"
     if threshold >= 1:

@@ -27,7 +27,7 @@ Examples:
   lymphfeat synth --out made-up
   lymphfeat synth --out hard --difficulty 0.6 --witness-share 0.03 0.1 --patients 200
   lymphfeat synth --plate cells.png --difficulty 0.6
-Write `lymphfeat audit --cohort made-up` next, or name the folder to any other command.""",
+Next, run `lymphfeat audit --cohort made-up`, or pass the folder to any other command.""",
 )
 @click.option(
     "--out",
@@ -35,21 +35,21 @@ Write `lymphfeat audit --cohort made-up` next, or name the folder to any other c
     help="Folder to write the cohort into.",
 )
 @click.option(
-    "--patients", type=click.IntRange(2), default=60, show_default=True, help="With a label."
+    "--patients", type=click.IntRange(2), default=60, show_default=True, help="Labelled patients."
 )
 @click.option(
     "--test-patients",
     type=click.IntRange(0),
     default=16,
     show_default=True,
-    help="With the label -1; truth.csv tells the true one.",
+    help="Patients with label -1; truth.csv has their true label.",
 )
 @click.option(
     "--images",
     type=click.IntRange(1, 100_000),
     default=24,
     show_default=True,
-    help="Mean number per patient; between a half and 5/3 of it.",
+    help="Mean number of images per patient; the range is 1/2 to 5/3 of it.",
 )
 @click.option(
     "--tumoral-share",
@@ -65,33 +65,33 @@ Write `lymphfeat audit --cohort made-up` next, or name the folder to any other c
     metavar="LOW HIGH",
     default=(0.08, 0.3),
     show_default=True,
-    help="Share of atypical cells in a tumoral patient: drawn between the two, at least one cell.",
+    help="Range of the share of atypical cells in tumoral patients (always at least one cell).",
 )
 @click.option(
     "--difficulty",
     type=SHARE,
     default=0.3,
     show_default=True,
-    help="0: atypical cells differ plainly; 1: not at all.",
+    help="0: atypical cells are clearly different; 1: not different at all.",
 )
 @click.option(
     "--size-confounding",
     type=SHARE,
     default=0.3,
     show_default=True,
-    help="How much the number of images tells of the label; 0.5 is about the challenge's.",
+    help="How strongly the number of images depends on the label; about 0.5 in the challenge.",
 )
 @click.option(
     "--attribute-strength",
     type=SHARE,
     default=0.5,
     show_default=True,
-    help="How much age and lymphocyte count tell of the label.",
+    help="How strongly age and lymphocyte count depend on the label.",
 )
 @click.option(
     "--plate",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw cells of each class into this PNG file, to look at; needs no --out.",
+    help="Draw sample cells of each class to this PNG file; works without --out.",
 )
 @seed_option
 @force_option
@@ -104,15 +104,16 @@ def command(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Write a synthetic cohort that looks like the real thing.
+    """Write a synthetic cohort in the layout of the real one.
 
-    Rendered smears in the challenge's layout with its quirks. Tumoral patients have a share of
-    atypical cells, reactive ones none; truth.csv names them, for scoring and never for training.
-    The same options give the same bytes. A finished cohort of the same settings is left as it is;
-    one of others is replaced only with --force, which never touches files that are not ours.
+    Renders smears in the challenge's layout, including its quirks. Tumoral patients have a share of
+    atypical cells, reactive patients have none; truth.csv lists them, for scoring only, never for
+    training. The same options give the same bytes. A finished cohort with the same settings is
+    kept; one with different settings is replaced only with --force, which never touches files
+    that synth did not write.
     """
     if out is None and plate is None:
-        raise click.UsageError("name a folder with --out DIR, or a figure with --plate FILE.png.")
+        raise click.UsageError("give a folder with --out DIR, or a figure with --plate FILE.png.")
     from lymphfeat.synthetic.cohort import SyntheticSettings, write_plate
 
     settings = SyntheticSettings(**chosen)
@@ -147,4 +148,4 @@ def _show(written: dict[str, object]) -> None:
             ("test", written["test_reactive"], written["test_tumoral"]),
         ]
         show_table("Patients", ["split", "reactive", "tumoral"], rows)
-        click.echo(f"{written['images']} images, {written['atypical']} of atypical cells")
+        click.echo(f"{written['images']} images, {written['atypical']} of them of atypical cells")

@@ -30,16 +30,16 @@ class Comparison:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Say of each pair which is better, or that it cannot be told."""
+        """Say which row of each pair is better, or that they are not significantly different."""
         return tuple(self._sentence(pair) for pair in self.pairs.to_dict("records"))
 
     def _sentence(self, pair: dict[Any, Any]) -> str:
         name, reference, p = pair["name"], pair["reference"], pair["p_adjusted"]
         at = "; both at their last epoch" if pair["last_epoch"] else ""
         if np.isnan(p):
-            return f"{name} and {reference} cannot be told apart: one split gives no interval."
+            return f"{name} and {reference} cannot be compared: a single split gives no interval."
         if p >= 0.05:
-            return f"{name} and {reference} cannot be told apart (p {p:.2g}{at})."
+            return f"{name} and {reference} do not differ significantly (p {p:.2g}{at})."
         better = (pair["difference"] > 0) != (self.metric in SMALLER_IS_BETTER)
         size = abs(pair["difference"])
         return (

@@ -41,10 +41,10 @@ def fit_fusions(
     if unknown:
         raise SettingsError(f"fusion (={unknown[0]}) must be one of {', '.join(FUSIONS)}, or all.")
     if names and not attributes.shape[1]:
-        raise SettingsError("fusion must have clinical attributes; the cohort's table has none.")
+        raise SettingsError("fusion requires clinical attributes; the cohort's table has none.")
     if names and not all(patients.plan.inner):
         raise SettingsError(
-            "fusion must learn from out-of-fold image logits; the report protocol has none. "
+            "fusion requires out-of-fold image logits; the report protocol has none. "
             "Use --protocol honest."
         )
     return [_fuse(patients, head, name, attributes) for head in heads for name in names]

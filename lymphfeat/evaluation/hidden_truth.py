@@ -70,7 +70,7 @@ def read_truth(path: Path) -> pd.DataFrame:
         row = int(np.flatnonzero(twice)[0])
         raise CohortError(
             f"{path} row {row + 2}: image {frame['image'][row]} of {frame['patient'][row]} must "
-            "stand there once; remove the repeated row."
+            "occur once; remove the repeated row."
         )
     return frame
 
@@ -88,7 +88,7 @@ def read_labels(path: Path) -> pd.Series:
     labels = table.drop_duplicates(["ID", "LABEL"]).set_index("ID")["LABEL"].astype(np.int64)
     if labels.index.has_duplicates:
         twice = ", ".join(labels.index[labels.index.duplicated()].unique()[:5])
-        raise CohortError(f"{path}: LABEL must be one and the same in all rows of {twice}.")
+        raise CohortError(f"{path}: LABEL must be the same in all rows of {twice}.")
     return labels
 
 
@@ -111,7 +111,7 @@ def _joined(images: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     if known.empty:
         raise CohortError(
             "truth must name images of this cohort; got none of them. "
-            "Take the truth file that lies beside this cohort."
+            "Use the truth file of this cohort."
         )
     return known
 

@@ -1,4 +1,4 @@
-"""Images that stand on both sides of a split: found in a store or cohort, refused in a plan."""
+"""Images on both sides of a split: found in a store or cohort, refused in a plan."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,15 +92,15 @@ def refuse_shared_images(splits: Sequence[Split], shared: Sequence[SharedImage])
     """Raise LeakageError when a picture is trained on in one patient and validated in another."""
     for split in splits:
         train, validation = set(split.train), set(split.validation)
-        torn = [s for s in shared if train & {*s.patients} and validation & {*s.patients}]
-        if torn:
+        both = [s for s in shared if train & {*s.patients} and validation & {*s.patients}]
+        if both:
             where = " = ".join(
                 f"{name} of {patient}"
-                for patient, name in zip(torn[0].patients, torn[0].names, strict=True)
+                for patient, name in zip(both[0].patients, both[0].names, strict=True)
             )
             raise LeakageError(
-                f"the same image must not be trained on and evaluated on; got {where}, torn apart "
-                f"by split {split.id} ({len(torn)} such images). `lymphfeat audit` lists them: "
-                "mend the cohort, keep such patients on one side (fit-head --splits FILE), or go "
-                "on with --allow-shared-images."
+                f"the same image must not be trained on and evaluated on; got {where}, on both "
+                f"sides of split {split.id} ({len(both)} such images). `lymphfeat audit` lists "
+                "them: fix the cohort, keep such patients on one side (fit-head --splits FILE), or "
+                "continue with --allow-shared-images."
             )

@@ -117,7 +117,7 @@ def run_protocol(
     refuse_seen(
         {id for split in plan.outer for id in seen(split)},
         "the backbone of these features",
-        "Extract with per-split fine-tuning, or with weights that have not seen them.",
+        "Extract with per-split fine-tuning, or with weights not trained on them.",
     )
     if not settings.allow_shared_images:
         refuse_shared_images(plan.outer, shared)
@@ -127,8 +127,8 @@ def run_protocol(
     if nested and not plan.is_nested:
         raise SettingsError(
             "epoch (=nested) must be chosen on out-of-fold probabilities of training patients; "
-            "these features have no backbones for them. Extract with --splits kfold:5+inner, or "
-            "use --choose-epoch last."
+            "these features have no backbones for inner splits. Extract with --splits "
+            "kfold:5+inner, or use --choose-epoch last."
         )
     outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
     inner = [
@@ -175,9 +175,9 @@ def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
     if settings.protocol == "report" or plan.is_nested:
         return ()
     return (
-        "thresholds are not from out-of-fold probabilities and these are not calibrated, because "
-        "these features have no backbones inside each training set. Extract with --splits "
-        "kfold:5+inner to get both.",
+        "thresholds do not come from out-of-fold probabilities, and probabilities are not "
+        "calibrated, because these features have no backbones for inner splits. Extract with "
+        "--splits kfold:5+inner to get both.",
     )
 
 
@@ -248,7 +248,7 @@ def own_plan(
     plan = Plan.recorded(split for split in features.splits.values() if split.validation)
     if not plan.outer:
         raise LeakageError(
-            "the backbones of these features were fine-tuned on all labelled patients: nobody is "
+            "the backbones of these features were fine-tuned on all labelled patients: none are "
             "left to evaluate heads on. Extract with --splits kfold:5, or with frozen weights."
         )
     if splits:
@@ -263,7 +263,7 @@ def _known(splits: Sequence[Split], own: Sequence[Split]) -> Sequence[Split]:
         if split not in own:
             raise LeakageError(
                 f"split {split.id}: no backbone of these features was fine-tuned on its training "
-                f"patients alone; theirs are {', '.join(s.id for s in own)}."
+                f"patients alone; there are backbones for {', '.join(s.id for s in own)}."
             )
     return splits
 

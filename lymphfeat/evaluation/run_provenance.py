@@ -45,7 +45,7 @@ class RunProvenance:
                 },
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"{path}: is damaged ({error}); fit the run again.") from None
+            raise SettingsError(f"{path} is damaged ({error}); fit the run again.") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return what the file holds."""

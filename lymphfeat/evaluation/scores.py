@@ -317,7 +317,7 @@ def _as_published(group: pd.DataFrame, plan: Plan, rarer: int) -> dict[str, floa
 
 
 def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
-    """Say in plain words which image rows do not beat bag size, which fused ones not clinical.
+    """List image rows that do not beat bag size and fused rows that do not beat clinical.
 
     A row beats a baseline when the corrected 95 % interval of their difference in AUC, paired by
     split, lies above 0. Under `report` heads are taken at their last epoch: a baseline has one
@@ -329,7 +329,11 @@ def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
     kinds = runs.drop_duplicates("head").set_index("head")["kind"]
     told = []
     for baseline, wanted, verdict in (
-        (BAG_SIZE, ("head", "selected"), "what it learnt may be how many images a patient has"),
+        (
+            BAG_SIZE,
+            ("head", "selected"),
+            "it may have learnt only the number of images per patient",
+        ),
         (CLINICAL, ("fusion",), "the images add nothing to the clinical attributes here"),
     ):
         if baseline not in auc:
@@ -348,9 +352,9 @@ def find_warnings(runs: pd.DataFrame, plan: Plan) -> tuple[str, ...]:
             )
         if unknown:
             reason = (
-                "one split gives no interval. Use more --seeds"
+                "a single split gives no interval. Use more --seeds"
                 if len(auc) == 1
-                else "in some splits no AUC can be measured"
+                else "AUC is undefined in some splits"
             )
             told.append(
                 f"{_listed(unknown)}: not compared with {baseline} alone, because {reason}."

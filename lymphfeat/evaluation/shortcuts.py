@@ -1,4 +1,4 @@
-"""What tells the label without a look at a single cell: bag size, covariates, file formats."""
+"""What predicts the label without looking at any cell: bag size, covariates, file formats."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ ALMOST_THE_LABEL = 0.95  # an AUC surely above this may be the label in disguise
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """How far one attribute alone tells tumoral from reactive, on the labelled patients.
+    """How well one attribute alone separates tumoral from reactive labelled patients.
 
     auc is orientation-free, in [0.5, 1]; `low` and `high` are its 95 % interval after DeLong et al.
     1988 (NaN with one patient in a class). For a category it is that of belonging to `category`,
@@ -39,11 +39,11 @@ class Predictor:
     @property
     def finding(self) -> str | None:
         """One line when this is a leak or a shortcut; clinical attributes may well predict."""
-        told = f"(AUC {self.auc:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f})"
+        auc = f"(AUC {self.auc:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f})"
         if self.role != "covariate":
-            line = f"shortcut: {self.name} alone predicts the label {told}; a model may learn it"
+            line = f"shortcut: {self.name} alone predicts the label {auc}; a model may learn it"
             return line if self.low > 0.5 else None
-        line = f"leak: {self.name} alone all but gives the label {told}; is it known beforehand?"
+        line = f"leak: {self.name} alone almost determines the label {auc}; is it known beforehand?"
         return line if self.low > ALMOST_THE_LABEL else None
 
 
