@@ -256,7 +256,7 @@ def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path
     assert not list(tmp_path.rglob("fold-*"))
 
 
-ONE_CPU = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
+ONE_CPU = ["--threads", "1", "--device", "cpu"]
 
 
 def run_line(cohort: Cohort, *arguments: str) -> Result:
@@ -301,7 +301,7 @@ def test_from_the_command_line(
         "training patients (not a performance estimate) │       10 │" in predicted.stdout
     )  # by one member or another
     assert "validation" not in predicted.stdout
-    with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, as .*fold-0"):
+    with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, such as .*fold-0"):
         Model.load(Path("models/endtoend"))
     told = CliRunner().invoke(cli, ["info", "models/endtoend"])
     assert told.exit_code == 0, told.output
