@@ -386,7 +386,10 @@ def test_the_old_model_stays_until_the_new_one_is_there(
 
 def test_one_class_only(cohort: Cohort, tmp_path: Path) -> None:
     one = cohort.select(["P0", "P2", "P10"])
-    with pytest.raises(CohortError, match=r"both classes to train on; got 0 tumoral .* 2 reactive"):
+    with pytest.raises(
+        CohortError,
+        match=r"training needs labelled patients of both classes; got 0 tumoral .* 2 reactive",
+    ):
         train_end_to_end(one, tiny_settings(), tmp_path)
     with pytest.raises(CohortError, match="got 0 tumoral"):
         train_end_to_end(cohort.unlabelled(), tiny_settings(), tmp_path)
@@ -508,7 +511,9 @@ def test_frozen_stages_keep_weights_and_statistics() -> None:
 
 
 def test_no_stage_left_to_learn() -> None:
-    with pytest.raises(SettingsError, match=r"freeze_stages \(=6\) must leave one of the 6 stages"):
+    with pytest.raises(
+        SettingsError, match=r"freeze_stages \(=6\) must leave at least one of the 6 stages"
+    ):
         make_trainer(tiny_settings(freeze_stages=6))
 
 

@@ -238,7 +238,7 @@ def test_from_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--splits", "kfold:5"], "give both --splits and --finetune-epochs, or neither"),
+        (["--splits", "kfold:5"], "use both --splits and --finetune-epochs, or neither"),
         (["--finetune-epochs", "1", "--splits", "kfold:1"], "splits (=kfold:1) must be kfold:K"),
         (
             ["--finetune-epochs", "1", "--splits", "report:2x3"],

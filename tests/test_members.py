@@ -301,7 +301,9 @@ def test_from_the_command_line(
         "training patients (not a performance estimate) │       10 │" in predicted.stdout
     )  # by one member or another
     assert "validation" not in predicted.stdout
-    with pytest.raises(ModelError, match=r"holds k-fold members: choose one of them, such as .*fold-0"):
+    with pytest.raises(
+        ModelError, match=r"holds k-fold members: choose one of them, such as .*fold-0"
+    ):
         Model.load(Path("models/endtoend"))
     told = CliRunner().invoke(cli, ["info", "models/endtoend"])
     assert told.exit_code == 0, told.output
@@ -342,7 +344,7 @@ def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Coh
     torch.testing.assert_close(job.model.head.weight[0], by_split[1])
     weight = prepare(cohort, parts_of(labelled, split), tiny_settings()).weights.sha256
     assert read_initial_head(run, (), weight).name == "bnsigmoid lr=0.05"
-    with pytest.raises(LeakageError, match="all of them did"):
+    with pytest.raises(LeakageError, match="all of its splits did"):
         read_initial_head(run, patient_keys(labelled), weight)
 
 

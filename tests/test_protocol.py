@@ -165,7 +165,9 @@ def test_evaluating_a_patient_the_backbone_was_trained_on_is_refused(features: F
 
 def test_one_image_in_training_and_validation_patients_is_refused(features: Features) -> None:
     patients, names = ("P3", "P4", "P5", "P6", "P7"), ("1.png", "2.png", "3.png", "4.png", "5.png")
-    with pytest.raises(LeakageError, match=r"1.png of P3 = 2.png of P4 = .* by split kfold3"):
+    with pytest.raises(
+        LeakageError, match=r"1.png of P3 = 2.png of P4 = .* on both sides of split kfold3"
+    ):
         run_protocol(
             features,
             list(features.row),
@@ -271,7 +273,9 @@ def test_one_class_splits_are_refused_wherever_they_come_from(features: Features
     odd = Split(id="odd", seed=0, repeat=0, train=tuple(KNOWN[:20]), validation=("P21", "P23"))
     own = SplitFeatures([odd], list(features.row), features.bags.sizes.numpy(), lambda _: features)
     for given in (features, own):
-        with pytest.raises(SettingsError, match="validation patients of split odd must be of both"):
+        with pytest.raises(
+            SettingsError, match="validation patients of split odd must include both"
+        ):
             run_on(given, labels, [odd])
 
 

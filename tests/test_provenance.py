@@ -311,7 +311,7 @@ def test_a_head_to_begin_with_is_chosen_without_those_held_out(
     train_folds(
         cohort, replace(settings, init_head=str(tmp_path / "honest")), tmp_path / "m", folds=3
     )
-    with pytest.raises(SettingsError, match="a choice among linear heads that was made inside"):
+    with pytest.raises(SettingsError, match="a choice among linear heads made within"):
         train_folds(
             cohort, replace(settings, init_head=str(tmp_path / "report")), tmp_path / "n", folds=3
         )
