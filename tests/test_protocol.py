@@ -271,7 +271,7 @@ def test_one_class_splits_are_refused_wherever_they_come_from(features: Features
     odd = Split(id="odd", seed=0, repeat=0, train=tuple(KNOWN[:20]), validation=("P21", "P23"))
     own = SplitFeatures([odd], list(features.row), features.bags.sizes.numpy(), lambda _: features)
     for given in (features, own):
-        with pytest.raises(SettingsError, match="validation patients of split odd must be of both"):
+        with pytest.raises(SettingsError, match="validation patients of split odd must incl"):
             run_on(given, labels, [odd])
 
 
