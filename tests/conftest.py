@@ -1,4 +1,5 @@
-"""What every test starts from, on whatever machine: seeded generators, one thread, no GPU.
+"""What every test starts from, on whatever machine: seeded generators, one thread, no GPU,
+and nothing of the user's shell.
 
 Nor does the processor choose a precision. A test names its own (`--precision`, `tests/tiny.py`), or
 takes the fixture `auto_precision` and runs with `auto` forced either way.
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny tensors several only wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+for name in ("LYMPHFEAT_COHORT", "LYMPHFEAT_CACHE", "COLUMNS", "FORCE_COLOR"):
+    os.environ.pop(name, None)  # of the user's shell
 
 import numpy as np
 import pytest
