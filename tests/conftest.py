@@ -13,7 +13,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny tensors several only wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.pop("LYMPHFEAT_COHORT", None)  # of the user's shell, as the next three
+os.environ.pop("LYMPHFEAT_COHORT", None)
 os.environ.pop("LYMPHFEAT_CACHE", None)
 os.environ.pop("COLUMNS", None)
 os.environ.pop("FORCE_COLOR", None)
