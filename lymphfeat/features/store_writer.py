@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,6 @@ from typing import Any, Self
 import h5py
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lymphfeat.cohort.cohort import Cohort
@@ -36,6 +35,7 @@ from lymphfeat.features.store import (
     map_rows,
     recipe_sha256,
 )
+from lymphfeat.runtime.files import flush_file, lock_file
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.strict_json import json_text
 
@@ -68,7 +68,11 @@ class StoreWriter:
         self._recipe = recipe
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
-            opened.callback(_unlock, _lock(path))
+            if not opened.enter_context(lock_file(path.with_name(path.name + ".lock"))):
+                raise StoreError(
+                    f"{path}: another process is writing this store; wait for it or choose another "
+                    "--out."
+                )
             self._journal = opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
             self._blocks = self._resume(force)
             if self._blocks is None:
@@ -129,7 +133,7 @@ class StoreWriter:
         self._journal.truncate()
         self.partial.unlink(missing_ok=True)
         _create(self.partial, self._recipe, cohort, shape, feature_sets, image_hashes)
-        fsync_file(self.partial)
+        flush_file(self.partial)
         self._append({"recipe": self._recipe})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
@@ -164,7 +168,7 @@ class StoreWriter:
             self._maps[name][start:stop] = values
             checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
             self._maps[name].flush()
-        fsync_file(self.partial)  # rows are on disk before the journal lists them
+        flush_file(self.partial)  # rows are on disk before the journal lists them
         self._append({"start": start, "stop": stop, "crc32": checksums})
         assert self._blocks is not None
         self._blocks[(start, stop)] = checksums
@@ -175,7 +179,7 @@ class StoreWriter:
         self._maps.clear()
         with h5py.File(self.partial, "r+") as file:
             file.attrs.modify("complete", np.uint8(1))
-        fsync_file(self.partial)
+        flush_file(self.partial)
         self.partial.replace(self.path)
         _fsync_folder(self.path.parent)
         self._journal.close()  # Windows removes no open file
@@ -199,36 +203,12 @@ class StoreWriter:
             raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
 
 
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process is writing this store; wait for it or choose another --out."
-        ) from None
-    return lock
-
-
-def _unlock(lock: FileLock) -> None:
-    # Removed while it is held. Who has opened the file and then gets the lock of what is no longer
-    # there tries again, in FileLock. On Windows release() removes it.
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
-
-
 def _parse_line(line: str) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:
         return None
     return entry
-
-
-def fsync_file(path: Path) -> None:
-    with path.open("r+b") as file:  # Windows syncs no file opened for reading
-        os.fsync(file.fileno())
 
 
 def _fsync_folder(path: Path) -> None:

@@ -82,6 +82,34 @@ def find_checkpoints(out: Path) -> tuple[Path, ...]:
     return tuple(sorted(unfinished_folder(out).glob(f"*{_CHECKPOINT_SUFFIX}")))
 
 
+# --- locks and disks ------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Yield whether this process got a lock, at once; the lock dies with its process."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Removed while it is held: a process that opened the file and then gets the lock of one
+        # that no longer exists tries again, in FileLock. On Windows release() removes it.
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def flush_file(path: Path) -> None:
+    """Flush a file to disk."""
+    with path.open("r+b") as file:  # Windows syncs no file opened for reading
+        os.fsync(file.fileno())
+
+
 # --- what is in the way ---------------------------------------------------------------------------
 
 
@@ -230,23 +258,15 @@ def _staged(
 
 @contextmanager
 def _locked(unfinished: Path) -> Iterator[bool]:
-    """Yield whether this process got the lock of an unfinished result; it dies with its process.
+    """Yield whether this process got the lock of an unfinished result.
 
     At the end the folder is removed, unless it contains checkpoints.
     """
-    lock = FileLock(unfinished / _LOCK)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        with lock_file(unfinished / _LOCK) as alone:
+            yield alone
     finally:
-        with suppress(OSError):  # Windows removes it when it is released
-            (unfinished / _LOCK).unlink()
-        lock.release()
-        with suppress(OSError):
+        with suppress(OSError):  # of another process: its lock is in it
             unfinished.rmdir()
 
 
@@ -268,15 +288,12 @@ def _check_names(folder: Path, kind: ResultKind | None) -> None:
 def _flush(folder: Path) -> None:
     """Flush all files to disk: a power cut after the old result is gone must not empty them."""
     for path in files_in(folder):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush_file(path)
 
 
 def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")
+    flush_file(path)
 
 
 def recover(out: Path) -> None:
