@@ -17,11 +17,18 @@ from torch import Tensor
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
 from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
-from lymphfeat.cohort.provenance import refuse_seen
+from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone
-from lymphfeat.features.store import FORMAT_VERSION, FeatureSet, FeatureStore, MapShape, Recipe
+from lymphfeat.features.store import (
+    FORMAT_VERSION,
+    FROZEN,
+    FeatureSet,
+    FeatureStore,
+    MapShape,
+    Recipe,
+)
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import flip_view, normalize, parse_views
 from lymphfeat.finetuning.per_split import fine_tune
@@ -81,7 +88,9 @@ def extract(
         if settings.finetune is None:
             found = {_frozen(settings, weights): backbone}
         else:
-            _refuse_seen(cohort, splits, weights)
+            held_out = {id for split in splits for id in split.validation}
+            seen = weights.provenance.labelled(patient_keys(cohort))
+            refuse_seen_by_weights(held_out.intersection(seen), weights.source)
             found = _fine_tuned(cohort, splits, settings, out, force, progress)
             recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in found}
         encoders = {
@@ -108,19 +117,9 @@ def _build(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
     )
 
 
-def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights) -> None:
-    held_out = {id for split in splits for id in split.validation}
-    seen = weights.provenance.labelled(patient_keys(cohort))
-    refuse_seen(
-        held_out.intersection(seen),
-        f"weights (={weights.source})",
-        "Choose weights not trained on them, such as bloodcells or none.",
-    )
-
-
 def _frozen(settings: ExtractSettings, weights: LoadedWeights) -> FeatureSet:
     return FeatureSet(
-        name="frozen",
+        name=FROZEN,
         backbone=settings.backbone.backbone,
         weights_sha256=weights.sha256,
         provenance=weights.provenance,

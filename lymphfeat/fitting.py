@@ -20,7 +20,7 @@ from lymphfeat.evaluation.leakage import find_shared_images
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
 from lymphfeat.evaluation.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
-from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.plots.optimism import draw_optimism
@@ -39,7 +39,6 @@ from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings
 
 RUN_FORMAT = "lymphfeat-run"
-FROZEN = "frozen"
 RUN_FILES = (
     "summary.png",
     "summary.json",

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
-from lymphfeat.cohort.provenance import refuse_seen
+from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import find_provenance
 from lymphfeat.fitting import RUN, BothRuns, bootstrap_optimism, fit_both
@@ -20,17 +20,9 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
-
-
 SUBSET = 10  # images of a patient, drawn anew at every step (report §4.4)
-
-
 SUBSET_EPOCHS = 3  # times as many epochs then, of which every third is looked at
-
-
 TABLE_FILE, FIGURES = "table.csv", ("figure3.png", "figure5.png")
-
-
 REPRODUCTION = ResultKind(
     name="reproduction",
     marks=(TABLE_FILE,),
@@ -199,11 +191,8 @@ def _reproduce(
 def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
     """Refuse weights that have seen labels of the cohort before anything long begins."""
     provenance = find_provenance(backbone.weights, backbone.backbone)
-    refuse_seen(
-        provenance.labelled(patient_keys(cohort.labelled())),
-        f"weights (={backbone.weights})",
-        "Choose weights not trained on them, such as bloodcells or none.",
-    )
+    seen = provenance.labelled(patient_keys(cohort.labelled()))
+    refuse_seen_by_weights(seen, backbone.weights)
 
 
 def _extraction(settings: ReproductionSettings, backbone: str) -> ExtractSettings:

@@ -136,6 +136,15 @@ def keys_from_json(content: Iterable[Any]) -> tuple[PatientKey, ...]:
     )
 
 
+def refuse_seen_by_weights(seen: Iterable[str], weights: str) -> None:
+    """Raise LeakageError when weights learnt from the labels of patients to be measured on."""
+    refuse_seen(
+        seen,
+        f"weights (={weights})",
+        "Choose weights that were not trained on them, such as bloodcells or none.",
+    )
+
+
 def refuse_seen(seen: Iterable[str], source: str, remedy: str) -> None:
     """Raise LeakageError when patients to be measured on are among those trained on.
 

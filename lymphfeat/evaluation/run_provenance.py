@@ -9,10 +9,9 @@ from typing import Any
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError
-from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store import FROZEN, FeatureStore
 
 PROVENANCE_FILE = "provenance.json"
-_FROZEN = "frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class RunProvenance:
 
     def of_features(self, split: Split) -> Provenance:
         """Return what a split's features come from."""
-        return self.features.get(_FROZEN) or self.features.get(split.id) or NOBODY
+        return self.features.get(FROZEN) or self.features.get(split.id) or NOBODY
 
     def of_heads(self, split: Split) -> Provenance:
         """Return what a split's heads come from."""

@@ -25,14 +25,9 @@ from lymphfeat.errors import StoreError
 from lymphfeat.runtime.strict_json import json_text
 
 FORMAT = "lymphfeat"
-
-
+FROZEN = "frozen"  # the features of given weights; those of fine-tuned ones have their split's id
 FORMAT_VERSION = 2
-
-
 SLASH = "\u2215"  # replaces the / in a covariate's name (CD4/CD8), which HDF5 takes for a path
-
-
 Recipe = Mapping[str, Any]
 
 
@@ -40,7 +35,7 @@ Recipe = Mapping[str, Any]
 class FeatureSet:
     """What is known about the feature maps under one name of a store."""
 
-    name: str  # "frozen", or the split's id for weights fine-tuned on that split
+    name: str  # FROZEN, or the split's id for weights fine-tuned on that split
     backbone: str
     weights_sha256: str
     provenance: Provenance = NOBODY  # whose labels and images the weights have seen
@@ -201,11 +196,11 @@ class FeatureStore:
             "pretrained_on": {name: len(self.images_seen(name)) for name in self.feature_sets},
         }
 
-    def label_seen(self, name: str = "frozen") -> tuple[str, ...]:
+    def label_seen(self, name: str = FROZEN) -> tuple[str, ...]:
         """Return the patients in this store whose labels the weights have seen, under any id."""
         return self.feature_sets[self._known(name)].provenance.labelled(self.keys)
 
-    def images_seen(self, name: str = "frozen") -> tuple[str, ...]:
+    def images_seen(self, name: str = FROZEN) -> tuple[str, ...]:
         """Return the patients in this store whose images the weights have seen without labels."""
         return self.feature_sets[self._known(name)].provenance.pictured(self.keys)
 
@@ -253,11 +248,11 @@ class FeatureStore:
         recorded = all(found.parents is not None for found in tuned)
         return tuple(splits if recorded else with_guessed_parents(splits))
 
-    def features(self, name: str = "frozen") -> NDArray[np.float16]:
+    def features(self, name: str = FROZEN) -> NDArray[np.float16]:
         """Map the feature maps called `name`, (N, V, C, h, w), read-only."""
         return map_rows(self.path, f"features/{self._known(name)}", "r")
 
-    def pooled(self, name: str = "frozen") -> NDArray[np.float32]:
+    def pooled(self, name: str = FROZEN) -> NDArray[np.float32]:
         """Map the average-pooled features called `name`, (N, V, C), read-only."""
         return map_rows(self.path, f"pooled/{self._known(name)}", "r")
 

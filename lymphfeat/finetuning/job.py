@@ -15,7 +15,7 @@ from lymphfeat import __version__
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, patient_keys
 from lymphfeat.cohort.images import find_normalization
-from lymphfeat.cohort.provenance import Provenance, refuse_seen
+from lymphfeat.cohort.provenance import Provenance, refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.features.backbones import LoadedWeights, build_backbone
@@ -104,11 +104,7 @@ def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
         output_stride=settings.backbone.output_stride,
     )
     held_out = patient_keys(parts.validation) if parts.validation else ()
-    refuse_seen(
-        weights.provenance.labelled(held_out),
-        f"weights (={weights.source})",
-        "Choose weights that have not seen them, such as bloodcells or none.",
-    )
+    refuse_seen_by_weights(weights.provenance.labelled(held_out), weights.source)
     generator = torch.Generator().manual_seed(settings.seed)
     weight, bias = initial_scorer(backbone.channels, generator)
     head = HeadStack([settings.head], weight[None], bias[None])
