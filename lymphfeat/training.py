@@ -48,6 +48,16 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import EndToEndSettings
 
+_ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
+MODEL = ResultKind(
+    name="model",
+    marks=(FACTS_FILE, MEMBERS_FILE),
+    files=(
+        *(*_ONE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE),
+        *(MEMBERS_FILE, *(f"fold-*/{name}" for name in _ONE)),
+    ),
+)
+
 
 @overload
 def train(
@@ -397,16 +407,3 @@ def _write_facts(folder: Path, members: Members) -> None:
         "metrics": members.metrics,
     }
     (folder / MEMBERS_FILE).write_text(json_text(content, indent=2), encoding="utf-8")
-
-
-_ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
-
-
-MODEL = ResultKind(
-    name="model",
-    marks=(FACTS_FILE, MEMBERS_FILE),
-    files=(
-        *(*_ONE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE),
-        *(MEMBERS_FILE, *(f"fold-*/{name}" for name in _ONE)),
-    ),
-)

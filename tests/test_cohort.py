@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lymphfeat.cohort import cell_values as clinical
+from lymphfeat.cohort import cell_values
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError
 from tests.cohorts import HEADER, write_bags, write_challenge, write_image, write_own, write_text
@@ -126,7 +126,7 @@ def test_a_date_is_the_same_in_every_form(day: date) -> None:
         f"{day.day:02}-{day.month:02}-{day.year}",
         day.isoformat(),
     ]
-    assert {clinical.parse_date(form) for form in forms} == {day}
+    assert {cell_values.parse_date(form) for form in forms} == {day}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_date_is_the_same_in_every_form(day: date) -> None:
 )  # fmt: skip
 def test_dates_that_would_have_to_be_guessed_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="YYYY-MM-DD"):
-        clinical.parse_date(text)
+        cell_values.parse_date(text)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_dates_that_would_have_to_be_guessed_are_refused(text: str) -> None:
     [("05-03-1950", True), ("05-05-1950", False), ("25-03-1950", False), ("5/3/1950", False)],
 )
 def test_which_dates_a_guess_would_misread(text: str, ambiguous: bool) -> None:
-    assert clinical.is_ambiguous_date(text) is ambiguous
+    assert cell_values.is_ambiguous_date(text) is ambiguous
 
 
 def test_the_spelling_of_dates_leaves_no_trace(tmp_path: Path) -> None:

@@ -47,15 +47,15 @@ assert len(names) > 60, names
 for name in names:
     importlib.import_module(name)
 
-from lymphfeat.runtime import devices as compute
+from lymphfeat.runtime import devices
 from lymphfeat.finetuning import pixels
 from lymphfeat.errors import SettingsError
 
 device = torch.device("cpu")
-assert compute.available_memory(device) > 0
-assert math.isnan(compute.peak_memory(device))
-compute.Path = lambda *_: Path("nowhere")  # no /proc
-assert compute.available_memory(device, groups=Path("nowhere")) == 4 << 30
+assert devices.available_memory(device) > 0
+assert math.isnan(devices.peak_memory(device))
+devices.Path = lambda *_: Path("nowhere")  # no /proc
+assert devices.available_memory(device, groups=Path("nowhere")) == 4 << 30
 
 pixels.available_memory = lambda device: 0
 mapped = pixels._make_room((4, 3, 8, 8))

@@ -22,7 +22,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.hidden_truth import read_labels, read_truth
 from lymphfeat.synthetic import cohort as synthetic
-from lymphfeat.synthetic import rendering as smears
+from lymphfeat.synthetic import rendering
 from lymphfeat.synthetic.cohort import (
     CELL_CLASSES,
     SyntheticSettings,
@@ -318,8 +318,8 @@ def test_the_largest_lymphocyte_lies_whole_in_the_centre_crop(
     slide = draw_slide(np.random.default_rng(0))
     traits = draw_traits(np.random.default_rng(0), True, 0, slide, True)
     largest = replace(traits, nucleus=36.0, cytoplasm=13.0, irregularity=0.1, basophilia=1.2)
-    monkeypatch.setattr(smears, "draw_traits", lambda *_: largest)
-    monkeypatch.setattr(smears, "_add_platelets", lambda *_: None)
+    monkeypatch.setattr(rendering, "draw_traits", lambda *_: largest)
+    monkeypatch.setattr(rendering, "_add_platelets", lambda *_: None)
     for seed in range(40):
         cell = render_cell(np.random.default_rng(seed), True, 0, slide=slide)
         stained = cell[..., 0] < 120  # only nuclei and basophilic cytoplasm absorb that much red

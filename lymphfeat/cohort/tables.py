@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lymphfeat.cohort import cell_values as clinical
+from lymphfeat.cohort import cell_values
 from lymphfeat.cohort.csv_rows import Row, complain, name_some, peek_columns, read_rows
 from lymphfeat.errors import CohortError
 
@@ -142,8 +142,8 @@ def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
         raise CohortError(
             f"{rows[0].path} has columns `dob` and `age`; keep one, because both give the age."
         )
-    _parse(rows, "label", clinical.parse_label, columns, missing=clinical.UNKNOWN)
-    _parse(rows, "split", clinical.parse_split, columns, missing=None)
+    _parse(rows, "label", cell_values.parse_label, columns, missing=cell_values.UNKNOWN)
+    _parse(rows, "split", cell_values.parse_split, columns, missing=None)
     for name in names:
         if name not in ("id", "label", "split"):
             _parse_covariate(rows, name, reference_date, columns)
@@ -155,25 +155,25 @@ def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
 def _parse_covariate(
     rows: Sequence[Row], name: str, reference_date: date, columns: _Columns
 ) -> None:
-    given = [row for row in rows if not clinical.is_missing(row.cells.get(name, ""))]
+    given = [row for row in rows if not cell_values.is_missing(row.cells.get(name, ""))]
     texts = [row.cells[name] for row in given]
     first = {row.id: row.cells[name] for row in reversed(given)}  # for notes: each patient once
     if name == "dob":
-        parse_age = partial(clinical.parse_age, reference_date=reference_date)
+        parse_age = partial(cell_values.parse_age, reference_date=reference_date)
         _parse(rows, name, parse_age, columns)
         columns.notes.append(_date_note(first.values(), reference_date))
     elif name == "gender":
-        _parse(rows, name, clinical.parse_gender, columns, missing=None)
+        _parse(rows, name, cell_values.parse_gender, columns, missing=None)
         columns.texts.add(name)
         columns.notes.extend(_gender_notes(first.values()))
     elif name == "lymph_count":
-        _parse(rows, name, clinical.parse_count, columns)
+        _parse(rows, name, cell_values.parse_count, columns)
     elif not texts:
         columns.notes.append(f"column {name}: empty, left out")
-    elif any(map(clinical.looks_like_date, texts)):
+    elif any(map(cell_values.looks_like_date, texts)):
         columns.notes.append(f"column {name}: holds dates, left out (only dob is read as a date)")
     elif _is_numeric(texts):
-        _parse(rows, name, clinical.parse_number, columns)
+        _parse(rows, name, cell_values.parse_number, columns)
     else:
         _parse(rows, name, str, columns, missing=None)
         columns.texts.add(name)
@@ -191,7 +191,7 @@ def _parse(
     for row in rows:
         text = row.cells.get(name, "")
         try:
-            values.append(missing if clinical.is_missing(text) else parse(text))
+            values.append(missing if cell_values.is_missing(text) else parse(text))
         except ValueError as error:
             columns.mistakes.append(f"{row.where} ({row.id}), column {name}: {error}")
 
@@ -203,23 +203,23 @@ def _is_numeric(texts: Sequence[str]) -> bool:
 
 def _is_number(text: str) -> bool:
     try:
-        clinical.parse_number(text)
+        cell_values.parse_number(text)
     except ValueError:
         return False
     return True
 
 
 def _date_note(texts: Collection[str], reference_date: date) -> str:
-    forms = Counter(clinical.date_form(text) for text in texts)
+    forms = Counter(cell_values.date_form(text) for text in texts)
     told = ", ".join(f"{count} as {form}" for form, count in forms.most_common()) or "none given"
-    swapped = sum(map(clinical.is_ambiguous_date, texts))
+    swapped = sum(map(cell_values.is_ambiguous_date, texts))
     guess = f" ({swapped} would be misread by guessing)" if swapped else ""
     return f"dob: read {told}{guess}; becomes the age in years on {reference_date}"
 
 
 def _gender_notes(texts: Collection[str]) -> list[str]:
     odd = Counter(text for text in texts if text not in ("F", "M"))
-    told = {text: clinical.GENDERS.get(text.lower()) for text in odd}
+    told = {text: cell_values.GENDERS.get(text.lower()) for text in odd}
     return [f"gender: {odd[text]} cell(s) {text!r} read as {told[text]}" for text in odd]
 
 
@@ -295,6 +295,6 @@ def _repeat_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _submission_order(rows: Sequence[Row], frame: pd.DataFrame) -> tuple[str, ...]:
-    unknown = set(frame.index[frame["label"] == clinical.UNKNOWN])
+    unknown = set(frame.index[frame["label"] == cell_values.UNKNOWN])
     first = [row.id for row in rows if TABLE_SPLITS.get(row.path.name.lower()) == "test"]
     return tuple(dict.fromkeys(id for id in [*first, *frame.index] if id in unknown))

@@ -230,7 +230,7 @@ def cross_fit_decisions(
 ) -> CrossFitted:
     """Calibrate and decide each fold's patients by out-of-fold probabilities of the OTHER folds.
 
-    A threshold measured on the patients it was chosen on is too good: .567 of balanced accuracy for
+    A threshold measured on the patients it was chosen on is too good: .571 of balanced accuracy for
     `best-ba` on 72 patients of whom nothing is known. Not fully nested: the models behind the other
     folds' probabilities were trained on this fold's labels (docs/protocols.md says what that does).
     """

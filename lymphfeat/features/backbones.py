@@ -22,17 +22,9 @@ from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
 
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
-
-
 SHIPPED_FOR = "resnet18"
-
-
 SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
-
-
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
-
-
 _SHOWN_KEYS = 5
 
 

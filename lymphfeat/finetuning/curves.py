@@ -12,11 +12,7 @@ from lymphfeat.evaluation.metrics import all_metrics
 from lymphfeat.runtime.files import replace_file
 
 Row = Mapping[str, float]
-
-
 CURVES = ("curves.csv", "curves.png")
-
-
 SHOWN_METRICS = ("ba", "auc", "log_loss")
 
 

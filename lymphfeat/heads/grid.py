@@ -10,11 +10,7 @@ from lymphfeat.heads.registry import AGGREGATORS, COUNTED_K, PERCENT_K
 from lymphfeat.settings import HeadGrid, HeadSettings
 
 DEFAULT_K = (5, 10)  # of `--agg all`
-
-
 _OPTIMISER = ("class_weights", "lr", "weight_decay")  # used by every head
-
-
 _DEFAULTS = HeadSettings()
 
 

@@ -115,11 +115,7 @@ def update_running(state: AggregatorState, statistics: weighted.Moments) -> None
 
 
 COUNTED_K, PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
-
-
 _K = (*COUNTED_K, *PERCENT_K)
-
-
 AGGREGATORS: dict[str, Aggregator] = {
     "top1": Aggregator("ranking", "image", "the highest instance decides (report §3.1)"),
     "topk": Aggregator(

@@ -41,17 +41,9 @@ from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import HeadSettings
 
 FORMAT = "lymphfeat-model"
-
-
 FORMAT_VERSION = 1
-
-
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
-
-
 _UNDECIDED = Decision()
-
-
 MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
 
 

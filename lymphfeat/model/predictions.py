@@ -18,8 +18,6 @@ from lymphfeat.runtime.files import replace_file
 # What a model has seen of a patient: its label in training; its label in validation, where nothing
 # was learnt from it; its images without its label; nothing.
 SEEN = ("label", "validation", "images", "no")
-
-
 ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": "new"}
 
 

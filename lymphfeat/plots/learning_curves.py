@@ -24,7 +24,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_lines(left, rows, {"loss": "training", "validation_log_loss": "validation"}, "loss")
     named = {"train_ba": "training", "validation_ba": "validation"}
-    _draw_lines(right, rows, named, "balanced accuracy")
+    _draw_lines(right, rows, named, "balanced accuracy at .5")
     show_all_shares(right, "y")
     figure.savefig(path, format="png", dpi=120)
 

@@ -16,8 +16,6 @@ FIGURE_5 = (
     "bnsigmoid, ResNet-18",
     "bnsigmoid, 10 images",
 )
-
-
 _BARS = {"report": "#9ecae1", "honest": "#3182bd"}
 
 

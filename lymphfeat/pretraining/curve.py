@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, float]
-
-
 COLUMNS = ("epoch", "loss", "class_loss", "class_accuracy", "probe")
 
 

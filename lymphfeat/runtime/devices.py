@@ -45,16 +45,12 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 _GROUPS = Path("/sys/fs/cgroup")
-
-
 # By controllers in /proc/self/cgroup (version 2 names none): the files with a group's limit and
 # usage, and the line of memory.stat with the part of the usage that is unused cached files.
 _NAMES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-
-
 _ASSUMED_MEMORY = 4 << 30  # where the system does not report it: Windows
 
 

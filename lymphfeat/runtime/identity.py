@@ -21,13 +21,9 @@ from lymphfeat.errors import CohortError
 from lymphfeat.runtime.strict_json import json_text
 
 _HASH_BYTES = 16
-
-
 # A file changed more recently than this may change again within one tick of its file system's
 # clock, which is 2 s on FAT; its hash is not cached.
 _SETTLED_NS = 3 * 10**9
-
-
 _TABLE = """CREATE TABLE IF NOT EXISTS hashes (
     path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, hash TEXT) WITHOUT ROWID"""
 
