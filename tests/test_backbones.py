@@ -30,9 +30,6 @@ from lymphfeat.runtime.devices import (
     has_fast_bfloat16,
     precision_name,
 )
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

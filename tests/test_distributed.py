@@ -23,9 +23,8 @@ from lymphfeat.runtime.processes import is_first
 from lymphfeat.settings import EndToEndSettings, ExtractSettings, HeadSettings
 from lymphfeat.training import train_end_to_end
 from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
-from tests.tiny import one_thread as one_thread
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,6 @@ from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.runtime import devices
 from lymphfeat.settings import HeadGrid
 from lymphfeat_cli.main import COMMANDS, cli
-from tests.tiny import one_thread as one_thread
 from tests.tiny import write_red_cohort
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +79,6 @@ def test_every_python_block_of_these_pages_is_run() -> None:
 
 
 @pytest.mark.parametrize(("page", "number"), RUN, ids=["readme", "comparison", "explanation"])
-@pytest.mark.usefixtures("one_thread")
 def test_python_runs_as_shown(
     page: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,9 +41,6 @@ from lymphfeat.training import train_end_to_end
 from tests.folders import contents
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, tiny_settings, write_red_cohort
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,7 @@ from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_sy
 from lymphfeat.synthetic.rendering import render_cell
 from tests.test_model import make_model, reference_logits
 from tests.tiny import SIDE, write_red_cohort
-from tests.tiny import one_thread as one_thread
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 AGGS = ["mean", "max", "lse", "bnsigmoid", "top1", "topk", "topbottomk"]
 
 

@@ -9,10 +9,7 @@ from click.testing import CliRunner, Result
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.test_model import make_model
-from tests.tiny import one_thread as one_thread
 from tests.tiny import write_red_cohort
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -24,9 +24,6 @@ from lymphfeat.features.views import normalize
 from lymphfeat.settings import BackboneSettings, ExtractSettings
 from tests.cohorts import write_bags, write_image, write_own
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE, CROP = 53, 48
 BAGS = {"P1": 3, "P2": 1, "P10": 5}

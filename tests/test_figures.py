@@ -27,7 +27,6 @@ from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import noise_features
 from tests.test_compare_command import write_run
 from tests.test_model import make_model
-from tests.tiny import one_thread as one_thread
 from tests.tiny import write_red_cohort
 
 LABELS = np.array([0, 1, 1] * 10)
@@ -136,7 +135,6 @@ def test_learning_curves(drawn: list[Figure], tmp_path: Path) -> None:
     check(drawn, 2)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_explanations(tmp_path: Path) -> None:
     cohort = Cohort.load(write_red_cohort(tmp_path / "cohort", "010101??"))
     found = explain(make_model("bnsigmoid"), cohort, device="cpu", precision="float32")

@@ -16,12 +16,8 @@ from lymphfeat.runtime.files import replace_file
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.stores import made_up_cohort, write_store
 from tests.test_model import make_model
-from tests.tiny import one_thread as one_thread
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="files have no modes there"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="files have no modes there")
 
 
 @pytest.fixture(params=[0o022, 0o007])

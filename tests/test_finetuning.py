@@ -27,9 +27,6 @@ from lymphfeat.heads.grid import resolve
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 from lymphfeat_cli.main import cli
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = ExtractSettings(
     backbone=BACKBONE,

@@ -23,7 +23,6 @@ from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import EndToEndSettings, HeadSettings
-from tests.tiny import one_thread as one_thread
 
 CPU = torch.device("cpu")
 # All that may change a view: the passes of the exact gradient must see the same ones.
@@ -32,9 +31,6 @@ SIZES = torch.tensor([1, 7, 4])
 N = 12
 LABELS = torch.tensor([1.0, 0.0, 1.0])
 WEIGHTED = [name for name, row in AGGREGATORS.items() if row.family == "weighted"]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Setting:

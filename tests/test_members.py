@@ -35,9 +35,6 @@ from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_cohort_with_a_copy, write_red_cohort
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDS = 2
 SETTINGS = tiny_settings(epochs=2, tta=True)

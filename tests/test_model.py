@@ -30,9 +30,7 @@ from lymphfeat.settings import HeadSettings
 from tests.folders import contents, interrupt_swap, names_in
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, write_red_cohort
-from tests.tiny import one_thread as one_thread
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 AGGS = ["mean", "max", "lse", "bnsigmoid", "top1", "topk", "topbottomk"]
 
 

@@ -3,15 +3,11 @@
 import json
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner, Result
 
 from lymphfeat.features.store import FeatureStore
 from lymphfeat_cli.main import cli
 from tests.tiny import SIDE, write_red_cohort
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = [
     *("--backbone", "test_efficientnet", "--view-size", "32", "--field", str(SIDE)),

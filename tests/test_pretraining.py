@@ -19,21 +19,7 @@ from lymphfeat.pretraining.probe import nearest_neighbour_share
 from lymphfeat.pretraining.run import Pretrained, pretrain
 from lymphfeat.settings import PretrainSettings
 from tests.folders import contents
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = PretrainSettings(
-    backbone="test_efficientnet",
-    epochs=3,
-    batch_size=4,
-    view_size=32,
-    field=48,
-    projection=16,
-    precision="float32",
-    threads=1,
-    device="cpu",
-)
+from tests.tiny import PRETRAINING
 
 
 def write_cells(root: Path, n: int = 24) -> Path:
@@ -115,7 +101,7 @@ def test_nearest_neighbour_share_is_what_a_loop_says() -> None:
 
 def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
-    settings = replace(TINY, epochs=6, batch_size=6, supervised=1.0, lr=1e-2)
+    settings = replace(PRETRAINING, epochs=6, batch_size=6, supervised=1.0, lr=1e-2)
     trained = pretrain(cells, tmp_path / "w.safetensors", settings)
     assert trained.curve[-1]["class_accuracy"] > 0.9
     assert trained.curve[-1]["class_loss"] < trained.curve[1]["class_loss"]
@@ -126,7 +112,7 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     assert names == {"cells", "w.safetensors", "w.csv", "w.png"}
     assert {path.name for path in trained.files} == names - {"cells"}
 
-    _, loaded = build_backbone(TINY.backbone, weights=str(trained.weights), image_size=32)
+    _, loaded = build_backbone(PRETRAINING.backbone, weights=str(trained.weights), image_size=32)
     assert loaded.sha256 == trained.sha256
     facts = read_facts(trained.weights)
     assert facts["classes"] == {"green": 12, "red": 12}
@@ -139,7 +125,7 @@ def test_learns_classes_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
 
 def test_the_recipe_says_what_auto_was(auto_precision: str, tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
-    settings = replace(TINY, epochs=1, precision="auto")
+    settings = replace(PRETRAINING, epochs=1, precision="auto")
     pretrain(cells, tmp_path / "w.safetensors", settings)
     assert read_facts(tmp_path / "w.safetensors")["recipe"]["precision"] == auto_precision
 
@@ -147,7 +133,7 @@ def test_the_recipe_says_what_auto_was(auto_precision: str, tmp_path: Path) -> N
 def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), "none")
     trained = pretrain(
-        cells, tmp_path / "w.safetensors", replace(TINY, epochs=8, batch_size=12, lr=1e-2)
+        cells, tmp_path / "w.safetensors", replace(PRETRAINING, epochs=8, batch_size=12, lr=1e-2)
     )
     losses = [row["loss"] for row in trained.curve[1:]]
     assert losses[-1] < 0.9 * losses[0]
@@ -156,10 +142,10 @@ def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
 
 def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), "none")
-    shortest = replace(TINY, minutes=1e-9)
+    shortest = replace(PRETRAINING, minutes=1e-9)
     assert pretrain(cells, tmp_path / "a.safetensors", shortest).curve[-1]["epoch"] == 2
     begin = time.perf_counter()
-    longer = pretrain(cells, tmp_path / "b.safetensors", replace(TINY, minutes=0.03))
+    longer = pretrain(cells, tmp_path / "b.safetensors", replace(PRETRAINING, minutes=0.03))
     assert longer.curve[-1]["epoch"] > 1
     assert time.perf_counter() - begin > 0.5  # a bound that no slow machine can break
 
@@ -176,7 +162,7 @@ def run_interrupted(cells: Cells, out: Path, settings: PretrainSettings, at: int
 @pytest.mark.parametrize("grouping", ["patients", "classes"])
 def test_interrupted_ends_with_the_same_bits(grouping: str, tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), grouping)
-    settings = replace(TINY, patient_pairs=0.5 if grouping == "patients" else 0.0)
+    settings = replace(PRETRAINING, patient_pairs=0.5 if grouping == "patients" else 0.0)
     whole = pretrain(cells, tmp_path / "whole.safetensors", settings)
     out = tmp_path / "parts.safetensors"
     run_interrupted(cells, out, settings, at=13)
@@ -190,8 +176,8 @@ def test_interrupted_ends_with_the_same_bits(grouping: str, tmp_path: Path) -> N
 def test_another_runs_checkpoint_is_refused_and_force_starts_over(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     out = tmp_path / "w.safetensors"
-    run_interrupted(cells, out, TINY, at=11)
-    other = replace(TINY, lr=2e-3)
+    run_interrupted(cells, out, PRETRAINING, at=11)
+    other = replace(PRETRAINING, lr=2e-3)
     with pytest.raises(LymphfeatError, match=re.escape("lr is 0.001 there, 0.002 now")):
         pretrain(cells, out, other)
     forced: Pretrained = pretrain(cells, out, other, force=True)
@@ -203,7 +189,7 @@ def test_weights_and_curve_are_of_one_training(
 ) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     out = tmp_path / "out" / "w.safetensors"
-    pretrain(cells, out, TINY)
+    pretrain(cells, out, PRETRAINING)
     before = contents(out.parent)
 
     def crash(*arguments: object) -> None:
@@ -212,12 +198,12 @@ def test_weights_and_curve_are_of_one_training(
     with monkeypatch.context() as patch:
         patch.setattr("lymphfeat.pretraining.run.draw_curve", crash)
         with pytest.raises(OSError, match="no space left"):
-            pretrain(cells, out, replace(TINY, seed=5), force=True)
+            pretrain(cells, out, replace(PRETRAINING, seed=5), force=True)
     after = contents(out.parent)
     assert {name: after[name] for name in before} == before
     seen: list[str] = []
     progress = lambda done, total, text="": seen.append(f"{done} {text}")  # noqa: E731
-    pretrain(cells, out, replace(TINY, seed=5), force=True, progress=progress)
+    pretrain(cells, out, replace(PRETRAINING, seed=5), force=True, progress=progress)
     assert not any(line.startswith("1 ") and "views/s" in line for line in seen)  # it went on
     assert set(contents(out.parent)) == set(before)
     assert contents(out.parent)["w.csv"] != before["w.csv"]
@@ -227,28 +213,28 @@ def test_a_curve_of_other_weights_is_not_overwritten(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     (tmp_path / "w.csv").write_text("precious")
     with pytest.raises(LymphfeatError, match=r"w.csv exists"):
-        pretrain(cells, tmp_path / "w.safetensors", TINY)
+        pretrain(cells, tmp_path / "w.safetensors", PRETRAINING)
     assert (tmp_path / "w.csv").read_text() == "precious"
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     for message, out, settings in (
-        ("out (=w.pth) must end in .safetensors", Path("w.pth"), TINY),
-        ("there.safetensors exists; choose another", tmp_path / "there.safetensors", TINY),
+        ("out (=w.pth) must end in .safetensors", Path("w.pth"), PRETRAINING),
+        ("there.safetensors exists; choose another", tmp_path / "there.safetensors", PRETRAINING),
         ("needs one folder per patient", tmp_path / "w.safetensors", _with_pairs()),
-        ("must be at least the crop", tmp_path / "w.safetensors", replace(TINY, field=64)),
+        ("must be at least the crop", tmp_path / "w.safetensors", replace(PRETRAINING, field=64)),
     ):
         (tmp_path / "there.safetensors").touch()
         with pytest.raises(LymphfeatError, match=re.escape(message)):
             pretrain(cells, out, settings)
     few = Cells.find(write_cells(tmp_path / "few", n=6))
     with pytest.raises(LymphfeatError, match="must be at least 8"):
-        pretrain(few, tmp_path / "w.safetensors", TINY)
+        pretrain(few, tmp_path / "w.safetensors", PRETRAINING)
 
 
 def _with_pairs() -> PretrainSettings:
-    return replace(TINY, patient_pairs=0.5)
+    return replace(PRETRAINING, patient_pairs=0.5)
 
 
 # --- weights -------------------------------------------------------------------------------------

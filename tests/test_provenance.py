@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.cohort.provenance import SKETCH_SIZE, PatientKey, Provenance
-from lymphfeat.cohort.splits import Split, find_splits, write_splits
+from lymphfeat.cohort.splits import Split, find_splits
 from lymphfeat.comparison import compare
 from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
@@ -28,18 +29,16 @@ from lymphfeat.explanation.explanation import explain
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import build_backbone, read_provenance, write_weights
 from lymphfeat.features.store import FeatureStore
+from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import average_predictions
 from lymphfeat.model.model import Model, member_folders
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, PretrainSettings
+from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.training import train_end_to_end, train_folds
-from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
-from tests.tiny import one_thread as one_thread
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.tiny import BACKBONE, PRETRAINING, tiny_settings, write_red_cohort
 
 SIDE = 112
 LABELS = "010101010101"
@@ -68,7 +67,6 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
-    torch.set_num_threads(1)
     cohorts = {
         "same": write_lab(root / "a", 0),
         "renamed": write_lab(root / "renamed", 0, prefix="Q"),
@@ -80,7 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     extract(cohorts["same"], root / "tuned.h5", tuning, splits=[split])
     tuned = root / "tuned.h5.backbones" / "half" / "backbone.safetensors"
     pretrained = root / "pretrained.safetensors"
-    pretrain(Cells.find(third.root), pretrained, _pretraining(tuned))
+    pretrain(Cells.find(third.root), pretrained, replace(PRETRAINING, init=str(tuned), epochs=1))
     train_end_to_end(cohorts["same"].select(TRAINED), tiny_settings(epochs=1), root / "model")
     inheriting = tiny_settings(epochs=1, backbone=replace(BACKBONE, weights=str(pretrained)))
     train_end_to_end(third, inheriting, root / "heir")
@@ -101,21 +99,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "model trained from such weights": root / "heir",
             "members trained from such weights": root / "members",
         },
-    )
-
-
-def _pretraining(init: Path) -> PretrainSettings:
-    return PretrainSettings(
-        backbone=BACKBONE.backbone,
-        init=str(init),
-        epochs=1,
-        batch_size=4,
-        view_size=32,
-        field=48,
-        projection=16,
-        precision="float32",
-        threads=1,
-        device="cpu",
     )
 
 
@@ -297,13 +280,25 @@ def test_runs_of_two_cohorts_are_not_compared(world: World, tmp_path: Path) -> N
 def test_a_head_to_begin_with_is_chosen_without_those_held_out(
     world: World, tmp_path: Path
 ) -> None:
-    """With several heads, the choice is the one made inside training patients, or refused."""
+    """With several heads, the choice is the one made inside training patients, or refused.
+
+    Here the two disagree: the best row of the summary is not what the splits chose inside.
+    """
     cohort = world.cohorts["same"]
     store = extract(cohort, tmp_path / "s.h5", EXTRACT)
     heads = [resolve(HeadSettings(agg="mean", lr=lr)) for lr in (1e-3, 1e-1)]
     honest = replace(FIT, folds=3, epochs=3)
     fit_heads(store, heads, honest, tmp_path / "honest", save=True)
-    write_splits(find_splits("kfold:3", cohort.ids, cohort.labels), tmp_path / "splits.json")
+    runs = pd.read_csv(tmp_path / "honest" / "runs.csv", keep_default_na=False)
+    rows = json.loads((tmp_path / "honest" / "summary.json").read_text())
+    best, other = [row["head"] for row in rows if row["kind"] == "head"]
+    runs.loc[runs["kind"] == "selected", "chosen"] = other
+    runs.to_csv(tmp_path / "honest" / "runs.csv", index=False)
+    fold = find_splits("kfold:3", cohort.ids, cohort.labels)[0]
+    held_out = patient_keys(cohort.select(fold.validation))
+    sha256 = store.recipe["weights_sha256"]
+    assert read_initial_head(tmp_path / "honest", held_out, sha256).name == other
+    assert read_initial_head(tmp_path / "honest", (), sha256).name == best
     report = replace(honest, protocol="report", folds=5)
     splits = find_splits("kfold:3", cohort.ids, cohort.labels)
     fit_heads(store, heads, report, tmp_path / "report", splits=splits, save=True)

@@ -1,29 +1,28 @@
 """A cohort and a backbone that train in a second: reddish images make a patient tumoral."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
 
-from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings, PretrainSettings
 
 SIDE = 64
 BACKBONE = BackboneSettings(backbone="test_efficientnet", crop=SIDE)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: on tiny tensors several only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+PRETRAINING = PretrainSettings(
+    backbone=BACKBONE.backbone,
+    epochs=3,
+    batch_size=4,
+    view_size=32,
+    field=48,
+    projection=16,
+    precision="float32",
+    threads=1,
+    device="cpu",
+)
 
 
 def tiny_settings(agg: str = "bnsigmoid", **changes: Any) -> EndToEndSettings:
