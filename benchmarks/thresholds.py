@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lymphfeat.evaluation.calibration import METHODS
-from lymphfeat.evaluation.scores import Floats
+from lymphfeat.runtime.arrays import Floats
 from tests.simulated_thresholds import (
     Ensemble,
     Situation,

@@ -31,7 +31,7 @@ REPRODUCTION = ResultKind(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PublishedResult:
     """One published figure, and what gives ours."""
 
     name: str
@@ -48,13 +48,17 @@ class Row:
         return resolve(HeadSettings(agg=self.agg, k_agg=self.k_agg))
 
 
-ROWS = (
-    Row(name="top-1", agg="top1", published=0.788, published_half_width=0.024, oracle=True),
-    Row(
+PUBLISHED = (
+    PublishedResult(
+        name="top-1", agg="top1", published=0.788, published_half_width=0.024, oracle=True
+    ),
+    PublishedResult(
         name="top-5", agg="topk", k_agg=5, published=0.843, published_half_width=0.024, oracle=True
     ),
-    Row(name="top-10", agg="topk", published=0.861, published_half_width=0.015, oracle=True),
-    Row(
+    PublishedResult(
+        name="top-10", agg="topk", published=0.861, published_half_width=0.015, oracle=True
+    ),
+    PublishedResult(
         name="top&bottom-5",
         agg="topbottomk",
         k_agg=5,
@@ -62,37 +66,41 @@ ROWS = (
         published_half_width=0.020,
         oracle=True,
     ),
-    Row(
+    PublishedResult(
         name="top&bottom-10",
         agg="topbottomk",
         published=0.848,
         published_half_width=0.022,
         oracle=True,
     ),
-    Row(name="bnsigmoid, ResNet-18", agg="bnsigmoid", published=0.814, published_half_width=0.008),
-    Row(
+    PublishedResult(
+        name="bnsigmoid, ResNet-18", agg="bnsigmoid", published=0.814, published_half_width=0.008
+    ),
+    PublishedResult(
         name="bnsigmoid, ResNet-34",
         agg="bnsigmoid",
         backbone="resnet34",
         published=0.810,
         published_half_width=0.009,
     ),
-    Row(
+    PublishedResult(
         name="bnsigmoid, ResNet-50",
         agg="bnsigmoid",
         backbone="resnet50",
         published=0.806,
         published_half_width=0.009,
     ),
-    Row(name="mean, all images", agg="mean", published=0.811, published_half_width=0.009),
-    Row(
+    PublishedResult(
+        name="mean, all images", agg="mean", published=0.811, published_half_width=0.009
+    ),
+    PublishedResult(
         name="mean, 10 images",
         agg="mean",
         subset=True,
         published=0.802,
         published_half_width=0.009,
     ),
-    Row(
+    PublishedResult(
         name="bnsigmoid, 10 images",
         agg="bnsigmoid",
         subset=True,
@@ -161,7 +169,7 @@ def _reproduce(
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     found: list[dict[str, object]] = []
     warnings: list[str] = []
-    wanted = [row for row in ROWS if row.backbone in settings.backbones]
+    wanted = [row for row in PUBLISHED if row.backbone in settings.backbones]
     for backbone in settings.backbones:
         _refuse_seen(cohort, _extraction(settings, backbone).backbone)
     for backbone, subset in dict.fromkeys((row.backbone, row.subset) for row in wanted):
@@ -217,12 +225,12 @@ def _subset(settings: FitSettings) -> FitSettings:
     )
 
 
-def _of(summary: pd.DataFrame, row: Row) -> dict[str, float]:
+def _of(summary: pd.DataFrame, row: PublishedResult) -> dict[str, float]:
     (found,) = summary[summary["head"] == head_name(row.head)].to_dict("records")
     return {str(name): value for name, value in found.items()}
 
 
-def _tell(row: Row, both: BothRuns) -> dict[str, object]:
+def _tell(row: PublishedResult, both: BothRuns) -> dict[str, object]:
     report, honest = (_of(run.outcome.summary, row) for run in (both.report, both.honest))
     ours = "ba_oracle" if row.oracle else "ba"
     low, high = bootstrap_optimism(both.report, both.honest, head_name(row.head), oracle=row.oracle)

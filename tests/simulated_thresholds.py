@@ -20,11 +20,12 @@ from lymphfeat.evaluation.decision import (
     cross_fit_decisions,
 )
 from lymphfeat.evaluation.metrics import balanced_accuracy, fold_auc, roc_auc
-from lymphfeat.evaluation.scores import Floats, Labels, Patients, Scores, measure
+from lymphfeat.evaluation.scores import PlannedPatients, Scores, measure
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.grid import head_name, resolve
+from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.settings import HeadSettings
 
 Values = dict[str, float]
@@ -84,7 +85,9 @@ def measure_noise(seed: int, n: int) -> Values:
     rng = np.random.default_rng(seed)
     labels, ids = make_labels(rng, n), [f"P{i}" for i in range(n)]
     (repeat,) = kfold_splits(ids, labels, folds=5, seeds=1, seed=seed)
-    patients = Patients(ids, labels, Plan.nested(repeat.outer, dict(zip(ids, labels, strict=True))))
+    patients = PlannedPatients(
+        ids, labels, Plan.nested(repeat.outer, dict(zip(ids, labels, strict=True)))
+    )
     outer, inner = patients.empty(), patients.empty()
     for place, (train, validation) in enumerate(
         zip(patients.train, patients.validation, strict=True)

@@ -16,15 +16,14 @@ from lymphfeat.evaluation.metrics import balanced_accuracy
 from lymphfeat.evaluation.optimism import Calls, mean_accuracy, optimism_interval
 from lymphfeat.evaluation.protocol import make_plan
 from lymphfeat.evaluation.scores import (
-    Floats,
-    Labels,
     Learner,
-    Patients,
+    PlannedPatients,
     Scores,
     cross_fit,
     measure,
 )
 from lymphfeat.heads.engine.instances import Features
+from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.settings import FitSettings
 
 _FRESH = 1000  # patients on whom a fitted model's true figure is measured
@@ -57,7 +56,7 @@ def run_study(
     fresh = draw_patients(rng, _FRESH)
     ids = [f"P{i}" for i in range(patients)]
     settings = FitSettings(protocol=protocol, seeds=repeats, folds=folds, seed=seed)
-    people = Patients(ids, labels, make_plan(ids, labels, settings))
+    people = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
     rule = HALF if protocol == "report" else settings.threshold
     found = [
         _measure(people, inputs[:, part], (fresh[0][:, part], fresh[1]), rule) for part in _PARTS
@@ -78,7 +77,7 @@ _PARTS = (slice(0, 2), slice(2, 4))
 
 
 def _measure(
-    people: Patients, inputs: Floats, fresh: tuple[Floats, Labels], rule: str
+    people: PlannedPatients, inputs: Floats, fresh: tuple[Floats, Labels], rule: str
 ) -> tuple[Floats, float]:
     """Return a model's figure in each split, and the true one, mean over the splits' models."""
     outer, inner, fitted = cross_fit(people, learn_logistic, lambda _: inputs)
@@ -154,9 +153,9 @@ def run_optimism_study(
     inputs = rng.normal((labels[:, None] - 0.5) * apart, 1)
     ids = [f"P{i}" for i in range(patients)]
     settings = FitSettings(protocol="report", seeds=halves, seed=1000 * seed)
-    report = Patients(ids, labels, make_plan(ids, labels, settings))
+    report = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
     settings = FitSettings(seeds=repeats, folds=folds, seed=1000 * seed)
-    honest = Patients(ids, labels, make_plan(ids, labels, settings))
+    honest = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
     by_report = [
         Calls(labels=labels[rows], rows=rows, tumoral=curves[:, None, rows] > 0.5)
         for rows, curves in zip(
@@ -170,7 +169,7 @@ def run_optimism_study(
     return OptimismStudy(optimism=float(found[0]), low=low, high=high)
 
 
-def _honest_calls(people: Patients, inputs: Floats, epochs: int) -> list[Calls]:
+def _honest_calls(people: PlannedPatients, inputs: Floats, epochs: int) -> list[Calls]:
     last = _learn(people, people.plan.outer, inputs, epochs)[:, -1]  # (S, P)
     once = people.plan.inner_once
     inside = dict(
@@ -188,7 +187,7 @@ def _honest_calls(people: Patients, inputs: Floats, epochs: int) -> list[Calls]:
     return calls
 
 
-def _learn(people: Patients, splits: Sequence[Split], inputs: Floats, epochs: int) -> Floats:
+def _learn(people: PlannedPatients, splits: Sequence[Split], inputs: Floats, epochs: int) -> Floats:
     """Fit logistic regressions by stochastic gradients, all side by side: (splits, epochs, P)."""
     labels = people.labels.astype(float)
     train = [people.rows(split.train) for split in splits]

@@ -20,7 +20,7 @@ from lymphfeat.evaluation.fusion import FUSIONS, _experts_loss, fit_fusions
 from lymphfeat.evaluation.intervals import estimate
 from lymphfeat.evaluation.metrics import METRICS, roc_auc
 from lymphfeat.evaluation.scores import (
-    Patients,
+    PlannedPatients,
     Scores,
     find_warnings,
     measure,
@@ -36,13 +36,13 @@ IDS = [f"P{i}" for i in range(N)]
 LABELS = np.array([0, 1, 1] * (N // 3))
 
 
-def make_patients(seeds: int = 2, labels: np.ndarray = LABELS) -> Patients:
+def make_patients(seeds: int = 2, labels: np.ndarray = LABELS) -> PlannedPatients:
     repeats = kfold_splits(IDS, LABELS, folds=3, seeds=seeds)
     outer = [split for repeat in repeats for split in repeat.outer]
-    return Patients(IDS, labels, Plan.nested(outer, dict(zip(IDS, LABELS, strict=True))))
+    return PlannedPatients(IDS, labels, Plan.nested(outer, dict(zip(IDS, LABELS, strict=True))))
 
 
-def made_scores(patients: Patients, logits: np.ndarray, name: str = "head") -> Scores:
+def made_scores(patients: PlannedPatients, logits: np.ndarray, name: str = "head") -> Scores:
     """Let a head say the same of a patient whether it trained on it or not."""
     outer, inner, fitted = patients.empty(), patients.empty(), patients.empty()
     for place, (train, validation) in enumerate(
@@ -59,7 +59,7 @@ def signal(strength: float, seed: int) -> np.ndarray:
     return strength * (LABELS - 0.5) + rng.normal(size=N)
 
 
-def figures(patients: Patients, *scores: Scores) -> tuple[pd.DataFrame, Table]:
+def figures(patients: PlannedPatients, *scores: Scores) -> tuple[pd.DataFrame, Table]:
     measured = [measure(patients, each) for each in scores]
     runs = pd.concat([part.runs for part in measured], ignore_index=True)
     predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
@@ -149,7 +149,7 @@ def test_threshold_and_calibration_come_from_training_patients(rule: str) -> Non
 
 def test_without_inner_splits_the_threshold_is_that_of_a_single_model() -> None:
     plan = Plan.flat(report_splits(IDS, LABELS, seeds=2))
-    patients = Patients(IDS, LABELS, plan)
+    patients = PlannedPatients(IDS, LABELS, plan)
     nothing = replace(made_scores(patients, signal(2, 0)), inner=patients.empty())
     measured = measure(patients, nothing)
     for place, found in enumerate(measured.runs["threshold"]):
@@ -246,7 +246,7 @@ def test_fusion_mistakes() -> None:
         fit_fusions(patients, [head], ["early"], attributes)
     with pytest.raises(SettingsError, match="the cohort's table has none"):
         fit_fusions(patients, [head], ["late"], np.empty((N, 0)))
-    flat = Patients(IDS, LABELS, Plan.flat(patients.plan.outer))
+    flat = PlannedPatients(IDS, LABELS, Plan.flat(patients.plan.outer))
     with pytest.raises(SettingsError, match="fusion requires out-of-fold image logits"):
         fit_fusions(flat, [head], ["late"], attributes)
     assert len(fit_fusions(patients, [head], ["all"], attributes)) == 3
@@ -272,7 +272,7 @@ def test_warnings_name_who_does_not_beat_its_baseline() -> None:
 
 def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
     plan = Plan.flat(report_splits(IDS, LABELS, seeds=1))
-    patients = Patients(IDS, LABELS, plan)
+    patients = PlannedPatients(IDS, LABELS, plan)
     scores = made_scores(patients, 9 * signal(9, 1), "seer")
     head = replace(scores, inner=patients.empty())
     baselines = fit_baselines(patients, np.arange(N) + 1, np.empty((N, 0)))
@@ -286,7 +286,7 @@ def test_a_single_split_neither_beats_nor_fails_to_beat() -> None:
 def test_under_report_a_last_epoch_is_set_against_bag_size() -> None:
     """A head that says nothing has lucky epochs; the best of them must not count as a gain."""
     plan = Plan.flat(report_splits(IDS, LABELS, seeds=10))
-    patients = Patients(IDS, LABELS, plan)
+    patients = PlannedPatients(IDS, LABELS, plan)
     rng = np.random.default_rng(0)
     baselines = fit_baselines(patients, np.full(N, 20), np.empty((N, 0)))
     runs = []

@@ -22,7 +22,7 @@ from lymphfeat.plots.optimism import draw_optimism
 from lymphfeat.plots.pretraining import draw_curve
 from lymphfeat.plots.reproduction import draw_depths, draw_subsets
 from lymphfeat.plots.summary import draw_summary
-from lymphfeat.reproduction import ROWS
+from lymphfeat.reproduction import PUBLISHED
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import noise_features
 from tests.test_compare_command import write_run
@@ -114,7 +114,7 @@ def test_figures_of_the_reproduction(drawn: list[Figure]) -> None:
                     for end, value in (("", 0.9), ("_low", 0.04), ("_high", 1.0))
                 },
             }
-            for row in ROWS
+            for row in PUBLISHED
         ]
     )
     draw_depths(table[table["name"].str.startswith("bnsigmoid, R")], Path("3.png"))

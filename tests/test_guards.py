@@ -16,7 +16,7 @@ from lymphfeat.cohort.splits import Plan, Split, kfold_splits
 from lymphfeat.errors import LeakageError
 from lymphfeat.evaluation.baselines import fit_baselines
 from lymphfeat.evaluation.leakage import SharedImage, find_shared_images, refuse_shared_images
-from lymphfeat.evaluation.scores import Patients, measure
+from lymphfeat.evaluation.scores import PlannedPatients, measure
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
@@ -85,7 +85,7 @@ def test_nothing_of_a_dates_spelling_reaches_a_feature(tmp_path: Path) -> None:
     labels = cohort.labels
     repeats = kfold_splits(cohort.ids, labels, folds=3, seeds=2)
     plan = Plan.flat([split for repeat in repeats for split in repeat.outer])
-    patients = Patients(cohort.ids, labels, plan)
+    patients = PlannedPatients(cohort.ids, labels, plan)
     clinical = fit_baselines(patients, cohort.n_images, matrices[0])[-1]
     auc = measure(patients, clinical).runs["auc"].mean()
     assert abs(auc - 0.5) < 0.2

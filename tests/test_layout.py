@@ -59,6 +59,7 @@ INSIDE = {
     ),
     "runtime": (
         *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),
+        "arrays",
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from lymphfeat.cohort.splits import Plan, read_splits
 from lymphfeat.evaluation.intervals import estimate_metric
-from lymphfeat.reproduction import ROWS
+from lymphfeat.reproduction import PUBLISHED
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.tiny import write_red_cohort
@@ -23,8 +23,8 @@ def reproduce(*arguments: str) -> Result:
 
 def test_rows_are_those_of_the_report() -> None:
     """METHOD §7: five with the threshold chosen on validation, six at .5."""
-    assert [row.published for row in ROWS if row.oracle] == [0.788, 0.843, 0.861, 0.838, 0.848]
-    rest = {row.name: row.published for row in ROWS if not row.oracle}
+    assert [row.published for row in PUBLISHED if row.oracle] == [0.788, 0.843, 0.861, 0.838, 0.848]
+    rest = {row.name: row.published for row in PUBLISHED if not row.oracle}
     assert rest == {
         "bnsigmoid, ResNet-18": 0.814,
         "bnsigmoid, ResNet-34": 0.810,
@@ -46,7 +46,7 @@ def test_table_and_figures_beside_the_published(
     told = json.loads(result.stdout)
     assert "resnet18: random weights; choose others with --weights" in told["warnings"][0]
     rows = {row["name"]: row for row in told["rows"]}
-    assert set(rows) == {row.name for row in ROWS if row.backbone == "resnet18"}
+    assert set(rows) == {row.name for row in PUBLISHED if row.backbone == "resnet18"}
     for row in rows.values():
         assert row["optimism"] == pytest.approx(row["report"] - row["honest"])
         assert -1 <= row["optimism_low"] <= row["optimism_high"] <= 1
@@ -67,7 +67,7 @@ def test_table_and_figures_beside_the_published(
     for name in ("figure3.png", "figure5.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(out / "table.csv")["published"].tolist() == [
-        row.published for row in ROWS if row.backbone == "resnet18"
+        row.published for row in PUBLISHED if row.backbone == "resnet18"
     ]
     assert set(told["files"]) == {f"runs/reproduce-report/{name}" for name in contents(out)}
     before = contents(out)

@@ -7,8 +7,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.runtime.arrays import Floats
 
-Floats = NDArray[np.float64]
 LOGARITHMIC = ("lymph_count",)  # spans 2 to 300 (METHOD §5)
 _NOT_ATTRIBUTES = ("label", "split")
 

@@ -20,19 +20,18 @@ from lymphfeat.evaluation.scores import (
     BAG_SIZE,
     CLINICAL,
     MAJORITY,
-    Floats,
-    Labels,
     Learner,
-    Patients,
-    Predictor,
+    PlannedPatients,
+    PredictFunction,
     Scores,
     cross_fit,
     patient_metrics,
 )
+from lymphfeat.runtime.arrays import Floats, Labels
 
 
 def fit_baselines(
-    patients: Patients, n_images: NDArray[np.int64], attributes: Floats
+    patients: PlannedPatients, n_images: NDArray[np.int64], attributes: Floats
 ) -> list[Scores]:
     """Fit majority, bag size, and (where there are any) the clinical attributes.
 
@@ -69,18 +68,18 @@ def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
     return found
 
 
-def _baseline(patients: Patients, name: str, learner: Learner, inputs: Floats) -> Scores:
+def _baseline(patients: PlannedPatients, name: str, learner: Learner, inputs: Floats) -> Scores:
     outer, inner, fitted = cross_fit(patients, learner, lambda place: inputs)
     return Scores(name=name, kind="baseline", outer=outer, inner=inner, fitted=fitted)
 
 
-def learn_majority(inputs: Floats, labels: Labels) -> Predictor:
+def learn_majority(inputs: Floats, labels: Labels) -> PredictFunction:
     """Predict the share of tumoral training patients for everybody."""
     share = float(labels.mean())
     return lambda others: np.full(len(others), share)
 
 
-def learn_logistic(inputs: Floats, labels: Labels) -> Predictor:
+def learn_logistic(inputs: Floats, labels: Labels) -> PredictFunction:
     """Fit a logistic regression (L2, C 1) on columns scaled over these patients alone.
 
     Newton's steps, as scikit-learn's newton-cholesky: a plan takes hundreds of these small fits.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-Floats = NDArray[np.float64]
+from lymphfeat.runtime.arrays import Floats, Labels
 
 METHODS = ("platt", "temperature", "none")
 BINS = 10
@@ -41,7 +41,7 @@ class Calibration:
 
 
 def fit_calibrations(
-    probabilities: Floats, labels: NDArray[np.int64], method: str = "platt"
+    probabilities: Floats, labels: Labels, method: str = "platt"
 ) -> list[Calibration]:
     """Fit one calibration to each row of out-of-fold probabilities (S, P), NaN left out.
 
@@ -73,7 +73,7 @@ def fit_calibrations(
     ]
 
 
-def _smoothed(known: NDArray[np.bool_], labels: NDArray[np.int64]) -> Floats:
+def _smoothed(known: NDArray[np.bool_], labels: Labels) -> Floats:
     """Return Platt's targets (S, P): a little off 0 and 1, so that none is fitted for certain."""
     tumoral = (known & (labels == 1)).sum(1, keepdims=True)
     reactive = (known & (labels == 0)).sum(1, keepdims=True)
@@ -126,7 +126,7 @@ class Reliability:
         return float((gaps * self.patients).sum() / self.patients.sum())
 
 
-def reliability(probabilities: Floats, labels: NDArray[np.int64], bins: int = BINS) -> Reliability:
+def reliability(probabilities: Floats, labels: Labels, bins: int = BINS) -> Reliability:
     """Compare probabilities (P,) with the labels (P,) bin by bin."""
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     patients = np.bincount(place, minlength=bins)
@@ -137,6 +137,6 @@ def reliability(probabilities: Floats, labels: NDArray[np.int64], bins: int = BI
     return Reliability(predicted=predicted[full], observed=observed[full], patients=patients[full])
 
 
-def calibration_error(probabilities: Floats, labels: NDArray[np.int64], bins: int = BINS) -> float:
+def calibration_error(probabilities: Floats, labels: Labels, bins: int = BINS) -> float:
     """Return the expected calibration error (Naeini et al. 2015) over bins of equal width."""
     return reliability(probabilities, labels, bins).error

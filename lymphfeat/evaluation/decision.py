@@ -12,8 +12,7 @@ from scipy.special import expit
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.calibration import FARTHEST, Calibration, fit_calibrations, logit
 from lymphfeat.evaluation.metrics import EVERYONE, NOBODY, choose_threshold
-
-Floats = NDArray[np.float64]
+from lymphfeat.runtime.arrays import Floats, Labels
 
 PREVALENCE, BEST_BA, HALF = RULES = ("prevalence", "best-ba", "0.5")
 SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points kept
@@ -23,7 +22,7 @@ _TIE = 1e-8  # a logit this close above the mean does not exceed it: rounding de
 def learn_threshold(
     rule: str,
     probabilities: Floats,
-    labels: NDArray[np.int64],
+    labels: Labels,
     calibration: Calibration | None = None,
 ) -> float:
     """Return the probability above which a patient is called tumoral, by one of RULES.
@@ -45,7 +44,7 @@ def learn_threshold(
     return NOBODY if at >= FARTHEST else float(expit(at)[0])
 
 
-def operating_point(probabilities: Floats, labels: NDArray[np.int64], sensitivity: float) -> float:
+def operating_point(probabilities: Floats, labels: Labels, sensitivity: float) -> float:
     """Return the highest threshold that calls at least `sensitivity` of the tumoral tumoral.
 
     `probabilities` (P,) must be out of fold. The threshold lies half-way to the next lower value.
@@ -72,7 +71,7 @@ class Decision:
     def learn(
         cls,
         probabilities: Floats,
-        labels: NDArray[np.int64],
+        labels: Labels,
         *,
         rule: str = PREVALENCE,
         method: str = "platt",
@@ -222,7 +221,7 @@ class CrossFitted:
 
 def cross_fit_decisions(
     probabilities: Floats,
-    labels: NDArray[np.int64],
+    labels: Labels,
     folds: NDArray[np.int64],
     *,
     rule: str = PREVALENCE,

@@ -17,20 +17,19 @@ from lymphfeat.evaluation.baselines import learn_logistic
 from lymphfeat.evaluation.calibration import fit_calibrations, logit
 from lymphfeat.evaluation.scores import (
     CLINICAL,
-    Floats,
-    Labels,
     Learner,
-    Patients,
-    Predictor,
+    PlannedPatients,
+    PredictFunction,
     Scores,
     cross_fit,
 )
+from lymphfeat.runtime.arrays import Floats, Labels
 
 _SHRINKAGE = 1.0  # of the experts' weights, as C 1 of a logistic regression
 
 
 def fit_fusions(
-    patients: Patients, heads: Sequence[Scores], names: Sequence[str], attributes: Floats
+    patients: PlannedPatients, heads: Sequence[Scores], names: Sequence[str], attributes: Floats
 ) -> list[Scores]:
     """Fuse every head with the attributes (P, D) in every way named; all is late, sum, experts.
 
@@ -50,7 +49,7 @@ def fit_fusions(
     return [_fuse(patients, head, name, attributes) for head in heads for name in names]
 
 
-def _fuse(patients: Patients, head: Scores, name: str, attributes: Floats) -> Scores:
+def _fuse(patients: PlannedPatients, head: Scores, name: str, attributes: Floats) -> Scores:
     def inputs(place: int) -> Floats:
         judged = np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
         return np.column_stack([logit(judged), attributes])  # (P, 1 + D)
@@ -65,7 +64,7 @@ def _fuse(patients: Patients, head: Scores, name: str, attributes: Floats) -> Sc
     )
 
 
-def learn_sum(inputs: Floats, labels: Labels) -> Predictor:
+def learn_sum(inputs: Floats, labels: Labels) -> PredictFunction:
     """Add the evidence: calibrated image logit + clinical logit − the prior's, counted twice."""
     (calibration,) = fit_calibrations(expit(inputs[None, :, 0]), labels)
     clinical = learn_logistic(inputs[:, 1:], labels)
@@ -80,7 +79,7 @@ def learn_sum(inputs: Floats, labels: Labels) -> Predictor:
     return predict
 
 
-def learn_experts(inputs: Floats, labels: Labels) -> Predictor:
+def learn_experts(inputs: Floats, labels: Labels) -> PredictFunction:
     """Fit p = π σ(s_img) + (1 − π) σ(s_clin), the gate π from both (Sahasrabudhe et al. 2021).
 
     s_img is the image logit stretched and moved, s_clin linear in the attributes, the gate's logit

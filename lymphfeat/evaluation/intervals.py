@@ -9,8 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from lymphfeat.evaluation.metrics import METRICS, all_metrics, fold_auc
-
-Floats = NDArray[np.float64]
+from lymphfeat.runtime.arrays import Floats, Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def _draw(
     )
 
 
-def draw_counts(labels: NDArray[np.int64], draws: int, generator: np.random.Generator) -> Floats:
+def draw_counts(labels: Labels, draws: int, generator: np.random.Generator) -> Floats:
     """Draw patients (P,) with replacement within their class; count how often each: (draws, P).
 
     Patients whose label is not known (-1) are never drawn.
@@ -136,7 +135,7 @@ def draw_counts(labels: NDArray[np.int64], draws: int, generator: np.random.Gene
 def bootstrap_auc_gain(
     probabilities: Floats,
     others: Floats,
-    labels: NDArray[np.int64],
+    labels: Labels,
     folds: NDArray[np.int64] | None = None,
     *,
     draws: int = 2000,
@@ -166,7 +165,7 @@ def _counts(drawn: NDArray[np.int64]) -> Floats:
 
 def bootstrap_metrics(
     probabilities: Floats,
-    labels: NDArray[np.int64],
+    labels: Labels,
     threshold: ArrayLike,
     folds: NDArray[np.int64] | None = None,
     *,

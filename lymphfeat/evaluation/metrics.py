@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-Floats = NDArray[np.float64]
+from lymphfeat.runtime.arrays import Floats, Labels
+
 ORACLE_THRESHOLDS: Floats = np.linspace(0, 0.99, 100)
 
 # Thresholds below every probability and at the highest: finite, so that JSON holds them.
@@ -17,7 +18,7 @@ EVERYONE, NOBODY = -1e-9, 1.0
 
 
 def sensitivity_specificity(
-    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
+    probabilities: Floats, labels: Labels, threshold: ArrayLike = 0.5
 ) -> tuple[Floats, Floats]:
     """Return the shares of tumoral patients called so and of reactive ones not: (...), (...).
 
@@ -32,15 +33,13 @@ def sensitivity_specificity(
     return sensitivity, specificity
 
 
-def balanced_accuracy(
-    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
-) -> Floats:
+def balanced_accuracy(probabilities: Floats, labels: Labels, threshold: ArrayLike = 0.5) -> Floats:
     """Return (sensitivity + specificity) / 2 (report §2.2): (...)."""
     sensitivity, specificity = sensitivity_specificity(probabilities, labels, threshold)
     return (sensitivity + specificity) / 2
 
 
-def roc_auc(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+def roc_auc(probabilities: Floats, labels: Labels) -> Floats:
     """Return the chance that a tumoral patient outranks a reactive one, ties half: (...)."""
     positive = labels == 1
     n_positive, n_negative = positive.sum(), (labels == 0).sum()
@@ -54,7 +53,7 @@ def roc_auc(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
 
 def fold_auc(
     probabilities: Floats,
-    labels: NDArray[np.int64],
+    labels: Labels,
     folds: NDArray[np.int64],
     counts: Floats | None = None,
 ) -> Floats:
@@ -74,18 +73,18 @@ def fold_auc(
         return np.asarray(((first @ won) * second).sum(-1) / ((first @ pairs) * second).sum(-1))
 
 
-def log_loss(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+def log_loss(probabilities: Floats, labels: Labels) -> Floats:
     """Return the mean negative log likelihood: (...); probabilities are kept 1e-7 from 0 and 1."""
     kept = np.clip(probabilities, 1e-7, 1 - 1e-7)
     return np.asarray(-np.where(labels == 1, np.log(kept), np.log1p(-kept)).mean(-1))
 
 
-def brier_score(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+def brier_score(probabilities: Floats, labels: Labels) -> Floats:
     """Return the mean squared distance to the label: (...)."""
     return np.asarray(((probabilities - labels) ** 2).mean(-1))
 
 
-def choose_threshold(probabilities: Floats, labels: NDArray[np.int64]) -> float:
+def choose_threshold(probabilities: Floats, labels: Labels) -> float:
     """Return the threshold of the best balanced accuracy: of several, the one nearest to .5.
 
     `probabilities` (P,) must be out of fold. Candidates lie half-way between neighbours, and below
@@ -101,7 +100,7 @@ def choose_threshold(probabilities: Floats, labels: NDArray[np.int64]) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
-def oracle_balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
+def oracle_balanced_accuracy(probabilities: Floats, labels: Labels) -> Floats:
     """Return the best balanced accuracy over 100 thresholds, chosen ON these patients: (...).
 
     Optimistic by construction; it is what the report's top-k rows are (METHOD §4).
@@ -113,7 +112,7 @@ def oracle_balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64]) -
 
 
 def all_metrics(
-    probabilities: Floats, labels: NDArray[np.int64], threshold: ArrayLike = 0.5
+    probabilities: Floats, labels: Labels, threshold: ArrayLike = 0.5
 ) -> dict[str, Floats]:
     """Return every metric of a table, each (...)."""
     sensitivity, specificity = sensitivity_specificity(probabilities, labels, threshold)

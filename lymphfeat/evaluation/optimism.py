@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from lymphfeat.evaluation.intervals import draw_counts
 from lymphfeat.evaluation.metrics import ORACLE_THRESHOLDS
 from lymphfeat.evaluation.protocol import Outcome
-from lymphfeat.evaluation.scores import BEST_EPOCHS, Floats, Labels
+from lymphfeat.evaluation.scores import BEST_EPOCHS
+from lymphfeat.runtime.arrays import Floats, Labels
 
 DRAWS = 1000
 

@@ -24,8 +24,7 @@ from lymphfeat.evaluation.fusion import fit_fusions
 from lymphfeat.evaluation.leakage import SharedImage, refuse_shared_images
 from lymphfeat.evaluation.metrics import all_metrics, log_loss, roc_auc
 from lymphfeat.evaluation.scores import (
-    Floats,
-    Patients,
+    PlannedPatients,
     Scores,
     find_warnings,
     measure,
@@ -37,6 +36,7 @@ from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.grid import head_name
+from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
 
@@ -55,7 +55,7 @@ class Outcome:
     warnings: tuple[str, ...]  # in plain words: who does not beat bag size, or clinical alone
     fitted: FittedHeads  # heads x splits, in that order
     thresholds: str  # where the heads' thresholds come from
-    patients: Patients
+    patients: PlannedPatients
     scores: tuple[Scores, ...]  # what was measured, in the order of `runs`
 
     def curves(self, name: str, every: int = 1) -> list[Floats]:
@@ -90,7 +90,7 @@ class SplitFeatures:
 def run_protocol(
     features: Features | SplitFeatures,
     ids: Sequence[str],
-    labels: NDArray[np.int64],
+    labels: Labels,
     heads: Sequence[HeadSettings],
     settings: FitSettings,
     *,
@@ -121,7 +121,7 @@ def run_protocol(
     )
     if not settings.allow_shared_images:
         refuse_shared_images(plan.outer, shared)
-    patients = Patients(ids, labels, plan)
+    patients = PlannedPatients(ids, labels, plan)
     attributes = _attributes(table, len(ids), settings)
     nested = settings.epoch == "nested"
     if nested and not plan.is_nested:
@@ -209,7 +209,7 @@ def _attributes(table: pd.DataFrame | None, patients: int, settings: FitSettings
 
 def make_plan(
     ids: Sequence[str],
-    labels: NDArray[np.int64],
+    labels: Labels,
     settings: FitSettings,
     splits: Sequence[Split] | None = None,
 ) -> Plan:
@@ -305,7 +305,7 @@ def _fit_on(
 
 
 def _head_scores(
-    patients: Patients, fitted: FittedHeads, head: HeadSettings, *, nested: bool
+    patients: PlannedPatients, fitted: FittedHeads, head: HeadSettings, *, nested: bool
 ) -> Scores:
     """Read a head's probabilities at the last epoch, or at the one best inside each training set.
 
@@ -338,7 +338,7 @@ def _head_scores(
 
 
 def _select(
-    patients: Patients, heads: Sequence[HeadSettings], scores: Sequence[Scores]
+    patients: PlannedPatients, heads: Sequence[HeadSettings], scores: Sequence[Scores]
 ) -> list[Scores]:
     """Select nested: among the settings of each aggregator, and among all heads."""
     groups: dict[str, list[Scores]] = {}
@@ -355,7 +355,9 @@ def _select(
     return selected
 
 
-def _curves(patients: Patients, fitted: FittedHeads, scores: Scores, every: int) -> list[Floats]:
+def _curves(
+    patients: PlannedPatients, fitted: FittedHeads, scores: Scores, every: int
+) -> list[Floats]:
     """Return what `Outcome.curves` does; `fitted` holds the fits of the measured splits."""
     if scores.kind != "head":
         return [scores.outer[place, rows][None] for place, rows in enumerate(patients.validation)]
@@ -371,7 +373,7 @@ def _positions(fitted: FittedHeads, name: str) -> dict[str, int]:
     return {fit.split.id: i for i, fit in enumerate(fitted.fits) if head_name(fit.head) == name}
 
 
-def _epochs(patients: Patients, fitted: FittedHeads) -> pd.DataFrame:
+def _epochs(patients: PlannedPatients, fitted: FittedHeads) -> pd.DataFrame:
     """Return the learning curves of all outer fits, tidy, at threshold .5."""
     n_epochs = fitted.losses.shape[1]
     frames = []

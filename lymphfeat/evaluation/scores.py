@@ -37,11 +37,10 @@ from lymphfeat.evaluation.metrics import (
     oracle_balanced_accuracy,
     roc_auc,
 )
+from lymphfeat.runtime.arrays import Floats, Labels
 
-Floats = NDArray[np.float64]
-Labels = NDArray[np.int64]
-Predictor = Callable[[Floats], Floats]  # inputs (m, D) -> probabilities (m,)
-Learner = Callable[[Floats, Labels], Predictor]  # of training patients, (n, D) and (n,)
+PredictFunction = Callable[[Floats], Floats]  # inputs (m, D) -> probabilities (m,)
+Learner = Callable[[Floats, Labels], PredictFunction]  # of training patients, (n, D) and (n,)
 
 BEST_EPOCHS = 10  # of each run, averaged by the report (§4)
 KINDS = ("head", "fusion", "selected", "baseline")
@@ -50,7 +49,7 @@ _NORMAL_95 = 1.96
 _KEPT = ("threshold", *METRICS, "log_loss_calibrated", "brier_calibrated")
 
 
-class Patients:
+class PlannedPatients:
     """The patients of a plan: their labels, and their rows on each side of each split."""
 
     def __init__(self, ids: Sequence[str], labels: Labels, plan: Plan) -> None:
@@ -90,7 +89,7 @@ class Scores:
 
 
 def cross_fit(
-    patients: Patients, learner: Learner, inputs: Callable[[int], Floats]
+    patients: PlannedPatients, learner: Learner, inputs: Callable[[int], Floats]
 ) -> tuple[Floats, Floats, Floats]:
     """Fit a learner on every split's training patients, and out of fold inside them.
 
@@ -111,7 +110,7 @@ def cross_fit(
     return outer, inner, fitted
 
 
-def select_inside(patients: Patients, candidates: Sequence[Scores], name: str) -> Scores:
+def select_inside(patients: PlannedPatients, candidates: Sequence[Scores], name: str) -> Scores:
     """For each split take the candidate that is best on its training patients, out of fold.
 
     Best is the highest AUC, of equals the lowest log loss, of those the first: nested selection.
@@ -145,7 +144,7 @@ class Measured:
 
 
 def measure(
-    patients: Patients,
+    patients: PlannedPatients,
     scores: Scores,
     *,
     calibration: str = "platt",
@@ -203,7 +202,9 @@ def _identify(scores: Scores, split: Split) -> dict[str, object]:
     return {"head": scores.name, "kind": scores.kind, "split": split.id, "seed": split.seed}
 
 
-def measure_as_reported(patients: Patients, scores: Scores, curves: Sequence[Floats]) -> Measured:
+def measure_as_reported(
+    patients: PlannedPatients, scores: Scores, curves: Sequence[Floats]
+) -> Measured:
     """Measure at .5 as the report did, from each split's `curves` (E, n) over the epochs."""
     last = measure(patients, scores, calibration="none", threshold=HALF)
     runs = [

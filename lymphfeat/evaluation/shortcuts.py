@@ -12,6 +12,7 @@ import pandas as pd
 from lymphfeat.cohort.cell_values import UNKNOWN
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.intervals import faultless_low
+from lymphfeat.runtime.arrays import Labels
 
 Role = Literal["bag size", "covariate", "missing", "storage"]
 Z_95 = 1.959964
@@ -62,9 +63,7 @@ def find_predictors(cohort: Cohort, storage: pd.DataFrame) -> tuple[Predictor, .
     return tuple(predictor for predictor in found if predictor is not None)
 
 
-def delong_auc(
-    scores: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
-) -> tuple[float, float]:
+def delong_auc(scores: npt.NDArray[np.float64], labels: Labels) -> tuple[float, float]:
     """Return the ROC-AUC and its standard error after DeLong, DeLong & Clarke-Pearson 1988.
 
     scores: (P,), ties count one half. labels: (P,) of 0 and 1, both present. With one patient in a
@@ -100,9 +99,7 @@ def _candidates(
         yield str(name), "storage", storage[name]
 
 
-def _predict(
-    name: str, role: Role, column: "pd.Series[Any]", labels: npt.NDArray[np.int64]
-) -> Predictor | None:
+def _predict(name: str, role: Role, column: "pd.Series[Any]", labels: Labels) -> Predictor | None:
     """Measure one attribute; None when it has one value only, or values in one class only."""
     given = column.notna().to_numpy()
     column, labels = column[given], labels[given]
@@ -123,7 +120,7 @@ def _measure(
     role: Role,
     category: str | None,
     scores: npt.NDArray[np.float64],
-    labels: npt.NDArray[np.int64],
+    labels: Labels,
 ) -> Predictor:
     auc, error = delong_auc(scores, labels)
     flipped = auc < 0.5

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from lymphfeat.explanation.scores import Floats
 from lymphfeat.heads.aggregators.weighted import EPSILON
 from lymphfeat.model.model import Model
+from lymphfeat.runtime.arrays import Float32s
 
 Doubles = NDArray[np.float64]
 
@@ -71,14 +71,14 @@ class WeightCurve:
             beta=float(state.beta[0].detach()),
         )
 
-    def normalize(self, logits: Floats) -> Floats:
+    def normalize(self, logits: Float32s) -> Float32s:
         """Return (ℓ − μ) / sqrt(V + ε)."""
-        normalized: Floats = ((logits - self.mean) / self.deviation).astype(np.float32)
+        normalized: Float32s = ((logits - self.mean) / self.deviation).astype(np.float32)
         return normalized
 
-    def weight(self, normalized: Floats) -> Floats:
+    def weight(self, normalized: Float32s) -> Float32s:
         """Return σ(β + γ z), in [0, 1]."""
-        weight: Floats = expit(self.beta + self.gamma * normalized).astype(np.float32)
+        weight: Float32s = expit(self.beta + self.gamma * normalized).astype(np.float32)
         return weight
 
 
@@ -86,14 +86,14 @@ class WeightCurve:
 class Distribution:
     """Histograms of a cohort's instance logits: normalised where the head normalises them."""
 
-    edges: Floats  # (B + 1,)
+    edges: Float32s  # (B + 1,)
     counts: NDArray[np.int64]  # (P, B)
-    weight: Floats | None  # (B,) of a logit at each bin's centre; bnsigmoid only
+    weight: Float32s | None  # (B,) of a logit at each bin's centre; bnsigmoid only
     instances: str  # "pixels" or "images"
 
     @classmethod
     def of(
-        cls, model: Model, maps: Floats, sizes: NDArray[np.int64], bins: int = 32
+        cls, model: Model, maps: Float32s, sizes: NDArray[np.int64], bins: int = 32
     ) -> "Distribution":
         """Count the logits of each patient's instances, from maps (N, h, w)."""
         pixels = model.head_settings.unit == "pixel"

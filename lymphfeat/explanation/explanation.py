@@ -12,9 +12,10 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
-from lymphfeat.explanation.scores import Decisions, Floats, decide, ranks, score_maps
+from lymphfeat.explanation.scores import Decisions, decide, ranks, score_maps
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import ROLE_OF
+from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.progress import Progress, silent
 
 ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
@@ -29,19 +30,19 @@ class Explanation:
 
     model: Model
     cohort: Cohort
-    maps: Floats
+    maps: Float32s
     decisions: Decisions
     predicted: (
-        Floats  # (P,) probability as `Model.predict` gives it; with TTA not the explained one
+        Float32s  # (P,) probability as `Model.predict` gives it; with TTA not the explained one
     )
     deletion: Deletion | None  # None where no patient has enough images
     truth: Truth | None = None
     overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
 
     @cached_property
-    def logit(self) -> Floats:
+    def logit(self) -> Float32s:
         """Return the images' logits, (N,)."""
-        mean: Floats = self.maps.mean((1, 2))
+        mean: Float32s = self.maps.mean((1, 2))
         return mean
 
     @cached_property

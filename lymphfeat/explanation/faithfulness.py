@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.metrics import roc_auc
-from lymphfeat.explanation.scores import Floats, decide, probability_without, ranks
+from lymphfeat.explanation.scores import decide, probability_without, ranks
 from lymphfeat.model.model import Model
+from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.synthetic.cohort import cell_extents, is_synthetic_cohort
 
 MOST_DELETED = 10
@@ -27,10 +28,10 @@ class Deletion:
     """
 
     k: NDArray[np.int64]  # (K,) 1, 2, …
-    highest: Floats  # (K,) mean |change| when the k highest-scored images are deleted
-    random: Floats  # (K,) when k images drawn at random are, mean of the draws
-    random_low: Floats  # (K,) the lowest draw's mean
-    random_high: Floats  # (K,) the highest draw's
+    highest: Float32s  # (K,) mean |change| when the k highest-scored images are deleted
+    random: Float32s  # (K,) when k images drawn at random are, mean of the draws
+    random_low: Float32s  # (K,) the lowest draw's mean
+    random_high: Float32s  # (K,) the highest draw's
     patients: int
     draws: int
 
@@ -52,7 +53,7 @@ class Deletion:
 
 
 def delete_images(
-    model: Model, maps: Floats, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
+    model: Model, maps: Float32s, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
 ) -> Deletion | None:
     """Delete the k highest-scored, or k random, images of every patient and read out the rest.
 
@@ -102,7 +103,9 @@ class Overlap:
     images: int
 
 
-def measure_overlap(cohort: Cohort, maps: Floats, crop: int, truth: Truth | None) -> Overlap | None:
+def measure_overlap(
+    cohort: Cohort, maps: Float32s, crop: int, truth: Truth | None
+) -> Overlap | None:
     """Measure maps (N, h, w) against rendered cells; None unless synthetic, with image truth."""
     if truth is None or truth.images is None or not is_synthetic_cohort(cohort.root):
         return None
@@ -115,15 +118,15 @@ def measure_overlap(cohort: Cohort, maps: Floats, crop: int, truth: Truth | None
     return overlap_with_cells(maps[rows], _extents(cohort.root, [paths[r] for r in rows], crop))
 
 
-def _extents(root: Path, paths: Sequence[Path], crop: int) -> Floats:
+def _extents(root: Path, paths: Sequence[Path], crop: int) -> Float32s:
     """Return where the cells are in the images' centre crops: (n, crop, crop)."""
     extents = cell_extents(root, paths)  # (n, side, side)
     begin = (extents.shape[1] - crop) // 2
-    cut: Floats = extents[:, begin : begin + crop, begin : begin + crop]
+    cut: Float32s = extents[:, begin : begin + crop, begin : begin + crop]
     return cut
 
 
-def overlap_with_cells(maps: Floats, extents: Floats) -> Overlap | None:
+def overlap_with_cells(maps: Float32s, extents: Float32s) -> Overlap | None:
     """Measure maps (n, h, w) against the cells' extents (n, side, side), 1 inside the cell.
 
     Images without a pixel on the cell, or without one outside it, are left out.
@@ -145,11 +148,11 @@ def overlap_with_cells(maps: Floats, extents: Floats) -> Overlap | None:
     )
 
 
-def _coverage(extent: Floats, side: int) -> Floats:
+def _coverage(extent: Float32s, side: int) -> Float32s:
     """Average (crop, crop) over the fields of a (side, side) grid."""
     edges = np.linspace(0, len(extent), side + 1).round().astype(int)
     rows = np.add.reduceat(extent, edges[:-1], axis=0)
     cells = np.add.reduceat(rows, edges[:-1], axis=1)
     area = np.diff(edges)[:, None] * np.diff(edges)[None]
-    coverage: Floats = (cells / area).astype(np.float32)
+    coverage: Float32s = (cells / area).astype(np.float32)
     return coverage

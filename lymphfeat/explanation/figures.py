@@ -16,8 +16,8 @@ from lymphfeat.explanation.curves import Distribution, roc_curve
 from lymphfeat.explanation.explanation import ROLES, Explanation
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.page import colour_limit, extreme_images
-from lymphfeat.explanation.scores import Floats
 from lymphfeat.plots.axes import show_all_shares
+from lymphfeat.runtime.arrays import Float32s
 
 # Distinguishable by colour-blind readers, and the same for patients and maps.
 TUMORAL, REACTIVE, UNKNOWN = "#b84a00", "#00609c", "#6f7579"
@@ -28,17 +28,17 @@ _MAP_COLORS = LinearSegmentedColormap.from_list(
 )
 
 
-def smooth_map(grid: Floats, side: int) -> Floats:
+def smooth_map(grid: Float32s, side: int) -> Float32s:
     """Upsample a score map (h, w) to (side, side) by cubic splines, within its own range."""
     padded = np.pad(grid, 1, mode="edge")  # keeps the border fields in place
     factor = side / len(grid)
     fine = zoom(padded, factor, order=3, mode="nearest", grid_mode=True)
     margin = (len(fine) - side) // 2
-    cut: Floats = fine[margin : margin + side, margin : margin + side]
+    cut: Float32s = fine[margin : margin + side, margin : margin + side]
     return cut.clip(grid.min(), grid.max())
 
 
-def draw_cell(pixels: NDArray[np.uint8], grid: Floats, title: str = "") -> Figure:
+def draw_cell(pixels: NDArray[np.uint8], grid: Float32s, title: str = "") -> Figure:
     """Draw a cell (side, side, 3), its score map over it, and the raw grid (h, w) of logits."""
     figure = Figure(figsize=(9.6, 3.5), layout="constrained")
     cell, over, raw = figure.subplots(1, 3)
@@ -182,8 +182,8 @@ def draw_extremes(explanation: Explanation, n: int = 10) -> Figure:
     return figure
 
 
-def _draw_grid(axes: Axes, grid: Floats, numbers: bool) -> None:
-    scores: Floats = expit(grid)
+def _draw_grid(axes: Axes, grid: Float32s, numbers: bool) -> None:
+    scores: Float32s = expit(grid)
     axes.imshow(scores, cmap="gray", vmin=0, vmax=1)
     for (y, x), score in np.ndenumerate(scores) if numbers else ():
         color = "black" if score > 0.5 else "white"
@@ -218,8 +218,8 @@ def _draw_row(axes: Axes, explanation: Explanation, index: int, cells: int = 6) 
     axes.set_xlim(-side / 4, strip.shape[1])
 
 
-def _from_zero(values: Floats) -> Floats:
-    started: Floats = np.concatenate([[0], values]).astype(np.float32)
+def _from_zero(values: Float32s) -> Float32s:
+    started: Float32s = np.concatenate([[0], values]).astype(np.float32)
     return started
 
 

@@ -21,8 +21,9 @@ from lymphfeat.explanation.figures import (
     draw_weights,
 )
 from lymphfeat.explanation.page import BUDGET, render_page
-from lymphfeat.explanation.scores import Floats, score_image
+from lymphfeat.explanation.scores import score_image
 from lymphfeat.model.model import Model
+from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.files import (
     ResultKind,
     check_file,
@@ -117,7 +118,7 @@ class Cell:
 
     logit: float
     probability: float
-    grid: Floats  # (h, w) logits of its fields
+    grid: Float32s  # (h, w) logits of its fields
 
 
 def write_cell(

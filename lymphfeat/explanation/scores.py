@@ -17,11 +17,10 @@ from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import CohortScorer, read_out
+from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.devices import choose_device, choose_precision, cpu_threads, whole_float32
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +33,13 @@ class Decisions:
     """
 
     additive: str  # "logit" or "probability": what the shares add up to
-    probability: Floats  # (P,)
-    total: Floats  # (P,)
-    rest: Floats  # (P,)
-    weight: Floats  # (N,) adding up to 1 over a patient
-    share: Floats  # (N,)
+    probability: Float32s  # (P,)
+    total: Float32s  # (P,)
+    rest: Float32s  # (P,)
+    weight: Float32s  # (N,) adding up to 1 over a patient
+    share: Float32s  # (N,)
     mark: NDArray[np.int8]  # (N,) 1 counted as a highest, -1 as a lowest, 0 neither
-    without_top: Floats  # (P,) probability without the highest-scored image; NaN with one image
+    without_top: Float32s  # (P,) probability without the highest-scored image; NaN with one image
 
 
 def score_maps(
@@ -52,7 +51,7 @@ def score_maps(
     threads: int | None = None,
     batch_size: int = 64,
     progress: Progress = silent,
-) -> Floats:
+) -> Float32s:
     """Return the logit of every pixel of every image's feature map, unflipped: (N, h, w).
 
     An image's logit is the mean of its pixels'; pixels keep their positions in the centre crop.
@@ -75,15 +74,15 @@ def score_maps(
 
 def score_image(
     model: Model, path: Path, *, device: str = "auto", precision: str = "float32"
-) -> Floats:
+) -> Float32s:
     """Return the logits of one image's pixels: (h, w)."""
     table = pd.DataFrame({"label": [-1], "split": ["test"]}, index=pd.Index([path.name], name="id"))
     alone = Cohort(root=path.parent, table=table, images=((path,),))
-    grid: Floats = score_maps(model, alone, device=device, precision=precision)[0]
+    grid: Float32s = score_maps(model, alone, device=device, precision=precision)[0]
     return grid
 
 
-def decide(model: Model, maps: Floats, sizes: NDArray[np.int64]) -> Decisions:
+def decide(model: Model, maps: Float32s, sizes: NDArray[np.int64]) -> Decisions:
     """Read out patients of `sizes` (P,) images from the images' maps (N, h, w)."""
     head, settings = model.head, model.head_settings
     images = Bags.of(sizes)
@@ -106,8 +105,8 @@ def decide(model: Model, maps: Floats, sizes: NDArray[np.int64]) -> Decisions:
 
 
 def probability_without(
-    model: Model, maps: Floats, sizes: NDArray[np.int64], left_out: NDArray[np.bool_]
-) -> Floats:
+    model: Model, maps: Float32s, sizes: NDArray[np.int64], left_out: NDArray[np.bool_]
+) -> Float32s:
     """Return the patients' probabilities without some images (N,); NaN where none is left: (P,)."""
     patient = np.repeat(np.arange(len(sizes)), sizes)
     left = np.bincount(patient[~left_out], minlength=len(sizes))
@@ -118,7 +117,7 @@ def probability_without(
     return result
 
 
-def ranks(logit: Floats, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def ranks(logit: Float32s, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each image's rank within its patient, 0 for the highest, ties in order: (N,)."""
     patient = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((-logit, patient))  # stable
@@ -128,7 +127,7 @@ def ranks(logit: Floats, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return places
 
 
-def _instances(maps: Floats, unit: str) -> Tensor:
+def _instances(maps: Float32s, unit: str) -> Tensor:
     pixels = torch.from_numpy(maps).flatten(1)  # (N, h · w)
     return pixels if unit == "pixel" else pixels.mean(1, keepdim=True)
 
@@ -160,5 +159,5 @@ def _marks(settings: HeadSettings, images: Bags, logits: Tensor) -> Tensor:
     return mark
 
 
-def _without_top(model: Model, maps: Floats, sizes: NDArray[np.int64]) -> Floats:
+def _without_top(model: Model, maps: Float32s, sizes: NDArray[np.int64]) -> Float32s:
     return probability_without(model, maps, sizes, ranks(maps.mean((1, 2)), sizes) == 0)
