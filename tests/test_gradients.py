@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lymphfeat.cohort.images import NORMALIZATIONS
 from lymphfeat.features.backbones import Backbone, build_backbone
 from lymphfeat.finetuning.augmentation import draw_views, flip_each, unaltered
-from lymphfeat.finetuning.encoder import Encoder, batchnorms, statistics_kept
+from lymphfeat.finetuning.encoder import (
+    CommonBatchNorm,
+    Encoder,
+    batchnorms,
+    share_statistics,
+    statistics_kept,
+)
 from lymphfeat.finetuning.gradients import backpropagate, exact_gradient, subset_gradient
 from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, as_they_are
 from lymphfeat.finetuning.trainers import Bag, PatientLoss, SelectedLoss
@@ -282,3 +288,19 @@ def test_statistics_kept_also_when_it_fails() -> None:
     with pytest.raises(IndexError), statistics_kept(setting.backbone):
         setting.encoder(ImageBatch(rows=torch.tensor([0, 1, N]), views=unaltered(3)))
     torch.testing.assert_close(setting.statistics(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_shared_statistics_are_batch_norms_own_in_one_process(name: str) -> None:
+    plain, _ = build_backbone(name, image_size=64)  # its batch-norm layers are timm's, and torch's
+    shared, _ = build_backbone(name, image_size=64)
+    parameters = list(shared.parameters())
+    share_statistics(shared)
+    assert {type(layer) for layer in batchnorms(shared)} == {CommonBatchNorm}
+    assert list(shared.state_dict()) == list(plain.state_dict())
+    assert [id(p) for p in shared.parameters()] == [id(p) for p in parameters]
+    images = torch.randn(4, 3, 64, 64)
+    for training in (True, False):  # evaluation follows the statistics of the training
+        expected, found = plain.train(training)(images), shared.train(training)(images)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shared.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import h5py
 import numpy as np
@@ -46,8 +46,8 @@ class StoreWriter:
     """Writes a store block by block; reopened with an equal recipe, it continues where it was.
 
     A block is a range of rows [start, stop); blocks may be written in any order, each once.
-    `force` drops an unfinished store of another recipe, which is an error otherwise. A store that
-    is at `path` already stays as it is until this one is finished.
+    `force` drops an unfinished store of another recipe, which is an error otherwise. An existing
+    store at `path` stays as it is until this one is finished.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class StoreWriter:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal_path = path.with_name(path.name + ".journal")
-        self._recipe = recipe
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             if not opened.enter_context(lock_file(path.with_name(path.name + ".lock"))):
@@ -73,11 +72,15 @@ class StoreWriter:
                     f"{path}: another process is writing this store; wait for it or choose another "
                     "--out."
                 )
-            self._journal = opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
-            self._blocks = self._resume(force)
-            if self._blocks is None:
-                self._blocks = {}
-                self._start(cohort, shape, feature_sets, image_hashes)
+            self._journal = _Journal(
+                opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
+            )
+            if not self._continues(recipe, force):
+                self._journal.clear()
+                self.partial.unlink(missing_ok=True)
+                _create(self.partial, recipe, cohort, shape, feature_sets, image_hashes)
+                flush_file(self.partial)
+                self._journal.start(recipe)
             self._maps: dict[str, np.memmap[Any, Any]] = {
                 name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
             }
@@ -94,58 +97,22 @@ class StoreWriter:
     ) -> None:
         self._opened.close()
 
-    def _resume(self, force: bool) -> dict[tuple[int, int], dict[str, int]] | None:
-        """Return the finished blocks of an earlier try with an equal recipe; None to start over."""
-        self._journal.seek(0)
-        text = self._journal.read()
-        lines = text.splitlines()
-        if not lines or not self.partial.exists():
-            return None
-        header = _parse_line(lines[0])
-        if header is None:  # killed while writing the very first line
-            return None
-        differences = differing_fields(self._recipe, header["recipe"])
-        if differences and force:
-            return None
-        if differences:
+    def _continues(self, recipe: Recipe, force: bool) -> bool:
+        """Return whether an earlier try with an equal recipe is to be continued."""
+        if not self._journal.recipe or not self.partial.exists():
+            return False
+        differences = differing_fields(recipe, self._journal.recipe)
+        if differences and not force:
             raise StoreError(
-                f"{self.partial}: an unfinished store of another recipe is there: "
+                f"{self.partial} is an unfinished store of another recipe: "
                 f"{'; '.join(differences)}. Finish it with its own options, choose another "
                 "--out, or start over with --force."
             )
-        blocks = {}
-        for line in lines[1:]:
-            entry = _parse_line(line)
-            if entry is not None:  # a torn last line is a block not finished
-                blocks[(entry["start"], entry["stop"])] = entry["crc32"]
-        if not text.endswith("\n"):
-            self._journal.write("\n")  # the next entry must not continue a torn line
-        return blocks
-
-    def _start(
-        self,
-        cohort: Cohort,
-        shape: MapShape,
-        feature_sets: Sequence[FeatureSet],
-        image_hashes: Sequence[str],
-    ) -> None:
-        self._journal.seek(0)
-        self._journal.truncate()
-        self.partial.unlink(missing_ok=True)
-        _create(self.partial, self._recipe, cohort, shape, feature_sets, image_hashes)
-        flush_file(self.partial)
-        self._append({"recipe": self._recipe})
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json_text(entry) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        return not differences
 
     def finished(self, start: int, stop: int) -> bool:
         """Return whether an earlier try has written this block."""
-        assert self._blocks is not None
-        return (start, stop) in self._blocks
+        return (start, stop) in self._journal.blocks
 
     def write(
         self,
@@ -169,9 +136,7 @@ class StoreWriter:
             checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
             self._maps[name].flush()
         flush_file(self.partial)  # rows are on disk before the journal lists them
-        self._append({"start": start, "stop": stop, "crc32": checksums})
-        assert self._blocks is not None
-        self._blocks[(start, stop)] = checksums
+        self._journal.add(start, stop, checksums)
 
     def finish(self) -> None:
         """Verify every block against the journal, mark the store complete and publish it."""
@@ -186,21 +151,63 @@ class StoreWriter:
         self.journal_path.unlink()
 
     def _check_whole(self) -> None:
-        assert self._blocks is not None
         expected, n = 0, len(self._maps["images/crc32"])
-        for (start, stop), checksums in sorted(self._blocks.items()):
+        for (start, stop), checksums in sorted(self._journal.blocks.items()):
             if start != expected:
                 break
             expected = stop
             for name, crc32 in checksums.items():
                 if zlib.crc32(self._maps[name][start:stop].tobytes()) != crc32:
-                    self._journal.truncate(0)  # so that the next try starts over
+                    self._journal.clear()  # so that the next try starts over
                     raise StoreError(
                         f"{self.partial}: rows {start}:{stop} of /{name} read back differently "
                         "than they were written; check the disk, then run the same line again."
                     )
         if expected != n:
             raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
+
+
+class _Journal:
+    """The finished blocks of an unfinished store: a line with its recipe, then a line per block.
+
+    recipe: None before `start`, and when a process was killed while writing the first line.
+    blocks: [start, stop) -> checksums of its rows, by dataset.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        """Read what an earlier try has left in a file that was opened with mode "a+"."""
+        file.seek(0)
+        text = file.read()
+        entries = [_parse_line(line) for line in text.splitlines()]
+        self._file = file
+        self.recipe: Recipe | None = entries[0]["recipe"] if entries and entries[0] else None
+        self.blocks: dict[tuple[int, int], dict[str, int]] = {
+            (entry["start"], entry["stop"]): entry["crc32"]
+            for entry in entries[1:]
+            if entry  # a torn last line is a block not finished
+        }
+        if text and not text.endswith("\n"):
+            file.write("\n")  # the next entry must not continue a torn line
+
+    def clear(self) -> None:
+        self._file.truncate(0)
+        self.recipe, self.blocks = None, {}
+
+    def start(self, recipe: Recipe) -> None:
+        self._append({"recipe": recipe})
+        self.recipe = recipe
+
+    def add(self, start: int, stop: int, checksums: dict[str, int]) -> None:
+        self._append({"start": start, "stop": stop, "crc32": checksums})
+        self.blocks[start, stop] = checksums
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json_text(entry) + "\n")  # at the end, in this mode
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ the backbone, including the statistics of bnsigmoid, sees the whole batch in eve
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ class Encoder:
         self._unit = unit
         self._dtype = dtype
         self._frozen_batchnorm = frozen_batchnorm
-        for layer in batchnorms(backbone) if processes.count() > 1 else ():
-            layer.forward = partial(_common_batchnorm, layer)  # type: ignore[method-assign]
+        if processes.count() > 1:
+            share_statistics(backbone)
 
     def __call__(self, batch: ImageBatch, *, batchnorm_training: bool = True) -> Tensor:
         """Encode a batch in training mode, with batch-norm in the mode given."""
@@ -80,34 +79,57 @@ class Encoder:
         return instances_of(maps, self._unit)
 
 
-def _common_batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
-    """Apply a batch-norm layer, training on the statistics of all processes' images together."""
-    if not layer.training:
-        return type(layer).forward(layer, x)
-    values = x.float()  # (n, C, h, w)
-    n = processes.summed(values.new_tensor([values.numel() / values.shape[1]]))
-    mean = processes.summed(values.sum((0, 2, 3))) / n  # (C,)
-    centred = values - mean[:, None, None]
-    variance = processes.summed((centred * centred).sum((0, 2, 3))) / n
-    _follow(layer, mean, variance * n / (n - 1))
-    scale = layer.weight * (variance + layer.eps).rsqrt()
-    y = (centred * scale[:, None, None] + layer.bias[:, None, None]).to(x.dtype)
-    # timm's layers end with their own activation.
-    for name in ("drop", "act"):
-        y = getattr(layer, name, nn.Identity())(y)
-    return y
+class CommonBatchNorm(nn.BatchNorm2d):
+    """Batch-norm that trains on the statistics of all processes' images together.
+
+    It takes over the parameters, buffers and parts of a layer, under their names. SyncBatchNorm, of
+    torch and of timm, does the same on GPUs only.
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__(layer.num_features, layer.eps, layer.momentum)
+        self.weight, self.bias = layer.weight, layer.bias  # (C,)
+        self.running_mean, self.running_var = layer.running_mean, layer.running_var  # (C,)
+        self.num_batches_tracked = layer.num_batches_tracked
+        for name, part in layer.named_children():  # timm's drop and act
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (n, C, h, w), this process's images, then apply the layer's parts."""
+        y = self._normalise(x) if self.training else super().forward(x)
+        for part in self.children():
+            y = part(y)
+        return y
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        values = x.float()  # (n, C, h, w)
+        n = processes.summed(values.new_tensor([values.numel() / values.shape[1]]))
+        mean = processes.summed(values.sum((0, 2, 3))) / n  # (C,)
+        centred = values - mean[:, None, None]
+        variance = processes.summed((centred * centred).sum((0, 2, 3))) / n
+        self._follow(mean, variance * n / (n - 1))
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards a batch's, if there are any."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
 
-@torch.no_grad()
-def _follow(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Move a layer's running statistics towards a batch's, if it keeps any."""
-    if layer.running_mean is None or layer.running_var is None:
-        return
-    assert layer.momentum is not None
-    layer.running_mean.lerp_(mean, layer.momentum)
-    layer.running_var.lerp_(variance, layer.momentum)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+def share_statistics(module: nn.Module) -> None:
+    """Replace the batch-norm layers of a network by common ones; its state dict stays the same."""
+    for name, part in module.named_children():
+        if isinstance(part, _BatchNorm):
+            setattr(module, name, CommonBatchNorm(part))
+        else:
+            share_statistics(part)
 
 
 def _learns(layer: nn.Module) -> bool:
