@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lymphfeat.extraction import extract
     from lymphfeat.features.store import FeatureStore
     from lymphfeat.fitting import fit_heads
-    from lymphfeat.model.model import load_model
+    from lymphfeat.model.ensemble import load_model
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
@@ -72,7 +72,7 @@ _MODULES = {
     "explain": "explanation.explanation",
     "extract": "extraction",
     "fit_heads": "fitting",
-    "load_model": "model.model",
+    "load_model": "model.ensemble",
     "train": "training",
 }
 

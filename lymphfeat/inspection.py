@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lymphfeat.features.backbones import (
 )
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN_FILES
-from lymphfeat.model.model import FACTS_FILE, MEMBERS_FILE, Model, member_folders
+from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
+from lymphfeat.model.model import FACTS_FILE, Model
 from lymphfeat.runtime.files import find_checkpoints, recover, unfinished_folder
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
@@ -84,15 +86,16 @@ def _describe_model(path: Path) -> dict[str, Any]:
 
 
 def _describe_members(path: Path) -> dict[str, Any]:
-    """Describe k-fold members: each must be whole, and from one training."""
-    members = [_describe_model(folder) for folder in member_folders(path)]
-    facts = json.loads((path / MEMBERS_FILE).read_text(encoding="utf-8"))
+    """Describe k-fold members; each must be whole."""
+    model = Ensemble.load(path).models[0]
     return {
         "kind": "k-fold members",
         "whole": True,
         "path": str(path),
-        **facts,
-        **{name: members[0][name] for name in ("recipe", "head", "tta")},
+        **json.loads((path / MEMBERS_FILE).read_text(encoding="utf-8")),
+        "recipe": asdict(model.recipe),
+        "head": asdict(model.head_settings),
+        "tta": model.tta,
     }
 
 

@@ -1,8 +1,8 @@
 """End-to-end training of a final model, or of the members of a k-fold: cohort -> model folder."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import overload
@@ -17,7 +17,6 @@ from lymphfeat.evaluation.baselines import folds_of, measure_baselines
 from lymphfeat.evaluation.decision import (
     BEST_BA,
     Decision,
-    combine,
     cross_fit_decisions,
     refuse_best_ba,
 )
@@ -29,8 +28,8 @@ from lymphfeat.finetuning.job import Job, Parts, hold_out, parts_of, prepare
 from lymphfeat.finetuning.loop import decode, fit
 from lymphfeat.finetuning.pixels import PixelCache
 from lymphfeat.heads.grid import require_linear, resolve
-from lymphfeat.model.ensemble import average_predictions
-from lymphfeat.model.model import FACTS_FILE, MEMBERS_FILE, MEMBERS_FORMAT, WEIGHTS_FILE, Model
+from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble, member_name
+from lymphfeat.model.model import FACTS_FILE, WEIGHTS_FILE, Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.submission import (
     HEADERS,
@@ -44,8 +43,7 @@ from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, result_folder, unfinished_folder
 from lymphfeat.runtime.processes import is_first, join_processes
-from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.settings import EndToEndSettings
 
 _ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
@@ -80,7 +78,7 @@ def train(
     force: bool = ...,
     submission_header: str = ...,
     progress: Progress = ...,
-) -> "Model | Members": ...
+) -> Model | Ensemble: ...
 def train(
     cohort: Cohort,
     out: str | os.PathLike[str],
@@ -90,7 +88,7 @@ def train(
     force: bool = False,
     submission_header: str = HEADERS[0],
     progress: Progress = silent,
-) -> "Model | Members":
+) -> Model | Ensemble:
     """Train a backbone and its head together; write the model and its predictions to folder `out`.
 
     With `folds` trains one member without each fold of the labelled patients and averages them (see
@@ -159,7 +157,8 @@ def train_end_to_end(
         if not is_first():
             return job.model
         # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
-        predictions = job.model.predict(cohort, device=settings.device, progress=progress)
+        predicting = part_of(progress, 0, 1, "predicting")
+        predictions = job.model.predict(cohort, device=settings.device, progress=predicting)
         job.model.decision = _decide(predictions.patients, parts, settings.threshold)
         predictions = predictions.decided(job.model.decision)
         patients = _mark(predictions.patients, parts)
@@ -205,26 +204,6 @@ def _write(folder: Path, model: Model, predictions: Predictions, history: list[R
     model.save(folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Members:
-    """Models of one training whose calibrated logits are averaged."""
-
-    models: tuple[Model, ...]
-    decision: Decision  # about their mean
-    # "out of fold": the labelled patients, each by the member that has not seen it
-    metrics: Mapping[str, Mapping[str, float | None]]
-
-    @property
-    def threshold(self) -> float:
-        """Return the probability above which a patient is called tumoral by all of them."""
-        return self.decision.threshold
-
-    @property
-    def threshold_from(self) -> str:
-        """Say what the threshold was chosen on."""
-        return self.decision.threshold_from
-
-
 def train_folds(
     cohort: Cohort,
     settings: EndToEndSettings,
@@ -234,7 +213,7 @@ def train_folds(
     force: bool = False,
     submission_header: str = HEADERS[0],
     progress: Progress = silent,
-) -> Members:
+) -> Ensemble:
     """Train a member without each fold of the labelled patients; write all they predict to `out`.
 
     Writes the members' folders, predictions.csv (the members' mean and spread; `out_of_fold` is the
@@ -259,31 +238,29 @@ def train_folds(
         jobs, histories = _train_members(
             cohort, labelled, repeat.outer, settings, out, force, progress
         )
-        models = [job.model for job in jobs]
+        members = Ensemble(tuple(job.model for job in jobs))
         if not is_first():
-            return Members(models=tuple(models), decision=Decision(), metrics={})
-        predicted = [_predict_member(model, cohort, settings, progress) for model in models]
+            return members
+        # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
+        predicting = part_of(progress, 0, 1, "predicting")
+        predicted = members.predict_each(cohort, device=settings.device, progress=predicting)
         unseen = pd.concat(
             part.patients[part.patients["id"].isin(split.validation)]
             for part, split in zip(predicted, repeat.outer, strict=True)
         )
         held_out = folds_of(unseen["id"].tolist(), repeat.outer)
         decision, out_of_fold = _decide_out_of_fold(unseen, held_out, settings.threshold)
-        for number, (model, history) in enumerate(zip(models, histories, strict=True)):
+        for number, (model, history) in enumerate(zip(members.models, histories, strict=True)):
             model.decision = decision
-            write_curves(history, folder / f"fold-{number}")
-            model.save(folder / f"fold-{number}")
-        predictions = average_predictions(predicted, [decision] * folds)
+            write_curves(history, folder / member_name(number))
+        predictions = members.average(predicted)
         _write_members(folder, cohort, predictions, out_of_fold, histories, submission_header)
-        members = Members(
-            models=tuple(models),
-            decision=combine([decision] * folds),
-            metrics={
-                "out of fold": _measure(out_of_fold, held_out),
-                **measure_baselines(out_of_fold, labelled, repeat.outer, rule=settings.threshold),
-            },
-        )
-        _write_facts(folder, members)
+        metrics = {
+            "out of fold": _measure(out_of_fold, held_out),
+            **measure_baselines(out_of_fold, labelled, repeat.outer, rule=settings.threshold),
+        }
+        members = replace(members, metrics=metrics)
+        members.save(folder)
     return members
 
 
@@ -316,28 +293,11 @@ def _train_members(
             pixels = decode(labelled, job, progress)
             if not settings.allow_shared_images:
                 refuse_shared_images(splits, find_shared_crops(pixels.crops(), labelled))
-        histories.append(
-            fit(job, pixels, labelled, checkpoint, _numbered(progress, number, len(splits)))
-        )
+        own = part_of(progress, number, len(splits), f"fold {number + 1}/{len(splits)}")
+        histories.append(fit(job, pixels, labelled, checkpoint, own))
         job.model.backbone.to("cpu")
         jobs.append(job)
     return jobs, histories
-
-
-def _numbered(progress: Progress, number: int, count: int) -> Progress:
-    def report(done: int, total: int, text: str = "") -> None:
-        progress(number * total + done, count * total, f"fold {number + 1}/{count} {text}")
-
-    return report
-
-
-def _predict_member(
-    model: Model, cohort: Cohort, settings: EndToEndSettings, progress: Progress
-) -> Predictions:
-    # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
-    predictions = model.predict(cohort, device=settings.device, progress=progress)
-    model.backbone.to("cpu")
-    return predictions
 
 
 def _decide_out_of_fold(
@@ -397,13 +357,3 @@ def _write_members(
     ]
     write_curves(means, folder)
     draw_curves(means, folder)
-
-
-def _write_facts(folder: Path, members: Members) -> None:
-    content = {
-        "format": MEMBERS_FORMAT,
-        "members": [f"fold-{number}" for number in range(len(members.models))],
-        **members.decision.to_json(),
-        "metrics": members.metrics,
-    }
-    (folder / MEMBERS_FILE).write_text(json_text(content, indent=2), encoding="utf-8")

@@ -39,7 +39,7 @@ INSIDE = {
         *("per_split", "loop", "trainers", "gradients", "encoder", "job", "initial_head"),
         *("pixels", "augmentation", "curves"),
     ),
-    "model": ("model", "ensemble", "scoring", "submission", "predictions"),
+    "model": ("ensemble", "model", "scoring", "submission", "predictions"),
     "evaluation": (
         *("optimism", "protocol", "fusion", "baselines", "scores", "comparison", "run_provenance"),
         *("leakage", "hidden_truth", "shortcuts", "decision", "calibration", "intervals"),

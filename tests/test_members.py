@@ -22,13 +22,14 @@ from lymphfeat.cohort.splits import kfold_splits
 from lymphfeat.errors import LeakageError, ModelError, SettingsError
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import Decision, combine
+from lymphfeat.explanation.explanation import explain
 from lymphfeat.extraction import extract
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.finetuning.job import parts_of, prepare
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
-from lymphfeat.model.ensemble import average_predictions
-from lymphfeat.model.model import Model, member_folders
+from lymphfeat.model.ensemble import Ensemble, load_model
+from lymphfeat.model.model import Model
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
 from lymphfeat.training import train_end_to_end, train_folds
 from lymphfeat_cli.endtoend import warn_of_bag_size
@@ -53,8 +54,8 @@ def trained(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
-    members = [Model.load(folder) for folder in member_folders(trained)]
-    assert [path.name for path in member_folders(trained)] == ["fold-0", "fold-1"]
+    members = Ensemble.load(trained).models
+    assert json.loads((trained / "members.json").read_text())["members"] == ["fold-0", "fold-1"]
     labelled = cohort.labelled()
     for member in members:
         facts = member.facts
@@ -67,7 +68,7 @@ def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
 
 
 def predict_each(trained: Path, cohort: Cohort) -> tuple[list[Model], list[pd.DataFrame]]:
-    members = [Model.load(folder) for folder in member_folders(trained)]
+    members = list(Ensemble.load(trained).models)
     return members, [m.predict(cohort, device="cpu").patients.set_index("id") for m in members]
 
 
@@ -94,9 +95,64 @@ def test_calibrated_logits_are_averaged_and_decided_where_thresholds_were_found(
     )
     submission = pd.read_csv(trained / "submission.csv").set_index("Id")["Predicted"]
     assert (submission == written.loc[submission.index, "predicted"]).all()
-    predictions = [m.predict(cohort, device="cpu") for m in members]
-    again = average_predictions(predictions, [m.decision for m in members]).patients
+    again = load_model(trained).predict(cohort, device="cpu").patients
     np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-6)
+
+
+def test_a_members_folder_is_loaded_as_one_model_and_saved_again(
+    trained: Path, tmp_path: Path
+) -> None:
+    ensemble = load_model(str(trained))
+    assert isinstance(ensemble, Ensemble)
+    ensemble.save(tmp_path / "copy")
+    kept = {
+        name: content for name, content in contents(trained).items() if "model" in Path(name).stem
+    }
+    saved = contents(tmp_path / "copy")
+    assert saved == {**kept, "members.json": (trained / "members.json").read_bytes()}
+    assert isinstance(load_model(trained / "fold-0"), Model)
+
+
+def test_members_of_several_folders_are_averaged_alike(trained: Path, cohort: Cohort) -> None:
+    ensemble = load_model(trained, trained / "fold-1")
+    assert isinstance(ensemble, Ensemble)
+    _, each = predict_each(trained, cohort)
+    logits = [logit(table["calibrated"].to_numpy()) for table in each]
+    mean = np.average(logits, axis=0, weights=[1 / 3, 2 / 3])
+    found = ensemble.predict(cohort, device="cpu").patients["probability"]
+    np.testing.assert_allclose(found, expit(mean), rtol=1e-5)
+
+
+def test_members_decide_at_a_sensitivity(trained: Path) -> None:
+    ensemble = load_model(trained)
+    assert isinstance(ensemble, Ensemble)
+    sensitive = ensemble.at_sensitivity(0.9)
+    at = [model.decision.operating_points["0.9"] for model in ensemble.models]
+    assert [model.threshold for model in sensitive.models] == at
+    assert sensitive.threshold == pytest.approx(ensemble.decision.operating_points["0.9"])
+    with pytest.raises(SettingsError, match=r"sensitivity \(=0.7\) must be an operating point"):
+        ensemble.at_sensitivity(0.7)
+
+
+def test_members_are_explained_one_at_a_time(trained: Path, cohort: Cohort) -> None:
+    with pytest.raises(SettingsError, match="must be a single model; got 2 members"):
+        explain(load_model(trained), cohort)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "members.json: is damaged"),
+        ("[]", "members.json: is damaged"),
+        ('{"members": []}', "members.json: is damaged .*names no members"),
+        ('{"members": ["fold-9"]}', r"model \(=.*fold-9\) must be a folder with model.json"),
+    ],
+)
+def test_a_damaged_members_folder_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "members.json").write_text(text)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_each_fold_is_measured_at_the_other_folds_threshold(trained: Path, cohort: Cohort) -> None:

@@ -32,8 +32,8 @@ from lymphfeat.features.store import FeatureStore
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
-from lymphfeat.model.ensemble import average_predictions
-from lymphfeat.model.model import Model, member_folders
+from lymphfeat.model.ensemble import load_model
+from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
@@ -166,10 +166,10 @@ def compare_run_on(source: Path, cohort: Cohort, out: Path) -> None:
 
 
 def predict_by(source: Path, cohort: Cohort, out: Path) -> None:
-    models = [Model.load(folder) for folder in member_folders(source)]
-    predictions = [model.predict(cohort, device="cpu") for model in models]
-    together = average_predictions(predictions, [model.decision for model in models])
-    _refuse_marked(together.patients["seen"].tolist(), set(models[0].measure(together.patients)))
+    model = load_model(source)
+    patients = model.predict(cohort, device="cpu").patients
+    assert patients["seen"].tolist() == model.seen(patient_keys(cohort))
+    _refuse_marked(patients["seen"].tolist(), set(model.measure(patients)))
 
 
 def explain_by(source: Path, cohort: Cohort, out: Path) -> None:

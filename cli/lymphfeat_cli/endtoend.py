@@ -34,8 +34,8 @@ from lymphfeat_cli.results import (
 )
 
 if TYPE_CHECKING:
+    from lymphfeat.model.ensemble import Ensemble
     from lymphfeat.model.model import Model
-    from lymphfeat.training import Members
 
 CROSS_FITTED = (
     "Out of fold: each patient is predicted by the member not trained on it, with threshold and "
@@ -223,7 +223,7 @@ def command(
     settings = _settings(**options)
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    with progress_bar("training", quiet) as progress:
+    with progress_bar("endtoend", quiet) as progress:
         trained = train(
             patients,
             out,
@@ -283,7 +283,7 @@ def _score(known: Any, threshold: float, out: Path) -> dict[str, float]:
     return scores
 
 
-def _result(trained: "Model | Members", out: Path) -> dict[str, object]:
+def _result(trained: "Model | Ensemble", out: Path) -> dict[str, object]:
     return {
         "model": str(out),
         "files": [str(path) for path in files_in(out)],
@@ -304,7 +304,7 @@ def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
         )
 
 
-def _show(trained: "Model | Members", out: Path, scores: dict[str, float]) -> None:
+def _show(trained: "Model | Ensemble", out: Path, scores: dict[str, float]) -> None:
     show_metrics("Final model, on labelled patients", trained.metrics)
     warn_of_bag_size(trained.metrics)
     show_truth(scores)

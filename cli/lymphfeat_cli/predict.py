@@ -28,6 +28,7 @@ from lymphfeat_cli.results import (
 )
 
 if TYPE_CHECKING:
+    from lymphfeat.model.ensemble import Ensemble
     from lymphfeat.model.model import Model
     from lymphfeat.model.predictions import Predictions
 
@@ -118,31 +119,24 @@ def command(
     files = [path for path in (out, images_out, submission) if path is not None]
     _check_free(files, force)
     from lymphfeat.evaluation.hidden_truth import Truth
-    from lymphfeat.model.ensemble import average_predictions
-    from lymphfeat.model.model import member_folders
+    from lymphfeat.model.ensemble import load_model
     from lymphfeat.model.submission import write_submission
 
-    models = [_load(part, sensitivity) for folder in folders for part in member_folders(folder)]
-    model = models[0]
+    model = load_model(*folders)
+    if sensitivity is not None:
+        model = model.at_sensitivity(sensitivity)
     known = Truth.read(truth) if truth else None
     patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
     with progress_bar("predicting", quiet) as progress:
-        members = [
-            each.predict(
-                patients,
-                tta=tta,
-                device=device,
-                precision=precision,
-                threads=threads,
-                batch_size=batch_size,
-                progress=progress,
-            )
-            for each in models
-        ]
-    predictions = members[0]
-    if len(models) > 1:
-        predictions = average_predictions(members, [each.decision for each in models])
-        model = _as_one(models)
+        predictions = model.predict(
+            patients,
+            tta=tta,
+            device=device,
+            precision=precision,
+            threads=threads,
+            batch_size=batch_size,
+            progress=progress,
+        )
     predictions.save(out, images_out)
     if submission is not None and patients.submission_ids:
         write_submission(
@@ -158,24 +152,6 @@ def command(
         _show(model, predictions, files, scores)
 
 
-def _load(folder: Path, sensitivity: float | None) -> "Model":
-    from lymphfeat.model.model import Model
-
-    model = Model.load(folder)
-    if sensitivity is not None:
-        model.decision = model.decision.at_sensitivity(sensitivity)
-    return model
-
-
-def _as_one(models: "list[Model]") -> "Model":
-    """Return the first model, with the decision of all of them."""
-    from lymphfeat.evaluation.decision import combine
-
-    model = models[0]
-    model.decision = combine([each.decision for each in models])
-    return model
-
-
 def _check_free(files: list[Path], force: bool) -> None:
     for path in files:
         check_file(path, force=force)
@@ -183,7 +159,9 @@ def _check_free(files: list[Path], force: bool) -> None:
             raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
 
 
-def _result(model: "Model", predictions: "Predictions", files: list[Path]) -> dict[str, object]:
+def _result(
+    model: "Model | Ensemble", predictions: "Predictions", files: list[Path]
+) -> dict[str, object]:
     return {
         "patients": len(predictions.patients),
         "images": len(predictions.images),
@@ -195,7 +173,10 @@ def _result(model: "Model", predictions: "Predictions", files: list[Path]) -> di
 
 
 def _show(
-    model: "Model", predictions: "Predictions", files: list[Path], scores: dict[str, float]
+    model: "Model | Ensemble",
+    predictions: "Predictions",
+    files: list[Path],
+    scores: dict[str, float],
 ) -> None:
     patients = predictions.patients
     click.echo(

@@ -10,10 +10,12 @@ from scipy.special import expit
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_maps
-from lymphfeat.model.model import Model
+from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.model import Model, ScoringOptions
 from lymphfeat.model.predictions import ROLE_OF
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.progress import Progress, silent
@@ -114,7 +116,7 @@ class Explanation:
 
 
 def explain(
-    model: Model,
+    model: Model | Ensemble,
     cohort: Cohort,
     *,
     truth: Truth | None = None,
@@ -129,14 +131,22 @@ def explain(
 
     The unflipped images are explained; where the model predicts the mean over four flips,
     `predicted` holds that mean. `truth` is used only for scoring. `seed` sets the random deletions.
-    `precision` is as for `Model.predict`.
+    `precision` is as for `Model.predict`. Raises SettingsError for an ensemble: its members are
+    explained one at a time.
     """
-    scoring = {"device": device, "precision": precision, "threads": threads}
-    maps = score_maps(model, cohort, batch_size=batch_size, progress=progress, **scoring)  # type: ignore[arg-type]
+    if isinstance(model, Ensemble):
+        raise SettingsError(
+            f"model must be a single model; got {len(model.models)} members. Explain one of them, "
+            "such as model.models[0]."
+        )
+    scoring = ScoringOptions(
+        device=device, precision=precision, threads=threads, batch_size=batch_size
+    )
+    maps = score_maps(model, cohort, progress=progress, **scoring)
     decisions = decide(model, maps, cohort.n_images)
     predicted = decisions.probability
     if model.tta:
-        flipped = model.predict(cohort, batch_size=batch_size, progress=progress, **scoring)  # type: ignore[arg-type]
+        flipped = model.predict(cohort, progress=progress, **scoring)
         predicted = flipped.patients["probability"].to_numpy(np.float32)
     return Explanation(
         model=model,

@@ -25,7 +25,7 @@ from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.runtime.files import ResultKind, recover, result_folder, unfinished_folder
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.processes import from_first, is_first
-from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.runtime.strict_json import json_text, json_value
 from lymphfeat.settings import EndToEndSettings
 
@@ -54,25 +54,17 @@ def fine_tune(
     require_linear(settings.head)
     labelled = cohort.labelled()
     pixels: PixelCache | None = None
-    for number, split in enumerate(splits, start=1):
+    for number, split in enumerate(splits):
         own = replace(settings, seed=split.seed)
         job = prepare(cohort, parts_of(labelled, split), own)
         if from_first(is_first() and _is_done(folder / split.id, job, force=force)):
             continue
         pixels = pixels or decode(labelled, job, progress)
-        _train(job, pixels, labelled, folder / split.id, force, _named(progress, number, splits))
+        name = f"{split.id} ({number + 1}/{len(splits)})"
+        own_progress = part_of(progress, number, len(splits), name)
+        _train(job, pixels, labelled, folder / split.id, force, own_progress)
     from_first(None)  # the others wait until the last weights are written
     return {split.id: folder / split.id / BACKBONE_FILE for split in splits}
-
-
-def _named(progress: Progress, number: int, splits: Sequence[Split]) -> Progress:
-    """Name the split in its progress."""
-
-    def report(done: int, total: int, text: str = "") -> None:
-        name = f"{splits[number - 1].id} ({number}/{len(splits)})"
-        progress((number - 1) * total + done, len(splits) * total, f"{name} {text}")
-
-    return report
 
 
 def _is_done(folder: Path, job: Job, *, force: bool) -> bool:

@@ -1,36 +1,163 @@
 """Several models as one: the mean of their calibrated logits."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.provenance import PatientKey
+from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision, average, combine
-from lymphfeat.model.predictions import SEEN, Predictions, decided_columns
+from lymphfeat.model.model import Model, PredictOptions
+from lymphfeat.model.predictions import SEEN, Predictions, decided_columns, measure_by_role
+from lymphfeat.runtime.files import recover, replace_file
+from lymphfeat.runtime.progress import Progress, part_of, silent
+from lymphfeat.runtime.strict_json import json_text
+
+MEMBERS_FILE, FORMAT = "members.json", "lymphfeat-members"
 
 
-def average_predictions(
-    members: Sequence[Predictions], decisions: Sequence[Decision]
-) -> Predictions:
-    """Average the predictions of several models on one cohort, and decide with `combine`.
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models that predict as one, used as a `Model` is.
 
-    The probability is the logistic of the mean of their calibrated logits.
+    Its folder holds a model folder per member and `members.json`.
     """
-    raw = np.stack([member.patients["probability"].to_numpy(np.float64) for member in members])
-    probability = average(decisions, raw)  # (M, P) -> (P,)
-    calibrated = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
-    patients = members[0].patients.assign(
-        probability=probability,
-        **decided_columns(probability, combine(decisions)),
-        spread=np.std(calibrated, axis=0),
-        seen=_most_seen([member.patients["seen"] for member in members]),
-    )
-    images = members[0].images.copy()
-    for name in ("logit", "probability", "weight"):
-        images[name] = np.mean([member.images[name] for member in members], axis=0)
-    return Predictions(patients=patients, images=images)
+
+    models: tuple[Model, ...]
+    # "out of fold": the labelled patients, each predicted by the member that has not seen it
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, models: "Iterable[Model | Ensemble]") -> "Ensemble":
+        """Combine models, and the members of ensembles, all with the same weight."""
+        parts = [model.models if isinstance(model, Ensemble) else (model,) for model in models]
+        return cls(tuple(model for part in parts for model in part))
+
+    @property
+    def decision(self) -> Decision:
+        """Return the decision about the mean: the members' thresholds on its scale."""
+        return combine([model.decision for model in self.models])
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability above which a patient is called tumoral."""
+        return self.decision.threshold
+
+    @property
+    def threshold_from(self) -> str:
+        """Return what the threshold was chosen on."""
+        return self.decision.threshold_from
+
+    def at_sensitivity(self, target: float) -> "Ensemble":
+        """Decide by every member's operating point for a sensitivity; see `Model`."""
+        return replace(self, models=tuple(model.at_sensitivity(target) for model in self.models))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a model folder per member and `members.json`, creating the folder if needed."""
+        names = [member_name(number) for number in range(len(self.models))]
+        for name, model in zip(names, self.models, strict=True):
+            model.save(Path(folder, name))
+        content = {
+            "format": FORMAT,
+            "members": names,
+            **self.decision.to_json(),
+            "metrics": self.metrics,
+        }
+        text = json_text(content, indent=2)
+        replace_file(
+            Path(folder, MEMBERS_FILE), lambda path: path.write_text(text, encoding="utf-8")
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Ensemble":
+        """Read what `save` wrote; raises ModelError, saying what to do, if it is incomplete."""
+        content = _read_members(Path(folder))
+        models = tuple(Model.load(Path(folder, name)) for name in content["members"])
+        return cls(models, content.get("metrics", {}))
+
+    def predict(
+        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
+    ) -> Predictions:
+        """Predict every patient and image by the members' mean; arguments as for `Model.predict`.
+
+        The patients' probability is the logistic of the mean of the calibrated logits, and their
+        spread the standard deviation of the calibrated probabilities.
+        """
+        return self.average(self.predict_each(cohort, progress=progress, **options))
+
+    def predict_each(
+        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
+    ) -> list[Predictions]:
+        """Return the predictions of every member; only one at a time is on the device."""
+        predicted, count = [], len(self.models)
+        for number, model in enumerate(self.models):
+            own = part_of(progress, number, count, f"member {number + 1}/{count}")
+            predicted.append(model.predict(cohort, progress=own, **options))
+            model.backbone.to("cpu")
+        return predicted
+
+    def average(self, members: Sequence[Predictions]) -> Predictions:
+        """Average what `predict_each` returned, by the members' present decisions."""
+        decisions = [model.decision for model in self.models]
+        raw = np.stack([member.patients["probability"].to_numpy(np.float64) for member in members])
+        probability = average(decisions, raw)  # (M, P) -> (P,)
+        calibrated = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
+        patients = members[0].patients.assign(
+            probability=probability,
+            **decided_columns(probability, self.decision),
+            spread=np.std(calibrated, axis=0),
+            seen=_most_seen([member.patients["seen"] for member in members]),
+        )
+        images = members[0].images.copy()
+        for name in ("logit", "probability", "weight"):
+            images[name] = np.mean([member.images[name] for member in members], axis=0)
+        return Predictions(patients=patients, images=images)
+
+    def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+        """Measure predicted patients with a label, as `Model.measure` does."""
+        return measure_by_role(patients, self.threshold)
+
+    def seen(self, patients: Sequence[PatientKey]) -> list[str]:
+        """Return the most that any member has seen of each patient, as one of `SEEN`."""
+        return _most_seen([model.seen(patients) for model in self.models])
 
 
-def _most_seen(columns: Sequence["pd.Series[str]"]) -> list[str]:
-    """Return what the members have jointly seen of each patient."""
-    return [min(seen, key=SEEN.index) for seen in zip(*columns, strict=True)]
+def load_model(folder: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Model | Ensemble:
+    """Read a model folder: a `Model`, or for k-fold members and several folders an `Ensemble`.
+
+    Both `predict` cohorts. Raises ModelError, saying what to do, if a folder is incomplete.
+    """
+    if others:
+        return Ensemble.of([load_model(each) for each in (folder, *others)])
+    recover(Path(folder))
+    return (Ensemble if Path(folder, MEMBERS_FILE).is_file() else Model).load(folder)
+
+
+def member_name(number: int) -> str:
+    """Return the name of a member's folder."""
+    return f"fold-{number}"
+
+
+def _read_members(folder: Path) -> dict[str, Any]:
+    recover(folder)
+    path = folder / MEMBERS_FILE
+    if not path.is_file():
+        raise ModelError(f"model (={folder}) must be a folder with {MEMBERS_FILE}; got none.")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not content["members"]:
+            raise ValueError("it names no members")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); copy the model folder again.") from None
+    return content
+
+
+def _most_seen(members: "Sequence[Sequence[str] | pd.Series[str]]") -> list[str]:
+    return [min(each, key=SEEN.index) for each in zip(*members, strict=True)]

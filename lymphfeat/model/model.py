@@ -4,12 +4,13 @@ A model folder holds `model.safetensors` (tensors, float32) and `model.json` (ev
 pickle. `model.json` carries the hash of the tensors.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 import torch
@@ -23,11 +24,10 @@ from lymphfeat.cohort.images import VIEWS, Normalization
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision
-from lymphfeat.evaluation.scores import patient_metrics
 from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.model.predictions import ROLE_OF, Predictions, image_table, patient_table
+from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, read_out
 from lymphfeat.runtime.devices import (
     choose_device,
@@ -44,7 +44,6 @@ FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 _UNDECIDED = Decision()
-MEMBERS_FILE, MEMBERS_FORMAT = "members.json", "lymphfeat-members"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +64,19 @@ class TrainingFacts:
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
-def member_folders(folder: Path) -> list[Path]:
-    """Return the model folders of k-fold members, or the folder itself."""
-    recover(folder)
-    path = folder / MEMBERS_FILE
-    if not path.is_file():
-        return [folder]
-    try:
-        return [folder / name for name in json.loads(path.read_text(encoding="utf-8"))["members"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: is damaged ({error}); copy the model folder again.") from None
+class ScoringOptions(TypedDict, total=False):
+    """Where and how images are scored; see `Model.predict`."""
+
+    device: str
+    precision: str
+    threads: int | None
+    batch_size: int
+
+
+class PredictOptions(ScoringOptions, total=False):
+    """The options of `Model.predict`."""
+
+    tta: bool | None
 
 
 class Model:
@@ -117,7 +119,16 @@ class Model:
         """Return what the threshold was chosen on."""
         return self.decision.threshold_from
 
-    def save(self, folder: Path | str) -> None:
+    def at_sensitivity(self, target: float) -> "Model":
+        """Return this model, deciding by its operating point for a sensitivity.
+
+        Raises SettingsError when it has no such operating point.
+        """
+        model = copy.copy(self)
+        model.decision = self.decision.at_sensitivity(target)
+        return model
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `model.json` to a folder, creating it if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,13 +210,7 @@ class Model:
         The groups are "train" (the model, or what it was made from, learnt from their labels: how
         well it fits, not how well it predicts), "validation" and "new".
         """
-        known = patients[patients["label"].notna()]
-        groups = known["seen"].map(ROLE_OF)
-        return {
-            group: patient_metrics(known[groups == group], self.threshold)
-            for group in ("train", "validation", "new")
-            if (groups == group).any()
-        }
+        return measure_by_role(patients, self.threshold)
 
     def seen(self, patients: Sequence[PatientKey]) -> list[str]:
         """Return what the model has seen of each patient, as one of `SEEN`."""
@@ -245,10 +250,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         hint = "make one with `lymphfeat endtoend`"
         if find_checkpoints(folder):
             hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
-        elif (folder / MEMBERS_FILE).exists():
-            hint = (
-                f"it holds k-fold members: choose one of them, such as {member_folders(folder)[0]}"
-            )
+        elif members := sorted(folder.glob(f"*/{FACTS_FILE}")):
+            hint = f"it holds k-fold members: choose one of them, such as {members[0].parent}"
         raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -304,11 +307,6 @@ def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:
         name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
     )
     return ModelRecipe(**{**content, "normalization": normalization})
-
-
-def load_model(folder: str | os.PathLike[str]) -> Model:
-    """Read a model folder; raises ModelError, saying what to do, for one that is not whole."""
-    return Model.load(folder)
 
 
 def _load_tensors(model: Model, folder: Path, sha256: str) -> None:

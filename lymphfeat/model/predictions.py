@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.decision import Decision
+from lymphfeat.evaluation.scores import patient_metrics
 from lymphfeat.runtime.files import replace_file
 
 # What a model has seen of a patient: its label in training; its label in validation, where nothing
@@ -70,6 +71,17 @@ def decided_columns(probability: NDArray[np.float64], decision: Decision) -> dic
         if decision.calibration is None
         else decision.calibration.apply(probability),
         "predicted": (probability > decision.threshold).astype(np.int64),
+    }
+
+
+def measure_by_role(patients: pd.DataFrame, threshold: float) -> dict[str, dict[str, float | None]]:
+    """Measure the patients with a label, by what the model has seen of them (`ROLE_OF`)."""
+    known = patients[patients["label"].notna()]
+    roles = known["seen"].map(ROLE_OF)
+    return {
+        role: patient_metrics(known[roles == role], threshold)
+        for role in ("train", "validation", "new")
+        if (roles == role).any()
     }
 
 

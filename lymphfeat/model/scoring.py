@@ -17,9 +17,7 @@ from lymphfeat.features.backbones import Backbone
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.runtime.devices import (
-    autocast,
-)
+from lymphfeat.runtime.devices import autocast
 from lymphfeat.runtime.progress import Progress, RateMeter
 
 
@@ -62,7 +60,7 @@ class CohortScorer:
     def score(self, cohort: Cohort, batch_size: int, progress: Progress) -> Tensor:
         """Return the logits of all instances of all images in every view: (V, N, U) on the CPU."""
         paths = [path for images in cohort.images for path in images]
-        meter = RateMeter(progress, len(paths), "predicting")
+        meter = RateMeter(progress, len(paths))
         crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
         logits = []
         for batch in _batches(crops, batch_size):
