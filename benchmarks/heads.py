@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split, report_splits
+from lymphfeat.evaluation.providers import SharedFeatures, load_features
 from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape
 from lymphfeat.features.store_writer import StoreWriter
-from lymphfeat.fitting import load_features
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
@@ -277,8 +277,9 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     name = next(name for name, value in CLOCKS.items() if value is clock)
     print(f"\n{precision}, {torch.get_num_threads()} threads, {name} time")
     start = clock()
-    features = load_features(store, DTYPES[precision], CPU)
-    assert isinstance(features, Features)
+    provider = load_features(store, DTYPES[precision], CPU)
+    assert isinstance(provider, SharedFeatures)
+    features = provider.features
     features.of_unit("pixel")
     show("reading the store", [clock() - start])
     one = make_fits(features, ["bnsigmoid"])[:1]

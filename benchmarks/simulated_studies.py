@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lymphfeat.evaluation.protocol import run_protocol
+from lymphfeat.evaluation.providers import SharedFeatures
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 
@@ -68,15 +69,11 @@ def tell_optimism(cohorts: int) -> None:
     }
     inside = 0
     for seed in range(cohorts):
-        features = noise_features(seed, np.full(60, 5), LABELS)
+        features = SharedFeatures.of(noise_features(seed, np.full(60, 5), LABELS))
         for protocol in ("honest", "report"):
-            row = run_protocol(
-                features,
-                list(features.row),
-                LABELS,
-                [HEAD],
-                FitSettings(protocol=protocol, seeds=10, epochs=40, seed=seed, threads=1),
-            ).summary.iloc[0]
+            settings = FitSettings(protocol=protocol, seeds=10, epochs=40, seed=seed, threads=1)
+            plan = features.plan(settings)
+            row = run_protocol(features, plan, [HEAD], settings).summary.iloc[0]
             figures[protocol].append(row["ba"])
             if protocol == "honest":
                 inside += row["ba_low"] <= 0.5 <= row["ba_high"]
@@ -93,9 +90,9 @@ def tell_shortcut(cohorts: int) -> None:
     warned = 0
     for seed in range(cohorts):
         sizes = np.where(LABELS == 1, 9, 4) + np.random.default_rng(seed).integers(0, 4, 60)
-        features = noise_features(seed, sizes, LABELS)
+        features = SharedFeatures.of(noise_features(seed, sizes, LABELS))
         settings = FitSettings(seeds=4, epochs=30, seed=seed, threads=1)
-        found = run_protocol(features, list(features.row), LABELS, [HEAD], settings)
+        found = run_protocol(features, features.plan(settings), [HEAD], settings)
         warned += any("does not beat bag size" in line for line in found.warnings)
     print(f"\nBag size the only signal: warned of in {warned} of {cohorts} cohorts")
 

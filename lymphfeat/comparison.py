@@ -113,7 +113,7 @@ def compare(
 
 def _refuse_seen(run: SavedRun) -> None:
     refuse_seen(
-        {id for split in run.splits for id in run.provenance.seen(split)},
+        run.provenance.seen(run.splits),
         f"{run.folder}: the backbone of its features",
         "Fit the run on features from weights not trained on them.",
     )

@@ -1,10 +1,11 @@
 """fit-head: every head on a feature store under a protocol, and the run folder it leaves."""
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,15 +14,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lymphfeat import __version__
+from lymphfeat.cohort.provenance import refuse_seen
 from lymphfeat.cohort.splits import Split, write_splits
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.hidden_truth import Truth
-from lymphfeat.evaluation.leakage import find_shared_images
+from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_images
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
-from lymphfeat.evaluation.protocol import Outcome, SplitFeatures, run_protocol, witness_aucs
+from lymphfeat.evaluation.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
-from lymphfeat.features.store import FROZEN, FeatureStore
-from lymphfeat.heads.engine.instances import Features
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.plots.optimism import draw_optimism
 from lymphfeat.plots.summary import draw_summary
@@ -98,55 +100,80 @@ def fit_heads(
 ) -> Run:
     """Fit heads on a store under a protocol; with `out` write that run folder.
 
-    `heads` lists them or spans a grid of them; `agg` names them by aggregator instead, one or
-    several, with default settings. Without either, top-k is fitted.
+    `heads` is a list of heads or a grid; `agg` names one or several aggregators instead, with
+    default settings. Without either, top-k is fitted.
 
-    `splits` are taken in place of the protocol's own, as from another run's splits.json. `truth`
-    names witness images: the table then also says how well each head finds them. `save` keeps the
-    heads' weights. Under torchrun the fits are shared out, and the first process writes. The folder
-    is replaced as a whole, at the end. Raises SettingsError when a run is there already and `force`
-    is not set, or anything else.
+    `splits` replace the protocol's own, for example those of another run's splits.json. `truth` is
+    a CSV of witness images: the summary then also says how well each head finds them. `save` keeps
+    the heads' weights. Under torchrun the processes share the fits, and the first one writes. The
+    folder is replaced as a whole, at the end.
+
+    Raises SettingsError if `out` may not be written (it holds a run and `force` is not set, or it
+    holds anything else), CohortError for a truth of other images, and LeakageError if a split would
+    be measured on patients whose labels or images were trained on.
     """
     if save and out is None:
         raise SettingsError("save (=True) must go with out, the run folder that keeps the weights.")
     heads = _choose_heads(heads, agg)
     settings = settings or FitSettings()
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     device = choose_device(settings.device)
+    dtype = choose_precision(settings.precision, device)
+    settings = replace(settings, precision=precision_name(dtype))
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     witness = None if truth is None else _witnesses(store, Path(truth))
     join_processes()
-    run_folder = None if out is None else Path(out)
-    with (
-        nullcontext()
-        if run_folder is None
-        else result_folder(run_folder, RUN, force=force, writes=is_first()) as folder,
-        cpu_threads(settings.threads),
-        whole_float32(),
-    ):
-        dtype = choose_precision(settings.precision, device)
-        settings = replace(settings, precision=precision_name(dtype))
+    with _run_folder(out, force=force) as folder, cpu_threads(settings.threads), whole_float32():
+        provenance = RunProvenance.of(store)
         features = load_features(store, dtype, device, views=settings.views)
-        outcome = run_protocol(
-            features,
-            store.ids,
-            store.labels,
-            heads,
-            settings,
-            table=store.table,
-            splits=splits,
-            seen=RunProvenance.of(store).seen,
-            shared=find_shared_images(store, next(iter(store.feature_sets))),
-            progress=progress,
-        )
-        if dtype != torch.float32:
-            outcome.summary["bfloat16_change"] = outcome.summary["head"].map(_roundings(outcome))
-        if witness is not None:
-            patients = np.repeat(np.arange(len(store.ids)), store.n_images)
-            aucs = witness_aucs(outcome, features, patients, witness)
-            outcome.summary["witness_auc"] = outcome.summary["head"].map(aucs)
-        if folder and is_first():
-            _write(outcome, store, settings, folder, save)
-    return Run(folder=run_folder, settings=settings, outcome=outcome)
+        plan = features.plan(settings, splits)
+        _refuse_leaks(plan.outer, store, provenance, settings)
+        table = store.table
+        outcome = run_protocol(features, plan, heads, settings, table=table, progress=progress)
+        _add_columns(outcome, features, settings, witness)
+        run = Run(folder=None if out is None else Path(out), settings=settings, outcome=outcome)
+        if folder:
+            _write(run, store, provenance, folder)
+        if folder and save:
+            tensors = _tensors(outcome)
+            replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
+    return run
+
+
+@contextmanager
+def _run_folder(out: str | os.PathLike[str] | None, *, force: bool) -> Iterator[Path | None]:
+    """Yield the folder to write a run to, or None in a process that writes nothing."""
+    if out is None:
+        yield None
+        return
+    with result_folder(Path(out), RUN, force=force, writes=is_first()) as folder:
+        yield folder if is_first() else None
+
+
+def _refuse_leaks(
+    splits: Sequence[Split], store: FeatureStore, provenance: RunProvenance, settings: FitSettings
+) -> None:
+    """Raise LeakageError for splits measured on labels or images that were trained on."""
+    refuse_seen(
+        provenance.seen(splits),
+        "the backbone of these features",
+        "Extract with per-split fine-tuning, or with weights not trained on them.",
+    )
+    if not settings.allow_shared_images:
+        refuse_shared_images(splits, find_shared_images(store, next(iter(store.feature_sets))))
+
+
+def _add_columns(
+    outcome: Outcome,
+    features: FeatureProvider,
+    settings: FitSettings,
+    witness: NDArray[np.bool_] | None,
+) -> None:
+    """Add to the summary what is measured only in bfloat16, or with known witnesses (N,)."""
+    heads = outcome.summary["head"]
+    if settings.precision != "float32":
+        outcome.summary["bfloat16_change"] = heads.map(_roundings(outcome))
+    if witness is not None:
+        outcome.summary["witness_auc"] = heads.map(witness_aucs(outcome, features, witness))
 
 
 def _choose_heads(
@@ -171,35 +198,6 @@ def _roundings(outcome: Outcome) -> dict[str, float]:
     return largest
 
 
-def load_features(
-    store: FeatureStore, dtype: torch.dtype, device: torch.device, *, views: int | None = None
-) -> Features | SplitFeatures:
-    """Open the first `views` of a store (None: all): the frozen maps, or else each split's own.
-
-    Raises SettingsError when the store has fewer.
-    """
-    if views is not None and views > store.shape.views:
-        raise SettingsError(
-            f"views (={views}) must be at most the {store.shape.views} of {store.path}; "
-            "run `lymphfeat extract --views` for more."
-        )
-
-    def read(name: str) -> Features:
-        return Features(
-            store.features(name)[:, :views],  # (N, V, C, h, w)
-            store.pooled(name)[:, :views],
-            store.offsets,
-            store.ids,
-            store.labels,
-            dtype=dtype,
-            device=device,
-        )
-
-    if FROZEN in store.feature_sets:
-        return read(FROZEN)
-    return SplitFeatures(store.splits, store.ids, store.n_images, lambda split: read(split.id))
-
-
 def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
     """Return which of the store's images are witnesses: (N,)."""
     images = Truth.read([path]).images
@@ -219,40 +217,38 @@ def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
     return known.loc[names].to_numpy(bool)
 
 
-def _write(
-    outcome: Outcome, store: FeatureStore, settings: FitSettings, folder: Path, save: bool
-) -> None:
-    config = {
+def _write(run: Run, store: FeatureStore, provenance: RunProvenance, folder: Path) -> None:
+    outcome = run.outcome
+    runs = outcome.runs.drop(columns="ba_best_epochs", errors="ignore")
+    tables = {"epochs": outcome.epochs, "predictions": outcome.predictions, "runs": runs}
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    write_splits(outcome.splits, folder / "splits.json")
+    draw_summary(outcome, run.settings, folder / "summary.png")
+    texts = {
+        PROVENANCE_FILE: json_text(provenance.to_json()),
+        "summary.json": json_text(outcome.summary.to_dict("records"), indent=1),
+        "warnings.txt": "".join(f"{line}\n" for line in outcome.warnings),
+        "config.json": json_text(_config(run, store), indent=1),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _config(run: Run, store: FeatureStore) -> dict[str, object]:
+    return {
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
         "torch": torch.__version__,
-        "settings": asdict(settings),
-        "heads": {head_name(head): asdict(head) for head in outcome.heads},
+        "settings": asdict(run.settings),
+        "heads": {head_name(head): asdict(head) for head in run.outcome.heads},
         "store": {
             "path": str(store.path),
             "recipe_sha256": store.recipe_sha256,
             "recipe": dict(store.recipe),
         },
-        "thresholds": outcome.thresholds,
+        "thresholds": run.outcome.thresholds,
     }
-    outcome.epochs.to_csv(folder / "epochs.csv", index=False, float_format="%.6g")
-    outcome.predictions.to_csv(folder / "predictions.csv", index=False, float_format="%.6g")
-    outcome.runs.drop(columns="ba_best_epochs", errors="ignore").to_csv(
-        folder / "runs.csv", index=False, float_format="%.6g"
-    )
-    write_splits(outcome.splits, folder / "splits.json")
-    provenance = json_text(RunProvenance.of(store).to_json())
-    (folder / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
-    summary = json_text(outcome.summary.to_dict("records"), indent=1)
-    (folder / "summary.json").write_text(summary, encoding="utf-8")
-    (folder / "warnings.txt").write_text(
-        "".join(f"{line}\n" for line in outcome.warnings), encoding="utf-8"
-    )
-    draw_summary(outcome, settings, folder / "summary.png")
-    if save:
-        tensors = _tensors(outcome)
-        replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
-    (folder / "config.json").write_text(json_text(config, indent=1), encoding="utf-8")
 
 
 def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
@@ -288,46 +284,47 @@ class BothRuns:
     table: pd.DataFrame
 
 
-def fit_both(
-    store: FeatureStore,
-    heads: Sequence[HeadSettings],
-    settings: FitSettings,
-    out: Path,
-    *,
-    splits: Sequence[Split] | None = None,
-    truth: Path | None = None,
-    save: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
-) -> BothRuns:
-    """Run `fit_heads` under either protocol into `out`/report and `out`/honest, and set them off.
+class FitOptions(TypedDict, total=False):
+    """The options that `fit_both` passes to `fit_heads`."""
 
-    Fusions and nested epochs, which need training patients' out-of-fold probabilities, are of the
-    honest run alone. Also writes optimism.csv and optimism.png. The folder is replaced as a whole,
-    at the end; raises SettingsError as `fit_heads` does.
+    splits: Sequence[Split] | None
+    truth: str | os.PathLike[str] | None
+    save: bool
+    progress: Progress
+
+
+def fit_both(
+    store: FeatureStore | str | os.PathLike[str],
+    heads: Sequence[HeadSettings] | HeadGrid,
+    settings: FitSettings | None,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    **options: Unpack[FitOptions],
+) -> BothRuns:
+    """Run `fit_heads` under both protocols into `out`/report and `out`/honest, and compare them.
+
+    Fusions and nested epochs need out-of-fold probabilities of training patients, so only the
+    honest run has them. Also writes optimism.csv and optimism.png. The folder is replaced as a
+    whole, at the end; raises the errors of `fit_heads`.
     """
+    folder, settings = Path(out), settings or FitSettings()
     join_processes()
-    with result_folder(out, RUN, force=force, writes=is_first()) as folder:
-        runs = {
-            protocol: fit_heads(
-                store,
-                heads,
-                _under(settings, protocol),
-                folder / protocol,
-                splits=splits,
-                truth=truth,
-                save=save,
-                progress=progress,
-            )
-            for protocol in ("honest", "report")  # the honest one first: it refuses more
-        }
-        table = set_off(runs["report"], runs["honest"])
+    with result_folder(folder, RUN, force=force, writes=is_first()) as new:
+        honest, report = (  # the honest one first: it refuses more
+            fit_heads(store, heads, _under(settings, name), new / name, **options)
+            for name in ("honest", "report")
+        )
+        table = set_off(report, honest)
         if is_first():
-            csv, png = (folder / name for name in OPTIMISM_FILES)
+            csv, png = (new / name for name in OPTIMISM_FILES)
             table.to_csv(csv, index=False, float_format="%.6g")
             draw_optimism(table, png)
-    report, honest = (replace(runs[name], folder=out / name) for name in ("report", "honest"))
-    return BothRuns(report=report, honest=honest, table=table)
+    return BothRuns(
+        report=replace(report, folder=folder / "report"),
+        honest=replace(honest, folder=folder / "honest"),
+        table=table,
+    )
 
 
 def _under(settings: FitSettings, protocol: str) -> FitSettings:

@@ -14,7 +14,7 @@ from lymphfeat.evaluation.decision import HALF, Decision
 from lymphfeat.evaluation.intervals import Estimate, estimate, t_half_width
 from lymphfeat.evaluation.metrics import balanced_accuracy
 from lymphfeat.evaluation.optimism import Calls, mean_accuracy, optimism_interval
-from lymphfeat.evaluation.protocol import make_plan
+from lymphfeat.evaluation.providers import plan_splits
 from lymphfeat.evaluation.scores import (
     Learner,
     PlannedPatients,
@@ -56,7 +56,7 @@ def run_study(
     fresh = draw_patients(rng, _FRESH)
     ids = [f"P{i}" for i in range(patients)]
     settings = FitSettings(protocol=protocol, seeds=repeats, folds=folds, seed=seed)
-    people = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
+    people = PlannedPatients(ids, labels, plan_splits(ids, labels, settings))
     rule = HALF if protocol == "report" else settings.threshold
     found = [
         _measure(people, inputs[:, part], (fresh[0][:, part], fresh[1]), rule) for part in _PARTS
@@ -153,9 +153,9 @@ def run_optimism_study(
     inputs = rng.normal((labels[:, None] - 0.5) * apart, 1)
     ids = [f"P{i}" for i in range(patients)]
     settings = FitSettings(protocol="report", seeds=halves, seed=1000 * seed)
-    report = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
+    report = PlannedPatients(ids, labels, plan_splits(ids, labels, settings))
     settings = FitSettings(seeds=repeats, folds=folds, seed=1000 * seed)
-    honest = PlannedPatients(ids, labels, make_plan(ids, labels, settings))
+    honest = PlannedPatients(ids, labels, plan_splits(ids, labels, settings))
     by_report = [
         Calls(labels=labels[rows], rows=rows, tumoral=curves[:, None, rows] > 0.5)
         for rows, curves in zip(

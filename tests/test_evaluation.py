@@ -16,7 +16,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.baselines import fit_baselines, learn_logistic
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import RULES, Decision
-from lymphfeat.evaluation.fusion import FUSIONS, _experts_loss, fit_fusions
+from lymphfeat.evaluation.fusion import FUSIONS, _experts_loss, choose_fusions, fit_fusions
 from lymphfeat.evaluation.intervals import estimate
 from lymphfeat.evaluation.metrics import METRICS, roc_auc
 from lymphfeat.evaluation.scores import (
@@ -240,16 +240,15 @@ def test_gradient_of_the_experts() -> None:
 
 def test_fusion_mistakes() -> None:
     patients = make_patients()
-    head = made_scores(patients, signal(1, 0))
     attributes = signal(1, 1)[:, None]
     with pytest.raises(SettingsError, match=r"fusion \(=early\) must be one of late, sum, exp"):
-        fit_fusions(patients, [head], ["early"], attributes)
+        choose_fusions(["early"], patients.plan, attributes)
     with pytest.raises(SettingsError, match="the cohort's table has none"):
-        fit_fusions(patients, [head], ["late"], np.empty((N, 0)))
+        choose_fusions(["late"], patients.plan, np.empty((N, 0)))
     flat = PlannedPatients(IDS, LABELS, Plan.flat(patients.plan.outer))
     with pytest.raises(SettingsError, match="fusion requires out-of-fold image logits"):
-        fit_fusions(flat, [head], ["late"], attributes)
-    assert len(fit_fusions(patients, [head], ["all"], attributes)) == 3
+        choose_fusions(["late"], flat.plan, attributes)
+    assert choose_fusions(["all"], patients.plan, attributes) == list(FUSIONS)
 
 
 # --- warnings ------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def _learnt(
     patients = make_patients(seeds=1, labels=seen)
     head = made_scores(patients, logits)
     found = [*fit_baselines(patients, sizes, attributes)]
-    found += fit_fusions(patients, [head], ["all"], attributes)
+    found += fit_fusions(patients, [head], list(FUSIONS), attributes)
     found.append(select_inside(patients, [head, *found[:2]], "chosen"))
     told = []
     for each in found:

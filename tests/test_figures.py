@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.comparison import compare
 from lymphfeat.evaluation.protocol import run_protocol
+from lymphfeat.evaluation.providers import SharedFeatures
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.explanation.figures import draw_cohort, draw_weights
 from lymphfeat.fitting import Run, set_off
@@ -76,7 +77,8 @@ def run(protocol: str, strength: float = 0) -> Run:
     )
     heads = [resolve(HeadSettings(agg=agg, lr=0.1)) for agg in ("mean", "topk")]
     settings = FitSettings(protocol=protocol, seeds=3, folds=3, epochs=12, threads=1)
-    outcome = run_protocol(told, list(told.row), LABELS, heads, settings)
+    provider = SharedFeatures.of(told)
+    outcome = run_protocol(provider, provider.plan(settings), heads, settings)
     return Run(folder=Path(), settings=settings, outcome=outcome)
 
 

@@ -8,6 +8,7 @@ import pytest
 from lymphfeat.evaluation.metrics import balanced_accuracy
 from lymphfeat.evaluation.optimism import Calls, honest_calls, mean_accuracy, report_calls
 from lymphfeat.evaluation.protocol import run_protocol
+from lymphfeat.evaluation.providers import SharedFeatures
 from lymphfeat.fitting import Run, bootstrap_optimism, set_off
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.grid import head_name, resolve
@@ -20,8 +21,8 @@ LABELS = np.array([0, 1, 1] * 12)
 
 def run(features: Features, protocol: str, **changes: int) -> Run:
     settings = FitSettings(protocol=protocol, epochs=15, folds=3, threads=1, **changes)  # type: ignore[arg-type]
-    labels = features.labels.numpy()
-    outcome = run_protocol(features, list(features.row), labels, [HEAD], settings)
+    provider = SharedFeatures.of(features)
+    outcome = run_protocol(provider, provider.plan(settings), [HEAD], settings)
     return Run(folder=Path(), settings=settings, outcome=outcome)
 
 

@@ -1,5 +1,6 @@
 """Protocols: what is measured on whom, checked against direct computation on the curves."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,9 @@ from lymphfeat.cohort.splits import Plan, Split, kfold_splits
 from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation.decision import RULES, Decision
 from lymphfeat.evaluation.intervals import estimate, t_half_width
-from lymphfeat.evaluation.leakage import SharedImage
 from lymphfeat.evaluation.metrics import METRICS, balanced_accuracy, log_loss
-from lymphfeat.evaluation.protocol import (
-    Outcome,
-    SplitFeatures,
-    own_plan,
-    run_protocol,
-    witness_aucs,
-)
+from lymphfeat.evaluation.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, SplitFeatures
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
@@ -50,23 +45,11 @@ def features() -> Features:
     )
 
 
-def run(
-    features: Features, protocol: str, *, seeds: int, folds: int = 3, threshold: str = "prevalence"
-) -> Outcome:
-    return run_protocol(
-        features,
-        list(features.row),
-        features.labels.numpy(),
-        HEADS,
-        FitSettings(
-            protocol=protocol,
-            epochs=12,
-            batch_size=4,
-            seeds=seeds,
-            folds=folds,
-            threshold=threshold,
-        ),
-    )
+def run(features: Features, protocol: str, **changes: Any) -> Outcome:
+    provider = SharedFeatures.of(features)
+    changes = {"folds": 3, "epochs": 12, **changes}
+    settings = FitSettings(protocol=protocol, batch_size=4, **changes)
+    return run_protocol(provider, provider.plan(settings), HEADS, settings)
 
 
 def test_report_protocol_averages_the_ten_best_epochs_of_each_run(features: Features) -> None:
@@ -142,50 +125,17 @@ def test_every_epoch_of_every_fit_is_kept(features: Features) -> None:
 def test_easy_cohort_is_learnt_and_witnesses_found(features: Features) -> None:
     outcome = run(features, "honest", seeds=2, folds=3)
     assert outcome.summary["auc"].max() > 0.9
-    patients = features.bags.index.numpy()
-    witness = np.zeros(len(patients), bool)
+    witness = np.zeros(features.offsets[-1], bool)
     starts = features.offsets[:-1][features.labels.numpy() == 1]
     witness[starts] = True
-    aucs = witness_aucs(outcome, features, patients, witness)
-    assert aucs.max() > 0.95
-    assert aucs.min() > 0.8
-
-
-def test_evaluating_a_patient_the_backbone_was_trained_on_is_refused(features: Features) -> None:
-    with pytest.raises(LeakageError, match="learnt from the labels of P3; nothing must"):
-        run_protocol(
-            features,
-            list(features.row),
-            features.labels.numpy(),
-            HEADS,
-            FitSettings(seeds=1, folds=3),
-            seen=lambda split: {"P3"} & {*split.validation},
-        )
-
-
-def test_one_image_in_training_and_validation_patients_is_refused(features: Features) -> None:
-    patients, names = ("P3", "P4", "P5", "P6", "P7"), ("1.png", "2.png", "3.png", "4.png", "5.png")
-    with pytest.raises(
-        LeakageError, match=r"1.png of P3 = 2.png of P4 = .* on both sides of split kfold3"
-    ):
-        run_protocol(
-            features,
-            list(features.row),
-            features.labels.numpy(),
-            HEADS,
-            FitSettings(seeds=1, folds=3),
-            shared=[SharedImage(patients=patients, names=names)],
-        )
+    aucs = witness_aucs(outcome, SharedFeatures.of(features), witness)
+    assert set(aucs) == {_name(outcome, "mean"), _name(outcome, "top2")}
+    assert max(aucs.values()) > 0.95
+    assert min(aucs.values()) > 0.8
 
 
 def test_nested_epoch_is_the_best_inside_the_training_patients(features: Features) -> None:
-    outcome = run_protocol(
-        features,
-        list(features.row),
-        features.labels.numpy(),
-        HEADS[:1],
-        FitSettings(epochs=6, batch_size=4, seeds=1, folds=3, epoch="nested"),
-    )
+    outcome = run(features, "honest", seeds=1, epochs=6, epoch="nested")
     labels = features.labels.numpy()
     ids = [patient for patient, label in zip(features.row, labels, strict=True) if label >= 0]
     (repeat,) = kfold_splits(ids, labels[labels >= 0], folds=3, seeds=1)
@@ -197,8 +147,11 @@ def test_nested_epoch_is_the_best_inside_the_training_patients(features: Feature
         probabilities.append(fitted.curves[i][:, rows].astype(float))
         truth.append(labels[rows])
     losses = log_loss(np.concatenate(probabilities, axis=1), np.concatenate(truth))
-    runs = outcome.runs[outcome.runs["kind"] == "head"].set_index("split")
-    assert runs["chosen"]["kfold3-r0-f1"] == f"epoch {losses.argmin() + 1}"
+    runs = outcome.runs.set_index(["head", "split"])
+    assert (
+        runs.loc[(_name(outcome, "mean"), "kfold3-r0-f1"), "chosen"]
+        == f"epoch {losses.argmin() + 1}"
+    )
 
 
 # --- splits of one's own -------------------------------------------------------------------------
@@ -210,19 +163,28 @@ DOTTED = [
 ]
 
 
-def run_on(
-    features: Features | SplitFeatures, labels: np.ndarray, splits: list[Split], **changes: Any
-) -> Outcome:
+def run_on(features: FeatureProvider, splits: list[Split] | None, **changes: Any) -> Outcome:
     settings = FitSettings(epochs=12, batch_size=4, folds=3, **changes)
-    ids = [f"P{i}" for i in range(PATIENTS)]
-    return run_protocol(features, ids, labels, HEADS[:1], settings, splits=splits)
+    return run_protocol(features, features.plan(settings, splits), HEADS[:1], settings)
+
+
+def split_features(features: Features, splits: list[Split]) -> SplitFeatures:
+    """Give each split the same features, as if they were its own."""
+    shared = SharedFeatures.of(features)
+    return SplitFeatures(
+        ids=shared.ids,
+        labels=shared.labels,
+        n_images=shared.n_images,
+        splits=splits,
+        read=lambda _: features,
+    )
 
 
 def test_every_split_of_a_file_is_measured_whatever_its_name(features: Features) -> None:
-    labels = features.labels.numpy()
-    both = run_on(features, labels, DOTTED)
+    shared = SharedFeatures.of(features)
+    both = run_on(shared, DOTTED)
     for split in DOTTED:
-        alone = run_on(features, labels, [split]).runs
+        alone = run_on(shared, [split]).runs
         found = both.runs[both.runs["split"] == split.id].set_index("head")
         assert len(found) == len(alone)
         for name in METRICS:
@@ -231,59 +193,98 @@ def test_every_split_of_a_file_is_measured_whatever_its_name(features: Features)
 
 
 def test_every_split_with_features_of_its_own_is_measured(features: Features) -> None:
-    ids = list(features.row)
-    sizes = features.bags.sizes.numpy()
-    own = SplitFeatures(DOTTED, ids, sizes, lambda split: features)
-    outcome = run_on(own, features.labels.numpy(), DOTTED[1:])
+    own = split_features(features, DOTTED)
+    outcome = run_on(own, DOTTED[1:])
     assert [split.id for split in outcome.splits] == ["a.1"]
-    plan = own_plan(own, dict(zip(ids, features.labels.tolist(), strict=True)), FitSettings())
-    assert plan == Plan.flat(DOTTED)
+    assert own.plan(FitSettings()) == Plan.flat(DOTTED)
+
+
+def test_each_split_reads_its_own_features(features: Features) -> None:
+    """The second split's are without signal: only its heads are no better than chance."""
+    read: list[str] = []
+    mixed = Features(
+        np.zeros((*features.images.shape, 1, 1), np.float16),
+        np.zeros(features.images.shape, np.float32),
+        features.offsets,
+        list(features.row),
+        features.labels.numpy(),
+    )
+
+    def read_own(name: str) -> Features:
+        read.append(name)
+        return {"a": features, "a.1": mixed}[name]
+
+    own = replace(split_features(features, DOTTED), read=read_own)
+    outcome = run_on(own, None)
+    assert read == ["a", "a.1"]
+    auc = outcome.runs[outcome.runs["kind"] == "head"].set_index("split")["auc"]
+    assert auc["a"] > 0.8
+    assert auc["a.1"] == 0.5
+    same = run_on(SharedFeatures.of(features), DOTTED).runs
+    expected = same[(same["kind"] == "head") & (same["split"] == "a")]["auc"].item()
+    assert auc["a"] == pytest.approx(expected)
+
+
+def test_what_cannot_be_learnt_is_refused_before_anything_is_fitted(features: Features) -> None:
+    def read(name: str) -> Features:
+        raise AssertionError(f"{name} was read")
+
+    own = replace(split_features(features, DOTTED), read=read)
+    for changes, message in (
+        ({"epoch": "nested"}, "epoch .*nested. must be chosen on out-of-fold"),
+        ({"threshold": "best-ba"}, "threshold .*best-ba. must be chosen on out-of-fold"),
+        ({"fusions": ("late",)}, "fusion requires clinical attributes"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run_on(own, None, **changes)
 
 
 def test_without_backbones_inside_a_training_set_nothing_is_chosen_and_that_is_said(
     features: Features,
 ) -> None:
-    labels = features.labels.numpy()
-    own = SplitFeatures(DOTTED, list(features.row), features.bags.sizes.numpy(), lambda _: features)
-    outcome = run_on(own, labels, DOTTED)
+    shared = SharedFeatures.of(features)
+    own = split_features(features, DOTTED)
+    outcome = run_on(own, DOTTED)
     assert outcome.thresholds == "prevalence, from training patients as fitted"
     assert outcome.warnings[0].startswith("thresholds do not come from out-of-fold probabilities")
     with pytest.raises(
         SettingsError, match=r"epoch \(=nested\) must be chosen on out-of-fold .*inner"
     ):
-        run_on(own, labels, DOTTED, epoch="nested")
-    inner = Plan.nested(DOTTED, dict(zip(features.row, labels.tolist(), strict=True)), folds=3)
-    whole = SplitFeatures(
-        [*DOTTED, *inner.inner_once],
-        list(features.row),
-        features.bags.sizes.numpy(),
-        lambda _: features,
-    )
-    nested = run_on(whole, labels, DOTTED, epoch="nested")
+        run_on(own, DOTTED, epoch="nested")
+    inner = Plan.nested(DOTTED, dict(zip(shared.ids, shared.labels.tolist(), strict=True)), folds=3)
+    nested = run_on(split_features(features, [*DOTTED, *inner.inner_once]), DOTTED, epoch="nested")
     assert nested.thresholds == "prevalence, from training patients out of fold"
     assert not nested.warnings or "thresholds" not in nested.warnings[0]
-    same = run_on(features, labels, DOTTED, epoch="nested")
+    same = run_on(shared, DOTTED, epoch="nested")
     heads = [each.runs.loc[each.runs["kind"] == "head"] for each in (nested, same)]
     assert heads[0]["chosen"].tolist() == heads[1]["chosen"].tolist()
     np.testing.assert_allclose(heads[0]["threshold"], heads[1]["threshold"], atol=1e-5)
 
 
 def test_one_class_splits_are_refused_wherever_they_come_from(features: Features) -> None:
-    labels = features.labels.numpy()
     odd = Split(id="odd", seed=0, repeat=0, train=tuple(KNOWN[:20]), validation=("P21", "P23"))
-    own = SplitFeatures([odd], list(features.row), features.bags.sizes.numpy(), lambda _: features)
-    for given in (features, own):
+    for given in (SharedFeatures.of(features), split_features(features, [odd])):
         with pytest.raises(
             SettingsError, match="validation patients of split odd must include both"
         ):
-            run_on(given, labels, [odd])
+            run_on(given, [odd])
+
+
+def test_splits_without_backbones_of_their_own_are_refused(features: Features) -> None:
+    own = split_features(features, DOTTED[:1])
+    with pytest.raises(LeakageError, match=r"split a.1: no backbone .* backbones for a\."):
+        run_on(own, DOTTED)
+    everyone = Split(id="all", seed=0, repeat=0, train=tuple(KNOWN), validation=())
+    with pytest.raises(LeakageError, match="fine-tuned on all labelled patients"):
+        run_on(split_features(features, [everyone]), None)
 
 
 def test_halves_of_a_rare_class_are_measured_without_nan(features: Features) -> None:
     """Two reactive patients: half of all seeds would leave one side without any."""
     labels = np.ones(PATIENTS, np.int64)
     labels[[3, 11]] = 0
-    outcome = run_on(features, labels, None, protocol="report", seeds=6)  # type: ignore[arg-type]
+    rare = replace(SharedFeatures.of(features), labels=labels)
+    outcome = run_on(rare, None, protocol="report", seeds=6)
     assert outcome.runs[list(METRICS)].notna().all(axis=None)
     assert [split.seed for split in outcome.splits] != list(range(6))
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
+from lymphfeat.evaluation.providers import SharedFeatures
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.settings import FitSettings, HeadSettings
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
@@ -34,7 +35,8 @@ def test_the_interval_of_the_optimism_covers_it() -> None:
 
 def run(features: Features, protocol: str) -> Outcome:
     settings = FitSettings(protocol=protocol, seeds=4, epochs=30, threads=1)
-    return run_protocol(features, list(features.row), features.labels.numpy(), HEADS, settings)
+    provider = SharedFeatures.of(features)
+    return run_protocol(provider, provider.plan(settings), HEADS, settings)
 
 
 def test_without_signal_honest_is_chance_and_report_is_not() -> None:

@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from lymphfeat.cohort.attributes import standardise
+from lymphfeat.cohort.splits import Plan
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.baselines import learn_logistic
 from lymphfeat.evaluation.calibration import fit_calibrations, logit
@@ -28,24 +29,29 @@ from lymphfeat.runtime.arrays import Floats, Labels
 _SHRINKAGE = 1.0  # of the experts' weights, as C 1 of a logistic regression
 
 
-def fit_fusions(
-    patients: PlannedPatients, heads: Sequence[Scores], names: Sequence[str], attributes: Floats
-) -> list[Scores]:
-    """Fuse every head with the attributes (P, D) in every way named; all is late, sum, experts.
+def choose_fusions(names: Sequence[str], plan: Plan, attributes: Floats) -> list[str]:
+    """Return the fusions that `names` asks for, each once; `all` is late, sum and experts.
 
-    Raises SettingsError for an unknown name, without attributes, or without out-of-fold logits.
+    Raises SettingsError for an unknown name, without attributes (P, D), or without inner splits.
     """
-    names = list(FUSIONS) if "all" in names else list(dict.fromkeys(names))
-    unknown = [name for name in names if name not in FUSIONS]
+    chosen = list(FUSIONS) if "all" in names else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in FUSIONS]
     if unknown:
         raise SettingsError(f"fusion (={unknown[0]}) must be one of {', '.join(FUSIONS)}, or all.")
-    if names and not attributes.shape[1]:
+    if chosen and not attributes.shape[1]:
         raise SettingsError("fusion requires clinical attributes; the cohort's table has none.")
-    if names and not all(patients.plan.inner):
+    if chosen and not plan.is_nested:
         raise SettingsError(
             "fusion requires out-of-fold image logits; the report protocol has none. "
             "Use --protocol honest."
         )
+    return chosen
+
+
+def fit_fusions(
+    patients: PlannedPatients, heads: Sequence[Scores], names: Sequence[str], attributes: Floats
+) -> list[Scores]:
+    """Fuse each head with the attributes (P, D) in each way named (see `choose_fusions`)."""
     return [_fuse(patients, head, name, attributes) for head in heads for name in names]
 
 

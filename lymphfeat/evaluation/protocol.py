@@ -7,7 +7,7 @@
   is chosen on out-of-fold probabilities of training patients alone.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +15,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
-from lymphfeat.cohort.provenance import refuse_seen
-from lymphfeat.cohort.splits import Plan, Split, check_splits, kfold_splits, report_splits
-from lymphfeat.errors import LeakageError, SettingsError
+from lymphfeat.cohort.splits import Plan, Split
+from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.baselines import fit_baselines
 from lymphfeat.evaluation.decision import BEST_BA, HALF
-from lymphfeat.evaluation.fusion import fit_fusions
-from lymphfeat.evaluation.leakage import SharedImage, refuse_shared_images
+from lymphfeat.evaluation.fusion import choose_fusions, fit_fusions
 from lymphfeat.evaluation.metrics import all_metrics, log_loss, roc_auc
+from lymphfeat.evaluation.providers import FeatureProvider
 from lymphfeat.evaluation.scores import (
+    Measured,
     PlannedPatients,
     Scores,
     find_warnings,
@@ -33,10 +33,9 @@ from lymphfeat.evaluation.scores import (
     summarise,
 )
 from lymphfeat.heads.engine.engine import fit_stacked
-from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.grid import head_name
-from lymphfeat.runtime.arrays import Floats, Labels
+from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
 
@@ -67,94 +66,37 @@ class Outcome:
         return _curves(self.patients, self.fitted, scores, every)
 
 
-class SplitFeatures:
-    """Features of each split's own backbone, read when they are asked for."""
-
-    def __init__(
-        self,
-        splits: Sequence[Split],
-        ids: Sequence[str],
-        sizes: NDArray[np.int64],
-        read: Callable[[Split], Features],
-    ) -> None:
-        """Take the splits and all patients, with their image counts; `read` gives the features."""
-        self.splits = {split.id: split for split in splits}
-        self.sizes = sizes
-        self.read = read
-        self._row = {patient: row for row, patient in enumerate(ids)}
-
-    def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
-        return np.array([self._row[patient] for patient in patients])
-
-
 def run_protocol(
-    features: Features | SplitFeatures,
-    ids: Sequence[str],
-    labels: Labels,
+    features: FeatureProvider,
+    plan: Plan,
     heads: Sequence[HeadSettings],
     settings: FitSettings,
     *,
     table: pd.DataFrame | None = None,
-    splits: Sequence[Split] | None = None,
-    seen: Callable[[Split], Collection[str]] = lambda split: (),
-    shared: Sequence[SharedImage] = (),
     progress: Progress = silent,
 ) -> Outcome:
-    """Fit every head on every split of the protocol and measure it beside the baselines.
+    """Fit every head on every split of a plan, and measure it next to the baselines.
 
-    `ids` and `labels` (P,) are all patients of `features`; those of label -1 are left out. `table`
-    has their clinical attributes, a row each. `splits` are taken in place of the protocol's own.
-    `seen` returns a split's validation patients whose labels its features come from: LeakageError
-    where there are any, and where one of the `shared` images is on both sides of a split.
+    `plan` is the provider's, made with the same settings; whether its splits leak labels or images
+    is for the caller to check (`refuse_leaks`). `table` has one row of clinical attributes per
+    patient, in the provider's order. Raises SettingsError, before anything is fitted, for a
+    threshold, epoch or fusion that cannot be learnt without inner splits or attributes.
     """
-    if isinstance(features, SplitFeatures):
-        plan = own_plan(features, dict(zip(ids, labels.tolist(), strict=True)), settings, splits)
-        sizes = features.sizes
-    else:
-        plan = make_plan(ids, labels, settings, splits)
-        sizes = features.bags.sizes.cpu().numpy()
-    rule = _rule(settings, plan)
-    refuse_seen(
-        {id for split in plan.outer for id in seen(split)},
-        "the backbone of these features",
-        "Extract with per-split fine-tuning, or with weights not trained on them.",
-    )
-    if not settings.allow_shared_images:
-        refuse_shared_images(plan.outer, shared)
-    patients = PlannedPatients(ids, labels, plan)
-    attributes = _attributes(table, len(ids), settings)
-    nested = settings.epoch == "nested"
-    if nested and not plan.is_nested:
-        raise SettingsError(
-            "epoch (=nested) must be chosen on out-of-fold probabilities of training patients; "
-            "these features have no backbones for inner splits. Extract with --splits "
-            "kfold:5+inner, or use --choose-epoch last."
-        )
-    outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
-    inner = [
-        Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
-    ]
-    fitted = _fit(features, outer + inner, settings, progress)
-    scores = [_head_scores(patients, fitted, head, nested=nested) for head in heads]
-    fused = fit_fusions(patients, scores, settings.fusions, attributes)
-    baselines = fit_baselines(patients, sizes, attributes)
+    rule = _threshold_rule(plan, settings)
+    _check_epoch(plan, settings)
+    attributes = _attributes(table, len(features.ids), settings)
+    fusions = choose_fusions(settings.fusions, plan, attributes)
+    patients = PlannedPatients(features.ids, features.labels, plan)
+    fitted = _fit(features, plan, heads, settings, progress)
+    scores = [_head_scores(patients, fitted, head, settings) for head in heads]
+    fused = fit_fusions(patients, scores, fusions, attributes)
     selected = _select(patients, heads, scores) if plan.is_nested else []
-    every = (*scores, *fused, *selected, *baselines)
-    fitted = fitted.take(range(len(outer)))
-    if settings.protocol == "report":
-        measured = [
-            measure_as_reported(
-                patients, found, _curves(patients, fitted, found, settings.evaluate_every)
-            )
-            for found in every
-        ]
-    else:
-        measured = [
-            measure(patients, found, calibration=settings.calibration, threshold=rule)
-            for found in every
-        ]
-    runs = pd.concat([part.runs for part in measured], ignore_index=True)
-    predictions = pd.concat([part.predictions for part in measured], ignore_index=True)
+    baselines = fit_baselines(patients, features.n_images, attributes)
+    scores = [*scores, *fused, *selected, *baselines]
+    fitted = fitted.take(range(len(heads) * len(plan.outer)))  # the fits on measured splits
+    measured = [_measure(patients, fitted, each, settings, rule) for each in scores]
+    runs = pd.concat([each.runs for each in measured], ignore_index=True)
+    predictions = pd.concat([each.predictions for each in measured], ignore_index=True)
     return Outcome(
         heads=tuple(heads),
         splits=plan.outer,
@@ -166,8 +108,22 @@ def run_protocol(
         fitted=fitted,
         thresholds=_describe(rule, plan),
         patients=patients,
-        scores=every,
+        scores=tuple(scores),
     )
+
+
+def _measure(
+    patients: PlannedPatients,
+    fitted: FittedHeads,
+    scores: Scores,
+    settings: FitSettings,
+    rule: str,
+) -> Measured:
+    """Measure one row of the summary as the protocol does."""
+    if settings.protocol == "report":
+        curves = _curves(patients, fitted, scores, settings.evaluate_every)
+        return measure_as_reported(patients, scores, curves)
+    return measure(patients, scores, calibration=settings.calibration, threshold=rule)
 
 
 def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
@@ -181,7 +137,8 @@ def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
     )
 
 
-def _rule(settings: FitSettings, plan: Plan) -> str:
+def _threshold_rule(plan: Plan, settings: FitSettings) -> str:
+    """Return the rule of `decision.RULES` by which thresholds are learnt."""
     if settings.protocol == "report":
         return HALF
     if settings.threshold == BEST_BA and not plan.is_nested:
@@ -191,6 +148,15 @@ def _rule(settings: FitSettings, plan: Plan) -> str:
             "--threshold prevalence."
         )
     return settings.threshold
+
+
+def _check_epoch(plan: Plan, settings: FitSettings) -> None:
+    if settings.epoch == "nested" and not plan.is_nested:
+        raise SettingsError(
+            "epoch (=nested) must be chosen on out-of-fold probabilities of training patients; "
+            "these features have no backbones for inner splits. Extract with --splits "
+            "kfold:5+inner, or use --choose-epoch last."
+        )
 
 
 def _describe(rule: str, plan: Plan) -> str:
@@ -207,107 +173,54 @@ def _attributes(table: pd.DataFrame | None, patients: int, settings: FitSettings
     )
 
 
-def make_plan(
-    ids: Sequence[str],
-    labels: Labels,
-    settings: FitSettings,
-    splits: Sequence[Split] | None = None,
-) -> Plan:
-    """Return the splits of a protocol, or the given ones, with the inner ones it chooses on."""
-    label_of = dict(zip(ids, labels.tolist(), strict=True))
-    known = [patient for patient in ids if label_of[patient] >= 0]
-    truth = labels[labels >= 0]
-    if splits is not None:
-        plan = Plan.recorded(splits)
-    elif settings.protocol == "report":
-        plan = Plan.flat(report_splits(known, truth, seeds=settings.seeds, seed=settings.seed))
-    else:
-        repeats = kfold_splits(
-            known, truth, folds=settings.folds, seeds=settings.seeds, seed=settings.seed
-        )
-        plan = Plan.flat([split for repeat in repeats for split in repeat.outer])
-    check_splits(plan.outer, label_of, "splits")
-    if settings.protocol == "report":
-        return Plan.flat(plan.outer)
-    if plan.is_nested:
-        return plan
-    return Plan.nested(plan.outer, label_of, folds=settings.folds)
-
-
-def own_plan(
-    features: SplitFeatures,
-    labels: Mapping[str, int],
-    settings: FitSettings,
-    splits: Sequence[Split] | None = None,
-) -> Plan:
-    """Plan the splits that have features of their own, or those given among them.
-
-    Inner splits are planned where all of them have features, too. Raises LeakageError when nobody
-    is left to evaluate, or a given split is not the one that a backbone was fine-tuned on.
-    """
-    plan = Plan.recorded(split for split in features.splits.values() if split.validation)
-    if not plan.outer:
-        raise LeakageError(
-            "the backbones of these features were fine-tuned on all labelled patients: none are "
-            "left to evaluate heads on. Extract with --splits kfold:5, or with frozen weights."
-        )
-    if splits:
-        plan = plan.only([split.id for split in _known(Plan.recorded(splits).outer, plan.outer)])
-    check_splits(plan.outer, labels, "splits of these features")
-    return Plan.flat(plan.outer) if settings.protocol == "report" else plan
-
-
-def _known(splits: Sequence[Split], own: Sequence[Split]) -> Sequence[Split]:
-    """Return splits, all of which must be among those with a backbone of their own."""
-    for split in splits:
-        if split not in own:
-            raise LeakageError(
-                f"split {split.id}: no backbone of these features was fine-tuned on its training "
-                f"patients alone; there are backbones for {', '.join(s.id for s in own)}."
-            )
-    return splits
-
-
 def _fit(
-    features: Features | SplitFeatures,
-    fits: Sequence[Fit],
+    features: FeatureProvider,
+    plan: Plan,
+    heads: Sequence[HeadSettings],
     settings: FitSettings,
     progress: Progress,
 ) -> FittedHeads:
-    """Fit heads, each split's on its own features where it has some."""
-    if isinstance(features, Features):
-        return _fit_on(features, fits, settings, progress)
+    """Fit heads x measured splits, then heads x inner splits, one set of features at a time."""
+    nested = settings.epoch == "nested"
+    outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
+    inner = [
+        Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
+    ]
+    fits = outer + inner
     groups: dict[str, list[int]] = {}
-    for i, fit in enumerate(fits):
-        groups.setdefault(fit.split.id, []).append(i)
+    for position, fit in enumerate(fits):
+        groups.setdefault(features.set_of(fit.split), []).append(position)
+    if len(groups) == 1:
+        return _fit_together(features, fits, settings, progress)
     parts = []
-    for done, (id, group) in enumerate(groups.items()):
-        own = features.read(features.splits[id])
-        parts.append(_fit_on(own, [fits[i] for i in group], settings, silent))
-        progress(done + 1, len(groups), id)
+    for done, (name, group) in enumerate(groups.items()):
+        parts.append(_fit_together(features, [fits[i] for i in group], settings, silent))
+        progress(done + 1, len(groups), name)
     order = np.argsort(np.concatenate([*groups.values()]), kind="stable")
     return FittedHeads.joined(parts).take(order.tolist())
 
 
-def _fit_on(
-    features: Features, fits: Sequence[Fit], settings: FitSettings, progress: Progress
+def _fit_together(
+    features: FeatureProvider, fits: Sequence[Fit], settings: FitSettings, progress: Progress
 ) -> FittedHeads:
+    """Fit heads on splits that share one set of features."""
+    own = features.for_split(fits[0].split)
     return fit_stacked(
-        features,
+        own,
         fits,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         images_per_patient=settings.images_per_patient,
-        views=features.n_views,
+        views=own.n_views,
         tta=settings.tta,
         progress=progress,
     )
 
 
 def _head_scores(
-    patients: PlannedPatients, fitted: FittedHeads, head: HeadSettings, *, nested: bool
+    patients: PlannedPatients, fitted: FittedHeads, head: HeadSettings, settings: FitSettings
 ) -> Scores:
-    """Read a head's probabilities at the last epoch, or at the one best inside each training set.
+    """Read a head's probabilities at the last epoch, or at the best one inside each training set.
 
     Best is the lowest log loss of out-of-fold probabilities.
     """
@@ -321,7 +234,7 @@ def _head_scores(
             curves[:, rows] = fitted.curves[position[within.id]][:, rows]
         train, validation = patients.train[place], patients.validation[place]
         epoch = n_epochs - 1
-        if nested and patients.plan.inner[place]:
+        if settings.epoch == "nested":
             epoch = int(log_loss(curves[:, train], patients.labels[train]).argmin())
             chosen.append(f"epoch {epoch + 1}")
         inner[place, train] = curves[epoch, train]
@@ -340,7 +253,7 @@ def _head_scores(
 def _select(
     patients: PlannedPatients, heads: Sequence[HeadSettings], scores: Sequence[Scores]
 ) -> list[Scores]:
-    """Select nested: among the settings of each aggregator, and among all heads."""
+    """Select inside each training set: a setting of each aggregator, and one of all heads."""
     groups: dict[str, list[Scores]] = {}
     for head, found in zip(heads, scores, strict=True):
         groups.setdefault(head.agg, []).append(found)
@@ -396,24 +309,23 @@ def _epochs(patients: PlannedPatients, fitted: FittedHeads) -> pd.DataFrame:
 
 
 def witness_aucs(
-    outcome: Outcome,
-    features: Features | SplitFeatures,
-    patient_of_image: NDArray[np.int64],
-    witness: NDArray[np.bool_],
-) -> pd.Series:
-    """Return for each head how well its image logits find the witnesses, mean over splits.
+    outcome: Outcome, features: FeatureProvider, witness: NDArray[np.bool_]
+) -> dict[str, float]:
+    """Return for each head how well its image logits find the witness images, mean over splits.
 
-    `patient_of_image` and `witness` are (N,). Measured on the validation patients who have a
-    witness: AUC of their witness images against their other images.
+    `witness` (N,) says which images are. Measured on the validation patients who have a witness:
+    ROC-AUC of their witness images against their other images.
     """
-    values: dict[str, list[float]] = {}
-    for i, fit in enumerate(outcome.fitted.fits):
-        own = features.read(fit.split) if isinstance(features, SplitFeatures) else features
-        images = own.images.float().cpu().numpy()  # (N, C)
-        rows = features.rows_of(fit.split.validation)
-        carriers = np.intersect1d(rows, np.unique(patient_of_image[witness]))
-        chosen = np.isin(patient_of_image, carriers)
-        logits = outcome.fitted.image_logits(i, images[chosen])
-        auc = roc_auc(logits[None].astype(np.float64), witness[chosen].astype(np.int64))[0]
-        values.setdefault(head_name(fit.head), []).append(float(auc))
-    return pd.Series({head: float(np.nanmean(aucs)) for head, aucs in values.items()})
+    patient = np.repeat(np.arange(len(features.ids)), features.n_images)  # (N,)
+    carriers = np.unique(patient[witness])
+    values: dict[str, list[float]] = {head_name(head): [] for head in outcome.heads}
+    for split, rows in zip(outcome.splits, outcome.patients.validation, strict=True):
+        images = features.for_split(split).images.float().cpu().numpy()  # (N, C)
+        chosen = np.isin(patient, np.intersect1d(rows, carriers))
+        for i, fit in enumerate(outcome.fitted.fits):
+            if fit.split.id == split.id:
+                logits = outcome.fitted.image_logits(i, images[chosen]).astype(np.float64)
+                values[head_name(fit.head)].append(
+                    float(roc_auc(logits, witness[chosen].astype(np.int64)))
+                )
+    return {head: float(np.nanmean(aucs)) for head, aucs in values.items()}

@@ -1,7 +1,7 @@
 """Whose labels and images the features behind a run come from, and who the run's patients are."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ class RunProvenance:
         training = Provenance(labels=tuple(self.key(id) for id in split.train))
         return self.of_features(split) | training
 
-    def seen(self, split: Split) -> set[str]:
-        """Return the split's validation patients whose labels its features come from."""
-        found = self.of_features(split)
-        return set(found.labelled(self.key(id) for id in split.validation))
+    def seen(self, splits: Iterable[Split]) -> set[str]:
+        """Return those splits' validation patients whose labels their features come from."""
+        return {
+            id
+            for split in splits
+            for id in self.of_features(split).labelled(self.key(id) for id in split.validation)
+        }

@@ -1,0 +1,184 @@
+"""The features that the heads of each split read, and the splits that can be measured on them.
+
+Everything that fits heads asks a `FeatureProvider` and never which kind it is. Patients, labels and
+image counts belong to the provider, because all of its sets of features are of the same images.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lymphfeat.cohort.splits import Plan, Split, check_splits, kfold_splits, report_splits
+from lymphfeat.errors import LeakageError, SettingsError
+from lymphfeat.features.store import FROZEN, FeatureStore
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.runtime.arrays import Labels
+from lymphfeat.settings import FitSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureProvider(ABC):
+    """Gives the heads of each split their features."""
+
+    ids: tuple[str, ...]  # (P,) all patients
+    labels: Labels  # (P,)
+    n_images: NDArray[np.int64]  # (P,)
+
+    @abstractmethod
+    def plan(self, settings: FitSettings, splits: Sequence[Split] | None = None) -> Plan:
+        """Return the splits to measure on, and the inner splits on which choices are made.
+
+        `splits` replace those of the protocol. Raises SettingsError for a split that does not have
+        both classes on both sides.
+        """
+
+    @abstractmethod
+    def set_of(self, split: Split) -> str:
+        """Return the name of a split's features; splits with the same name share them."""
+
+    @abstractmethod
+    def for_split(self, split: Split) -> Features:
+        """Return the features that a split's heads read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFeatures(FeatureProvider):
+    """One set of features, of frozen weights, for all splits."""
+
+    features: Features
+
+    @classmethod
+    def of(cls, features: Features) -> "SharedFeatures":
+        """Take features and their patients."""
+        return cls(
+            ids=tuple(features.row),
+            labels=features.labels.cpu().numpy(),
+            n_images=np.diff(features.offsets),
+            features=features,
+        )
+
+    def plan(self, settings: FitSettings, splits: Sequence[Split] | None = None) -> Plan:
+        return plan_splits(self.ids, self.labels, settings, splits)
+
+    def set_of(self, split: Split) -> str:
+        return FROZEN
+
+    def for_split(self, split: Split) -> Features:
+        return self.features
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFeatures(FeatureProvider):
+    """One set of features per split, of the backbone fine-tuned on it; read when asked for."""
+
+    splits: Sequence[Split]  # those that have features
+    read: Callable[[str], Features]  # by the split's id
+
+    def plan(self, settings: FitSettings, splits: Sequence[Split] | None = None) -> Plan:
+        """Plan the splits that have features, or those of them that are given.
+
+        Inner splits are planned where all of them have features, too. Raises LeakageError when
+        nobody is left to measure on, or no backbone was fine-tuned on a given split.
+        """
+        plan = Plan.recorded(split for split in self.splits if split.validation)
+        if not plan.outer:
+            raise LeakageError(
+                "the backbones of these features were fine-tuned on all labelled patients: none "
+                "are left to evaluate heads on. Extract with --splits kfold:5, or with frozen "
+                "weights."
+            )
+        if splits:
+            wanted = Plan.recorded(splits).outer
+            _check_tuned(wanted, plan.outer)
+            plan = plan.only([split.id for split in wanted])
+        label_of = dict(zip(self.ids, self.labels.tolist(), strict=True))
+        check_splits(plan.outer, label_of, "splits of these features")
+        return Plan.flat(plan.outer) if settings.protocol == "report" else plan
+
+    def set_of(self, split: Split) -> str:
+        return split.id
+
+    def for_split(self, split: Split) -> Features:
+        return self.read(split.id)
+
+
+def _check_tuned(splits: Sequence[Split], tuned: Sequence[Split]) -> None:
+    """Raise LeakageError for a split on which no backbone was fine-tuned."""
+    for split in splits:
+        if split not in tuned:
+            raise LeakageError(
+                f"split {split.id}: no backbone of these features was fine-tuned on its training "
+                f"patients alone; there are backbones for {', '.join(s.id for s in tuned)}."
+            )
+
+
+def plan_splits(
+    ids: Sequence[str],
+    labels: Labels,
+    settings: FitSettings,
+    splits: Sequence[Split] | None = None,
+) -> Plan:
+    """Return the splits of a protocol, or the given ones, with the inner splits it chooses on.
+
+    `ids` and `labels` (P,) are of all patients; those without a label are left out. Raises
+    SettingsError where a class has too few patients.
+    """
+    label_of = dict(zip(ids, labels.tolist(), strict=True))
+    if splits is None:
+        plan = Plan.flat(_protocol_splits(ids, labels, settings))
+    else:
+        plan = Plan.recorded(splits)
+    check_splits(plan.outer, label_of, "splits")
+    if settings.protocol == "report":
+        return Plan.flat(plan.outer)
+    return plan if plan.is_nested else Plan.nested(plan.outer, label_of, folds=settings.folds)
+
+
+def _protocol_splits(ids: Sequence[str], labels: Labels, settings: FitSettings) -> list[Split]:
+    known = [id for id, label in zip(ids, labels.tolist(), strict=True) if label >= 0]
+    truth = labels[labels >= 0]
+    if settings.protocol == "report":
+        return report_splits(known, truth, seeds=settings.seeds, seed=settings.seed)
+    repeats = kfold_splits(
+        known, truth, folds=settings.folds, seeds=settings.seeds, seed=settings.seed
+    )
+    return [split for repeat in repeats for split in repeat.outer]
+
+
+def load_features(
+    store: FeatureStore, dtype: torch.dtype, device: torch.device, *, views: int | None = None
+) -> FeatureProvider:
+    """Open the first `views` of a store (None: all): its frozen features, or each split's own.
+
+    Raises SettingsError if the store has fewer views.
+    """
+    if views is not None and views > store.shape.views:
+        raise SettingsError(
+            f"views (={views}) must be at most the {store.shape.views} of {store.path}; "
+            "run `lymphfeat extract --views` for more."
+        )
+
+    def read(name: str) -> Features:
+        return Features(
+            store.features(name)[:, :views],  # (N, V, C, h, w)
+            store.pooled(name)[:, :views],  # (N, V, C)
+            store.offsets,
+            store.ids,
+            store.labels,
+            dtype=dtype,
+            device=device,
+        )
+
+    if FROZEN in store.feature_sets:
+        return SharedFeatures.of(read(FROZEN))
+    return SplitFeatures(
+        ids=store.ids,
+        labels=store.labels,
+        n_images=store.n_images,
+        splits=store.splits,
+        read=read,
+    )
