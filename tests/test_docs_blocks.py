@@ -1,0 +1,158 @@
+"""Every block of shell or Python in README and docs runs as shown, or says why it does not.
+
+A block runs in a folder of its own that has a tiny cohort, under the names that the pages use, and
+a `lymphfeat.toml` that makes trainings short. Where the text asks for more than a short training,
+SHORTER says what runs in its place; RESULTS says which pages start from results of the main job.
+"""
+
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lymphfeat.runtime import devices
+from lymphfeat_cli.main import cli
+from tests.cohorts import write_bags, write_text
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.S)
+
+COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
+RESULTS = {
+    "docs/explain.md": ["models/endtoend"],
+    "docs/heads.md": ["cache/features.h5"],
+    "docs/protocols.md": ["cache/features.h5"],
+    "docs/store.md": ["cache/features.h5"],
+}
+SHORTER = {
+    "--minutes 20": "--epochs 1",
+    "--finetune-epochs 20": "--finetune-epochs 1",
+    "--seeds 10": "--seeds 2",
+}
+CONFIG = """
+[extract]
+backbone = "test_efficientnet"
+precision = "float32"
+device = "cpu"
+[fit-head]
+epochs = 2
+seeds = 2
+device = "cpu"
+[endtoend]
+backbone = "test_efficientnet"
+precision = "float32"
+epochs = 1
+device = "cpu"
+[pretrain]
+backbone = "test_efficientnet"
+precision = "float32"
+batch-size = 8
+field = 112
+device = "cpu"
+"""
+ELSEWHERE = {("docs/heads.md", "python"): "test_docs.py"}  # its aggregator is checked there
+NOT_RUN = {
+    "README.md": ["sets up a virtual environment", "installs packages"],
+    "docs/backbones.md": ["installs packages"],
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a page; `reason` says why it is not run, empty for one that is."""
+
+    page: str
+    number: int
+    reason: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.language}-{self.number}"
+
+
+def blocks() -> list[Block]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        Block(page.relative_to(ROOT).as_posix(), number, *found)
+        for page in pages
+        for number, found in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    ]
+
+
+def test_these_blocks_are_not_run() -> None:
+    found: dict[str, list[str]] = {}
+    for block in blocks():
+        if block.reason:
+            found.setdefault(block.page, []).append(block.reason)
+    assert found == NOT_RUN
+    assert {block.language for block in blocks()} == {"sh", "python"}
+
+
+def write_place(place: Path) -> Path:
+    """Write the cohorts, of twelve labelled patients and two others, and the configuration."""
+    ids = [f"P{number}" for number in range(14)]
+    lines = [f"{id},{number % 2 if number < 12 else ''}" for number, id in enumerate(ids)]
+    write_text(place / "cohort" / "patients.csv", "id,label", *lines)
+    bags = {id: 1 + number % 4 for number, id in enumerate(ids)}
+    write_bags(place / "cohort", bags, ".jpg", side=112)
+    for name in COHORTS[1:]:
+        shutil.copytree(place / "cohort", place / name)
+    write_text(place / "lymphfeat.toml", CONFIG)
+    return place
+
+
+def run_shell(text: str) -> None:
+    """Run the lines of a block, each a command of lymphfeat."""
+    for shown, shorter in SHORTER.items():
+        text = text.replace(shown, shorter)
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            assert words[0] == "lymphfeat", line
+            result = CliRunner().invoke(cli, words[1:], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of the main job."""
+    place = write_place(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run_shell("lymphfeat extract --cohort DIR\nlymphfeat endtoend --cohort DIR")
+    return place
+
+
+RUN = [
+    block
+    for block in blocks()
+    if not block.reason and (block.page, block.language) not in ELSEWHERE
+]
+
+
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_runs_as_shown(
+    block: Block, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_place(tmp_path)
+    for name in RESULTS.get(block.page, ()):
+        copy = shutil.copytree if (finished / name).is_dir() else shutil.copy
+        (place / name).parent.mkdir()
+        copy(finished / name, place / name)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LYMPHFEAT_COHORT", "DIR")
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
+    if block.language == "python":
+        exec(block.text, {})
+    else:
+        run_shell(block.text)
+
+
+def test_readme_python_is_ten_lines() -> None:
+    (block,) = (b for b in blocks() if (b.page, b.language) == ("README.md", "python"))
+    assert len([line for line in block.text.splitlines() if line]) <= 10
