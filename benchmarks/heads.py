@@ -43,7 +43,7 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
 from lymphfeat.heads.grid import expand, head_name
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
 from lymphfeat.settings import HeadGrid, HeadSettings
 
 PATIENTS, IMAGES, SHAPE = 163, 13_453, MapShape(views=1, channels=512, height=4, width=4)
@@ -150,14 +150,14 @@ class PlainLoop:
         self.bags = [instances.of_patient(p).float() for p in range(PATIENTS)]
         self.labels = features.labels.float()
         self.train = features.rows_of(split.train)
-        self.head = head
+        self.head, self.aggregator = head, AGGREGATORS[head.agg]
         self.scorer = nn.Linear(features.channels, 1)
         self.gamma, self.beta = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
         parameters = [*self.scorer.parameters(), self.gamma, self.beta]
         self.optimizer = torch.optim.Adam(parameters, lr=head.lr)
 
     def run_epoch(self) -> None:
-        if AGGREGATORS[self.head.agg].family == "ranking":
+        if isinstance(self.aggregator, RankingAggregator):
             with torch.no_grad():
                 tops = [self.bags[p][self.scorer(self.bags[p])[:, 0].argmax()] for p in self.train]
             for chosen in self._batches():
@@ -195,11 +195,11 @@ class PlainLoop:
         self.optimizer.step()
 
     def _evaluate(self, score: Tensor) -> float:
-        if AGGREGATORS[self.head.agg].family == "weighted":
+        if not isinstance(self.aggregator, RankingAggregator):
             return float(self._patient_logit(score, score.mean(), score.std()).sigmoid())
         k = min(self.head.k_agg, len(score))
         chosen = score.topk(k).values
-        if AGGREGATORS[self.head.agg].bottom:
+        if self.aggregator.bottom:
             chosen = torch.cat([chosen, score.topk(k, largest=False).values])
         return float(chosen.sigmoid().mean())
 

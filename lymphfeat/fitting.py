@@ -257,15 +257,7 @@ def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
     tensors: dict[str, NDArray[np.float32]] = {}
     for i, fit in enumerate(fitted.fits):
         prefix = f"{head_name(fit.head)}/{fit.split.id}"
-        if i in fitted.networks:
-            state = fitted.networks[i].state_dict()
-            tensors |= {f"{prefix}/{name}": value.numpy() for name, value in state.items()}
-            continue
-        tensors[f"{prefix}/weight"] = fitted.weight[i]
-        tensors[f"{prefix}/bias"] = fitted.bias[i : i + 1]
-        if fit.head.agg == "bnsigmoid":
-            for name, values in fitted.extras.items():
-                tensors[f"{prefix}/{name}"] = values[i : i + 1]
+        tensors |= {f"{prefix}/{name}": value for name, value in fitted.tensors(i).items()}
     return tensors
 
 

@@ -1,6 +1,7 @@
 """Every aggregator against a slow, obvious reference on ragged bags, and their laws."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -19,23 +20,20 @@ from lymphfeat.heads.aggregators.ranking import (
     selected_probability,
 )
 from lymphfeat.heads.aggregators.weighted import (
-    Moments,
-    bnsigmoid_weights,
+    AggregatorState,
+    bnsigmoid_logit,
     lse_logit,
-    lse_weights,
-    max_weights,
-    mean_weights,
-    moments,
-    weighted_logit,
+    max_logit,
+    mean_logit,
 )
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import expand, head_name, resolve
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import HeadGrid, HeadSettings
 from tests import references
 
-LINEAR = [name for name, row in AGGREGATORS.items() if row.network is None]
+LINEAR = [name for name, row in AGGREGATORS.items() if isinstance(row, LinearAggregator)]
 # Few distinct values, so that ties are the rule; bags of 1 to 9, so that k > n happens.
 BAGS = st.lists(
     st.lists(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.5, 2.0, 4.0]), min_size=1, max_size=9),
@@ -49,6 +47,12 @@ def stack(bags: list[list[float]], heads: int = 2) -> tuple[Tensor, Bags]:
     column = torch.tensor([x for bag in bags for x in bag])
     logits = torch.stack([column * (1 - 2 * h) for h in range(heads)], dim=1)
     return logits, Bags.of([len(bag) for bag in bags])
+
+
+def state_of(heads: int = 2, temperature: float = 1.0, **more: Any) -> AggregatorState:
+    """Return a fresh state, with other tensors or in training."""
+    settings = [HeadSettings(temperature=temperature)] * heads
+    return replace(AggregatorState.fresh(settings, torch.device("cpu")), **more)
 
 
 def column(bags: list[list[float]], head: int) -> list[list[float]]:
@@ -113,11 +117,11 @@ def test_top_k_of_all_is_the_mean_probability(bags: list[list[float]]) -> None:
 @given(BAGS, st.floats(0.1, 4))
 def test_weighted_logits_are_the_reference(bags: list[list[float]], temperature: float) -> None:
     logits, ragged = stack(bags)
-    r = torch.full((2,), temperature)
+    state = state_of(temperature=temperature)
     fast = {
-        "mean": weighted_logit(logits, mean_weights(logits, ragged), ragged),
-        "max": weighted_logit(logits, max_weights(logits, ragged), ragged),
-        "lse": lse_logit(logits, ragged, r),
+        "mean": mean_logit(state, logits, ragged),
+        "max": max_logit(state, logits, ragged),
+        "lse": lse_logit(state, logits, ragged),
     }
     for head in range(2):
         own = column(bags, head)
@@ -133,14 +137,8 @@ def test_weighted_logits_are_the_reference(bags: list[list[float]], temperature:
 @given(BAGS, st.floats(-2, 2), st.floats(-1, 1))
 def test_bnsigmoid_is_the_reference(bags: list[list[float]], gamma: float, beta: float) -> None:
     logits, ragged = stack(bags)
-    weights = bnsigmoid_weights(
-        logits,
-        ragged,
-        gamma=torch.full((2,), gamma),
-        beta=torch.full((2,), beta),
-        statistics=moments(logits),
-    )
-    fast = weighted_logit(logits, weights, ragged)
+    state = state_of(gamma=torch.full((2,), gamma), beta=torch.full((2,), beta), training=True)
+    fast = bnsigmoid_logit(state, logits, ragged)
     for head in range(2):
         own = column(bags, head)
         mean, variance = references.moments(own)
@@ -152,11 +150,14 @@ def test_bnsigmoid_stops_gradients_through_the_weights_but_trains_gamma_and_beta
     logits, ragged = stack([[1.0, -2.0, 0.5], [3.0, 0.1]], heads=1)
     logits.requires_grad_()
     gamma, beta = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    weights = bnsigmoid_weights(logits, ragged, gamma=gamma, beta=beta, statistics=moments(logits))
-    torch.autograd.backward(weighted_logit(logits, weights, ragged).sum())
+    state = state_of(1, gamma=gamma, beta=beta, training=True)
+    torch.autograd.backward(bnsigmoid_logit(state, logits, ragged).sum())
     # d/dℓ Σ α ℓ is α itself only if no gradient passes through α (report §3.4).
+    plain = logits[:, 0].detach()
+    sigmoid = ((plain - plain.mean()) / (plain.var(correction=0) + 1e-5).sqrt()).sigmoid()
+    weights = torch.cat([part / part.sum() for part in torch.split(sigmoid, [3, 2])])
     assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, weights.detach())
+    torch.testing.assert_close(logits.grad[:, 0], weights)
     assert gamma.grad is not None
     assert beta.grad is not None
     assert gamma.grad.abs() > 1e-3
@@ -165,11 +166,9 @@ def test_bnsigmoid_stops_gradients_through_the_weights_but_trains_gamma_and_beta
 
 def test_bnsigmoid_survives_logits_whose_weights_underflow() -> None:
     logits, ragged = stack([[-1e4, -1e4, -1e4 + 50.0], [5.0]], heads=1)
-    statistics = Moments(torch.zeros(1), torch.ones(1))
-    weights = bnsigmoid_weights(
-        logits, ragged, gamma=torch.ones(1), beta=torch.zeros(1), statistics=statistics
-    )
-    torch.testing.assert_close(ragged.sum(weights), torch.ones(2, 1))
+    head = HeadStack([resolve(HeadSettings(agg="bnsigmoid"))], torch.zeros(1, 1), torch.zeros(1))
+    weights = head.eval().instance_weights(logits, ragged)
+    torch.testing.assert_close(weights[:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 
 @given(BAGS)
@@ -225,18 +224,18 @@ def test_a_patient_scores_the_same_alone(bags: list[list[float]]) -> None:
 
 def test_lse_runs_from_mean_to_max() -> None:
     logits, ragged = stack([[0.0, 1.0, 3.0], [2.0]], heads=1)
-    low, high = (lse_logit(logits, ragged, torch.tensor([r])) for r in (1e-4, 200.0))
+    low, high = (lse_logit(state_of(1, r), logits, ragged) for r in (1e-4, 200.0))
     torch.testing.assert_close(low, ragged.mean(logits), atol=1e-2, rtol=0)
     torch.testing.assert_close(high, torch.tensor([[3.0], [2.0]]), atol=1e-2, rtol=0)
 
 
-def test_lse_weights_are_the_gradient() -> None:
-    logits, ragged = stack([[0.0, 1.0, 3.0], [2.0, -1.0]], heads=1)
-    logits.requires_grad_()
-    r = torch.tensor([0.7])
-    torch.autograd.backward(lse_logit(logits, ragged, r).sum())
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, lse_weights(logits.detach(), ragged, r))
+def test_lse_weights_are_the_softmax() -> None:
+    with torch.inference_mode():  # as the scores of a frozen model come
+        logits, _ = stack([[0.0, 1.0, 3.0], [2.0, -1.0]], heads=1)
+    ragged = Bags.of([3, 2])
+    settings = resolve(HeadSettings(agg="lse", temperature=0.7))
+    head = HeadStack([settings], torch.zeros(1, 1), torch.zeros(1))
+    torch.testing.assert_close(head.instance_weights(logits, ragged), ragged.softmax(0.7 * logits))
 
 
 def test_mean_over_pixels_is_mean_over_images() -> None:

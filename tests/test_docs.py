@@ -7,14 +7,17 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 
 import lymphfeat as lf
 from lymphfeat.cohort.splits import report_splits
+from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.grid import expand
 from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import HeadGrid
 from lymphfeat_cli.main import COMMANDS, cli
 
@@ -98,3 +101,6 @@ def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(
         fitted.curves[0, -1], 1 / (1 + np.exp(-np.array(medians))), rtol=1e-4
     )
+    stack = HeadStack([head], torch.zeros(1, 4), torch.zeros(1))
+    weights = stack.instance_weights(torch.tensor([[3.0], [1.0], [2.0], [5.0]]), Bags.of([3, 1]))
+    assert weights[:, 0].tolist() == [0, 0, 1, 1]

@@ -26,7 +26,7 @@ from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, as_they_are
 from lymphfeat.finetuning.trainers import Bag, PatientLoss, SelectedLoss
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import resolve
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, WeightedAggregator
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import EndToEndSettings, HeadSettings
 
@@ -36,7 +36,7 @@ ALTERED = EndToEndSettings(colour_jitter=0.1, affine=0.1)
 SIZES = torch.tensor([1, 7, 4])
 N = 12
 LABELS = torch.tensor([1.0, 0.0, 1.0])
-WEIGHTED = [name for name, row in AGGREGATORS.items() if row.family == "weighted"]
+WEIGHTED = [name for name, row in AGGREGATORS.items() if isinstance(row, WeightedAggregator)]
 
 
 class Setting:

@@ -47,8 +47,8 @@ INSIDE = {
     ),
     "heads": ("engine", "grid", "stack", "registry", "aggregators", "bags"),
     "heads.engine": (
-        *("engine", "weighted", "ranking", "networks", "sharing", "scorers", "results"),
-        *("sampling", "instances", "adam"),
+        *("engine", "weighted", "ranking", "networks", "trainer", "sharing", "scorers"),
+        *("results", "sampling", "instances"),
     ),
     "heads.aggregators": ("networks", "ranking", "weighted"),
     "features": ("store_writer", "store", "backbones", "views", "augmentation"),

@@ -18,11 +18,11 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
 from lymphfeat.heads.grid import require_linear, resolve
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, NetworkAggregator
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.settings import HeadSettings
 
-NETWORKS = [name for name, row in AGGREGATORS.items() if row.network is not None]
+NETWORKS = [name for name, row in AGGREGATORS.items() if isinstance(row, NetworkAggregator)]
 SIZES = [3, 1, 7, 4, 12, 2, 5, 9, 1, 6]
 BOUNDS = np.cumsum([0, *SIZES])
 CHANNELS = 6

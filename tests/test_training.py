@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.heads.aggregators.ranking import effective_k
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.engine.adam import StackedAdam
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
+from lymphfeat.heads.engine.scorers import StackedAdam
 from lymphfeat.heads.grid import head_name, resolve
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator, RankingAggregator
 from lymphfeat.heads.stack import NetworkHead, initial_scorer
 from lymphfeat.settings import HeadSettings
 from tests import references
@@ -56,7 +56,7 @@ def _splits(n: int = 2) -> list[Split]:
 HEADS = [
     resolve(HeadSettings(agg=agg, lr=0.05, weight_decay=0.01, k_agg=3, unit=unit))
     for agg, row in AGGREGATORS.items()
-    if row.network is None
+    if isinstance(row, LinearAggregator)
     for unit in ("image", "pixel")
 ] + [
     resolve(HeadSettings(agg="topk", lr=0.05, k_train=3, k_agg=2)),
@@ -119,7 +119,7 @@ class OneHead:
         self.sampler = Sampler(np.array(self.train), instances, self.sampling, self.generator)
         curves = []
         for _ in range(EPOCHS):
-            if AGGREGATORS[self.head.agg].family == "ranking":
+            if isinstance(AGGREGATORS[self.head.agg], RankingAggregator):
                 self._ranking_epoch()
             else:
                 self._weighted_epoch()
@@ -215,11 +215,10 @@ class OneHead:
     def _probability(self, bag: Tensor) -> float:
         scores = self._scores(bag)
         head = self.head
-        if AGGREGATORS[head.agg].family == "ranking":
+        aggregator = AGGREGATORS[head.agg]
+        if isinstance(aggregator, RankingAggregator):
             k = self._k(len(bag), head.k_agg)
-            return references.ranking_probability(
-                scores, k, AGGREGATORS[head.agg].bottom, head.reduce
-            )
+            return references.ranking_probability(scores, k, aggregator.bottom, head.reduce)
         with torch.no_grad():
             statistics = torch.tensor(self.running[0]), torch.tensor(self.running[1])
             return float(self._patient_logit(torch.tensor(scores), statistics).sigmoid())
@@ -325,7 +324,7 @@ def test_blocks_are_the_whole(features: Features) -> None:
     )
     np.testing.assert_allclose(whole.curves, cut.curves, atol=1e-5)
     np.testing.assert_allclose(whole.weight, cut.weight, atol=1e-5)
-    assert sorted(cut.networks) == sorted(whole.networks) == [len(fits) - 2, len(fits) - 1]
+    assert sorted(cut.modules) == sorted(whole.modules) == [len(fits) - 2, len(fits) - 1]
     assert seen[-1][:2] == (2 * len(fits), 2 * len(fits))
     assert "epoch 2 of 2, block" in seen[-1][2]
 
@@ -345,7 +344,9 @@ def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:
     # probabilities by no more than the one that moves most.
     bounds = [each.moved / 4 for each in linear[:6]]
     bounds.append(linear[6].moved * _steepness_of_bnsigmoid(linear[6], rounded) / 4)
-    bounds.append(_moved_by_bfloat16(rounded.networks[7], viewed[:, 0]) / 4)
+    network = rounded.modules[7]
+    assert isinstance(network, NetworkHead)
+    bounds.append(_moved_by_bfloat16(network, viewed[:, 0]) / 4)
     assert (rounded.rounding <= np.array(bounds) + 1e-6).all()
     # By definition: the weights of the run, applied in float32.
     scores = rounded.image_logits(4, viewed[:, 0].mean((-2, -1), dtype=np.float32))

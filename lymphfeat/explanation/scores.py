@@ -13,7 +13,7 @@ from torch import Tensor
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator, aggregator_of
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import CohortScorer, read_out
@@ -153,7 +153,7 @@ def _marks(settings: HeadSettings, images: Bags, logits: Tensor) -> Tensor:
     k = effective_k(bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
     highest = selected_mask(Ranking.of(flat, bags), k).reshape(logits.shape).any(1)
     mark = highest.to(torch.int8)
-    if AGGREGATORS[settings.agg].bottom:
+    if aggregator_of(settings, RankingAggregator).bottom:
         lowest = selected_mask(Ranking.of(flat, bags), k, bottom=True).reshape(logits.shape).any(1)
         mark[lowest & ~highest] = -1
     return mark

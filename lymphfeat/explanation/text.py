@@ -6,7 +6,7 @@ from lymphfeat.explanation.explanation import Explanation
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.thumbnails import Thumbnails
 from lymphfeat.heads.grid import head_name
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
 from lymphfeat.model.model import Model
 
 DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose."
@@ -57,7 +57,7 @@ def marks_told(model: Model) -> str:
         "Below each cell are its score and its weight in the decision; the bar shows that weight "
         "relative to the patient's largest."
     )
-    if aggregator.family != "ranking":
+    if not isinstance(aggregator, RankingAggregator):
         return f"Cells run from the highest score to the lowest; every cell counts. {bar}"
     k = f"{settings.k_agg}" if settings.k_percent is None else f"{settings.k_percent:g} %"
     what = "cells" if settings.unit == "image" else "pixels (cells that contain one are framed)"

@@ -6,7 +6,13 @@ from itertools import product
 from typing import Any
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.heads.registry import AGGREGATORS, COUNTED_K, PERCENT_K
+from lymphfeat.heads.registry import (
+    AGGREGATORS,
+    COUNTED_K,
+    PERCENT_K,
+    LinearAggregator,
+    aggregator_of,
+)
 from lymphfeat.settings import HeadGrid, HeadSettings
 
 DEFAULT_K = (5, 10)  # of `--agg all`
@@ -26,7 +32,6 @@ def resolve(settings: HeadSettings) -> HeadSettings:
         )
     if (settings.agg, settings.k_train, settings.k_agg, settings.k_percent) == ("topk", 1, 1, None):
         settings = replace(settings, agg="top1")
-    aggregator = AGGREGATORS[settings.agg]
     read = {"agg", *_read(settings), *_OPTIMISER}
     unread = {
         field.name: getattr(_DEFAULTS, field.name)
@@ -34,19 +39,13 @@ def resolve(settings: HeadSettings) -> HeadSettings:
         if field.name not in read
     }
     resolved = replace(settings, **unread)
-    if "unit" in aggregator.reads:
-        resolved = replace(resolved, unit=settings.unit or aggregator.unit)
+    resolved = replace(resolved, unit=resolved.unit or AGGREGATORS[settings.agg].unit)
     return replace(resolved, k_agg=1) if settings.agg == "top1" else resolved
 
 
 def require_linear(settings: HeadSettings) -> None:
     """Raise SettingsError for what only heads on cached maps support: networks, class weights."""
-    if AGGREGATORS[settings.agg].network is not None:
-        linear = [name for name, row in AGGREGATORS.items() if row.network is None]
-        raise SettingsError(
-            f"agg (={settings.agg}) must be one of {', '.join(linear)} here; attention, "
-            "transformer and lstm are trained on cached maps by fit-head."
-        )
+    aggregator_of(settings, LinearAggregator)
     if settings.class_weights != "none":
         raise SettingsError(
             f"class_weights (={settings.class_weights}) must be none here; only fit-head, which "

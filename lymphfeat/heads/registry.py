@@ -1,192 +1,174 @@
-"""The name table of aggregators.
+"""The families of aggregators, one class each, and the name table.
 
 Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATORS`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lymphfeat.heads.aggregators import weighted
+from lymphfeat.errors import SettingsError
+from lymphfeat.heads.aggregators import ranking, weighted
 from lymphfeat.heads.aggregators.networks import LSTM, Attention, Transformer, gated_attention
+from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
+from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
 from lymphfeat.settings import HeadSettings
+
+COUNTED_K, PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
+_K = (*COUNTED_K, *PERCENT_K)
 
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A row of the name table."""
+    """How a head turns the images of a patient into a probability; a row of the name table."""
 
-    # "ranking": trained on instances; "weighted": trained on patients; "network": trained on
-    # patients, and not a mean of linear scores
-    family: str
-    unit: str  # the default unit; networks have none, they read images
+    family: ClassVar[str]
     about: str
-    reads: tuple[str, ...] = ("unit",)  # settings it uses, besides those of the optimiser
-    bottom: bool = False  # ranking family: whether the lowest instances count too
-    # Weighted family: (state, logits (M, H), bags) -> patient logits (B, H), while training.
-    patient_logit: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
-    # Weighted family: (state, logits (M, H), bags) -> weights (M, H), each bag's adding up to 1.
-    weights: "Callable[[AggregatorState, Tensor, Bags], Tensor] | None" = None
-    # Network: (channels, settings) -> a module: images (m, C), bags -> patient logits (B,).
-    network: "Callable[[int, HeadSettings], nn.Module] | None" = None
+    _: KW_ONLY
+    reads: tuple[str, ...] = ()  # settings it uses, besides those of the optimiser
+    unit: str = ""  # the default unit of those that read `unit`
 
 
 @dataclass(frozen=True)
-class AggregatorState:
-    """What the aggregators of H heads use besides the logits; every tensor is (H,)."""
+class LinearAggregator(Aggregator):
+    """Aggregates the scores that a linear scorer gives to instances."""
 
-    gamma: Tensor  # bnsigmoid, trained
-    beta: Tensor  # bnsigmoid, trained
-    running_mean: Tensor  # bnsigmoid, updated in training
-    running_var: Tensor  # bnsigmoid, updated in training
-    temperature: Tensor  # lse
-    momentum: Tensor  # of the running statistics
-    training: bool = False
+    _: KW_ONLY
+    reads: tuple[str, ...] = ("unit",)
+    learns: tuple[str, ...] = ()  # of an `AggregatorState`, besides the scorer
 
-    @classmethod
-    def fresh(cls, settings: Sequence[HeadSettings], device: torch.device) -> "AggregatorState":
-        n = len(settings)
-        return cls(
-            gamma=torch.ones(n, device=device),
-            beta=torch.zeros(n, device=device),
-            running_mean=torch.zeros(n, device=device),
-            running_var=torch.ones(n, device=device),
-            temperature=torch.tensor([s.temperature for s in settings], device=device),
-            momentum=torch.tensor([s.momentum for s in settings], device=device),
-        )
+    def probability(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        """Return patient probabilities (B, H) from instance logits (M, H)."""
+        raise NotImplementedError
 
-    def columns(self, columns: "slice | Tensor") -> "AggregatorState":
-        """Select some heads; a slice shares memory, so that running statistics keep updating."""
-        tensors = {
-            field.name: getattr(self, field.name)[columns]
-            for field in fields(self)
-            if field.name != "training"
-        }
-        return replace(self, **tensors)
+    def weights(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        """Return the weight of each instance for its patient: (M, H), adding up to 1 per bag."""
+        raise NotImplementedError
 
 
-def _mean_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return bags.mean(logits)
+@dataclass(frozen=True)
+class RankingAggregator(LinearAggregator):
+    """Reads a patient's highest instances; trained on the highest instances."""
+
+    family: ClassVar[str] = "ranking"
+    _: KW_ONLY
+    unit: str = "image"
+    bottom: bool = False  # whether the lowest instances count too
+
+    def probability(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        return self.of_ranked(settings, Ranking.of(logits, bags))
+
+    def of_ranked(self, settings: HeadSettings, ranked: Ranking) -> Tensor:
+        """Return patient probabilities (B, H) from ranked instances."""
+        k = _k_of(settings, ranked.bags)
+        return ranking.selected_probability(ranked, k, bottom=self.bottom, reduce=settings.reduce)
+
+    def weights(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        if settings.reduce == "max":
+            return torch.zeros_like(logits).scatter_(0, bags.argmax(logits), 1.0)
+        k = _k_of(settings, bags)
+        mask = ranking.selected_mask(Ranking.of(logits, bags), k, bottom=self.bottom)  # (M, H)
+        return mask / bags.spread(bags.sum(mask.to(logits.dtype)))
 
 
-def _mean_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.mean_weights(logits, bags)
+def _k_of(settings: HeadSettings, bags: Bags) -> Tensor:
+    return effective_k(bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
 
 
-def _max_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return logits.gather(0, bags.argmax(logits))
+@dataclass(frozen=True)
+class WeightedAggregator(LinearAggregator):
+    """Averages the logits of all instances; trained on patients."""
+
+    family: ClassVar[str] = "weighted"
+    # (state, logits (M, H), bags) -> patient logits (B, H)
+    patient_logit: Callable[[AggregatorState, Tensor, Bags], Tensor]
+    _: KW_ONLY
+    unit: str = "pixel"
+    uniform: bool = False  # all weights are equal, so the mean of instances serves as well as they
+
+    def probability(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        return self.patient_logit(state, logits, bags).sigmoid()
+
+    def weights(
+        self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
+    ) -> Tensor:
+        with torch.enable_grad():
+            leaf = logits.detach().clone().requires_grad_()  # a clone leaves inference mode
+            total = self.patient_logit(state, leaf, bags).sum()
+            (gradient,) = torch.autograd.grad(total, leaf)
+        return gradient
 
 
-def _max_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.max_weights(logits, bags)
+@dataclass(frozen=True)
+class NetworkAggregator(Aggregator):
+    """A network on pooled images; trained on patients."""
+
+    family: ClassVar[str] = "network"
+    # (channels, settings) -> a module: images (m, C), bags -> patient logits (B,)
+    make: Callable[[int, HeadSettings], nn.Module]
 
 
-def _lse_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.lse_logit(logits, bags, state.temperature)
-
-
-def _lse_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.lse_weights(logits, bags, state.temperature)
-
-
-def _bnsigmoid_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    return weighted.weighted_logit(logits, _bnsigmoid_weights(state, logits, bags), bags)
-
-
-def _bnsigmoid_weights(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
-    if state.training:
-        statistics = weighted.moments(logits)
-        update_running(state, statistics)
-    else:
-        statistics = weighted.Moments(state.running_mean, state.running_var)
-    return weighted.bnsigmoid_weights(
-        logits, bags, gamma=state.gamma, beta=state.beta, statistics=statistics
-    )
-
-
-@torch.no_grad()
-def update_running(state: AggregatorState, statistics: weighted.Moments) -> None:
-    """Move the running statistics towards a batch's by each head's momentum, in place."""
-    state.running_mean.lerp_(statistics.mean, state.momentum)
-    state.running_var.lerp_(statistics.variance, state.momentum)
-
-
-COUNTED_K, PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
-_K = (*COUNTED_K, *PERCENT_K)
 AGGREGATORS: dict[str, Aggregator] = {
-    "top1": Aggregator("ranking", "image", "the highest instance decides (report §3.1)"),
-    "topk": Aggregator(
-        "ranking",
-        "image",
-        "mean probability of the k highest (report §3.2)",
-        reads=("unit", *_K, "reduce", "loss"),
+    "top1": RankingAggregator("the highest instance decides (report §3.1)"),
+    "topk": RankingAggregator(
+        "mean probability of the k highest (report §3.2)", reads=("unit", *_K, "reduce", "loss")
     ),
-    "topbottomk": Aggregator(
-        "ranking",
-        "image",
+    "topbottomk": RankingAggregator(
         "mean probability of the k highest and the k lowest (report §3.3)",
         reads=("unit", *_K, "loss"),
         bottom=True,
     ),
-    "mean": Aggregator(
-        "weighted",
-        "pixel",
-        "every instance has the same weight",
-        patient_logit=_mean_logit,
-        weights=_mean_weights,
+    "mean": WeightedAggregator(
+        "every instance has the same weight", weighted.mean_logit, uniform=True
     ),
-    "max": Aggregator(
-        "weighted",
-        "pixel",
-        "the highest logit, trained on whole patients",
-        patient_logit=_max_logit,
-        weights=_max_weights,
+    "max": WeightedAggregator("the highest logit, trained on whole patients", weighted.max_logit),
+    "lse": WeightedAggregator(
+        "log-mean-exp, between mean and max", weighted.lse_logit, reads=("unit", "temperature")
     ),
-    "lse": Aggregator(
-        "weighted",
-        "pixel",
-        "log-mean-exp, between mean and max",
-        reads=("unit", "temperature"),
-        patient_logit=_lse_logit,
-        weights=_lse_weights,
-    ),
-    "bnsigmoid": Aggregator(
-        "weighted",
-        "pixel",
+    "bnsigmoid": WeightedAggregator(
         "weights by batch-normalised sigmoid (report §3.4)",
+        weighted.bnsigmoid_logit,
         reads=("unit", "momentum"),
-        patient_logit=_bnsigmoid_logit,
-        weights=_bnsigmoid_weights,
+        learns=("gamma", "beta", "running_mean", "running_var"),
     ),
-    "attention": Aggregator(
-        "network",
-        "",
-        "weights by attention (Ilse et al. 2018)",
-        reads=("width",),
-        network=Attention,
+    "attention": NetworkAggregator(
+        "weights by attention (Ilse et al. 2018)", Attention, reads=("width",)
     ),
-    "gated-attention": Aggregator(
-        "network",
-        "",
-        "weights by gated attention (Ilse et al. 2018)",
-        reads=("width",),
-        network=gated_attention,
+    "gated-attention": NetworkAggregator(
+        "weights by gated attention (Ilse et al. 2018)", gated_attention, reads=("width",)
     ),
-    "transformer": Aggregator(
-        "network",
-        "",
-        "images attend to each other",
-        reads=("width", "layers"),
-        network=Transformer,
+    "transformer": NetworkAggregator(
+        "images attend to each other", Transformer, reads=("width", "layers")
     ),
-    "lstm": Aggregator(
-        "network",
-        "",
-        "a recurrent network reads the images in order",
-        reads=("width", "layers"),
-        network=LSTM,
+    "lstm": NetworkAggregator(
+        "a recurrent network reads the images in order", LSTM, reads=("width", "layers")
     ),
 }
+
+_Family = TypeVar("_Family", bound=Aggregator)
+
+
+def aggregator_of(settings: HeadSettings, family: type[_Family]) -> _Family:
+    """Return a head's aggregator. Raises SettingsError unless it is of the family."""
+    aggregator = AGGREGATORS[settings.agg]
+    if isinstance(aggregator, family):
+        return aggregator
+    names = ", ".join(name for name, row in AGGREGATORS.items() if isinstance(row, family))
+    raise SettingsError(
+        f"agg (={settings.agg}) must be one of {names} here; the others are trained on cached maps "
+        "by fit-head."
+    )

@@ -7,10 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lymphfeat.heads.aggregators import ranking, weighted
-from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
+from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.registry import AGGREGATORS, AggregatorState
+from lymphfeat.heads.registry import (
+    LinearAggregator,
+    NetworkAggregator,
+    WeightedAggregator,
+    aggregator_of,
+)
 from lymphfeat.settings import HeadSettings
 
 
@@ -23,7 +27,7 @@ class HeadStack(nn.Module):
     def __init__(self, settings: Sequence[HeadSettings], weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.settings = tuple(settings)
-        self.aggregator = AGGREGATORS[settings[0].agg]
+        self.aggregator = aggregator_of(settings[0], LinearAggregator)
         self.weight = nn.Parameter(weight)  # (H, C)
         self.bias = nn.Parameter(bias)  # (H,)
         state = AggregatorState.fresh(settings, weight.device)
@@ -49,25 +53,16 @@ class HeadStack(nn.Module):
 
     def patient_logit(self, logits: Tensor, bags: Bags) -> Tensor:
         """Aggregate instance logits (M, H) to patient logits (B, H); the weighted family only."""
-        assert self.aggregator.patient_logit is not None
-        return self.aggregator.patient_logit(self.state, logits, bags)
+        aggregator = aggregator_of(self.settings[0], WeightedAggregator)
+        return aggregator.patient_logit(self.state, logits, bags)
 
     def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
         """Return the weight of each instance for its patient: (M, H), adding up to 1 per bag."""
-        if self.aggregator.weights is not None:
-            return self.aggregator.weights(self.state, logits, bags)
-        first = self.settings[0]
-        if first.reduce == "max":
-            return weighted.max_weights(logits, bags)
-        k = effective_k(bags.sizes, first.k_agg, first.k_percent, first.k_min)
-        mask = ranking.selected_mask(Ranking.of(logits, bags), k, bottom=self.aggregator.bottom)
-        return mask / bags.spread(bags.sum(mask.to(logits.dtype)))
+        return self.aggregator.weights(self.settings[0], self.state, logits, bags)
 
     def probability(self, logits: Tensor, bags: Bags) -> Tensor:
         """Return patient probabilities (B, H) from instance logits (M, H)."""
-        if self.aggregator.family == "weighted":
-            return self.patient_logit(logits, bags).sigmoid()
-        return read_out(self.settings[0], Ranking.of(logits, bags))
+        return self.aggregator.probability(self.settings[0], self.state, logits, bags)
 
 
 class NetworkHead(nn.Module):
@@ -88,12 +83,11 @@ class NetworkHead(nn.Module):
         cls, settings: HeadSettings, mean: Tensor, scale: Tensor, generator: torch.Generator
     ) -> "NetworkHead":
         """Initialise a network from a generator, on the device of `mean`."""
-        make = AGGREGATORS[settings.agg].network
-        assert make is not None
+        aggregator = aggregator_of(settings, NetworkAggregator)
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
             torch.manual_seed(seed)
-            network = make(len(mean), settings)
+            network = aggregator.make(len(mean), settings)
         return cls(settings, network.to(mean.device), mean, scale)
 
     def forward(self, images: Tensor, bags: Bags) -> Tensor:
@@ -106,13 +100,6 @@ class NetworkHead(nn.Module):
         """Score images (m, C), each as a patient with a single image: (m,)."""
         logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
         return logits
-
-
-def read_out(settings: HeadSettings, ranked: Ranking) -> Tensor:
-    """Return patient probabilities (B, H) of a ranking-family head from ranked instances."""
-    k = effective_k(ranked.bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
-    bottom = AGGREGATORS[settings.agg].bottom
-    return ranking.selected_probability(ranked, k, bottom=bottom, reduce=settings.reduce)
 
 
 def initial_scorer(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,71 +1,98 @@
 """The weighted family (METHOD §2 B; report §3.4): a patient's logit as a weighted mean of logits.
 
-Each function maps logits (M, H) on ragged bags to weights (M, H) that add up to 1 over every bag.
+Each `…_logit` maps logits (M, H) on ragged bags to patient logits (B, H). How much an instance
+counts is the gradient by its logit; these weights are at least 0 and add up to 1 over every bag.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from lymphfeat.heads.bags import Bags
+from lymphfeat.settings import HeadSettings
 
 EPSILON = 1e-5
 
 
-def mean_weights(logits: Tensor, bags: Bags) -> Tensor:
-    """Return 1 / n for every instance of a bag of n."""
-    return bags.spread(1 / bags.sizes[:, None].to(logits.dtype)).expand_as(logits)
-
-
-def max_weights(logits: Tensor, bags: Bags) -> Tensor:
-    """Return 1 for each bag's highest instance, the first of equals, and 0 for the others."""
-    return torch.zeros_like(logits).scatter_(0, bags.argmax(logits), 1.0)
-
-
 @dataclass(frozen=True)
-class Moments:
-    """Mean and biased variance of logits over instances, one per head."""
+class AggregatorState:
+    """What the aggregators of H heads use besides the logits; every tensor is (H,)."""
 
-    mean: Tensor  # (H,)
-    variance: Tensor  # (H,)
+    gamma: Tensor  # bnsigmoid, trained
+    beta: Tensor  # bnsigmoid, trained
+    running_mean: Tensor  # bnsigmoid, updated in training
+    running_var: Tensor  # bnsigmoid, updated in training
+    temperature: Tensor  # lse
+    momentum: Tensor  # of the running statistics
+    training: bool = False
+
+    @classmethod
+    def fresh(cls, settings: Sequence[HeadSettings], device: torch.device) -> "AggregatorState":
+        n = len(settings)
+        return cls(
+            gamma=torch.ones(n, device=device),
+            beta=torch.zeros(n, device=device),
+            running_mean=torch.zeros(n, device=device),
+            running_var=torch.ones(n, device=device),
+            temperature=torch.tensor([s.temperature for s in settings], device=device),
+            momentum=torch.tensor([s.momentum for s in settings], device=device),
+        )
+
+    def columns(self, columns: "slice | Tensor") -> "AggregatorState":
+        """Select some heads; a slice shares memory, so that running statistics keep updating."""
+        tensors = {
+            field.name: getattr(self, field.name)[columns]
+            for field in fields(self)
+            if field.name != "training"
+        }
+        return replace(self, **tensors)
 
 
-def moments(logits: Tensor) -> Moments:
-    """Return the moments over all instances (M, H) of all bags of a batch."""
-    logits = logits.detach()
-    return Moments(logits.mean(0), logits.var(0, unbiased=False))
+def mean_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    """Return the mean logit of every bag."""
+    return bags.mean(logits)
 
 
-def bnsigmoid_weights(
-    logits: Tensor, bags: Bags, *, gamma: Tensor, beta: Tensor, statistics: Moments
-) -> Tensor:
-    """Return σ(β + γ (sg(ℓ) − μ) / sqrt(V + ε)), divided by their sum over the bag.
-
-    γ, β (H,) get gradients, the logits do not. `statistics` are the batch's while training and the
-    running ones afterwards, so that a patient's score depends on no other patient.
-    """
-    normalized = (logits.detach() - statistics.mean) / (statistics.variance + EPSILON).sqrt()
-    # In the log domain the shares exist even where every sigmoid of a bag underflows.
-    log_weights = torch.nn.functional.logsigmoid(beta + gamma * normalized)  # (M, H)
-    return bags.softmax(log_weights)
+def max_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    """Return the highest logit of every bag; of equals the first gets the gradient."""
+    return logits.gather(0, bags.argmax(logits))
 
 
-def weighted_logit(logits: Tensor, weights: Tensor, bags: Bags) -> Tensor:
-    """Return each patient's logit Σ α ℓ: (B, H)."""
-    return bags.sum(weights * logits)
-
-
-def lse_logit(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
-    """Return the log-mean-exp at temperature r (H,): (1/r) log mean exp(r ℓ): (B, H).
+def lse_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    """Return the log-mean-exp at temperature r: (1/r) log mean exp(r ℓ).
 
     As r goes to 0 it tends to the mean, as r goes to infinity to the maximum.
     """
-    scaled = temperature * logits
+    scaled = state.temperature * logits
     largest = bags.max(scaled.detach())  # (B, H)
-    return (bags.mean((scaled - bags.spread(largest)).exp()).log() + largest) / temperature
+    means = bags.mean((scaled - bags.spread(largest)).exp())  # (B, H)
+    return (means.log() + largest) / state.temperature
 
 
-def lse_weights(logits: Tensor, bags: Bags, temperature: Tensor) -> Tensor:
-    """Return the gradient of `lse_logit`: softmax(r ℓ) over each bag, how much an image counts."""
-    return bags.softmax(temperature * logits)
+def bnsigmoid_logit(state: AggregatorState, logits: Tensor, bags: Bags) -> Tensor:
+    """Return Σ α ℓ; α is σ(β + γ (sg(ℓ) − μ) / sqrt(V + ε)), divided by its sum over the bag.
+
+    γ and β get gradients, the logits within α do not. μ and V are the batch's while training and
+    the running ones afterwards, so that a patient's score depends on no other patient.
+    """
+    mean, variance = _moments(state, logits)
+    normalized = (logits.detach() - mean) / (variance + EPSILON).sqrt()
+    # In the log domain the shares exist even where every sigmoid of a bag underflows.
+    log_weights = torch.nn.functional.logsigmoid(state.beta + state.gamma * normalized)  # (M, H)
+    return bags.sum(bags.softmax(log_weights) * logits)
+
+
+@torch.no_grad()
+def _moments(state: AggregatorState, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance (H,) that logits are normalised by.
+
+    While training the running ones move towards the batch's, in place.
+    """
+    if not state.training:
+        return state.running_mean, state.running_var
+    mean, variance = logits.mean(0), logits.var(0, unbiased=False)
+    state.running_mean.lerp_(mean, state.momentum)
+    state.running_var.lerp_(variance, state.momentum)
+    return mean, variance

@@ -7,45 +7,34 @@ together gives the same as fitting one alone, and a grid can be cut into blocks 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from lymphfeat.heads.engine.instances import Features
-from lymphfeat.heads.engine.networks import NetworkTrainer
-from lymphfeat.heads.engine.ranking import RankingTrainer, learning
+from lymphfeat.heads.engine.networks import NetworkHeadTrainer
+from lymphfeat.heads.engine.ranking import RankingHeadTrainer
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.engine.sharing import by_split, exchange, own_share
-from lymphfeat.heads.engine.weighted import WeightedTrainer, unit_of
+from lymphfeat.heads.engine.trainer import HeadTrainer
+from lymphfeat.heads.engine.weighted import WeightedHeadTrainer
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.runtime.devices import available_memory
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
 
-
-class Trainer(Protocol):
-    """What trains the fits of one stack."""
-
-    def run_epoch(self, epoch: int, result: FittedHeads) -> None:
-        """Train for an epoch and evaluate; write losses and probabilities."""
-
-    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
-        """Evaluate on other features, into a result of one epoch."""
-
-    def keep(self, result: FittedHeads) -> None:
-        """Write the learnt parameters."""
-
-
-TRAINERS: dict[str, type[RankingTrainer] | type[WeightedTrainer] | type[NetworkTrainer]] = {
-    "ranking": RankingTrainer,
-    "weighted": WeightedTrainer,
-    "network": NetworkTrainer,
+TRAINERS: dict[str, type[HeadTrainer]] = {
+    "ranking": RankingHeadTrainer,
+    "weighted": WeightedHeadTrainer,
+    "network": NetworkHeadTrainer,
 }
+
+
+def _trainer_of(head: HeadSettings) -> type[HeadTrainer]:
+    return TRAINERS[AGGREGATORS[head.agg].family]
 
 
 def fit_stacked(
@@ -109,12 +98,11 @@ def _fit_block(
     count: Callable[[int, int], None],
 ) -> None:
     """Fit some of the fits of a result together, and write their results into it."""
-    groups = _group(result.fits, positions, sampling)
-    trainers = [_make_trainer(features, result.fits, group, sampling, tta=tta) for group in groups]
+    trainers = _make_trainers(features, result.fits, positions, sampling, tta=tta)
     for epoch in range(result.losses.shape[1]):
-        for trainer, group in zip(trainers, groups, strict=True):
+        for trainer in trainers:
             trainer.run_epoch(epoch, result)
-            count(len(group), epoch)
+            count(len(trainer), epoch)
     if features.dtype != torch.float32:
         _compare_with_float32(features, result, positions, trainers)
     for trainer in trainers:
@@ -122,7 +110,10 @@ def _fit_block(
 
 
 def _compare_with_float32(
-    features: Features, result: FittedHeads, positions: Sequence[int], trainers: Sequence[Trainer]
+    features: Features,
+    result: FittedHeads,
+    positions: Sequence[int],
+    trainers: Sequence[HeadTrainer],
 ) -> None:
     exact = FittedHeads.empty(
         result.fits, epochs=1, patients=len(features.labels), channels=features.channels
@@ -143,7 +134,7 @@ def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) ->
     for position in by_split(fits):
         fit = fits[position]
         if fit.head not in sizes:
-            sizes[fit.head] = _bytes_of(fit.head, channels, batch_size)
+            sizes[fit.head] = _trainer_of(fit.head).bytes_of(fit.head, channels, batch_size)
         if blocks[-1] and held + sizes[fit.head] > memory:
             blocks.append([])
             held = 0
@@ -152,38 +143,18 @@ def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) ->
     return blocks
 
 
-def _bytes_of(head: HeadSettings, channels: int, batch_size: int) -> int:
-    """Estimate the memory of a fit in training, in bytes."""
-    aggregator = AGGREGATORS[head.agg]
-    if aggregator.network is not None:
-        with torch.device("meta"):
-            network = aggregator.network(channels, head)
-        return 16 * sum(parameter.numel() for parameter in network.parameters())
-    batch = batch_size * head.k_train if aggregator.family == "ranking" else 0
-    # Weight, two moments, gradient, scale, mean and their temporaries; a batch, copied twice.
-    return 4 * channels * (10 + 3 * batch)
-
-
-def _group(fits: Sequence[Fit], positions: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """Group the positions of fits that can be trained as one stack."""
-    groups: dict[tuple[str, HeadSettings], list[int]] = defaultdict(list)
+def _make_trainers(
+    features: Features,
+    fits: Sequence[Fit],
+    positions: Sequence[int],
+    sampling: Sampling,
+    *,
+    tta: bool,
+) -> list[HeadTrainer]:
+    """Make a trainer for every stack of fits."""
+    stacks: dict[tuple[type[HeadTrainer], Hashable], dict[int, Fit]] = defaultdict(dict)
     for position in positions:
-        groups[_stack_key(fits[position].head, sampling)].append(position)
-    return list(groups.values())
-
-
-def _stack_key(head: HeadSettings, sampling: Sampling) -> tuple[str, HeadSettings]:
-    """Blank out what may differ within one stack."""
-    if AGGREGATORS[head.agg].family == "network":
-        return "image", HeadSettings(agg="attention")
-    if AGGREGATORS[head.agg].family == "ranking":
-        own = replace(learning(head), lr=1.0, weight_decay=0.0, class_weights="none")
-        return head.unit, own
-    return unit_of(head, sampling), HeadSettings(agg="mean")
-
-
-def _make_trainer(
-    features: Features, fits: Sequence[Fit], positions: list[int], sampling: Sampling, *, tta: bool
-) -> Trainer:
-    trainer = TRAINERS[AGGREGATORS[fits[positions[0]].head.agg].family]
-    return trainer(features, fits, positions, sampling, tta=tta)
+        head = fits[position].head
+        trainer = _trainer_of(head)
+        stacks[trainer, trainer.stack_key(head, sampling)][position] = fits[position]
+    return [trainer(features, own, sampling, tta=tta) for (trainer, _), own in stacks.items()]

@@ -2,11 +2,11 @@
 
 All fits of one k_train share one matrix product per ranking phase and one batched step per
 mini-batch.
-Heads that differ only in their read-out (top1, topk at any k, topbottomk) share one scorer.
+Heads that differ only in how they aggregate (top1, topk at any k, topbottomk) share one scorer.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,28 +16,23 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
-from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.instances import Features, Instances
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampler, Sampling, batched
 from lymphfeat.heads.engine.scorers import Scorers, score
-from lymphfeat.heads.stack import read_out
+from lymphfeat.heads.engine.trainer import HeadTrainer, runs
+from lymphfeat.heads.registry import RankingAggregator, aggregator_of
 from lymphfeat.settings import HeadSettings
 
 
-def learning(head: HeadSettings) -> HeadSettings:
-    """Reset the settings of a head's read-out and keep those of its training."""
-    return HeadSettings(
-        agg="topk",
-        unit=head.unit,
-        k_train=head.k_train,
-        k_percent=head.k_percent,
-        k_min=head.k_min,
-        loss=head.loss,
-        class_weights=head.class_weights,
-        lr=head.lr,
-        weight_decay=head.weight_decay,
-    )
+def _learning(head: HeadSettings) -> HeadSettings:
+    """Reset the settings of a head that do not change what its scorer learns."""
+    return replace(head, agg="topk", k_agg=1, reduce="mean")
+
+
+def _aggregation(head: HeadSettings) -> HeadSettings:
+    """Reset the settings of a head that only its optimiser uses."""
+    return replace(head, lr=1.0, weight_decay=0.0, class_weights="none")
 
 
 @dataclass(frozen=True)
@@ -49,55 +44,54 @@ class _Lane:
 
 
 @dataclass(frozen=True)
-class _ReadOut:
-    """Fits with the same read-out of a ranking."""
+class _Reading:
+    """Fits that aggregate in the same way."""
 
     head: HeadSettings
     columns: Tensor | None  # (n,) their scorers; None is every one
-    positions: list[int]
+    places: list[int]  # (n,) among the fits to evaluate
+
+    def of(self, ranking: Ranking) -> Tensor:
+        """Return the fits' probabilities of a chunk of patients: (n, b)."""
+        chosen = ranking if self.columns is None else ranking.columns(self.columns)
+        return aggregator_of(self.head, RankingAggregator).of_ranked(self.head, chosen).T
 
 
-class RankingTrainer:
+class RankingHeadTrainer(HeadTrainer):
     """Trains fits that agree in unit, k_train and loss."""
 
     def __init__(
-        self,
-        features: Features,
-        fits: Sequence[Fit],
-        positions: Sequence[int],
-        sampling: Sampling,
-        *,
-        tta: bool = False,
+        self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:
-        """Take the positions of the fits that this trainer is for."""
-        shared: dict[tuple[str, HeadSettings], list[int]] = defaultdict(list)
-        for position in sorted(positions, key=lambda position: fits[position].split.id):
-            shared[fits[position].split.id, learning(fits[position].head)].append(position)
-        self._fits, self._positions = fits, list(shared.values())
-        own = [fits[group[0]] for group in self._positions]
+        super().__init__(features, fits, sampling, tta=tta)
+        keys = [(fit.split.id, _learning(fit.head)) for fit in self._fits]
+        learners: dict[Hashable, Fit] = {}  # a fit of every scorer
+        for key, fit in zip(keys, self._fits, strict=True):
+            learners.setdefault(key, fit)
+        column = {key: i for i, key in enumerate(learners)}
+        self._columns = [column[key] for key in keys]  # (n,) the scorer of every fit
+        own = list(learners.values())
         self._head = own[0].head
-        self._instances = features.of_unit(self._head.unit)
-        self._views = range(sampling.views if tta else 1)
-        self._labels = features.labels
-        self._sampling = sampling
         self._scorers = Scorers(features, own)
         self._adam = self._scorers.optimizer(own)
-        self._lanes = self._make_lanes(features, own)
+        self._lanes = [
+            self._make_lane(own[columns.start], columns)
+            for columns in runs([fit.split.id for fit in own])
+        ]
         self._k = self._count_k()
         self._top = self._select()
 
-    def _make_lanes(self, features: Features, own: Sequence[Fit]) -> list[_Lane]:
-        lanes: list[_Lane] = []
-        for column, fit in enumerate(own):
-            if column and own[column - 1].split.id == fit.split.id:
-                lanes[-1] = replace(lanes[-1], columns=slice(lanes[-1].columns.start, column + 1))
-                continue
-            train = features.rows_of(fit.split.train)
-            sampler = Sampler(
-                train, self._instances, self._sampling, self._scorers.generators[column]
-            )
-            lanes.append(_Lane(sampler, slice(column, column + 1)))
-        return lanes
+    def _make_lane(self, fit: Fit, columns: slice) -> _Lane:
+        return _Lane(self._sampler(fit.split, self._scorers.generators[columns.start]), columns)
+
+    @classmethod
+    def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
+        return _aggregation(_learning(head))
+
+    @classmethod
+    def bytes_of(cls, head: HeadSettings, channels: int, batch_size: int) -> int:
+        batch = 3 * batch_size * head.k_train  # copied twice
+        return super().bytes_of(head, channels, batch_size) + 4 * channels * batch
 
     def _count_k(self) -> Tensor:
         """Return how many instances of each patient are learnt from: (P,), on the CPU."""
@@ -107,82 +101,52 @@ class RankingTrainer:
             sizes = sizes.clamp(max=most)
         return effective_k(sizes, self._head.k_train, self._head.k_percent, self._head.k_min)
 
-    def run_epoch(self, epoch: int, result: FittedHeads) -> None:
-        """Learn from the instances ranked highest, rank again, read out the probabilities."""
-        losses = self._learn()  # (H,)
-        for scorer, group in enumerate(self._positions):
-            result.losses[group, epoch] = losses[scorer]
-        self._evaluate(epoch, result)
-
-    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
-        """Evaluate the trained heads on other features, into a result of one epoch."""
-        self._instances = features.of_unit(self._head.unit)
-        self._evaluate(0, result)
-
-    def _evaluate(self, epoch: int, result: FittedHeads) -> None:
-        last = epoch == result.losses.shape[1] - 1
-        read_outs = self._wanted(last)
-        for wanted in read_outs:
-            result.curves[wanted.positions, epoch] = 0
-        for view in self._views:
-            # The ranking of the identity serves this evaluation and the next epoch's learning.
-            self._rank(view, read_outs, epoch, result, select=view == 0 and not last)
-
-    def _wanted(self, last: bool) -> list[_ReadOut]:
-        """List what to evaluate after an epoch."""
-        scorers: dict[HeadSettings, list[int]] = defaultdict(list)
-        positions: dict[HeadSettings, list[int]] = defaultdict(list)
-        for scorer, group in enumerate(self._positions):
-            for position in group:
-                if last or self._fits[position].curve:
-                    head = self._fits[position].head
-                    key = replace(head, lr=1.0, weight_decay=0.0, class_weights="none")
-                    scorers[key].append(scorer)
-                    positions[key].append(position)
-        return [_ReadOut(head, self._columns(scorers[head]), positions[head]) for head in scorers]
-
-    def _columns(self, scorers: list[int]) -> Tensor | None:
-        if scorers == list(range(len(self._positions))):
-            return None
-        return torch.tensor(scorers, device=self._instances.device)
-
     # --- ranking ----------------------------------------------------------------------------------
 
-    def _rank(
-        self,
-        view: int,
-        read_outs: Sequence[_ReadOut],
-        epoch: int,
-        result: FittedHeads,
-        *,
-        select: bool,
-    ) -> None:
-        """Rank all instances in a view; add its share to the probabilities, select for learning."""
-        weight, bias = self._scorers.folded()
+    def _probabilities(
+        self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
+    ) -> Tensor:
+        # The ranking of the identity serves this evaluation and the next epoch's learning.
+        select = view == 0 and not last
         drawn = self._draw() if select else None
+        readings = self._readings(wanted)
+        result = self._scorers.bias.new_empty(len(wanted), len(self._labels))
         tops = []
-        for patients, instances, bags in self._instances.chunks(len(weight), view):
-            logits = score(instances, weight, bias)
-            ranking = Ranking.of(logits, bags)
-            for wanted in read_outs:
-                chosen = ranking if wanted.columns is None else ranking.columns(wanted.columns)
-                share = read_out(wanted.head, chosen).T.cpu().numpy() / len(self._views)  # (n, b)
-                result.curves[wanted.positions, epoch, patients] += share
+        for patients, logits, ranking in self._rank(instances, view):
+            for reading in readings:
+                result[reading.places, patients] = reading.of(ranking)
             if select:
-                tops.append(self._top_of(ranking, patients, logits, bags, drawn))
+                tops.append(self._top_of(patients, logits, ranking, drawn))
         if select:
             self._top = torch.cat(tops)
+        return result
+
+    def _readings(self, wanted: Sequence[int]) -> list[_Reading]:
+        places: dict[HeadSettings, list[int]] = defaultdict(list)
+        for place in sorted(range(len(wanted)), key=lambda place: self._columns[wanted[place]]):
+            places[_aggregation(self._fits[wanted[place]].head)].append(place)
+        return [
+            _Reading(head, self._selection([self._columns[wanted[place]] for place in own]), own)
+            for head, own in places.items()
+        ]
+
+    def _selection(self, columns: list[int]) -> Tensor | None:
+        if columns == list(range(len(self._scorers.bias))):
+            return None
+        return torch.tensor(columns, device=self._instances.device)
 
     def _select(self) -> Tensor:
         """Return the rows (P, H, k) of the instances to learn from first, on the CPU."""
-        weight, bias = self._scorers.folded()
         drawn = self._draw()
-        return torch.cat(
-            [
-                self._top_of(None, patients, score(instances, weight, bias), bags, drawn)
-                for patients, instances, bags in self._instances.chunks(len(weight))
-            ]
-        )
+        ranked = self._rank(self._instances, 0)
+        return torch.cat([self._top_of(*chunk, drawn) for chunk in ranked])
+
+    def _rank(self, instances: Instances, view: int) -> Iterator[tuple[slice, Tensor, Ranking]]:
+        """Rank all instances in a view: (patients, logits (m, H), ranking) of some at a time."""
+        weight, bias = self._scorers.folded()
+        for patients, values, bags in instances.chunks(len(weight), view):
+            logits = score(values, weight, bias)
+            yield patients, logits, Ranking.of(logits, bags)
 
     def _draw(self) -> Tensor | None:
         """Mark the instances drawn for each lane's next epoch: (lanes, M); None is all."""
@@ -197,12 +161,7 @@ class RankingTrainer:
         return instances.to(self._instances.device)
 
     def _top_of(
-        self,
-        ranking: Ranking | None,
-        patients: slice,
-        logits: Tensor,
-        bags: Bags,
-        drawn: Tensor | None,
+        self, patients: slice, logits: Tensor, ranking: Ranking, drawn: Tensor | None
     ) -> Tensor:
         """Return the rows, among all, of a chunk's highest instances: (b, H, k), on the CPU."""
         start = int(self._instances.images[patients.start]) * self._instances.per_image
@@ -210,13 +169,13 @@ class RankingTrainer:
             widths = [lane.columns.stop - lane.columns.start for lane in self._lanes]
             of_column = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
             seen = drawn[:, start : start + len(logits)][of_column.to(drawn.device)]  # (H, m)
-            logits, ranking = logits.masked_fill(~seen.T, -torch.inf), None
-        ranking = ranking or Ranking.of(logits, bags)
+            ranking = Ranking.of(logits.masked_fill(~seen.T, -torch.inf), ranking.bags)
         return ranking.top(int(self._k.max())).cpu() + start
 
     # --- learning ---------------------------------------------------------------------------------
 
     def _learn(self) -> NDArray[np.float32]:
+        """Learn from the instances ranked highest."""
         rows, views = self._plan()
         totals = torch.zeros(len(rows), device=rows.device)
         steps = torch.zeros(len(rows), device=rows.device)
@@ -224,7 +183,7 @@ class RankingTrainer:
             loss, active = self._step(rows[:, step], None if views is None else views[:, step])
             totals += loss
             steps += active
-        return np.asarray((totals / steps).cpu().numpy())
+        return np.asarray((totals / steps)[self._columns].cpu().numpy())
 
     def _plan(self) -> tuple[Tensor, Tensor | None]:
         """Lay out each scorer's shuffled mini-batches of instance rows: (H, steps, batch, k).
@@ -237,7 +196,7 @@ class RankingTrainer:
         steps = max(len(order) for order in orders)
         device = self._instances.device
         _, batch, _, k = orders[0].shape
-        plan = torch.full((len(self._positions), steps, batch, k), -1)
+        plan = torch.full((len(self._scorers.bias), steps, batch, k), -1)
         views = torch.zeros_like(plan)
         for lane, order in zip(self._lanes, orders, strict=True):
             plan[lane.columns, : len(order)] = order.movedim(2, 0)
@@ -278,8 +237,4 @@ class RankingTrainer:
         return (losses * counts).sum(1), active
 
     def keep(self, result: FittedHeads) -> None:
-        """Write the scorers, folded, into the result."""
-        weight, bias = self._scorers.folded()
-        for scorer, group in enumerate(self._positions):
-            result.weight[group] = weight[scorer].cpu().numpy()
-            result.bias[group] = bias[scorer].cpu().numpy()
+        self._scorers.keep(result, self._positions, self._columns)

@@ -2,15 +2,17 @@
 
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lymphfeat.cohort.splits import Split
-from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.heads.registry import LinearAggregator, aggregator_of
 from lymphfeat.settings import HeadSettings
 
 EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # of bnsigmoid, besides the scorer
@@ -26,6 +28,16 @@ class Fit:
     curve: bool = True  # whether to evaluate after every epoch, or only after the last
 
 
+class FittedModule(Protocol):
+    """A fitted head that is more than a linear scorer and its aggregator, on the CPU."""
+
+    def image_logits(self, images: Tensor) -> Tensor:
+        """Score pooled images (n, C): (n,)."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return everything that the head has learnt, by name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FittedHeads:
     """The results of fits, in the order requested."""
@@ -33,12 +45,12 @@ class FittedHeads:
     fits: tuple[Fit, ...]
     curves: NDArray[np.float32]  # (fits, epochs, P) probabilities after every epoch; NaN unasked
     losses: NDArray[np.float32]  # (fits, epochs) mean training loss
-    weight: NDArray[np.float32]  # (fits, C), as applied to raw features; NaN of networks
+    weight: NDArray[np.float32]  # (fits, C), as applied to raw features; NaN of modules
     bias: NDArray[np.float32]  # (fits,)
     extras: dict[str, NDArray[np.float32]]  # gamma, beta, running_mean, running_var: (fits,)
     # (fits,) how far any patient's last probability is from the same weights' in float32
     rounding: NDArray[np.float32]
-    networks: dict[int, NetworkHead] = field(default_factory=dict)  # by position, on the CPU
+    modules: dict[int, FittedModule] = field(default_factory=dict)  # by position
 
     @classmethod
     def empty(
@@ -80,17 +92,30 @@ class FittedHeads:
             bias=self.bias[index],
             extras={name: values[index] for name, values in self.extras.items()},
             rounding=self.rounding[index],
-            networks={
-                new: self.networks[old] for new, old in enumerate(index) if old in self.networks
+            modules={
+                new: self.modules[old] for new, old in enumerate(index) if old in self.modules
             },
         )
 
     def image_logits(self, position: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Score pooled images (n, C) by one of the heads: (n,)."""
-        if position in self.networks:
-            scores = self.networks[position].image_logits(torch.from_numpy(images))
+        if position in self.modules:
+            scores = self.modules[position].image_logits(torch.from_numpy(images))
             return np.asarray(scores.numpy())
         return np.asarray(images @ self.weight[position] + self.bias[position])
+
+    def tensors(self, position: int) -> dict[str, NDArray[np.float32]]:
+        """Return everything that one of the heads has learnt, by name."""
+        if position in self.modules:
+            state = self.modules[position].state_dict()
+            return {name: np.asarray(value.numpy()) for name, value in state.items()}
+        learns = aggregator_of(self.fits[position].head, LinearAggregator).learns
+        one = slice(position, position + 1)
+        return {
+            "weight": self.weight[position],
+            "bias": self.bias[one],
+            **{name: self.extras[name][one] for name in learns},
+        }
 
     def put(self, positions: Sequence[int], part: "FittedHeads") -> None:
         """Write the results of some of the fits."""
@@ -99,7 +124,7 @@ class FittedHeads:
             getattr(self, name)[index] = getattr(part, name)
         for name, values in part.extras.items():
             self.extras[name][index] = values
-        self.networks.update({index[i]: network for i, network in part.networks.items()})
+        self.modules.update({index[i]: module for i, module in part.modules.items()})
 
 
 def _nan(shape: tuple[int, ...]) -> NDArray[np.float32]:

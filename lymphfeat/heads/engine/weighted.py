@@ -7,22 +7,25 @@ that features are read twice per step and nothing of their size is allocated.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.instances import Features, Instances
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
 from lymphfeat.heads.engine.scorers import Scorers, score
-from lymphfeat.heads.registry import AGGREGATORS, AggregatorState
+from lymphfeat.heads.engine.trainer import HeadTrainer, runs
+from lymphfeat.heads.registry import WeightedAggregator, aggregator_of
 from lymphfeat.settings import HeadSettings
 
 _LANE_HEADS = 64  # at most, in one lane
@@ -31,171 +34,164 @@ _EVALUATED_HEADS = 256  # at a time
 _SMALL = 8  # instances of a patient, below which reading is cheaper than sharing what is read
 
 
-def unit_of(head: HeadSettings, sampling: Sampling) -> str:
-    """Return the unit to read: a mean of scores is the score of the mean, also over a patient."""
-    if head.agg != "mean":
-        return head.unit
-    return "patient" if sampling.whole else "image"
-
-
-class WeightedTrainer:
+class WeightedHeadTrainer(HeadTrainer):
     """Trains fits of one unit."""
 
     def __init__(
-        self,
-        features: Features,
-        fits: Sequence[Fit],
-        positions: Sequence[int],
-        sampling: Sampling,
-        *,
-        tta: bool = False,
+        self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:
-        """Take the positions of the fits that this trainer is for."""
-        # Sorted by split, then aggregator: the heads of a split are adjacent, and within it those
-        # of an aggregator.
-        self._positions = sorted(positions, key=lambda p: (fits[p].split.id, fits[p].head.agg))
-        own = [fits[position] for position in self._positions]
-        self._unit = unit_of(own[0].head, sampling)
-        self._instances = features.of_unit(self._unit)
+        super().__init__(features, fits, sampling, tta=tta)
         self._sharing = sampling.whole and self._instances.mean_size >= _SMALL
-        self._views = range(sampling.views if tta else 1)
-        self._labels = features.labels
-        self._scorers = Scorers(features, own)
-        self._state = AggregatorState.fresh([fit.head for fit in own], features.device)
-        self._adam = self._scorers.optimizer(own, self._state.gamma, self._state.beta)
+        self._scorers = Scorers(features, self._fits)
+        self._heads = [fit.head for fit in self._fits]
+        self._state = AggregatorState.fresh(self._heads, features.device)
+        self._adam = self._scorers.optimizer(self._fits, self._state.gamma, self._state.beta)
         self._lanes = [
-            _Lane(
-                sampler=Sampler(
-                    features.rows_of(own[columns.start].split.train),
-                    self._instances,
-                    sampling,
-                    self._scorers.generators[columns.start],
-                ),
-                columns=columns,
-                stacks=tuple(_runs([fit.head.agg for fit in own[columns]])),
-                aggs=tuple(fit.head.agg for fit in own[columns]),
-            )
-            for columns in _at_most(_runs([fit.split.id for fit in own]), _LANE_HEADS)
+            self._make_lane(self._fits[columns.start], columns)
+            for own in runs([fit.split.id for fit in self._fits])
+            for columns in _at_most(own, _LANE_HEADS)
         ]
-        self._aggs = [fit.head.agg for fit in own]
-        self._curves = [fit.curve for fit in own]
+
+    def _make_lane(self, fit: Fit, columns: slice) -> "_Lane":
+        sampler = self._sampler(fit.split, self._scorers.generators[columns.start])
+        return _Lane(sampler, columns, _stacks(self._heads[columns]))
+
+    @classmethod
+    def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
+        return cls.unit_of(head, sampling)
+
+    @classmethod
+    def unit_of(cls, head: HeadSettings, sampling: Sampling) -> str:
+        if not aggregator_of(head, WeightedAggregator).uniform:
+            return head.unit
+        return "patient" if sampling.whole else "image"
+
+    @staticmethod
+    def _place_of(fit: Fit) -> tuple[str, ...]:
+        return fit.split.id, fit.head.agg
 
     # --- training ---------------------------------------------------------------------------------
 
-    def run_epoch(self, epoch: int, result: FittedHeads) -> None:
-        """Train every lane for an epoch and evaluate all heads."""
+    def _learn(self) -> NDArray[np.float32]:
         plans = [lane.sampler.epoch() for lane in self._lanes]
-        totals = torch.zeros(len(self._aggs), device=self._labels.device)
-        for step in range(max(len(plan) for plan in plans)):
-            lanes = [
-                lane for lane, plan in zip(self._lanes, plans, strict=True) if step < len(plan)
-            ]
-            totals += self._step(lanes, [plan[step] for plan in plans if step < len(plan)])
+        totals = torch.zeros(len(self), device=self._labels.device)
+        for steps in zip_longest(
+            *plans
+        ):  # a batch, or None where a lane has no more, of every lane
+            pairs = zip(self._lanes, steps, strict=True)
+            totals += self._step([(lane, batch) for lane, batch in pairs if batch is not None])
         for lane, plan in zip(self._lanes, plans, strict=True):
             totals[lane.columns] /= len(plan)
-        result.losses[self._positions, epoch] = totals.cpu().numpy()
-        self._evaluate(epoch, result)
+        return np.asarray(totals.cpu().numpy())
 
-    def _step(self, lanes: Sequence["_Lane"], batches: Sequence[Batch]) -> Tensor:
-        """Take one step of some lanes on a batch each; return the losses (H,), 0 of the others."""
-        weight, bias = self._scorers.folded()
-        slopes = _Slopes.zeros(weight)
-        for block in self._blocks(lanes, batches):
-            self._differentiate(
-                [lanes[i] for i in block], [batches[i] for i in block], weight, bias, slopes
-            )
+    def _step(self, batches: "_Batches") -> Tensor:
+        """Take one step of some lanes; return the losses (H,), 0 of the other lanes."""
+        folded = self._scorers.folded()
+        slopes = _Slopes.zeros(folded[0])
+        for block in self._blocks(batches):
+            self._differentiate(block, folded, slopes)
         gradient = self._scorers.scaling.unfold_gradient(slopes.weight, slopes.bias)
-        active = torch.zeros_like(bias)
-        for lane in lanes:
+        active = torch.zeros_like(slopes.bias)
+        for lane, _ in batches:
             active[lane.columns] = 1
         self._adam.step([gradient, slopes.bias, slopes.gamma, slopes.beta], active)
         return slopes.loss
 
-    def _blocks(self, lanes: Sequence["_Lane"], batches: Sequence[Batch]) -> Iterator[list[int]]:
+    def _blocks(self, batches: "_Batches") -> Iterator["_Batches"]:
         """Cut the lanes of a step into blocks whose logits fit in memory."""
-        block: list[int] = []
+        block: list[tuple[_Lane, Batch]] = []
         held = 0
-        for i, (lane, batch) in enumerate(zip(lanes, batches, strict=True)):
+        for lane, batch in batches:
             values = int(batch.sizes.sum()) * self._instances.per_image * lane.width
             if block and (held + values > _STEP_VALUES or not self._sharing):
                 yield block
                 block, held = [], 0
-            block.append(i)
+            block.append((lane, batch))
             held += values
         yield block
 
     def _differentiate(
-        self,
-        lanes: Sequence["_Lane"],
-        batches: Sequence[Batch],
-        weight: Tensor,
-        bias: Tensor,
-        slopes: "_Slopes",
+        self, batches: "_Batches", folded: tuple[Tensor, Tensor], slopes: "_Slopes"
     ) -> None:
         """Add the losses of some lanes and their gradients by the folded scorers."""
         reads: _Reads = (
-            _SharedReads(self._instances, lanes, batches)
+            _SharedReads(self._instances, batches)
             if self._sharing
-            else _OwnReads(self._instances, lanes[0], batches[0])
+            else _OwnReads(self._instances, *batches[0])
         )
         of_logits = []
-        for lane, batch, logits in zip(lanes, batches, reads.logits(weight, bias), strict=True):
+        for (lane, batch), logits in zip(batches, reads.logits(*folded), strict=True):
             bags = Bags.of(batch.sizes * self._instances.per_image, logits.device)
             labels = self._labels[batch.patients.to(self._labels.device)]  # (b,)
             counts = self._scorers.class_weights[lane.columns][:, labels].T  # (b, K)
-            of_logits.append(lane.differentiate(self._state, logits, bags, labels, counts, slopes))
+            targets = _Targets(labels, counts)
+            of_logits.append(lane.differentiate(self._state, logits, bags, targets, slopes))
         reads.add_gradient(of_logits, slopes.weight)
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    def evaluate_on(self, features: Features, result: FittedHeads) -> None:
-        """Evaluate the trained heads on other features, into a result of one epoch."""
-        self._instances = features.of_unit(self._unit)
-        self._evaluate(0, result)
+    def _probabilities(
+        self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
+    ) -> Tensor:
+        result = self._scorers.bias.new_empty(len(wanted), len(self._labels))
+        order = sorted(range(len(wanted)), key=lambda place: self._heads[wanted[place]].agg)
+        for some in _at_most(slice(0, len(order)), _EVALUATED_HEADS):
+            columns = [wanted[place] for place in order[some]]
+            result[order[some]] = self._score(instances, columns, view).T
+        return result
 
-    def _evaluate(self, epoch: int, result: FittedHeads) -> None:
-        """Write every patient's probability for the heads whose curve is requested."""
-        last = epoch == result.losses.shape[1] - 1
-        wanted = [i for i, curve in enumerate(self._curves) if curve or last]
-        wanted.sort(key=lambda i: self._aggs[i])
-        for start in range(0, len(wanted), _EVALUATED_HEADS):
-            columns = wanted[start : start + _EVALUATED_HEADS]
-            positions = [self._positions[column] for column in columns]
-            probabilities = torch.stack([self._probabilities(columns, v) for v in self._views])
-            result.curves[positions, epoch] = probabilities.mean(0).T.cpu().numpy()
-
-    @torch.no_grad()
-    def _probabilities(self, columns: Sequence[int], view: int) -> Tensor:
+    def _score(self, instances: Instances, columns: Sequence[int], view: int) -> Tensor:
         """Return every patient's probability in a view by some heads: (P, n)."""
         chosen = torch.tensor(columns, device=self._labels.device)
         weight, bias = (part[chosen] for part in self._scorers.folded())
         state = self._state.columns(chosen)
-        stacks = _runs([self._aggs[column] for column in columns])
-        parts = []
-        for _, instances, bags in self._instances.chunks(len(columns), view):
-            logits = score(instances, weight, bias)
-            by_agg = [
-                _patient_logit(self._aggs[columns[stack.start]], state, stack, logits, bags)
-                for stack in stacks
-            ]
-            parts.append(torch.cat(by_agg, dim=1))
+        stacks = _stacks([self._heads[column] for column in columns])
+        parts = [
+            _patient_logits(stacks, state, score(values, weight, bias), bags)
+            for _, values, bags in instances.chunks(len(columns), view)
+        ]
         return torch.cat(parts).sigmoid()
 
     def keep(self, result: FittedHeads) -> None:
-        """Write the scorers, folded, and the aggregators' state into the result."""
-        weight, bias = self._scorers.folded()
-        result.weight[self._positions] = weight.cpu().numpy()
-        result.bias[self._positions] = bias.cpu().numpy()
+        self._scorers.keep(result, self._positions, range(len(self)))
         for name, values in result.extras.items():
             values[self._positions] = getattr(self._state, name).cpu().numpy()
 
 
-def _patient_logit(
-    agg: str, state: AggregatorState, stack: slice, logits: Tensor, bags: Bags
+@dataclass(frozen=True)
+class _Stack:
+    """Neighbouring heads of one aggregator."""
+
+    aggregator: WeightedAggregator
+    columns: slice
+
+
+def _stacks(heads: Sequence[HeadSettings]) -> list[_Stack]:
+    return [
+        _Stack(aggregator_of(heads[columns.start], WeightedAggregator), columns)
+        for columns in runs([head.agg for head in heads])
+    ]
+
+
+def _patient_logits(
+    stacks: Sequence[_Stack], state: AggregatorState, logits: Tensor, bags: Bags
 ) -> Tensor:
-    function = AGGREGATORS[agg].patient_logit
-    assert function is not None
-    return function(state.columns(stack), logits[:, stack].contiguous(), bags)
+    """Aggregate instance logits (m, K) of heads in stacks to patient logits (b, K)."""
+    parts = [
+        stack.aggregator.patient_logit(
+            state.columns(stack.columns), logits[:, stack.columns].contiguous(), bags
+        )
+        for stack in stacks
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the patients of a batch should be, and how much each counts in the loss."""
+
+    labels: Tensor  # (b,)
+    counts: Tensor  # (b, K)
 
 
 @dataclass(frozen=True)
@@ -214,45 +210,35 @@ class _Slopes:
         return cls(weight.new_zeros(n), torch.zeros_like(weight), *weight.new_zeros(3, n).unbind())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Lane:
     """Heads of one split: the same patients in the same order."""
 
     sampler: Sampler
     columns: slice  # among the trainer's heads
-    aggs: tuple[str, ...]  # of its heads
-    stacks: tuple[slice, ...]  # its heads of one aggregator each
+    stacks: list[_Stack]
 
     @property
     def width(self) -> int:
-        return len(self.aggs)
+        return int(self.columns.stop - self.columns.start)
 
     def differentiate(
         self,
         everything: AggregatorState,
         logits: Tensor,
         bags: Bags,
-        labels: Tensor,
-        counts: Tensor,
+        targets: _Targets,
         slopes: _Slopes,
     ) -> Tensor:
-        """Return the gradient (m, K) of the losses by logits (m, K); write the others to `slopes`.
-
-        `counts` (b, K) is how much each patient's loss counts.
-        """
+        """Return the gradient (m, K) of the losses by logits (m, K); write others to `slopes`."""
         own = replace(everything.columns(self.columns), training=True)
         leaves = [leaf.detach().requires_grad_() for leaf in (logits, own.gamma, own.beta)]
         state = replace(own, gamma=leaves[1], beta=leaves[2])
-        patient_logits = torch.cat(
-            [
-                _patient_logit(self.aggs[stack.start], state, stack, leaves[0], bags)
-                for stack in self.stacks
-            ],
-            dim=1,
-        )  # (b, K)
-        targets = labels[:, None].float().expand_as(patient_logits)
-        losses = binary_cross_entropy_with_logits(patient_logits, targets, counts, reduction="none")
-        losses = losses.mean(0)
+        patient_logits = _patient_logits(self.stacks, state, leaves[0], bags)  # (b, K)
+        labels = targets.labels[:, None].float().expand_as(patient_logits)
+        losses = binary_cross_entropy_with_logits(
+            patient_logits, labels, targets.counts, reduction="none"
+        ).mean(0)
         slope, gamma, beta = torch.autograd.grad(
             losses.sum(), leaves, allow_unused=True, materialize_grads=True
         )
@@ -260,6 +246,9 @@ class _Lane:
         slopes.bias[self.columns] = slope.sum(0)
         slopes.gamma[self.columns], slopes.beta[self.columns] = gamma, beta
         return slope
+
+
+_Batches = Sequence[tuple[_Lane, Batch]]  # of the lanes that take a step together
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -278,13 +267,11 @@ class _Reads(Protocol):
 class _SharedReads:
     """Whole patients, each read once for all lanes that need it."""
 
-    def __init__(
-        self, instances: Instances, lanes: Sequence[_Lane], batches: Sequence[Batch]
-    ) -> None:
-        self._instances, self._lanes = instances, lanes
-        self._lengths = [int(batch.sizes.sum()) * instances.per_image for batch in batches]
+    def __init__(self, instances: Instances, batches: _Batches) -> None:
+        self._instances, self._lanes = instances, [lane for lane, _ in batches]
+        self._lengths = [int(batch.sizes.sum()) * instances.per_image for _, batch in batches]
         wanted: dict[int, list[tuple[int, slice]]] = defaultdict(list)
-        for lane, batch in enumerate(batches):
+        for lane, (_, batch) in enumerate(batches):
             ends = np.cumsum([0, *(batch.sizes * instances.per_image)]).tolist()
             for patient, (start, stop) in zip(batch.patients.tolist(), pairwise(ends), strict=True):
                 wanted[patient].append((lane, slice(start, stop)))
@@ -335,16 +322,7 @@ class _OwnReads:
         gradient[self._lane.columns] += share.float()
 
 
-def _runs(values: Sequence[str]) -> list[slice]:
-    """Return the slices of equal neighbours."""
-    borders = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-    return [slice(start, stop) for start, stop in pairwise(borders)]
-
-
-def _at_most(runs: Sequence[slice], width: int) -> list[slice]:
-    """Cut slices that are wider."""
-    return [
-        slice(start, min(start + width, run.stop))
-        for run in runs
-        for start in range(run.start, run.stop, width)
-    ]
+def _at_most(run: slice, width: int) -> Iterator[slice]:
+    """Cut a slice that is wider."""
+    for start in range(run.start, run.stop, width):
+        yield slice(start, min(start + width, run.stop))
