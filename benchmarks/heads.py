@@ -49,6 +49,7 @@ from lymphfeat.settings import HeadGrid, HeadSettings
 PATIENTS, IMAGES, SHAPE = 163, 13_453, MapShape(views=1, channels=512, height=4, width=4)
 SEEDS, BATCH = 10, 16
 ABLATION = ("top1", "topk", "topbottomk", "mean", "max", "bnsigmoid")
+SAMPLING = Sampling(batch_size=BATCH)
 CPU = torch.device("cpu")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -116,8 +117,7 @@ class BareProducts:
         plans = []
         for split in splits:
             train = self._features.rows_of(split.train)
-            sampling = Sampling(batch_size=BATCH)
-            plans.append(Sampler(train, instances, sampling, split_generator(split)).epoch())
+            plans.append(Sampler(train, instances, SAMPLING, split_generator(split)).epoch())
         return [
             Counter(p for plan in plans for p in plan[step].patients.tolist())
             for step in range(len(plans[0]))
@@ -247,7 +247,7 @@ def attention_epochs(features: Features, split: Split, epochs: int) -> tuple[flo
     head = HeadSettings(agg="attention", width=128, lr=0.003)
     fit = Fit(head=head, split=split, curve=False)
     start = clock()
-    fitted = fit_stacked(features, [fit], epochs=epochs, batch_size=BATCH)
+    fitted = fit_stacked(features, [fit], epochs=epochs, sampling=SAMPLING)
     return clock() - start, float(fitted.losses[0, -1])
 
 
@@ -288,7 +288,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     names = dict.fromkeys(head_name(fit.head) for fit in fits)
     print(f"  {len(fits)} fits: {SEEDS} seeds × {', '.join(names)}")
     if epochs:
-        whole = timed(lambda: fit_stacked(features, fits, epochs=epochs, batch_size=BATCH))
+        whole = timed(lambda: fit_stacked(features, fits, epochs=epochs, sampling=SAMPLING))
         show(f"the ablation, {epochs} epochs", [whole])
         size = store.path.stat().st_size / 2**30
         show(f"peak memory; the store has {size:.2f} GB", [peak_memory()], "GB")
@@ -296,7 +296,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     ours, products, loops = [], [], []
     for _ in range(repeats):
         # The second epoch less the first: what every fit begins with counts once, not each time.
-        two = timed(lambda: fit_stacked(features, fits, epochs=3, batch_size=BATCH))
+        two = timed(lambda: fit_stacked(features, fits, epochs=3, sampling=SAMPLING))
         ours.append((two - _epoch(features, fits)) / 2)
         products.append(timed(bare.run_epoch))
         loops.append(plain_loop_epoch(features, fits))
@@ -309,7 +309,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
 
 
 def _epoch(features: Features, fits: Sequence[Fit]) -> float:
-    return timed(lambda: fit_stacked(features, fits, epochs=1, batch_size=BATCH))
+    return timed(lambda: fit_stacked(features, fits, epochs=1, sampling=SAMPLING))
 
 
 def compare_attention(features: Features, split: Split, repeats: int) -> None:

@@ -24,6 +24,7 @@ from lymphfeat.evaluation.scores import PlannedPatients, Scores, measure
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.settings import HeadSettings
@@ -205,7 +206,7 @@ def compare_single(seed: int, n: int, strength: float) -> dict[str, Values]:
     folds = folds_of(ids[:n], repeat.outer)
     splits = [whole, *repeat.outer]
     fits = [Fit(head=head, split=split) for head in HEADS for split in splits]
-    fitted = fit_stacked(features, fits, epochs=max(EPOCHS), batch_size=16)
+    fitted = fit_stacked(features, fits, epochs=max(EPOCHS), sampling=Sampling(batch_size=16))
     curves = fitted.curves.astype(np.float64).reshape(len(HEADS), len(splits), max(EPOCHS), -1)
     found = {}
     for head, curve in zip(HEADS, curves, strict=True):

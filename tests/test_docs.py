@@ -15,6 +15,7 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import expand
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack
@@ -93,7 +94,9 @@ def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) ->
     )
     split = report_splits(ids, labels, seeds=1)[0]
     (head,) = expand(HeadGrid(agg=("median",)))
-    fitted = fit_stacked(features, [Fit(head=head, split=split)], epochs=2, batch_size=2)
+    fitted = fit_stacked(
+        features, [Fit(head=head, split=split)], epochs=2, sampling=Sampling(batch_size=2)
+    )
     scores = fitted.image_logits(0, features.images.numpy())
     medians = [
         np.sort(part)[(len(part) - 1) // 2] for part in np.split(scores, np.cumsum(sizes)[:-1])

@@ -23,6 +23,7 @@ from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import resolve
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 from lymphfeat_cli.main import cli
@@ -163,7 +164,9 @@ def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_pat
     assert [split.id for split in outcome.splits] == [f"kfold3-r0-f{f}" for f in range(3)]
     assert [fit.split.id for fit in outcome.fitted.fits] == 2 * [s.id for s in outcome.splits]
     for i, fit in enumerate(outcome.fitted.fits):
-        alone = fit_stacked(features_of(store, fit.split.id), [fit], epochs=3, batch_size=4)
+        alone = fit_stacked(
+            features_of(store, fit.split.id), [fit], epochs=3, sampling=Sampling(batch_size=4)
+        )
         np.testing.assert_allclose(outcome.fitted.weight[i], alone.weight[0], rtol=1e-4, atol=1e-6)
         predictions = outcome.predictions.query("split == @fit.split.id")
         assert set(predictions["patient"]) == set(fit.split.validation)
@@ -178,7 +181,9 @@ def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path:
     for name in ("kfold3-r0-f0+2", "kfold3-r0-f1+2"):
         inner = next(s for s in store.splits if s.id == name)
         features = features_of(store, name)
-        found = fit_stacked(features, [Fit(head=HEADS[0], split=inner)], epochs=3, batch_size=4)
+        found = fit_stacked(
+            features, [Fit(head=HEADS[0], split=inner)], epochs=3, sampling=Sampling(batch_size=4)
+        )
         rows = features.rows_of([p for p in inner.validation if p in split.train])
         probabilities += found.curves[0, -1, rows].tolist()
         labels += store.labels[rows].tolist()

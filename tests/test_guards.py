@@ -21,6 +21,7 @@ from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.settings import HeadSettings
 from tests.cohorts import write_bags, write_text
 from tests.stores import made_up_cohort, made_up_maps, open_writer
@@ -107,7 +108,9 @@ def test_a_head_learns_nothing_of_its_validation_patients(agg: str) -> None:
         pooled = maps[..., 0, 0].astype(np.float32)
         features = Features(maps, pooled, offsets, ids, labels)
         head = HeadSettings(agg=agg, unit="image", k_agg=2, lr=0.1)
-        fitted = fit_stacked(features, [Fit(head=head, split=split)], epochs=3, batch_size=4)
+        fitted = fit_stacked(
+            features, [Fit(head=head, split=split)], epochs=3, sampling=Sampling(batch_size=4)
+        )
         return np.append(fitted.weight[0], fitted.bias[0])
 
     changed_maps, changed_labels = maps.copy(), labels.copy()

@@ -170,9 +170,7 @@ def test_engine_trains_what_a_plain_loop_trains(
         features,
         [Fit(head=settings, split=split, curve=False)],
         epochs=3,
-        batch_size=sampling.batch_size,
-        images_per_patient=sampling.images_per_patient,
-        views=sampling.views,
+        sampling=sampling,
     )
     assert np.isnan(fitted.curves[0, :2]).all()
     np.testing.assert_allclose(fitted.curves[0, -1], slow, atol=1e-4)
@@ -181,7 +179,7 @@ def test_engine_trains_what_a_plain_loop_trains(
 def test_fitting_together_is_fitting_alone(features: Features) -> None:
     heads = [settings_of(agg) for agg in (*NETWORKS, "topk", "bnsigmoid")]
     fits = [Fit(head=head, split=s) for head in heads for s in report_splits(IDS, LABELS, seeds=2)]
-    call = partial(fit_stacked, features, epochs=2, batch_size=2)
+    call = partial(fit_stacked, features, epochs=2, sampling=Sampling(batch_size=2))
     together = call(fits)
     for i, fit in enumerate(fits):
         alone = call([fit])
@@ -192,7 +190,7 @@ def test_fitting_together_is_fitting_alone(features: Features) -> None:
 def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -> None:
     split = report_splits(IDS, LABELS, seeds=1)[0]
     fits = [Fit(head=settings_of(agg), split=split) for agg in ("attention", "mean")]
-    fitted = fit_stacked(features, fits, epochs=1, batch_size=2)
+    fitted = fit_stacked(features, fits, epochs=1, sampling=Sampling(batch_size=2))
     single = SIZES.index(1)
     image = features.images[BOUNDS[single] : BOUNDS[single] + 1].numpy()
     for i in range(2):

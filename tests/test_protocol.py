@@ -16,6 +16,7 @@ from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, Spli
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import resolve
 from lymphfeat.settings import FitSettings, HeadSettings
 
@@ -97,7 +98,9 @@ def test_honest_thresholds_come_from_training_patients_alone(features: Features,
     outer = repeat.outer[fold]
     probabilities, truth = [], []
     for split in repeat.inner(fold):
-        fit = fit_stacked(features, [Fit(head=HEADS[0], split=split)], epochs=12, batch_size=4)
+        fit = fit_stacked(
+            features, [Fit(head=HEADS[0], split=split)], epochs=12, sampling=Sampling(batch_size=4)
+        )
         rows = [features.row[p] for p in split.validation if p not in outer.validation]
         probabilities += fit.curves[0, -1, rows].tolist()
         truth += labels[rows].tolist()
@@ -140,7 +143,7 @@ def test_nested_epoch_is_the_best_inside_the_training_patients(features: Feature
     ids = [patient for patient, label in zip(features.row, labels, strict=True) if label >= 0]
     (repeat,) = kfold_splits(ids, labels[labels >= 0], folds=3, seeds=1)
     inner = [Fit(head=HEADS[0], split=split) for split in repeat.inner(1)]
-    fitted = fit_stacked(features, inner, epochs=6, batch_size=4)
+    fitted = fit_stacked(features, inner, epochs=6, sampling=Sampling(batch_size=4))
     probabilities, truth = [], []
     for i, split in enumerate(repeat.inner(1)):
         rows = features.rows_of([p for p in split.validation if p in repeat.outer[1].train])

@@ -234,7 +234,7 @@ def test_engine_fits_what_one_head_alone_fits(
 ) -> None:
     (split,) = _splits(1)
     slow = OneHead(maps, head, split).run(features)
-    fast = fit_stacked(features, [Fit(head=head, split=split)], epochs=EPOCHS, batch_size=BATCH)
+    fast = fit_stacked(features, [Fit(head=head, split=split)], epochs=EPOCHS, sampling=PLAIN)
     np.testing.assert_allclose(fast.curves[0], slow, atol=2e-4)
 
 
@@ -269,9 +269,7 @@ def test_drawn_images_and_views_are_what_is_learnt(
         features,
         [Fit(head=head, split=split)],
         epochs=EPOCHS,
-        batch_size=BATCH,
-        images_per_patient=sampling.images_per_patient,
-        views=sampling.views,
+        sampling=sampling,
         tta=True,
     )
     np.testing.assert_allclose(fast.curves[0], slow, atol=2e-4)
@@ -284,7 +282,9 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
     for memory in (0, 1 << 30):
         features = make_features(viewed, memory=memory)
         assert features.streams == (memory == 0)
-        fitted = fit_stacked(features, fits, epochs=2, batch_size=BATCH, views=views, tta=True)
+        fitted = fit_stacked(
+            features, fits, epochs=2, sampling=Sampling(batch_size=BATCH, views=views), tta=True
+        )
         curves.append(fitted.curves)
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-6)
 
@@ -293,7 +293,8 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
 def test_fitting_together_is_fitting_alone(features: Features, few: int | None) -> None:
     fits = [Fit(head=head, split=split) for head in HEADS for split in _splits(3)]
     fits += [replace(fit, head=replace(fit.head, lr=0.01)) for fit in fits]
-    call = partial(fit_stacked, features, epochs=EPOCHS, batch_size=BATCH, images_per_patient=few)
+    sampling = Sampling(batch_size=BATCH, images_per_patient=few)
+    call = partial(fit_stacked, features, epochs=EPOCHS, sampling=sampling)
     together = call(fits)
     for position in range(0, len(fits), 5):
         alone = call([fits[position]])
@@ -316,7 +317,7 @@ def test_blocks_are_the_whole(features: Features) -> None:
             features,
             fits,
             epochs=2,
-            batch_size=BATCH,
+            sampling=PLAIN,
             memory=memory,
             progress=lambda done, total, text="": seen.append((done, total, text)),
         )
@@ -334,7 +335,7 @@ def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:
     heads.append(resolve(HeadSettings(agg="attention", width=4, lr=0.05)))
     fits = [Fit(head=head, split=_splits(1)[0]) for head in heads]
     exact, rounded = (
-        fit_stacked(make_features(viewed, dtype=dtype), fits, epochs=2, batch_size=BATCH)
+        fit_stacked(make_features(viewed, dtype=dtype), fits, epochs=2, sampling=PLAIN)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (exact.rounding == 0).all()
@@ -363,7 +364,7 @@ def test_bfloat16_learns_from_the_loss_of_float32(viewed: NDArray[np.float16]) -
     heads = [replace(head, lr=1e-12, weight_decay=0.0) for head in HEADS[:6]]  # weights stay put
     fits = [Fit(head=head, split=_splits(1)[0]) for head in heads]
     exact, rounded = (
-        fit_stacked(make_features(viewed, dtype=dtype), fits, epochs=1, batch_size=BATCH)
+        fit_stacked(make_features(viewed, dtype=dtype), fits, epochs=1, sampling=PLAIN)
         for dtype in (torch.float32, torch.bfloat16)
     )
     for position in range(len(fits)):
@@ -407,9 +408,7 @@ def _moved_by_bfloat16(network: NetworkHead, maps: NDArray[np.float16]) -> float
 
 def test_weights_apply_to_raw_features(features: Features, maps: NDArray[np.float16]) -> None:
     head = resolve(HeadSettings(agg="mean", lr=0.05))
-    fitted = fit_stacked(
-        features, [Fit(head=head, split=_splits(1)[0])], epochs=2, batch_size=BATCH
-    )
+    fitted = fit_stacked(features, [Fit(head=head, split=_splits(1)[0])], epochs=2, sampling=PLAIN)
     logits = maps.mean((2, 3), dtype=np.float32) @ fitted.weight[0] + fitted.bias[0]
     bounds = np.cumsum([0, *SIZES])
     means = [logits[a:b].mean() for a, b in pairwise(bounds)]
@@ -426,7 +425,7 @@ def test_validation_patients_do_not_touch_the_fit(maps: NDArray[np.float16]) -> 
         changed[bounds[row] : bounds[row + 1]] *= -3
     fits = [Fit(head=head, split=split) for head in HEADS]
     weights = [
-        fit_stacked(make_features(m), fits, epochs=2, batch_size=BATCH).weight
+        fit_stacked(make_features(m), fits, epochs=2, sampling=PLAIN).weight
         for m in (maps, changed)
     ]
     np.testing.assert_array_equal(weights[0], weights[1])
@@ -437,7 +436,7 @@ def test_heads_without_curve_are_evaluated_after_the_last_epoch_only(features: F
         Fit(head=resolve(HeadSettings(agg=agg)), split=_splits(1)[0], curve=False)
         for agg in ("max", "mean")
     ]
-    curves = fit_stacked(features, fits, epochs=2, batch_size=BATCH).curves
+    curves = fit_stacked(features, fits, epochs=2, sampling=PLAIN).curves
     assert np.isnan(curves[:, 0]).all()
     assert np.isfinite(curves[:, 1]).all()
 

@@ -34,6 +34,7 @@ from lymphfeat.evaluation.scores import (
 )
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import head_name
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.progress import Progress, silent
@@ -205,13 +206,16 @@ def _fit_together(
 ) -> FittedHeads:
     """Fit heads on splits that share one set of features."""
     own = features.for_split(fits[0].split)
+    sampling = Sampling(
+        batch_size=settings.batch_size,
+        images_per_patient=settings.images_per_patient,
+        views=own.n_views,
+    )
     return fit_stacked(
         own,
         fits,
         epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        images_per_patient=settings.images_per_patient,
-        views=own.n_views,
+        sampling=sampling,
         tta=settings.tta,
         progress=progress,
     )

@@ -42,22 +42,19 @@ def fit_stacked(
     fits: Sequence[Fit],
     *,
     epochs: int,
-    batch_size: int = 16,
-    images_per_patient: int | None = None,
-    views: int = 1,
+    sampling: Sampling,
     tta: bool = False,
     memory: int | None = None,
     progress: Progress = silent,
 ) -> FittedHeads:
     """Fit all heads together; keep every patient's probability after every epoch.
 
-    With several `views` one of them is drawn for every image at every step; evaluation uses the
-    identity, or with `tta` the mean over the views. Heads that need more than `memory` bytes
-    (None: a quarter of the free memory) are fitted block after block. Under torchrun every process
-    fits its share and returns all. With bfloat16 features the last probabilities are compared with
-    the same weights' in float32. Progress counts heads × epochs.
+    Evaluation uses the identity view, or with `tta` the mean over the views of `sampling`. Heads
+    that need more than `memory` bytes (None: a quarter of the free memory) are fitted block after
+    block. Under torchrun every process fits its share and returns all. With bfloat16 features the
+    last probabilities are compared with the same weights' in float32. Progress counts heads ×
+    epochs.
     """
-    sampling = Sampling(batch_size=batch_size, images_per_patient=images_per_patient, views=views)
     share = own_share(fits)
     own = FittedHeads.empty(
         [fits[position] for position in share],
@@ -66,7 +63,7 @@ def fit_stacked(
         channels=features.channels,
     )
     memory = available_memory(features.device) // 4 if memory is None else memory
-    blocks = _blocks(own.fits, features.channels, batch_size, memory)
+    blocks = _blocks(own.fits, features.channels, sampling.batch_size, memory)
     count = _Count(progress, len(own.fits) * epochs, epochs, len(blocks))
     for number, block in enumerate(blocks):
         _fit_block(features, own, block, sampling, tta=tta, count=partial(count, number))

@@ -15,7 +15,7 @@ from lymphfeat.heads.engine.instances import Instances
 class Sampling:
     """How the mini-batches of every fit are drawn."""
 
-    batch_size: int = 16  # patients, or selected instances
+    batch_size: int  # patients, or selected instances
     images_per_patient: int | None = None  # drawn again at every step; None means all
     views: int = 1  # one of them is drawn for every image at every step
 
