@@ -20,8 +20,9 @@ import torch
 
 from lymphfeat.cohort.images import find_normalization
 from lymphfeat.features.backbones import build_backbone
+from lymphfeat.finetuning.encoder import Encoder
+from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, FineTuner
 from lymphfeat.finetuning.pixels import PixelCache, Roster, as_they_are
-from lymphfeat.finetuning.trainers import TRAINERS, Trainer
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack, initial_scorer
@@ -47,8 +48,8 @@ class Machine:
             torch.cuda.synchronize()
 
 
-def make_trainer(sizes: list[int], settings: EndToEndSettings, machine: Machine) -> Trainer:
-    """Make a trainer on patients of so many random images each."""
+def make_fine_tuner(sizes: list[int], settings: EndToEndSettings, machine: Machine) -> FineTuner:
+    """Make a fine-tuner on patients of so many random images each."""
     generator = torch.Generator().manual_seed(0)
     shape = (sum(sizes), 3, CROP, CROP)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -64,15 +65,10 @@ def make_trainer(sizes: list[int], settings: EndToEndSettings, machine: Machine)
         sizes=torch.tensor(sizes),
         labels=(torch.arange(len(sizes)) % 2).float(),
     )
-    return TRAINERS[AGGREGATORS[head.agg].family](
-        backbone,
-        HeadStack([head], weight[None], bias[None]).to(machine.device),
-        cache,
-        roster,
-        settings,
-        dtype=machine.dtype,
-        generator=generator,
-    )
+    stack = HeadStack([head], weight[None], bias[None]).to(machine.device)
+    encoder = Encoder(backbone, cache, unit=head.unit, dtype=machine.dtype)
+    make = FINE_TUNERS[AGGREGATORS[head.agg].family]
+    return make(encoder, stack, roster, settings, generator)
 
 
 def seconds_of(work: Callable[[], object], machine: Machine) -> float:
@@ -130,26 +126,26 @@ def rate(
         batch_size=patients,
         max_backward_size=patients * images,
     )
-    trainer = make_trainer([images] * patients, settings, machine)
+    tuner = make_fine_tuner([images] * patients, settings, machine)
     n = patients * images
-    ready = trainer.encoder.pixels.load(as_they_are(torch.arange(n)))
-    trainer.backbone.train()
+    ready = tuner.encoder.pixels.load(as_they_are(torch.arange(n)))
+    tuner.backbone.train()
     with torch.no_grad():
-        shape = trainer.backbone(ready[:2]).shape[1:]
+        shape = tuner.backbone(ready[:2]).shape[1:]
     gradient = torch.randn(n, *shape, device=machine.device)
 
     def bare() -> None:
-        trainer.backbone.zero_grad(set_to_none=True)
+        tuner.backbone.zero_grad(set_to_none=True)
         with autocast(machine.device, machine.dtype):
-            maps = trainer.backbone(ready)
+            maps = tuner.backbone(ready)
         maps.float().backward(gradient)
 
     for _ in range(2):
         bare()
-        trainer.run_epoch()
+        tuner.run_epoch()
     ratios = []
     for _ in range(repeats):
-        limit, ours = seconds_of(bare, machine), seconds_of(trainer.run_epoch, machine)
+        limit, ours = seconds_of(bare, machine), seconds_of(tuner.run_epoch, machine)
         ratios.append(limit / ours)
         print(f"bare {n / limit:7.1f} images/s   step {n / ours:7.1f} images/s   {ratios[-1]:.3f}")
     print(
@@ -179,9 +175,9 @@ def one(images: int, gradient: str) -> None:
         batch_size=2,
         gradient=gradient,
     )
-    trainer = make_trainer([images, 1], settings, machine)
+    tuner = make_fine_tuner([images, 1], settings, machine)
     before = peak_memory(machine.device)
-    taken = seconds_of(trainer.run_epoch, machine)
+    taken = seconds_of(tuner.run_epoch, machine)
     peak, crops = peak_memory(machine.device), images * 3 * CROP * CROP
     print(
         f"{images:6d} images, {gradient}: {taken:6.1f} s, peak {peak / 1e9:.2f} GB, "
@@ -202,14 +198,14 @@ def challenge(backbone: str, device: str, precision: str, threads: int, epochs: 
     settings = EndToEndSettings(
         backbone=BackboneSettings(backbone=backbone, weights="none", crop=CROP)
     )
-    trainer = make_trainer(sizes.tolist(), settings, machine)
-    trainer.run_epoch()
+    tuner = make_fine_tuner(sizes.tolist(), settings, machine)
+    tuner.run_epoch()
     seen = 0
 
     def train() -> None:
         nonlocal seen
         for _ in range(epochs):
-            seen += trainer.run_epoch().images
+            seen += tuner.run_epoch().images
 
     taken = seconds_of(train, machine)
     host = peak_memory(torch.device("cpu")) / 1e9

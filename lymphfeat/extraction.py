@@ -31,7 +31,7 @@ from lymphfeat.features.store import (
 )
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import flip_view, normalize, parse_views
-from lymphfeat.finetuning.per_split import fine_tune
+from lymphfeat.finetuning.backbones import fine_tune
 from lymphfeat.runtime.devices import (
     autocast,
     choose_device,

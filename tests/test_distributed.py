@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.extraction import extract
 from lymphfeat.finetuning.job import hold_out, prepare
-from lymphfeat.finetuning.loop import decode, make_trainer
+from lymphfeat.finetuning.loop import decode, make_fine_tuner
 from lymphfeat.runtime.files import unfinished_folder
 from lymphfeat.runtime.processes import is_first
 from lymphfeat.settings import EndToEndSettings, ExtractSettings, HeadSettings
-from lymphfeat.training import train_end_to_end
+from lymphfeat.training import train
 from tests.tiny import BACKBONE, tiny_settings, write_red_cohort
 
 pytestmark = pytest.mark.slow
@@ -47,11 +47,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.training import train_end_to_end
+from lymphfeat.training import train
 from lymphfeat.extraction import extract
 from tests.test_distributed import EXTRACT, WAYS, same_chunks, settings_of, take_a_step
 cohort, out = Cohort.load(sys.argv[1]), Path(sys.argv[2])
-train_end_to_end(cohort, settings_of("frozen", processes=2), out / "m")
+train(cohort, out / "m", settings_of("frozen", processes=2))
 for way in WAYS:
     take_a_step(cohort, settings_of(way, processes=2), out / f"{way}.safetensors")
 take_a_step(cohort, same_chunks(processes=2), out / "same chunks.safetensors")
@@ -82,9 +82,9 @@ def take_a_step(cohort: Cohort, settings: EndToEndSettings, path: Path) -> None:
     """Write the gradients of an epoch of one step, and the statistics after it."""
     everybody = replace(settings, batch_size=len(cohort.ids))
     job = prepare(cohort, hold_out(cohort, everybody), everybody)
-    trainer = make_trainer(job, decode(cohort, job), cohort)
-    trainer.run_epoch()
-    parts = {"backbone": trainer.backbone, "head": trainer.head}
+    tuner = make_fine_tuner(job, decode(cohort, everybody))
+    tuner.run_epoch()
+    parts = {"backbone": tuner.backbone, "head": tuner.head}
     tensors = {
         f"{part} {name}": values.contiguous()
         for part, module in parts.items()
@@ -143,7 +143,7 @@ def test_training_together_gives_the_weights_of_one_process(
     cohort: Cohort, together: Path, tmp_path: Path
 ) -> None:
     # Batch-norm frozen: else some gradients are nought but for rounding, and Adam makes it steps.
-    train_end_to_end(cohort, settings_of("frozen", processes=1), tmp_path / "m")
+    train(cohort, tmp_path / "m", settings_of("frozen", processes=1))
     one, two = (load_file(path / "m" / "model.safetensors") for path in (tmp_path, together))
     torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-5)
 

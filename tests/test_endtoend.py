@@ -24,11 +24,11 @@ from lymphfeat.errors import CohortError, ModelError, SettingsError
 from lymphfeat.features.backbones import build_backbone, stages
 from lymphfeat.features.views import normalize
 from lymphfeat.finetuning import pixels as pixels_module
-from lymphfeat.finetuning.encoder import batchnorms
+from lymphfeat.finetuning.encoder import Encoder, batchnorms
+from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, FineTuner, full_batches
 from lymphfeat.finetuning.gradients import LossOf
 from lymphfeat.finetuning.job import hold_out, prepare
 from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, Roster, as_they_are
-from lymphfeat.finetuning.trainers import TRAINERS, Trainer, full_batches
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS
@@ -37,7 +37,7 @@ from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.runtime.files import unfinished_folder
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
-from lymphfeat.training import train_end_to_end
+from lymphfeat.training import train
 from tests.folders import contents
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, tiny_settings, write_red_cohort
@@ -61,7 +61,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "models" / "red"
-    model = train_end_to_end(cohort, tiny_settings(epochs=12), out)
+    model = train(cohort, out, tiny_settings(epochs=12))
     assert sorted(path.name for path in out.iterdir()) == [
         "curves.csv",
         "curves.png",
@@ -94,7 +94,7 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
 
 def test_what_bfloat16_trained_predicts_in_float32(cohort: Cohort, tmp_path: Path) -> None:
     """The folder's predictions are those that `predict` gives of it by default."""
-    model = train_end_to_end(cohort, tiny_settings(epochs=8, precision="bfloat16"), tmp_path)
+    model = train(cohort, tmp_path, tiny_settings(epochs=8, precision="bfloat16"))
     assert model.facts.metrics["train"]["auc"] == 1
     assert model.facts.settings["precision"] == "bfloat16"
     written = Predictions.read(tmp_path / "predictions.csv", tmp_path / "images.csv")
@@ -116,7 +116,7 @@ def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
     whole = tiny_settings("mean", epochs=1, batch_size=10, max_backward_size=99, flips=False)
     losses = {}
     for precision in ("float32", "bfloat16"):
-        train_end_to_end(labelled, replace(whole, precision=precision), tmp_path / precision)
+        train(labelled, tmp_path / precision, replace(whole, precision=precision))
         losses[precision] = float(pd.read_csv(tmp_path / precision / "curves.csv")["loss"][0])
     job = prepare(labelled, hold_out(labelled, whole), whole)
     network, head = job.model.backbone.train(), job.model.head
@@ -146,7 +146,7 @@ def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
     ids=["top1", "exact", "drawn"],
 )
 def test_other_ways_learn_too(settings: EndToEndSettings, cohort: Cohort, tmp_path: Path) -> None:
-    model = train_end_to_end(cohort, settings, tmp_path)
+    model = train(cohort, tmp_path, settings)
     assert (model.facts.metrics["train"]["auc"] or 0) > 0.9
 
 
@@ -163,7 +163,7 @@ def test_other_ways_learn_too(settings: EndToEndSettings, cohort: Cohort, tmp_pa
 )
 def test_every_head_trains(head: HeadSettings, cohort: Cohort, tmp_path: Path) -> None:
     settings = tiny_settings(head=head, epochs=1, images_per_patient=3)
-    model = train_end_to_end(cohort, settings, tmp_path)
+    model = train(cohort, tmp_path, settings)
     backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
     before, after = backbone.state_dict(), model.backbone.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before if "weight" in key)
@@ -185,7 +185,7 @@ def test_every_kind_of_backbone_trains(
         "layer_decay": 0.7,
     }
     settings = tiny_settings(backbone=backbone, epochs=1, freeze_stages=1, **ways)
-    model = train_end_to_end(cohort, settings, tmp_path)
+    model = train(cohort, tmp_path, settings)
     first, _ = build_backbone(name, weights="none", image_size=SIDE, output_stride=output_stride)
     changed = {
         key
@@ -198,7 +198,7 @@ def test_every_kind_of_backbone_trains(
 
 
 def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> None:
-    model = train_end_to_end(cohort, tiny_settings(validation=0.4), tmp_path)
+    model = train(cohort, tmp_path, tiny_settings(validation=0.4))
     held_out = {key.id for key in model.facts.validated_on}
     assert len(held_out) == 4
     assert held_out.isdisjoint(model.facts.trained_on)
@@ -212,14 +212,14 @@ def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> Non
 
 
 def test_no_submission_without_unlabelled_patients(cohort: Cohort, tmp_path: Path) -> None:
-    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1), tmp_path)
+    train(cohort.labelled(), tmp_path, tiny_settings(epochs=1))
     assert not (tmp_path / "submission.csv").exists()
 
 
 def test_same_seed_same_weights(cohort: Cohort, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         torch.manual_seed(len(name) + seed)  # the global generator has no say
-        train_end_to_end(cohort, tiny_settings(seed=seed), tmp_path / name)
+        train(cohort, tmp_path / name, tiny_settings(seed=seed))
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "a", tmp_path / "c")
@@ -240,7 +240,7 @@ def stop_after(epochs: int) -> Any:
 
 def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int = 1) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train_end_to_end(cohort, settings, out, progress=stop_after(epochs))
+        train(cohort, out, settings, progress=stop_after(epochs))
     assert (unfinished_folder(out) / "checkpoint.pt").exists()
 
 
@@ -253,9 +253,9 @@ def test_interrupted_training_ends_with_the_same_bits(
     settings = tiny_settings(
         agg, epochs=3, images_per_patient=2, validation=0.4, precision=precision
     )
-    train_end_to_end(cohort, settings, tmp_path / "whole")
+    train(cohort, tmp_path / "whole", settings)
     interrupt(cohort, settings, tmp_path / "parts")
-    train_end_to_end(cohort, settings, tmp_path / "parts")
+    train(cohort, tmp_path / "parts", settings)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     columns = ["epoch", "loss", "train_ba", "validation_auc"]
     pd.testing.assert_frame_equal(
@@ -267,15 +267,14 @@ def test_interrupted_training_ends_with_the_same_bits(
 
 KILLED = """
 import sys
-from pathlib import Path
 import torch
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.finetuning import pixels as pixels_module
-from lymphfeat.training import train_end_to_end
+from lymphfeat.training import train
 from tests.tiny import tiny_settings
 torch.set_num_threads(1)
 cohort = Cohort.load(sys.argv[1])
-train_end_to_end(cohort, tiny_settings(epochs=int(sys.argv[3])), Path(sys.argv[2]))
+train(cohort, sys.argv[2], tiny_settings(epochs=int(sys.argv[3])))
 """
 
 
@@ -293,9 +292,9 @@ def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path)
     assert not (out / "model.json").exists()
     settings = tiny_settings(epochs=epochs)
     seen: list[str] = []
-    train_end_to_end(cohort, settings, out, progress=lambda done, total, text="": seen.append(text))
+    train(cohort, out, settings, progress=lambda done, total, text="": seen.append(text))
     assert not any(text.startswith("epoch 1/") for text in seen)
-    train_end_to_end(cohort, settings, tmp_path / "whole")
+    train(cohort, tmp_path / "whole", settings)
     assert_same_weights(out, tmp_path / "whole")
 
 
@@ -304,11 +303,11 @@ def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_pa
     interrupt(cohort, tiny_settings(), out)
     other = tiny_settings(seed=9, images_per_patient=3)
     with pytest.raises(ModelError, match="images_per_patient is None there, 3 now; seed is 0") as e:
-        train_end_to_end(cohort, other, out)
+        train(cohort, out, other)
     assert "\n" not in str(e.value)
     elsewhere = tmp_path / "elsewhere"
-    train_end_to_end(cohort, other, elsewhere)
-    train_end_to_end(cohort, other, out, force=True)
+    train(cohort, elsewhere, other)
+    train(cohort, out, other, force=True)
     assert_same_weights(out, elsewhere)
 
 
@@ -319,8 +318,8 @@ def test_a_training_is_not_continued_in_another_precision(
     interrupt(cohort, tiny_settings(precision=other), tmp_path)
     auto = tiny_settings(precision="auto")
     with pytest.raises(ModelError, match=f"precision is {other} there, {auto_precision} now"):
-        train_end_to_end(cohort, auto, tmp_path)
-    model = train_end_to_end(cohort, auto, tmp_path, force=True)
+        train(cohort, tmp_path, auto)
+    model = train(cohort, tmp_path, auto, force=True)
     assert model.facts.settings["precision"] == auto_precision
 
 
@@ -331,20 +330,20 @@ def test_a_damaged_checkpoint_is_named(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"checkpoint.pt: cannot be read .* start over with --force"
     ):
-        train_end_to_end(cohort, tiny_settings(), out)
-    train_end_to_end(cohort, tiny_settings(epochs=1), out, force=True)
+        train(cohort, out, tiny_settings())
+    train(cohort, out, tiny_settings(epochs=1), force=True)
     assert (out / "model.json").exists()
     assert not unfinished_folder(out).exists()
 
 
 def test_a_finished_model_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "m"
-    train_end_to_end(cohort, tiny_settings(epochs=1), out)
+    train(cohort, out, tiny_settings(epochs=1))
     before = contents(out)
     with pytest.raises(SettingsError, match="m already holds a model; choose another --out"):
-        train_end_to_end(cohort, tiny_settings(epochs=1, seed=2), out)
+        train(cohort, out, tiny_settings(epochs=1, seed=2))
     assert contents(out) == before
-    train_end_to_end(cohort.labelled(), tiny_settings(epochs=1, seed=2), out, force=True)
+    train(cohort.labelled(), out, tiny_settings(epochs=1, seed=2), force=True)
     after = contents(out)
     assert after["model.safetensors"] != before["model.safetensors"]
     assert set(after) == set(before) - {"submission.csv"}  # the old one would be another model's
@@ -354,11 +353,11 @@ def test_the_old_model_stays_until_the_new_one_is_there(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "m"
-    train_end_to_end(cohort, tiny_settings(epochs=1), out)
+    train(cohort, out, tiny_settings(epochs=1))
     before = contents(out)
     settings = tiny_settings(epochs=2, seed=2)
     with pytest.raises(KeyboardInterrupt):
-        train_end_to_end(cohort, settings, out, force=True, progress=stop_after(1))
+        train(cohort, out, settings, force=True, progress=stop_after(1))
     assert contents(out) == before
 
     def crash(*arguments: object) -> None:
@@ -367,14 +366,14 @@ def test_the_old_model_stays_until_the_new_one_is_there(
     with monkeypatch.context() as patch:
         patch.setattr("lymphfeat.training.draw_curves", crash)
         with pytest.raises(OSError, match="no space left"):
-            train_end_to_end(cohort, settings, out, force=True)
+            train(cohort, out, settings, force=True)
     assert contents(out) == before
     seen: list[str] = []
-    train_end_to_end(
-        cohort, settings, out, force=True, progress=lambda done, total, text="": seen.append(text)
+    train(
+        cohort, out, settings, force=True, progress=lambda done, total, text="": seen.append(text)
     )
     assert not any(text.startswith("epoch") for text in seen)  # it was trained already
-    train_end_to_end(cohort, settings, tmp_path / "whole")
+    train(cohort, tmp_path / "whole", settings)
     assert_same_weights(out, tmp_path / "whole")
 
 
@@ -387,28 +386,28 @@ def test_one_class_only(cohort: Cohort, tmp_path: Path) -> None:
         CohortError,
         match=r"training needs labelled patients of both classes; got 0 tumoral .* 2 reactive",
     ):
-        train_end_to_end(one, tiny_settings(), tmp_path)
+        train(one, tmp_path, tiny_settings())
     with pytest.raises(CohortError, match="got 0 tumoral"):
-        train_end_to_end(cohort.unlabelled(), tiny_settings(), tmp_path)
+        train(cohort.unlabelled(), tmp_path, tiny_settings())
 
 
 def test_mistakes_are_named(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"validation \(=0.01\) must leave patients of both"):
-        train_end_to_end(cohort, tiny_settings(validation=0.01), tmp_path / "a")
+        train(cohort, tmp_path / "a", tiny_settings(validation=0.01))
     with pytest.raises(SettingsError, match=r"agg \(=nose\) must be one of"):
-        train_end_to_end(cohort, tiny_settings("nose"), tmp_path / "b")
+        train(cohort, tmp_path / "b", tiny_settings("nose"))
     head = HeadSettings(agg="mean", lr=1e30)
     with pytest.raises(SettingsError, match=r"lr \(=1e\+30\) must keep the loss finite"):
-        train_end_to_end(cohort, tiny_settings(head=head, epochs=4), tmp_path / "c")
+        train(cohort, tmp_path / "c", tiny_settings(head=head, epochs=4))
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="must be a folder; got a file"):
-        train_end_to_end(cohort, tiny_settings(), tmp_path / "file")
+        train(cohort, tmp_path / "file", tiny_settings())
 
 
 # --- the loops -----------------------------------------------------------------------------------
 
 
-def make_trainer(settings: EndToEndSettings) -> Trainer:
+def make_fine_tuner(settings: EndToEndSettings) -> FineTuner:
     generator = torch.Generator().manual_seed(5)
     roster = Roster(
         starts=torch.tensor([0, 1, 5, 8]),
@@ -419,22 +418,22 @@ def make_trainer(settings: EndToEndSettings) -> Trainer:
     backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
     weight, bias = initial_scorer(backbone.channels, generator)
     settings = replace(settings, head=resolve(settings.head))
-    return TRAINERS[AGGREGATORS[settings.head.agg].family](
+    encoder = Encoder(
         backbone,
-        HeadStack([settings.head], 10 * weight[None], bias[None]),
         PixelCache(pixels, NORMALIZATIONS["imagenet"], torch.device("cpu")),
-        roster,
-        settings,
-        dtype=torch.float32,
-        generator=generator,
+        unit=settings.head.unit,
+        frozen_batchnorm=settings.frozen_batchnorm,
     )
+    head = HeadStack([settings.head], 10 * weight[None], bias[None])
+    make = FINE_TUNERS[AGGREGATORS[settings.head.agg].family]
+    return make(encoder, head, roster, settings, generator)
 
 
 @pytest.mark.parametrize("loss", ["instance", "bag"])
 def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HeadSettings(agg="topk", k_train=2, loss=loss)
-    trainer = make_trainer(tiny_settings(head=head, batch_size=16))
-    logits = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 5)[:, 0].tolist()
+    tuner = make_fine_tuner(tiny_settings(head=head, batch_size=16))
+    logits = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 5)[:, 0].tolist()
     expected = []
     for start, stop in ((0, 1), (1, 5), (5, 8), (8, 13)):
         ranked = sorted(range(start, stop), key=lambda row: -logits[row])
@@ -445,42 +444,42 @@ def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPa
         batches.append(batch)
         return torch.zeros(())
 
-    monkeypatch.setattr(trainer, "step", spy)
-    result = trainer.run_epoch()
+    monkeypatch.setattr(tuner, "step", spy)
+    result = tuner.run_epoch()
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(expected)
     assert result.images == 13 + len(expected)
     assert result.probability[0] == pytest.approx(1 / (1 + np.exp(-logits[0])), rel=1e-5)
 
 
 def test_scoring_is_in_eval_mode() -> None:
-    trainer = make_trainer(tiny_settings())
-    before = [b.clone() for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
-    together = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 13)
-    apart = trainer.encoder.score(trainer.head, as_they_are(torch.arange(13)), 2)
+    tuner = make_fine_tuner(tiny_settings())
+    before = [b.clone() for layer in batchnorms(tuner.backbone) for b in layer.buffers()]
+    together = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 13)
+    apart = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 2)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
-    after = [b for layer in batchnorms(trainer.backbone) for b in layer.buffers()]
+    after = [b for layer in batchnorms(tuner.backbone) for b in layer.buffers()]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_weighted_epoch_sees_each_patient_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tiny_settings(batch_size=3))
+    tuner = make_fine_tuner(tiny_settings(batch_size=3))
     rows: list[int] = []
-    plain = trainer.step
+    plain = tuner.step
 
     def spy(batch: ImageBatch, loss_of: LossOf) -> torch.Tensor:
         rows.extend(batch.rows.tolist())
         return plain(batch, loss_of)
 
-    monkeypatch.setattr(trainer, "step", spy)
-    result = trainer.run_epoch()
+    monkeypatch.setattr(tuner, "step", spy)
+    result = tuner.run_epoch()
     assert len(result.patients) == 3  # the fourth would be an incomplete batch
     bags = {0: range(1), 1: range(1, 5), 2: range(5, 8), 3: range(8, 13)}
     assert sorted(rows) == sorted(row for patient in result.patients for row in bags[patient])
 
 
 def test_images_are_drawn_anew() -> None:
-    trainer = make_trainer(tiny_settings(images_per_patient=2))
-    drawn = [trainer.draw(torch.tensor([3, 0])) for _ in range(20)]
+    tuner = make_fine_tuner(tiny_settings(images_per_patient=2))
+    drawn = [tuner.draw(torch.tensor([3, 0])) for _ in range(20)]
     assert all(bag.sizes.tolist() == [2, 1] for bag in drawn)
     assert all(set(bag.rows[:2].tolist()) <= set(range(8, 13)) for bag in drawn)
     assert len({tuple(bag.rows.tolist()) for bag in drawn}) > 5
@@ -498,10 +497,10 @@ def test_full_batches(n: int, size: int) -> None:
 
 
 def test_frozen_stages_keep_weights_and_statistics() -> None:
-    trainer = make_trainer(tiny_settings(freeze_stages=2))
-    before = {k: v.clone() for k, v in trainer.backbone.model.state_dict().items()}
-    trainer.run_epoch()
-    after = trainer.backbone.model.state_dict()
+    tuner = make_fine_tuner(tiny_settings(freeze_stages=2))
+    before = {k: v.clone() for k, v in tuner.backbone.model.state_dict().items()}
+    tuner.run_epoch()
+    after = tuner.backbone.model.state_dict()
     kept = {name for name, values in before.items() if torch.equal(values, after[name])}
     lowest = {name for name in before if name.startswith(("conv_stem", "bn1", "blocks.0"))}
     assert kept == lowest
@@ -511,35 +510,35 @@ def test_no_stage_left_to_learn() -> None:
     with pytest.raises(
         SettingsError, match=r"freeze_stages \(=6\) must leave at least one of the 6 stages"
     ):
-        make_trainer(tiny_settings(freeze_stages=6))
+        make_fine_tuner(tiny_settings(freeze_stages=6))
 
 
 def test_lower_stages_learn_more_slowly() -> None:
     settings = tiny_settings(layer_decay=0.5, freeze_stages=2, head_lr=0.7)
-    trainer = make_trainer(settings)
+    tuner = make_fine_tuner(settings)
     rates: dict[torch.nn.Parameter, float] = {}
-    for group in trainer.optimizer.param_groups:
+    for group in tuner.optimizer.param_groups:
         rates |= dict.fromkeys(group["params"], group["lr"])
     lr = settings.head.lr
-    for name, parameter in trainer.backbone.model.named_parameters():
+    for name, parameter in tuner.backbone.model.named_parameters():
         if parameter.requires_grad:  # blocks.1 is stage 2; the last, 5, has the last convolution
             stage = int(name[7]) + 1 if name.startswith("blocks") else 5
             assert rates[parameter] == pytest.approx(lr * 0.5 ** (5 - stage)), name
         else:
             assert parameter not in rates
-    assert rates[trainer.head.weight] == 0.7
+    assert rates[tuner.head.weight] == 0.7
 
 
 def test_crops_that_memory_has_no_room_for_are_mapped(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_settings()
-    train_end_to_end(cohort, settings, tmp_path / "memory")
+    train(cohort, tmp_path / "memory", settings)
     monkeypatch.setattr(pixels_module, "available_memory", lambda device: 1000)
     mapped = pixels_module._make_room((4, 3, 8, 8))
     assert isinstance(mapped, np.memmap)
     assert mapped.shape == (4, 3, 8, 8)
-    train_end_to_end(cohort, settings, tmp_path / "mapped")
+    train(cohort, tmp_path / "mapped", settings)
     one, two = (tmp_path / name / "model.safetensors" for name in ("memory", "mapped"))
     assert one.read_bytes() == two.read_bytes()
 

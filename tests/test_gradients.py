@@ -21,9 +21,9 @@ from lymphfeat.finetuning.encoder import (
     share_statistics,
     statistics_kept,
 )
+from lymphfeat.finetuning.fine_tuners import Bag, PatientLoss, SelectedLoss
 from lymphfeat.finetuning.gradients import backpropagate, exact_gradient, subset_gradient
 from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, as_they_are
-from lymphfeat.finetuning.trainers import Bag, PatientLoss, SelectedLoss
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS, WeightedAggregator

@@ -36,8 +36,8 @@ INSIDE = {
         "axes",
     ),
     "finetuning": (
-        *("per_split", "loop", "trainers", "gradients", "encoder", "job", "initial_head"),
-        *("pixels", "augmentation", "curves"),
+        *("backbones", "per_split", "loop", "fine_tuners", "gradients", "encoder", "job"),
+        *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": ("ensemble", "model", "scoring", "submission", "predictions"),
     "evaluation": (

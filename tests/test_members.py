@@ -25,13 +25,13 @@ from lymphfeat.evaluation.decision import Decision, combine
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.extraction import extract
 from lymphfeat.finetuning.initial_head import read_initial_head
-from lymphfeat.finetuning.job import parts_of, prepare
+from lymphfeat.finetuning.job import prepare
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import Ensemble, load_model
 from lymphfeat.model.model import Model
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
-from lymphfeat.training import train_end_to_end, train_folds
+from lymphfeat.training import train
 from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
 from tests.folders import contents
@@ -49,7 +49,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 @pytest.fixture(scope="module")
 def trained(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("members") / "m"
-    train_folds(cohort, SETTINGS, out, folds=FOLDS)
+    train(cohort, out, SETTINGS, folds=FOLDS)
     return out
 
 
@@ -192,7 +192,7 @@ def test_each_fold_is_measured_at_the_other_folds_threshold(trained: Path, cohor
 
 @pytest.mark.parametrize("rule", ["best-ba", "0.5"])
 def test_members_decide_by_the_rule_asked_for(rule: str, cohort: Cohort, tmp_path: Path) -> None:
-    members = train_folds(cohort, replace(SETTINGS, threshold=rule), tmp_path, folds=FOLDS)
+    members = train(cohort, tmp_path, replace(SETTINGS, threshold=rule), folds=FOLDS)
     single = members.models[0].decision
     assert single.threshold_from.startswith("fixed" if rule == "0.5" else "best balanced accuracy")
     assert rule != "0.5" or single.threshold == 0.5
@@ -228,21 +228,21 @@ def test_interrupted_in_a_later_fold_ends_with_the_same_bits(
     trained: Path, cohort: Cohort, tmp_path: Path
 ) -> None:
     def stopping(done: int, total: int, text: str = "") -> None:
-        if text.startswith("fold 2/2 epoch 2/2"):
+        if text.startswith("fold-1 (2/2) epoch 2/2"):
             raise Stop
 
     out = tmp_path / "m"
     with pytest.raises(Stop):
-        train_folds(cohort, SETTINGS, out, folds=FOLDS, progress=stopping)
+        train(cohort, out, SETTINGS, folds=FOLDS, progress=stopping)
     seen: list[str] = []
-    train_folds(
+    train(
         cohort,
-        SETTINGS,
         out,
+        SETTINGS,
         folds=FOLDS,
         progress=lambda done, total, text="": seen.append(text),
     )
-    assert not any(text.startswith(("fold 1/2", "fold 2/2 epoch 1/")) for text in seen)
+    assert not any(text.startswith(("fold-0", "fold-1 (2/2) epoch 1/")) for text in seen)
     for name in ("fold-0", "fold-1"):
         torch.testing.assert_close(
             load_file(out / name / "model.safetensors"),
@@ -252,7 +252,7 @@ def test_interrupted_in_a_later_fold_ends_with_the_same_bits(
         )
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with pytest.raises(SettingsError, match="already holds a model"):
-        train_folds(cohort, SETTINGS, out, folds=FOLDS)
+        train(cohort, out, SETTINGS, folds=FOLDS)
 
 
 def test_one_model_in_place_of_members_keeps_nothing_of_them(
@@ -299,13 +299,13 @@ def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path
 
     out = tmp_path / "m"
     with pytest.raises(Stop):
-        train_folds(cohort, SETTINGS, out, folds=FOLDS, progress=stopping)
+        train(cohort, out, SETTINGS, folds=FOLDS, progress=stopping)
     kept = contents(tmp_path)
     assert list(kept) == ["m.partial/fold-0.pt"]
     with pytest.raises(SettingsError, match=r"fold-0.pt: an unfinished training of another kind"):
-        train_end_to_end(cohort, SETTINGS, out)
+        train(cohort, out, SETTINGS)
     assert contents(tmp_path) == kept
-    train_end_to_end(cohort, SETTINGS, out, force=True)
+    train(cohort, out, SETTINGS, force=True)
     assert not list(tmp_path.rglob("fold-*"))
 
 
@@ -388,14 +388,14 @@ def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Coh
     ]
     split = repeat.outer[1]
     everyone = replace(split, train=(*split.train, *split.validation), validation=())
-    job = prepare(cohort, parts_of(labelled, everyone), settings)
+    job = prepare(cohort, everyone, settings)
     torch.testing.assert_close(job.model.head.weight[0], torch.stack(by_split).mean(0))
     assert job.model.head_settings.agg == "bnsigmoid"
     assert job.settings.head.lr == settings.head.lr
     # With patients held out only the split that did not train on them counts.
-    job = prepare(cohort, parts_of(labelled, split), settings)
+    job = prepare(cohort, split, settings)
     torch.testing.assert_close(job.model.head.weight[0], by_split[1])
-    weight = prepare(cohort, parts_of(labelled, split), tiny_settings()).weights.sha256
+    weight = prepare(cohort, split, tiny_settings()).model.facts.initial_weights_sha256
     assert read_initial_head(run, (), weight).name == "bnsigmoid lr=0.05"
     with pytest.raises(LeakageError, match="all of its splits did"):
         read_initial_head(run, patient_keys(labelled), weight)
@@ -403,7 +403,7 @@ def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Coh
 
 def test_training_from_a_head_runs(run: Path, cohort: Cohort, tmp_path: Path) -> None:
     settings = tiny_settings("mean", epochs=1, init_head=str(run))
-    model = train_end_to_end(cohort, settings, tmp_path)
+    model = train(cohort, tmp_path, settings)
     assert model.head_settings.agg == "bnsigmoid"
 
 
@@ -412,7 +412,7 @@ def test_a_head_of_other_features_is_refused(run: Path, cohort: Cohort, tmp_path
         read_initial_head(run, (), "0" * 64)
     settings = tiny_settings(init_head=str(tmp_path))
     with pytest.raises(SettingsError, match="must be a run of `lymphfeat fit-head --save`"):
-        train_end_to_end(cohort, settings, tmp_path / "m")
+        train(cohort, tmp_path / "m", settings)
 
 
 # --- what stands beside it ------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report
 from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
-from lymphfeat.training import train_end_to_end, train_folds
+from lymphfeat.training import train
 from tests.tiny import BACKBONE, PRETRAINING, tiny_settings, write_red_cohort
 
 SIDE = 112
@@ -79,10 +79,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tuned = root / "tuned.h5.backbones" / "half" / "backbone.safetensors"
     pretrained = root / "pretrained.safetensors"
     pretrain(Cells.find(third.root), pretrained, replace(PRETRAINING, init=str(tuned), epochs=1))
-    train_end_to_end(cohorts["same"].select(TRAINED), tiny_settings(epochs=1), root / "model")
+    train(cohorts["same"].select(TRAINED), root / "model", tiny_settings(epochs=1))
     inheriting = tiny_settings(epochs=1, backbone=replace(BACKBONE, weights=str(pretrained)))
-    train_end_to_end(third, inheriting, root / "heir")
-    train_folds(third, inheriting, root / "members", folds=2)
+    train(third, root / "heir", inheriting)
+    train(third, root / "members", inheriting, folds=2)
     frozen = extract(cohorts["same"], root / "frozen.h5", EXTRACT)
     fit_heads(frozen, HEADS, FIT, root / "run", splits=[split], save=True)
     resnet, _ = build_backbone("resnet18", weights="none")
@@ -127,12 +127,12 @@ def fine_tune_from(source: Path, cohort: Cohort, out: Path) -> None:
 
 def train_folds_from(source: Path, cohort: Cohort, out: Path) -> None:
     settings = tiny_settings(epochs=1, backbone=replace(BACKBONE, weights=str(source)))
-    train_folds(cohort, settings, out / "m", folds=2)
+    train(cohort, out / "m", settings, folds=2)
 
 
 def train_with_validation_from(source: Path, cohort: Cohort, out: Path) -> None:
     settings = tiny_settings(epochs=1, backbone=replace(BACKBONE, weights=str(source)))
-    train_end_to_end(cohort, replace(settings, validation=0.5), out / "m")
+    train(cohort, out / "m", replace(settings, validation=0.5))
 
 
 def reproduce_with(source: Path, cohort: Cohort, out: Path) -> None:
@@ -146,12 +146,12 @@ def reproduce_with(source: Path, cohort: Cohort, out: Path) -> None:
 
 
 def start_folds_from_run(source: Path, cohort: Cohort, out: Path) -> None:
-    train_folds(cohort, tiny_settings("mean", epochs=1, init_head=str(source)), out / "m", folds=2)
+    train(cohort, out / "m", tiny_settings("mean", epochs=1, init_head=str(source)), folds=2)
 
 
 def start_validated_from_run(source: Path, cohort: Cohort, out: Path) -> None:
     settings = tiny_settings("mean", epochs=1, init_head=str(source), validation=0.5)
-    train_end_to_end(cohort, settings, out / "m")
+    train(cohort, out / "m", settings)
 
 
 def compare_run_on(source: Path, cohort: Cohort, out: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_checkpoint_names_whose_labels_it_comes_from(world: World, tmp_path: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_end_to_end(world.cohorts["another"], settings, tmp_path / "m", progress=stop)
+        train(world.cohorts["another"], tmp_path / "m", settings, progress=stop)
     (path,) = tmp_path.rglob("checkpoint.pt")
     content = torch.load(path, weights_only=True)
     found = Provenance.from_json(json.loads(content["provenance"]))
@@ -303,12 +303,10 @@ def test_a_head_to_begin_with_is_chosen_without_those_held_out(
     splits = find_splits("kfold:3", cohort.ids, cohort.labels)
     fit_heads(store, heads, report, tmp_path / "report", splits=splits, save=True)
     settings = tiny_settings("mean", epochs=1)
-    train_folds(
-        cohort, replace(settings, init_head=str(tmp_path / "honest")), tmp_path / "m", folds=3
-    )
+    train(cohort, tmp_path / "m", replace(settings, init_head=str(tmp_path / "honest")), folds=3)
     with pytest.raises(SettingsError, match="a choice among linear heads made within"):
-        train_folds(
-            cohort, replace(settings, init_head=str(tmp_path / "report")), tmp_path / "n", folds=3
+        train(
+            cohort, tmp_path / "n", replace(settings, init_head=str(tmp_path / "report")), folds=3
         )
 
 

@@ -20,6 +20,7 @@ from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.settings import BackboneSettings
 
 SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
@@ -94,6 +95,17 @@ def build_backbone(
         source=weights if weights == SHIPPED else path.name,
         sha256=weights_sha256(backbone.model),
         provenance=read_provenance(path),
+    )
+
+
+def build_from_settings(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
+    """Build the backbone of some settings, as `build_backbone` does."""
+    return build_backbone(
+        settings.backbone,
+        weights=settings.weights,
+        seed=settings.weights_seed,
+        image_size=settings.crop,
+        output_stride=settings.output_stride,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lymphfeat.evaluation.metrics import all_metrics
 from lymphfeat.runtime.files import replace_file
 
-Row = Mapping[str, float]
+EpochRow = Mapping[str, float]
 CURVES = ("curves.csv", "curves.png")
 SHOWN_METRICS = ("ba", "auc", "log_loss")
 
@@ -24,13 +24,21 @@ def metric_columns(
     return {f"{prefix}_{name}": float(metrics[name]) for name in SHOWN_METRICS}
 
 
-def write_curves(rows: Sequence[Row], folder: Path) -> None:
+def write_curves(rows: Sequence[EpochRow], folder: Path) -> None:
     """Write curves.csv to a folder, creating the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CURVES[0], partial(_write, rows))
 
 
-def _write(rows: Sequence[Row], path: Path) -> None:
+def mean_curves(curves: Sequence[Sequence[EpochRow]]) -> list[EpochRow]:
+    """Return the mean of several trainings' curves, epoch by epoch."""
+    return [
+        {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        for rows in zip(*curves, strict=True)
+    ]
+
+
+def _write(rows: Sequence[EpochRow], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -1,7 +1,7 @@
 """One end-to-end training: its patients, its initialised networks, its identity."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from lymphfeat import __version__
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, patient_keys
 from lymphfeat.cohort.images import find_normalization
-from lymphfeat.cohort.provenance import Provenance, refuse_seen_by_weights
+from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import CohortError, SettingsError
-from lymphfeat.features.backbones import LoadedWeights, build_backbone
+from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.heads.stack import HeadStack, initial_scorer
 from lymphfeat.model.model import Model, TrainingFacts
@@ -27,25 +27,26 @@ from lymphfeat.runtime.devices import choose_device, choose_precision, precision
 from lymphfeat.settings import EndToEndSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The labelled patients of a cohort."""
-
-    train: Cohort
-    validation: Cohort | None
-
-
-def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
+def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Split:
     """Hold `settings.validation` of the labelled patients out of training, stratified.
 
     Raises CohortError unless training patients of both classes remain.
     """
     labelled = cohort.labelled()
     _check_classes(labelled)
-    if not settings.validation:
-        return Parts(train=labelled, validation=None)
+    held_out = _draw(labelled, settings) if settings.validation else set()
+    return Split(
+        id="validation",
+        seed=settings.seed,
+        repeat=0,
+        train=tuple(id for id in labelled.ids if id not in held_out),
+        validation=tuple(id for id in labelled.ids if id in held_out),
+    )
+
+
+def _draw(labelled: Cohort, settings: EndToEndSettings) -> set[str]:
     try:
-        train, validation = train_test_split(
+        _, held_out = train_test_split(
             np.array(labelled.ids),
             test_size=settings.validation,
             stratify=labelled.labels,
@@ -56,15 +57,7 @@ def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Parts:
             f"validation (={settings.validation}) must leave patients of both classes for both "
             f"training and validation; got {len(labelled.ids)} labelled patients ({error})."
         ) from None
-    return Parts(train=labelled.select(train), validation=labelled.select(validation))
-
-
-def parts_of(labelled: Cohort, split: Split) -> Parts:
-    """Select a split's patients; raises CohortError unless both classes are in training."""
-    train = labelled.select(split.train)
-    _check_classes(train)
-    validation = labelled.select(split.validation) if split.validation else None
-    return Parts(train=train, validation=validation)
+    return set(held_out.tolist())
 
 
 def _check_classes(labelled: Cohort) -> None:
@@ -82,8 +75,9 @@ class Job:
     """One training: an initialised model, its patients and its settings."""
 
     model: Model
-    weights: LoadedWeights  # the initial weights of the backbone
-    parts: Parts
+    split: Split
+    train: Cohort
+    validation: Cohort | None  # the patients held out
     settings: EndToEndSettings
     generator: torch.Generator
     device: torch.device
@@ -91,89 +85,86 @@ class Job:
     identity: Mapping[str, Any]
 
 
-def prepare(cohort: Cohort, parts: Parts, settings: EndToEndSettings) -> Job:
-    """Initialise the networks of a training on `parts` of a cohort."""
+def prepare(cohort: Cohort, split: Split, settings: EndToEndSettings) -> Job:
+    """Initialise the networks of a training on a split of a cohort; the seed is the split's.
+
+    Raises CohortError unless both classes are in training, and LeakageError when what training
+    starts from has seen the label of a patient held out.
+    """
     device = choose_device(settings.device)
     dtype = choose_precision(settings.precision, device)
-    settings = replace(settings, precision=precision_name(dtype))
-    backbone, weights = build_backbone(
-        settings.backbone.backbone,
-        weights=settings.backbone.weights,
-        seed=settings.backbone.weights_seed,
-        image_size=settings.backbone.crop,
-        output_stride=settings.backbone.output_stride,
-    )
-    held_out = patient_keys(parts.validation) if parts.validation else ()
+    settings = replace(settings, seed=split.seed, precision=precision_name(dtype))
+    labelled = cohort.labelled()
+    train = labelled.select(split.train)
+    _check_classes(train)
+    validation = labelled.select(split.validation) if split.validation else None
+    held_out = patient_keys(validation) if validation else ()
+    backbone, weights = build_from_settings(settings.backbone)
     refuse_seen_by_weights(weights.provenance.labelled(held_out), weights.source)
-    generator = torch.Generator().manual_seed(settings.seed)
-    weight, bias = initial_scorer(backbone.channels, generator)
-    head = HeadStack([settings.head], weight[None], bias[None])
-    provenance = weights.provenance | Provenance(labels=patient_keys(parts.train))
-    if settings.init_head is not None:
-        found = read_initial_head(Path(settings.init_head), held_out, weights.sha256)
-        settings = replace(settings, head=replace(found.settings, lr=settings.head.lr))
-        head = found.as_stack(settings.head)
-        provenance |= found.provenance
-    fingerprint = cohort_fingerprint(cohort)
-    model = Model(
-        backbone,
-        head,
-        recipe=ModelRecipe(
-            backbone=settings.backbone.backbone,
-            output_stride=settings.backbone.output_stride,
-            crop=settings.backbone.crop,
-            normalization=find_normalization(settings.backbone.normalization),
-        ),
-        facts=_facts(parts, settings, weights, fingerprint, provenance),
-        tta=settings.tta,
-    )
-    return Job(
-        model=model,
-        weights=weights,
-        parts=parts,
-        settings=settings,
-        generator=generator,
-        device=device,
-        dtype=dtype,
-        identity=_identity(parts, settings, weights, fingerprint),
-    )
-
-
-def _facts(
-    parts: Parts,
-    settings: EndToEndSettings,
-    weights: LoadedWeights,
-    fingerprint: Mapping[str, Any],
-    provenance: Provenance,
-) -> TrainingFacts:
-    return TrainingFacts(
-        trained_on=parts.train.ids,
-        validated_on=patient_keys(parts.validation) if parts.validation else (),
-        provenance=provenance,
-        cohort=fingerprint,
+    generator = torch.Generator().manual_seed(split.seed)
+    head, origin = _initial_head(settings, backbone.channels, generator, weights.sha256, held_out)
+    settings = replace(settings, head=head.settings[0])
+    facts = TrainingFacts(
+        trained_on=train.ids,
+        validated_on=held_out,
+        provenance=weights.provenance | Provenance(labels=patient_keys(train)) | origin,
+        cohort=cohort_fingerprint(cohort),
         settings=asdict(settings),
         epochs=settings.epochs,
         seed=settings.seed,
         initial_weights=weights.source,
         initial_weights_sha256=weights.sha256,
-        versions={
-            "lymphfeat": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
+        versions=_versions(),
+    )
+    return Job(
+        model=Model(backbone, head, recipe=_recipe(settings), facts=facts, tta=settings.tta),
+        split=split,
+        train=train,
+        validation=validation,
+        settings=settings,
+        generator=generator,
+        device=device,
+        dtype=dtype,
+        identity=_identity(facts),
     )
 
 
-def _identity(
-    parts: Parts,
+def _initial_head(
     settings: EndToEndSettings,
-    weights: LoadedWeights,
-    fingerprint: Mapping[str, Any],
-) -> dict[str, Any]:
+    channels: int,
+    generator: torch.Generator,
+    weights_sha256: str,
+    held_out: Sequence[PatientKey],
+) -> tuple[HeadStack, Provenance]:
+    """Make the head that training starts from, and say whose labels went into it."""
+    weight, bias = initial_scorer(channels, generator)
+    if settings.init_head is None:
+        return HeadStack([settings.head], weight[None], bias[None]), NOBODY
+    found = read_initial_head(Path(settings.init_head), held_out, weights_sha256)
+    return found.as_stack(replace(found.settings, lr=settings.head.lr)), found.provenance
+
+
+def _recipe(settings: EndToEndSettings) -> ModelRecipe:
+    return ModelRecipe(
+        backbone=settings.backbone.backbone,
+        output_stride=settings.backbone.output_stride,
+        crop=settings.backbone.crop,
+        normalization=find_normalization(settings.backbone.normalization),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lymphfeat": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _identity(facts: TrainingFacts) -> dict[str, Any]:
     """Collect what training depends on; where it runs may change."""
-    fields = asdict(settings)
-    for name in ("device", "threads", "tta", "threshold", "allow_shared_images"):
-        del fields[name]
-    fields["backbone"]["weights"] = weights.sha256
-    return {**fields, "cohort": dict(fingerprint), "trained_on": parts.train.ids}
+    incidental = ("device", "threads", "tta", "threshold", "allow_shared_images")
+    fields = {name: value for name, value in facts.settings.items() if name not in incidental}
+    fields["backbone"] = {**fields["backbone"], "weights": facts.initial_weights_sha256}
+    return {**fields, "cohort": dict(facts.cohort), "trained_on": facts.trained_on}

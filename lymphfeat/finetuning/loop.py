@@ -2,98 +2,107 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import find_normalization
 from lymphfeat.errors import SettingsError
-from lymphfeat.finetuning.curves import Row, metric_columns
+from lymphfeat.finetuning.curves import EpochRow, metric_columns
+from lymphfeat.finetuning.encoder import Encoder
+from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, EpochResult, FineTuner, evaluate
 from lymphfeat.finetuning.job import Job
-from lymphfeat.finetuning.pixels import PixelCache, Roster
-from lymphfeat.finetuning.trainers import TRAINERS, EpochResult, Trainer, evaluate
+from lymphfeat.finetuning.pixels import DecodedCohort, PixelCache, Roster
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.runtime.checkpoint import Checkpoint
-from lymphfeat.runtime.devices import peak_memory
+from lymphfeat.runtime.devices import choose_device, peak_memory
 from lymphfeat.runtime.processes import from_first, is_first
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import EndToEndSettings
 
 
-def decode(cohort: Cohort, job: Job, progress: Progress = silent) -> PixelCache:
-    """Decode the images of a cohort as a job needs them."""
-    recipe = job.model.recipe
-    return PixelCache.decode(cohort, recipe.crop, recipe.normalization, job.device, progress)
+def decode(
+    cohort: Cohort, settings: EndToEndSettings, progress: Progress = silent
+) -> DecodedCohort:
+    """Decode the images of a cohort as a training needs them."""
+    recipe = settings.backbone
+    pixels = PixelCache.decode(
+        cohort,
+        recipe.crop,
+        find_normalization(recipe.normalization),
+        choose_device(settings.device),
+        progress,
+    )
+    return DecodedCohort(cohort=cohort, pixels=pixels)
 
 
-def make_trainer(job: Job, pixels: PixelCache, cached: Cohort) -> Trainer:
-    """Make the trainer of a job's model and move the model to the device."""
-    model = job.model
+def make_fine_tuner(job: Job, decoded: DecodedCohort) -> FineTuner:
+    """Make the fine-tuner of a job's model and move the model to the device.
+
+    The job's patients must be among those decoded.
+    """
+    model, settings = job.model, job.settings
     model.backbone.to(job.device).to(memory_format=torch.channels_last)
     model.head.to(job.device)
-    return TRAINERS[AGGREGATORS[job.settings.head.agg].family](
+    encoder = Encoder(
         model.backbone,
-        model.head,
-        pixels,
-        Roster.of(job.parts.train, cached),
-        job.settings,
+        decoded.pixels,
+        unit=settings.head.unit,
         dtype=job.dtype,
-        generator=job.generator,
+        frozen_batchnorm=settings.frozen_batchnorm,
     )
+    make = FINE_TUNERS[AGGREGATORS[settings.head.agg].family]
+    return make(encoder, model.head, decoded.roster(job.train), settings, job.generator)
 
 
 def fit(
-    job: Job,
-    pixels: PixelCache,
-    cached: Cohort,
-    checkpoint: Checkpoint,
-    progress: Progress = silent,
-) -> list[Row]:
-    """Train the job's model in place, from its checkpoint if one exists; return the curves.
-
-    `pixels` are the images of the cohort `cached`, which contains the job's patients.
-    """
-    model, settings = job.model, job.settings
-    trainer = make_trainer(job, pixels, cached)
-    held_out = None if job.parts.validation is None else Roster.of(job.parts.validation, cached)
-    history: list[Row] = []
+    job: Job, decoded: DecodedCohort, checkpoint: Checkpoint, progress: Progress = silent
+) -> list[EpochRow]:
+    """Train the job's model in place, from its checkpoint if one exists; return the curves."""
+    model = job.model
+    tuner = make_fine_tuner(job, decoded)
+    held_out = None if job.validation is None else decoded.roster(job.validation)
+    history: list[EpochRow] = []
     state = from_first(checkpoint.read() if is_first() else None)
     if state is not None:
-        trainer.load_state(state["trainer"])
+        tuner.load_state(state["trainer"])
         history = state["history"]
-    while len(history) < settings.epochs:
-        history.append(_run_epoch(job, trainer, held_out, history, progress))
-        last = len(history) == settings.epochs
+    while len(history) < job.settings.epochs:
+        row = _run_epoch(job, tuner, history, progress)
+        history.append(row if held_out is None else row | _measure(job, tuner, held_out))
+        last = len(history) == job.settings.epochs
         if is_first():
-            checkpoint.write({"trainer": trainer.state(), "history": history}, last=last)
+            checkpoint.write({"trainer": tuner.state(), "history": history}, last=last)
     model.backbone.eval()
     model.head.eval()
     return history
 
 
 def _run_epoch(
-    job: Job, trainer: Trainer, held_out: Roster | None, history: list[Row], progress: Progress
-) -> Row:
+    job: Job, tuner: FineTuner, history: Sequence[EpochRow], progress: Progress
+) -> dict[str, float]:
     epoch, epochs = len(history), job.settings.epochs
     start = time.perf_counter()
-    figures = _shown(history[-1]) if history else ""
+    results = _shown(history[-1]) if history else ""
 
     def report(done: int, total: int, text: str = "") -> None:
-        progress(epoch * total + done, epochs * total, f"epoch {epoch + 1}/{epochs}{figures}")
+        progress(epoch * total + done, epochs * total, f"epoch {epoch + 1}/{epochs}{results}")
 
-    result = trainer.run_epoch(report)
+    result = tuner.run_epoch(report)
     seconds = time.perf_counter() - start
     if not math.isfinite(result.loss):
         raise SettingsError(
             f"lr (={job.settings.head.lr}) must keep the loss finite; got {result.loss} in epoch "
             f"{epoch + 1}. Start again with a smaller --lr."
         )
-    row = _row(job, epoch, result, seconds)
-    return row if held_out is None else row | _measure(job, trainer, held_out)
+    return _row(job, epoch, result, seconds)
 
 
 def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str, float]:
     threshold = job.model.threshold
-    labels = job.parts.train.labels[result.patients]
+    labels = job.train.labels[result.patients]
     return {
         "epoch": float(epoch + 1),
         "loss": result.loss,
@@ -104,14 +113,14 @@ def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str,
     }
 
 
-def _measure(job: Job, trainer: Trainer, held_out: Roster) -> dict[str, float]:
+def _measure(job: Job, tuner: FineTuner, held_out: Roster) -> dict[str, float]:
     chunk_size = job.settings.max_forward_size
-    probability = evaluate(trainer.encoder, job.model.head, held_out, chunk_size)
+    probability = evaluate(tuner.encoder, job.model.head, held_out, chunk_size)
     labels = held_out.labels.numpy().astype(np.int64)
     return metric_columns("validation", probability, labels, job.model.threshold)
 
 
-def _shown(row: Row) -> str:
+def _shown(row: EpochRow) -> str:
     """Summarise an epoch in a few words."""
     validation = f" validation BA {row['validation_ba']:.3f}" if "validation_ba" in row else ""
     gigabytes = row["peak_memory_gb"]

@@ -1,123 +1,76 @@
-"""Backbones fine-tuned per split, for feature stores: each learns only from training patients.
-
-A split's folder holds its weights, with the identity of their training, and its curves. Weights of
-the same identity are not trained again.
-"""
+"""A backbone and head trained for each split of a cohort, on images decoded once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split
-from lymphfeat.errors import ModelError
-from lymphfeat.features.backbones import FACTS_KEY, read_facts
-from lymphfeat.finetuning.curves import CURVES, write_curves
-from lymphfeat.finetuning.job import Job, parts_of, prepare
+from lymphfeat.evaluation.leakage import find_shared_crops, refuse_shared_images
+from lymphfeat.finetuning.curves import EpochRow
+from lymphfeat.finetuning.job import Job, prepare
 from lymphfeat.finetuning.loop import decode, fit
-from lymphfeat.finetuning.pixels import PixelCache
+from lymphfeat.finetuning.pixels import DecodedCohort
 from lymphfeat.heads.grid import require_linear, resolve
-from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
-from lymphfeat.runtime.files import ResultKind, recover, result_folder, unfinished_folder
-from lymphfeat.runtime.identity import differing_fields
-from lymphfeat.runtime.processes import from_first, is_first
+from lymphfeat.runtime.checkpoint import Checkpoint
+from lymphfeat.runtime.processes import is_first
 from lymphfeat.runtime.progress import Progress, part_of, silent
-from lymphfeat.runtime.strict_json import json_text, json_value
 from lymphfeat.settings import EndToEndSettings
 
-BACKBONE_FILE = "backbone.safetensors"
-BACKBONE = ResultKind(
-    name="fine-tuned backbone", marks=(BACKBONE_FILE,), files=(BACKBONE_FILE, *CURVES)
-)
 
+class SplitTraining:
+    """Trains one job per split; what becomes of the trained models is the caller's.
 
-def fine_tune(
-    cohort: Cohort,
-    splits: Sequence[Split],
-    settings: EndToEndSettings,
-    folder: Path,
-    *,
-    force: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Path]:
-    """Train a backbone for each split and return the path of its weights, by the split's id.
-
-    The seed is the split's. An interrupted training resumes when called again. Raises ModelError
-    when the split's folder holds weights of another training and `force` is not set.
+    Under torchrun every step's images are shared out over the processes.
     """
-    # Where patients share images, the heads on these features are refused (guards).
-    settings = replace(settings, head=resolve(settings.head), validation=0.0)
-    require_linear(settings.head)
-    labelled = cohort.labelled()
-    pixels: PixelCache | None = None
-    for number, split in enumerate(splits):
-        own = replace(settings, seed=split.seed)
-        job = prepare(cohort, parts_of(labelled, split), own)
-        if from_first(is_first() and _is_done(folder / split.id, job, force=force)):
-            continue
-        pixels = pixels or decode(labelled, job, progress)
-        name = f"{split.id} ({number + 1}/{len(splits)})"
-        own_progress = part_of(progress, number, len(splits), name)
-        _train(job, pixels, labelled, folder / split.id, force, own_progress)
-    from_first(None)  # the others wait until the last weights are written
-    return {split.id: folder / split.id / BACKBONE_FILE for split in splits}
 
+    def __init__(
+        self,
+        cohort: Cohort,
+        splits: Sequence[Split],
+        settings: EndToEndSettings,
+        *,
+        force: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Take splits of labelled patients; SettingsError for a head that needs cached maps.
 
-def _is_done(folder: Path, job: Job, *, force: bool) -> bool:
-    """Return whether these exact weights exist; refuse others unless `force`."""
-    recover(folder)
-    path = folder / BACKBONE_FILE
-    if not path.exists():
-        return False
-    differences = differing_fields(_as_read(job.identity), _read_identity(path))
-    if differences and not force:
-        raise ModelError(
-            f"{path}: already holds weights of another training: {'; '.join(differences)}. "
-            "Choose another --out, or train again with --force."
-        )
-    return not differences
+        `force` starts over where a checkpoint is of another training.
+        """
+        head = resolve(settings.head)
+        require_linear(head)
+        self.splits = tuple(splits)
+        self._settings = replace(settings, head=head)
+        self._cohort, self._force, self._progress = cohort, force, progress
 
+    def prepare(self, split: Split) -> Job:
+        """Initialise the training on a split; raises as `finetuning.job.prepare`."""
+        return prepare(self._cohort, split, self._settings)
 
-def _as_read(identity: Any) -> dict[str, Any]:
-    """Return an identity as it would be read from a file."""
-    content: dict[str, Any] = json_value(identity)
-    return content
+    def train(self, job: Job, checkpoint: Path) -> list[EpochRow]:
+        """Train a job's model in place, from its checkpoint if one exists; return the curves.
 
-
-def _read_identity(path: Path) -> dict[str, Any]:
-    try:
-        return _as_read(read_facts(path)["identity"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path}: is not a fine-tuned backbone ({error}); remove it, or choose another --out."
-        ) from None
-
-
-def _train(
-    job: Job, pixels: PixelCache, cached: Cohort, out: Path, force: bool, progress: Progress
-) -> None:
-    resumes = (CHECKPOINT_FILE,)
-    checkpoint = Checkpoint(
-        unfinished_folder(out) / CHECKPOINT_FILE, job.identity, job.model.facts.provenance.to_json()
-    )
-    with result_folder(out, BACKBONE, force=force, resumes=resumes, writes=is_first()) as folder:
+        Resumed, it ends (on a CPU) with the same bits. Raises ModelError for a checkpoint of
+        another training, and LeakageError when a training and a held-out patient share an image.
+        """
+        state = Checkpoint(checkpoint, job.identity, job.model.facts.provenance.to_json())
         if is_first():
-            checkpoint.check(force=force)
-        history = fit(job, pixels, cached, checkpoint, progress)
-        if is_first():
-            write_curves(history, folder)
-            _save(job, folder / BACKBONE_FILE)
+            state.check(force=self._force)  # before images are decoded
+        curves = fit(job, self._decoded, state, self._progress_of(job.split))
+        job.model.backbone.to("cpu")  # makes room for the next one
+        return curves
 
+    @cached_property
+    def _decoded(self) -> DecodedCohort:
+        decoded = decode(self._cohort.labelled(), self._settings, self._progress)
+        judged = [split for split in self.splits if split.validation]
+        if judged and not self._settings.allow_shared_images:
+            shared = find_shared_crops(decoded.pixels.crops(), decoded.cohort)
+            refuse_shared_images(judged, shared)
+        return decoded
 
-def _save(job: Job, path: Path) -> None:
-    model = job.model.backbone.model
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    facts = {
-        "identity": job.identity,
-        "provenance": job.model.facts.provenance.to_json(),
-    }
-    path.write_bytes(save(tensors, {FACTS_KEY: json_text(facts)}))
+    def _progress_of(self, split: Split) -> Progress:
+        number, count = self.splits.index(split), len(self.splits)
+        name = f"{split.id} ({number + 1}/{count})" if count > 1 else ""
+        return part_of(self._progress, number, count, name)

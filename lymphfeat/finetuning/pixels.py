@@ -147,6 +147,18 @@ class PixelCache:
         return to_device(self._pixels[rows], self.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodedCohort:
+    """A cohort and the crops of its images."""
+
+    cohort: Cohort
+    pixels: PixelCache
+
+    def roster(self, patients: Cohort) -> Roster:
+        """Find patients of the cohort among the crops."""
+        return Roster.of(patients, self.cohort)
+
+
 def _fits(pixels: Tensor, device: torch.device) -> bool:
     if device.type == "cpu":
         return True

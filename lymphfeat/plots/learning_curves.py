@@ -8,17 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lymphfeat.finetuning.curves import CURVES, Row
+from lymphfeat.finetuning.curves import CURVES, EpochRow
 from lymphfeat.plots.axes import show_all_shares
 from lymphfeat.runtime.files import replace_file
 
 
-def draw_curves(rows: Sequence[Row], folder: Path) -> None:
+def draw_curves(rows: Sequence[EpochRow], folder: Path) -> None:
     """Write curves.png to a folder."""
     replace_file(folder / CURVES[1], partial(_draw, rows))
 
 
-def _draw(rows: Sequence[Row], path: Path) -> None:
+def _draw(rows: Sequence[EpochRow], path: Path) -> None:
     """Draw losses, and balanced accuracies, over epochs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -29,7 +29,9 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _draw_lines(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], title: str) -> None:
+def _draw_lines(
+    axes: Axes, rows: Sequence[EpochRow], columns: Mapping[str, str], title: str
+) -> None:
     epochs = [row["epoch"] for row in rows]
     for column, name in columns.items():
         if column in rows[0]:

@@ -4,11 +4,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Row = Mapping[str, float]
+EpochRow = Mapping[str, float]
 COLUMNS = ("epoch", "loss", "class_loss", "class_accuracy", "probe")
 
 
-def write_curve(rows: Sequence[Row], path: Path) -> None:
+def write_curve(rows: Sequence[EpochRow], path: Path) -> None:
     """Write the rows as CSV; epoch 0, before training, has no losses."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -17,9 +17,9 @@ from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone, write_weights
 from lymphfeat.plots.pretraining import draw_curve
-from lymphfeat.pretraining.curve import Row, write_curve
+from lymphfeat.pretraining.curve import EpochRow, write_curve
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
-from lymphfeat.pretraining.trainer import Trainer
+from lymphfeat.pretraining.trainer import PairTrainer
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.runtime.devices import (
     choose_device,
@@ -42,7 +42,7 @@ class Pretrained:
 
     weights: Path
     sha256: str
-    curve: tuple[Row, ...]
+    curve: tuple[EpochRow, ...]
     files: tuple[Path, ...]  # the weights, the curve as CSV and as PNG
 
 
@@ -138,14 +138,14 @@ def _classes(cells: Cells) -> dict[str, int]:
 
 def _prepare(
     cells: Cells, backbone: Backbone, settings: PretrainSettings, progress: Progress
-) -> tuple[Trainer, Tensor, Tensor]:
+) -> tuple[PairTrainer, Tensor, Tensor]:
     device = choose_device(settings.device)
     pixels = decode_crops(
         cells.paths, settings.field, threads=torch.get_num_threads(), progress=progress
     )
     fields = torch.from_numpy(pixels).to(device)  # (N, 3, F, F) uint8
     groups = torch.from_numpy(cells.groups).to(device)
-    trainer = Trainer(
+    trainer = PairTrainer(
         backbone,
         fields,
         groups,
@@ -173,12 +173,12 @@ class _Probe:
 
 
 def _train(
-    trainer: Trainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
-) -> list[Row]:
+    trainer: PairTrainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
+) -> list[EpochRow]:
     """Train from the checkpoint if one exists; return one row per epoch, starting at epoch 0."""
     state = checkpoint.read()
     if state is None:
-        curve: list[Row] = [{"epoch": 0, "probe": probe.measure(trainer.backbone)}]
+        curve: list[EpochRow] = [{"epoch": 0, "probe": probe.measure(trainer.backbone)}]
         sums = torch.zeros(3, device=next(trainer.backbone.parameters()).device)
     else:
         curve, sums = list(state["curve"]), state["sums"]
@@ -200,7 +200,7 @@ def _train(
     return curve
 
 
-def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> Row:
+def _row(trainer: PairTrainer, sums: Tensor, probe: _Probe) -> EpochRow:
     """Return the results of the epoch just ended; `sums` are over its steps."""
     loss, class_loss, class_accuracy = (sums / trainer.steps_per_epoch).tolist()
     classes = {"class_loss": class_loss, "class_accuracy": class_accuracy}
@@ -215,7 +215,7 @@ def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> Row:
 class _Meter:
     """Shows steps, views per second and the latest results."""
 
-    def __init__(self, progress: Progress, trainer: Trainer, row: Row) -> None:
+    def __init__(self, progress: Progress, trainer: PairTrainer, row: EpochRow) -> None:
         self._progress, self._trainer = progress, trainer
         self._first, self._begin = trainer.step, time.perf_counter()
         self.show(row)
@@ -224,7 +224,7 @@ class _Meter:
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
 
-    def show(self, row: Row) -> None:
+    def show(self, row: EpochRow) -> None:
         steps = self._trainer.step - self._first
         rate = 2 * steps * self._trainer.batch_size / self.seconds
         figures = " ".join(f"{name} {row[name]:.3f}" for name in ("loss", "probe") if name in row)

@@ -28,7 +28,7 @@ _LABEL_SMOOTHING = 0.05
 _MAX_GRADIENT = 5.0
 
 
-class Trainer:
+class PairTrainer:
     """The state of a pre-training, and its next step."""
 
     def __init__(

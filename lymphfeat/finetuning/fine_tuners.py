@@ -20,7 +20,7 @@ from lymphfeat.features.backbones import Backbone, stages
 from lymphfeat.finetuning.augmentation import Views, draw_views
 from lymphfeat.finetuning.encoder import Encoder
 from lymphfeat.finetuning.gradients import LossOf, backpropagate
-from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, Roster, as_they_are
+from lymphfeat.finetuning.pixels import ImageBatch, Roster, as_they_are
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.stack import HeadStack
@@ -49,36 +49,27 @@ class EpochResult:
     images: int  # number that passed through the backbone
 
 
-class Trainer:
+class FineTuner:
     """What both families share: the networks, the optimiser, the generator, the patients."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        encoder: Encoder,
         head: HeadStack,
-        pixels: PixelCache,
         roster: Roster,
         settings: EndToEndSettings,
-        *,
-        dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
         """Take networks on the pixels' device, and the patients to learn from."""
-        self.backbone = backbone
+        self.encoder = encoder
+        self.backbone = encoder.backbone
         self.head = head
-        self.settings = settings
-        self.device = pixels.device
-        self.generator = generator
-        self.encoder = Encoder(
-            backbone,
-            pixels,
-            unit=head.settings[0].unit,
-            dtype=dtype,
-            frozen_batchnorm=settings.frozen_batchnorm,
-        )
         self.roster = roster
-        freeze(backbone, settings.freeze_stages)
-        self.optimizer = _make_optimizer(backbone, head, settings)
+        self.settings = settings
+        self.generator = generator
+        self.device = encoder.pixels.device
+        freeze(self.backbone, settings.freeze_stages)
+        self.optimizer = _make_optimizer(self.backbone, head, settings)
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train for one epoch; progress counts its steps."""
@@ -182,7 +173,7 @@ def full_batches(order: Tensor, size: int) -> Iterator[Tensor]:
 # --- the weighted family -------------------------------------------------------------------------
 
 
-class WeightedTrainer(Trainer):
+class WeightedFineTuner(FineTuner):
     """Trains on batches of whole patients."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
@@ -231,7 +222,7 @@ class PatientLoss:
 # --- the ranking family --------------------------------------------------------------------------
 
 
-class RankingTrainer(Trainer):
+class RankingFineTuner(FineTuner):
     """Ranks all instances, then trains on the ones selected (report §3.1)."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
@@ -326,7 +317,10 @@ class SelectedLoss:
         return binary_cross_entropy_with_logits(mean, self._labels)
 
 
-TRAINERS: dict[str, type[Trainer]] = {"weighted": WeightedTrainer, "ranking": RankingTrainer}
+FINE_TUNERS: dict[str, type[FineTuner]] = {
+    "weighted": WeightedFineTuner,
+    "ranking": RankingFineTuner,
+}
 
 
 # --- without training ----------------------------------------------------------------------------
