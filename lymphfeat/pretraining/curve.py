@@ -1,10 +1,11 @@
 """The learning curve of a pre-training: one row per epoch, as CSV."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-EpochRow = Mapping[str, float]
+from lymphfeat.finetuning.curves import EpochRow
+
 COLUMNS = ("epoch", "loss", "class_loss", "class_accuracy", "probe")
 
 

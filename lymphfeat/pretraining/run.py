@@ -16,8 +16,9 @@ from lymphfeat.cohort.images import decode_crops, find_normalization
 from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone, write_weights
+from lymphfeat.finetuning.curves import EpochRow
 from lymphfeat.plots.pretraining import draw_curve
-from lymphfeat.pretraining.curve import EpochRow, write_curve
+from lymphfeat.pretraining.curve import write_curve
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
 from lymphfeat.pretraining.trainer import PairTrainer
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
