@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache
 
-.PHONY: demo test test-all lint check clean
+.PHONY: demo test-fast test test-all lint check clean
 
 $(BIN)/lymphfeat: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lymphfeat needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -13,7 +13,7 @@ $(BIN)/lymphfeat: pyproject.toml
 	touch $@
 
 # The main job on the built-in synthetic cohort. The end-to-end training is a taste: 9 steps, so that
-# it ends in time; its figures mean little.
+# it ends in time; its results mean little.
 demo: $(BIN)/lymphfeat
 	$(BIN)/lymphfeat extract
 	$(BIN)/lymphfeat fit-head --agg topk --agg bnsigmoid --agg mean --seeds 2 --truth $(CACHE)/synthetic/truth.csv --out runs/demo --force
@@ -27,15 +27,22 @@ demo: $(BIN)/lymphfeat
 	@echo "          models/demo/submission.csv   the answer for the unlabelled patients"
 
 # The same on every machine: a test names its precision, or runs in float32 and in bfloat16 whatever
-# the processor has (tests/conftest.py).
+# the processor has (tests/conftest.py). Two processes; `worksteal` keeps a file's tests together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The quick ones: within a minute on two cores.
+test-fast: $(BIN)/lymphfeat
+	$(PYTEST) -m "not seconds and not slow"
+
+# Trainings, killed processes, every example of the documentation.
 test: $(BIN)/lymphfeat
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-# With the slow ones: torchrun, a browser, simulated studies.
+# torchrun, a browser, simulated studies.
 test-all: $(BIN)/lymphfeat
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# What a commit must pass, beside the tests.
+# What a commit must pass besides the tests.
 lint: $(BIN)/lymphfeat
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

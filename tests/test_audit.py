@@ -131,6 +131,7 @@ def test_why_an_image_cannot_be_read(tmp_path: Path) -> None:
     assert reasons["a/text.jpg"] == "not an image of any known format"
 
 
+@pytest.mark.seconds
 @given(st.data())
 def test_no_damage_stops_the_audit(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -40,6 +40,7 @@ def resnet() -> Backbone:
 # --- maps ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -135,6 +135,7 @@ RUN = [
 ]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_runs_as_shown(
     block: Block, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 # --- what a run writes ---------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "models" / "red"
     model = train(cohort, out, tiny_settings(epochs=12))
@@ -92,6 +93,7 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     assert model.metrics["train"]["ba"] == 1
 
 
+@pytest.mark.seconds
 def test_what_bfloat16_trained_predicts_in_float32(cohort: Cohort, tmp_path: Path) -> None:
     """The folder's predictions are those that `predict` gives of it by default."""
     model = train(cohort, tmp_path, tiny_settings(epochs=8, precision="bfloat16"))
@@ -108,6 +110,7 @@ def test_what_bfloat16_trained_predicts_in_float32(cohort: Cohort, tmp_path: Pat
     assert not np.array_equal(rough.images["probability"], again.images["probability"])
 
 
+@pytest.mark.seconds
 def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
     cohort: Cohort, tmp_path: Path
 ) -> None:
@@ -136,6 +139,7 @@ def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
     assert MORE_THAN_FLOAT32 * tolerance < moved <= tolerance
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "settings",
     [
@@ -150,6 +154,7 @@ def test_other_ways_learn_too(settings: EndToEndSettings, cohort: Cohort, tmp_pa
     assert (model.facts.metrics["train"]["auc"] or 0) > 0.9
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "head",
     [
@@ -169,6 +174,7 @@ def test_every_head_trains(head: HeadSettings, cohort: Cohort, tmp_path: Path) -
     assert any(not torch.equal(before[key], after[key]) for key in before if "weight" in key)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "output_stride"), [("resnet18", 8), ("test_vit", None), ("test_efficientnet", 16)]
 )
@@ -216,6 +222,7 @@ def test_no_submission_without_unlabelled_patients(cohort: Cohort, tmp_path: Pat
     assert not (tmp_path / "submission.csv").exists()
 
 
+@pytest.mark.seconds
 def test_same_seed_same_weights(cohort: Cohort, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         torch.manual_seed(len(name) + seed)  # the global generator has no say
@@ -244,6 +251,7 @@ def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int
     assert (unfinished_folder(out) / "checkpoint.pt").exists()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("agg", "precision"), [("bnsigmoid", "float32"), ("topk", "float32"), ("topk", "bfloat16")]
 )
@@ -278,6 +286,7 @@ train(cohort, sys.argv[2], tiny_settings(epochs=int(sys.argv[3])))
 """
 
 
+@pytest.mark.seconds
 def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path) -> None:
     epochs = 30
     out = tmp_path / "killed"
@@ -298,6 +307,7 @@ def test_killed_training_ends_with_the_same_bits(cohort: Cohort, tmp_path: Path)
     assert_same_weights(out, tmp_path / "whole")
 
 
+@pytest.mark.seconds
 def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "m"
     interrupt(cohort, tiny_settings(), out)
@@ -311,6 +321,7 @@ def test_an_unfinished_training_of_other_settings_is_kept(cohort: Cohort, tmp_pa
     assert_same_weights(out, elsewhere)
 
 
+@pytest.mark.seconds
 def test_a_training_is_not_continued_in_another_precision(
     auto_precision: str, cohort: Cohort, tmp_path: Path
 ) -> None:
@@ -349,6 +360,7 @@ def test_a_finished_model_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     assert set(after) == set(before) - {"submission.csv"}  # the old one would be another model's
 
 
+@pytest.mark.seconds
 def test_the_old_model_stays_until_the_new_one_is_there(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +541,7 @@ def test_lower_stages_learn_more_slowly() -> None:
     assert rates[tuner.head.weight] == 0.7
 
 
+@pytest.mark.seconds
 def test_crops_that_memory_has_no_room_for_are_mapped(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["endtoend", *TINY, *arguments])
 
 
+@pytest.mark.seconds
 def test_trains_and_names_its_files(root: Path) -> None:
     result = run("--cohort", str(root), "--submission-header", "ID,LABEL")
     assert result.exit_code == 0, result.output

@@ -37,6 +37,7 @@ def explained(cohort: Cohort, agg: str, unit: str = "") -> Explanation:
     return explain(make_model(agg, unit), cohort, device="cpu", precision="float32")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 def test_shares_add_up_and_agree_with_predict(agg: str, unit: str, cohort: Cohort) -> None:
@@ -56,6 +57,7 @@ def test_shares_add_up_and_agree_with_predict(agg: str, unit: str, cohort: Cohor
     assert probability == pytest.approx(found.decisions.probability, abs=1e-5)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 def test_logits_beyond_what_exp_holds(agg: str, cohort: Cohort, tmp_path: Path) -> None:
     model = make_model(agg)

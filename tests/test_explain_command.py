@@ -23,6 +23,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["explain", "--threads", "1", "--device", "cpu", *arguments])
 
 
+@pytest.mark.seconds
 def test_page_and_figures(root: Path) -> None:
     truth = str(root / "truth.csv")
     result = run("--cohort", str(root), "--truth", truth, "--plates", "1")
@@ -47,6 +48,7 @@ def test_json(root: Path) -> None:
     assert not Path("r-figures").exists()
 
 
+@pytest.mark.seconds
 def test_page_and_figures_are_of_one_day(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["--cohort", str(root), "--out", "out/r.html", "--json"]
     Path("out").mkdir()
@@ -83,6 +85,7 @@ def test_figures_of_another_page_are_not_overwritten(root: Path) -> None:
     assert not Path("report.html").exists()
 
 
+@pytest.mark.seconds
 def test_one_image_in_a_precision(auto_precision: str, root: Path) -> None:
     def logit(*arguments: str) -> float:
         result = run("--image", str(root / "P1" / "0.png"), "--json", "--force", *arguments)

@@ -115,6 +115,7 @@ def test_equals_one_image_at_a_time(cohort: Cohort, tmp_path: Path) -> None:
         assert not np.array_equal(store.features()[:, 0], store.features()[:, n])
 
 
+@pytest.mark.seconds
 def test_bfloat16_is_as_near_as_its_roundings_allow(cohort: Cohort, tmp_path: Path) -> None:
     exact = extract(cohort, tmp_path / "a.h5", SETTINGS)
     rough = extract(cohort, tmp_path / "b.h5", replace(SETTINGS, precision="bfloat16"))
@@ -252,6 +253,7 @@ def test_a_store_that_differs_in_rounding_alone_is_reused(
     assert FeatureStore.open(out).recipe["device"] == "cpu"
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("key", "value"),
     [

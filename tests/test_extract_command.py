@@ -120,6 +120,7 @@ def test_a_place_that_cannot_be_written_fails_in_one_line(root: Path) -> None:
     assert re.fullmatch(r"Error: .*'file.*'\n", result.stderr)
 
 
+@pytest.mark.seconds
 def test_survives_kill_9(tmp_path: Path, written: list[int]) -> None:
     total, batch_size = 121, 2
     write_own(tmp_path / "cells", "id,label", "P1,0", "P2,1", "P3,", bags={})

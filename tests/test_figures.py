@@ -82,6 +82,7 @@ def run(protocol: str, strength: float = 0) -> Run:
     return Run(folder=Path(), settings=settings, outcome=outcome)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("strength", [0, 1, 20])
 def test_summary_and_optimism(drawn: list[Figure], strength: float) -> None:
     report, honest = run("report", strength), run("honest", strength)

@@ -47,6 +47,7 @@ def test_model_and_checkpoint(tmp_path: Path, mode: int) -> None:
     assert modes(tmp_path) == dict.fromkeys(names, mode)
 
 
+@pytest.mark.seconds
 def test_store_and_heads(tmp_path: Path, mode: int) -> None:
     store = write_store(tmp_path / "s.h5", made_up_cohort((2,) * 24))
     settings = FitSettings(protocol="report", seeds=1, epochs=1, threads=1, device="cpu")

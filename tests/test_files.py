@@ -190,6 +190,7 @@ def test_another_process_at_the_same_result_is_refused(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"run"}
 
 
+@pytest.mark.seconds
 def test_a_reader_leaves_a_swap_to_the_process_that_is_about_it(tmp_path: Path) -> None:
     make(tmp_path / "run", "old")
     script = SCRIPT.replace("SIGKILL", "SIGSTOP")
@@ -242,6 +243,7 @@ rewrite(Path(tree), sys.argv[3], "new")
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", RESULTS)
 def test_killed_anywhere_one_of_the_results_is_whole(name: str, tmp_path: Path) -> None:
     expected = {

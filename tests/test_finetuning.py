@@ -105,6 +105,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.seconds
 def test_interrupted_ends_with_the_same_bytes(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

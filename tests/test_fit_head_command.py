@@ -63,6 +63,7 @@ def run(folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(cli, ["fit-head", "--store", store, "--threads", "1", *arguments])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("protocol", ["honest", "report"])
 def test_all_heads_under_both_protocols(folder: Path, tmp_path: Path, protocol: str) -> None:
     out = tmp_path / "run"
@@ -246,6 +247,7 @@ def listed(result: Result) -> set[str]:
     return set(json.loads(result.stdout)["files"])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("options", [(), ("--save",), ("--protocol", "both", "--save")])
 def test_what_is_listed_is_what_is_there(
     folder: Path, tmp_path: Path, options: tuple[str, ...]
@@ -258,6 +260,7 @@ def test_what_is_listed_is_what_is_there(
     assert all(name in shown.stdout for name in told)
 
 
+@pytest.mark.seconds
 def test_nothing_of_an_earlier_run_is_left(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     both = run(folder, *FAST, "--out", str(out), "--protocol", "both", "--json")
@@ -272,6 +275,7 @@ def test_nothing_of_an_earlier_run_is_left(folder: Path, tmp_path: Path) -> None
     assert not (out / "heads.safetensors").exists()
 
 
+@pytest.mark.seconds
 def test_a_crash_while_rewriting_leaves_the_old_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +308,7 @@ cli()
 """
 
 
+@pytest.mark.seconds
 def test_killed_between_the_renames(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     line = (*FAST, "--out", str(out))
@@ -332,6 +337,7 @@ def test_truth_of_another_cohort_is_refused(folder: Path, tmp_path: Path) -> Non
     assert "must name every image" in result.output
 
 
+@pytest.mark.seconds
 def test_splits_of_another_run_are_taken_and_give_the_same_figures(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -372,6 +378,7 @@ def test_the_table_says_where_bfloat16_differs(folder: Path, tmp_path: Path) -> 
     assert 0 < change <= max(moved) / 4 + 1e-6
 
 
+@pytest.mark.seconds
 def test_two_processes_share_the_heads(folder: Path, tmp_path: Path) -> None:
     arguments = ["fit-head", "--store", str(folder / "features.h5"), "--threads", "1"]
     arguments += ["--agg", "mean", "--agg", "topk", "--agg", "attention", "--width", "4"]
@@ -399,6 +406,7 @@ def test_two_processes_share_the_heads(folder: Path, tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-4)
 
 
+@pytest.mark.seconds
 def test_both_protocols_and_their_difference(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("--agg", "mean", "--seeds", "2", "--folds", "3", "--epochs", "3")

@@ -131,6 +131,7 @@ def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: str) -> None:
     assert waits.count == 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 @pytest.mark.parametrize("agg", WEIGHTED)
 def test_exact_is_the_one_shot_gradient(agg: str, unit: str) -> None:

@@ -108,6 +108,7 @@ def test_bootstrap_of_one_class_is_unknown() -> None:
     assert np.isnan(intervals["ba"]).all()
 
 
+@pytest.mark.seconds
 def test_auc_gain_against_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(3)
     labels = np.repeat([0, 1], [25, 40])

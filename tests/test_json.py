@@ -15,6 +15,8 @@ from lymphfeat.runtime.strict_json import json_text
 from lymphfeat_cli.main import COMMANDS, cli
 from tests.tiny import SIDE, write_red_cohort
 
+pytestmark = pytest.mark.seconds
+
 SCHEMAS = Path(__file__).parent.parent / "docs" / "json"
 DEVICE = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
 BACKBONE = ["--backbone", "test_efficientnet", "--crop", str(SIDE)]

@@ -190,6 +190,7 @@ def test_each_fold_is_measured_at_the_other_folds_threshold(trained: Path, cohor
     assert told["log_loss_calibrated"] == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("rule", ["best-ba", "0.5"])
 def test_members_decide_by_the_rule_asked_for(rule: str, cohort: Cohort, tmp_path: Path) -> None:
     members = train(cohort, tmp_path, replace(SETTINGS, threshold=rule), folds=FOLDS)
@@ -255,6 +256,7 @@ def test_interrupted_in_a_later_fold_ends_with_the_same_bits(
         train(cohort, out, SETTINGS, folds=FOLDS)
 
 
+@pytest.mark.seconds
 def test_one_model_in_place_of_members_keeps_nothing_of_them(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ def test_one_model_in_place_of_members_keeps_nothing_of_them(
     np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-5)
 
 
+@pytest.mark.seconds
 def test_members_in_place_of_one_model_keep_nothing_of_it(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +295,7 @@ def test_members_in_place_of_one_model_keep_nothing_of_it(
     assert {name.split("/")[0] for name in fewer} >= {"fold-0", "fold-1", "members.json"}
 
 
+@pytest.mark.seconds
 def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     def stopping(done: int, total: int, text: str = "") -> None:
         if "epoch 2/2" in text:
@@ -329,6 +333,7 @@ def endtoend(cohort: Cohort, *arguments: str) -> Path:
     return Path("m")
 
 
+@pytest.mark.seconds
 def test_from_the_command_line(
     auto_precision: str, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,6 +458,7 @@ def line_of(cohort: Path, out: Path, *arguments: str) -> list[str]:
     return [*line, "--batch-size", "4", "--precision", "float32", *arguments]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("held_out", [("--folds", "5"), ("--validation", "0.4")])
 def test_an_image_on_both_sides_is_refused(tmp_path: Path, held_out: tuple[str, str]) -> None:
     root = write_cohort_with_a_copy(tmp_path / "c")

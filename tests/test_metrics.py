@@ -24,6 +24,7 @@ PROBABILITIES = st.lists(
 ).map(np.array)
 
 
+@pytest.mark.seconds
 @given(PROBABILITIES)
 def test_metrics_are_those_of_scikit_learn(probabilities: np.ndarray) -> None:
     ours = all_metrics(probabilities, LABELS)

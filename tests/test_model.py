@@ -102,6 +102,7 @@ def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(weight, backbone.state_dict()["model.conv1.weight"])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 def test_predictions_against_image_by_image(agg: str, unit: str, cohort: Cohort) -> None:
@@ -139,6 +140,7 @@ def _check_weighted(
     assert probability == pytest.approx(float((weights * instances).sum().sigmoid()), rel=1e-4)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 def test_bfloat16_is_as_near_as_its_roundings_allow(agg: str, cohort: Cohort) -> None:
     model = make_model(agg, "image")

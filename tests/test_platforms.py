@@ -33,6 +33,7 @@ def run(script: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.seconds
 def test_every_module_works_without_what_only_posix_has() -> None:
     script = """
 import lymphfeat, lymphfeat_cli
@@ -71,6 +72,7 @@ else:
     run(script, "all")
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_store_is_written_as_windows_wants_it(tmp_path: Path) -> None:
     """It opens no folder, syncs no file opened for reading, and moves or removes no open file."""

@@ -83,6 +83,7 @@ COMPUTING: dict[str, Callable[[Model, Cohort, Path], object]] = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("compute", COMPUTING.values(), ids=COMPUTING)
 def test_all_that_computes_closes_them(
     compute: Callable[[Model, Cohort, Path], object], shortened: None, tmp_path: Path

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from lymphfeat.features.store import FeatureStore
@@ -20,6 +21,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
+@pytest.mark.seconds
 def test_a_store_of_pretrained_weights_names_the_patients_seen(tmp_path: Path) -> None:
     cohort = write_red_cohort(tmp_path / "cohort")
     weights = tmp_path / "mine.safetensors"
@@ -41,6 +43,7 @@ def test_a_store_of_pretrained_weights_names_the_patients_seen(tmp_path: Path) -
     assert described["pretrained_on"] == {"frozen": 12}
 
 
+@pytest.mark.seconds
 def test_json(tmp_path: Path) -> None:
     cohort = write_red_cohort(tmp_path / "cohort")
     result = run("pretrain", cohort, *SMALL, "--out", tmp_path / "w.safetensors", "--json")

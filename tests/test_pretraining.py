@@ -140,6 +140,7 @@ def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
     assert "class_loss" not in trained.curve[-1]
 
 
+@pytest.mark.seconds
 def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), "none")
     shortest = replace(PRETRAINING, minutes=1e-9)
@@ -159,6 +160,7 @@ def run_interrupted(cells: Cells, out: Path, settings: PretrainSettings, at: int
         pretrain(cells, out, settings, progress=interrupt)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("grouping", ["patients", "classes"])
 def test_interrupted_ends_with_the_same_bits(grouping: str, tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), grouping)
@@ -173,6 +175,7 @@ def test_interrupted_ends_with_the_same_bits(grouping: str, tmp_path: Path) -> N
     assert out.read_bytes() == whole.weights.read_bytes()
 
 
+@pytest.mark.seconds
 def test_another_runs_checkpoint_is_refused_and_force_starts_over(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     out = tmp_path / "w.safetensors"
@@ -184,6 +187,7 @@ def test_another_runs_checkpoint_is_refused_and_force_starts_over(tmp_path: Path
     assert forced.sha256 == pretrain(cells, tmp_path / "new.safetensors", other).sha256
 
 
+@pytest.mark.seconds
 def test_weights_and_curve_are_of_one_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

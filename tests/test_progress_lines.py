@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lymphfeat_cli.progress_lines import ProgressLine
 from tests.test_extract import write_cells
 
@@ -76,6 +78,7 @@ def test_resumed_and_later_work_has_its_own_pace() -> None:
     assert str(line) == "training: 1 of 50 (2 %), epoch 1/2, about 8.2 h left"
 
 
+@pytest.mark.seconds
 def test_a_log_gets_lines_until_the_end(tmp_path: Path) -> None:
     lines = log_of(WORK, tmp_path / "log", "")
     assert lines[0] == "extracting: started"
@@ -85,11 +88,13 @@ def test_a_log_gets_lines_until_the_end(tmp_path: Path) -> None:
     assert 4 <= len(lines) <= 60
 
 
+@pytest.mark.seconds
 def test_none_when_quiet_and_none_of_the_other_processes(tmp_path: Path) -> None:
     assert log_of(WORK, tmp_path / "log", "-q") == []
     assert log_of(WORK, tmp_path / "log", "", rank=1) == []
 
 
+@pytest.mark.seconds
 def test_a_command_says_where_it_is(tmp_path: Path) -> None:
     cohort = write_cells(tmp_path / "cells")
     tiny = ("--backbone", "test_resnet", "--crop", "48", "--device", "cpu")

@@ -88,6 +88,7 @@ def _name(outcome: Outcome, start: str) -> str:
     return next(str(name) for name in outcome.summary["head"] if str(name).startswith(start))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("rule", RULES)
 def test_honest_thresholds_come_from_training_patients_alone(features: Features, rule: str) -> None:
     outcome = run(features, "honest", seeds=2, folds=3, threshold=rule)

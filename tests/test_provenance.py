@@ -208,6 +208,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("source", "consumer"), PAIRS, ids=[f"{s} x {c.__name__}" for s, c in PAIRS]
 )
@@ -269,6 +270,7 @@ def test_a_patient_is_known_again_with_images_added_and_removed(world: World) ->
     assert seen.labelled([fewer, more]) == ("X", "Y")
 
 
+@pytest.mark.seconds
 def test_runs_of_two_cohorts_are_not_compared(world: World, tmp_path: Path) -> None:
     for name in ("same", "another"):
         store = extract(world.cohorts[name], tmp_path / f"{name}.h5", EXTRACT)
@@ -277,6 +279,7 @@ def test_runs_of_two_cohorts_are_not_compared(world: World, tmp_path: Path) -> N
         compare([tmp_path / "same", tmp_path / "another"])
 
 
+@pytest.mark.seconds
 def test_a_head_to_begin_with_is_chosen_without_those_held_out(
     world: World, tmp_path: Path
 ) -> None:
@@ -321,11 +324,13 @@ PROVENANCES = st.builds(
 )
 
 
+@pytest.mark.seconds
 @given(PROVENANCES)
 def test_round_trip_through_json(provenance: Provenance) -> None:
     assert Provenance.from_json(json.loads(json.dumps(provenance.to_json()))) == provenance
 
 
+@pytest.mark.seconds
 @given(PROVENANCES, PROVENANCES)
 def test_a_union_has_seen_what_either_has(one: Provenance, other: Provenance) -> None:
     whole = one | other

@@ -32,6 +32,7 @@ def run_python(code: str) -> str:
     ).stdout
 
 
+@pytest.mark.seconds
 def test_torch_waits_until_it_is_used() -> None:
     code = "import sys, lymphfeat as lf; dir(lf); lf.Cohort, lf.FitSettings, lf.SettingsError"
     shown = "print('torch' in sys.modules)"
@@ -39,6 +40,7 @@ def test_torch_waits_until_it_is_used() -> None:
     assert run_python(f"{code}; lf.fit_heads; {shown}") == "True\n"
 
 
+@pytest.mark.seconds
 def test_no_module_shadows_a_public_name() -> None:
     code = (
         "import pkgutil, types; from importlib import import_module; import lymphfeat as lf\n"

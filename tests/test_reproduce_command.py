@@ -35,6 +35,7 @@ def test_rows_are_those_of_the_report() -> None:
     }
 
 
+@pytest.mark.seconds
 def test_table_and_figures_beside_the_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

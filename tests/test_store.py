@@ -181,6 +181,7 @@ def test_readers_cannot_write(tmp_path: Path) -> None:
         store.features()[0] = 0
 
 
+@pytest.mark.seconds
 def test_same_recipe_same_bytes(tmp_path: Path) -> None:
     write_store(tmp_path / "0.h5")
     time.sleep(1.1)  # a time stamp would differ: HDF5 counts seconds
@@ -189,6 +190,7 @@ def test_same_recipe_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "0.h5").read_bytes() == (tmp_path / f"{block}.h5").read_bytes()
 
 
+@pytest.mark.seconds
 def test_many_patients(tmp_path: Path) -> None:
     # Their ids take more than the 64 kB of a small HDF5 attribute.
     cohort = made_up_cohort([1] * 30_000)
@@ -341,6 +343,7 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert go_on(path) == [(0, 3), (3, 6), (6, 7)]
 
 
+@pytest.mark.seconds
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     script = (

@@ -440,6 +440,7 @@ def test_the_command_writes_and_counts(tmp_path: Path) -> None:
     assert "seed (=0) where 1 is asked for" in other.stderr
 
 
+@pytest.mark.seconds
 def test_the_plate_shows_a_row_for_each_class(tmp_path: Path) -> None:
     path = tmp_path / "plate.png"
     assert run("--plate", str(path)).exit_code == 0

@@ -289,6 +289,7 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-6)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("few", [None, 4])
 def test_fitting_together_is_fitting_alone(features: Features, few: int | None) -> None:
     fits = [Fit(head=head, split=split) for head in HEADS for split in _splits(3)]
