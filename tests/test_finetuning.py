@@ -173,9 +173,12 @@ def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_pat
         assert set(predictions["patient"]) == set(fit.split.validation)
 
 
-def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path: Path) -> None:
-    outcome = fit_heads(store, HEADS[:1], FIT, tmp_path / "run").outcome
-    assert outcome.thresholds == "prevalence, from training patients out of fold"
+@pytest.mark.parametrize("rule", ["prevalence", "best-ba"])
+def test_thresholds_come_from_the_inner_backbones(
+    rule: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    outcome = fit_heads(store, HEADS[:1], replace(FIT, threshold=rule), tmp_path / "run").outcome
+    assert outcome.thresholds == f"{rule}, from training patients out of fold"
     split = outcome.splits[2]
     probabilities: list[float] = []
     labels: list[int] = []
@@ -188,8 +191,8 @@ def test_thresholds_come_from_the_inner_backbones(store: FeatureStore, tmp_path:
         rows = features.rows_of([p for p in inner.validation if p in split.train])
         probabilities += found.curves[0, -1, rows].tolist()
         labels += store.labels[rows].tolist()
-    decision = Decision.learn(np.array(probabilities), np.array(labels))
-    assert outcome.runs["threshold"].iloc[2] == pytest.approx(decision.threshold, abs=1e-4)
+    expected = Decision.learn(np.array(probabilities), np.array(labels), rule=rule).threshold
+    assert outcome.runs["threshold"].iloc[2] == pytest.approx(expected, abs=1e-6)
 
 
 def test_initial_weights_must_not_know_the_validation_patients(
