@@ -72,7 +72,8 @@ def test_checkpoints_outlive_an_error_and_go_with_success(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match="stop"):
             make(out, "half", resumes=resumes, then=stop)
         assert contents(tmp_path) == kept
-    with pytest.raises(SettingsError, match=r"checkpoint.pt: an unfinished training of another"):
+    message = r"checkpoint.pt belongs to an unfinished training of another kind"
+    with pytest.raises(SettingsError, match=message):
         make(out, "other")
     assert contents(tmp_path) == kept
     make(out, "whole", resumes=resumes)

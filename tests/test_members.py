@@ -306,7 +306,8 @@ def test_an_unfinished_training_of_another_kind_is_kept(cohort: Cohort, tmp_path
         train(cohort, out, SETTINGS, folds=FOLDS, progress=stopping)
     kept = contents(tmp_path)
     assert list(kept) == ["m.partial/fold-0.pt"]
-    with pytest.raises(SettingsError, match=r"fold-0.pt: an unfinished training of another kind"):
+    message = r"fold-0.pt belongs to an unfinished training of another kind"
+    with pytest.raises(SettingsError, match=message):
         train(cohort, out, SETTINGS)
     assert contents(tmp_path) == kept
     train(cohort, out, SETTINGS, force=True)

@@ -53,7 +53,7 @@ class Checkpoint:
         differences = differing_fields(self._identity, json.loads(content["identity"]))
         if differences:
             raise ModelError(
-                f"{self.path}: an unfinished training with other settings is there: "
+                f"{self.path} belongs to an unfinished training with other settings: "
                 f"{'; '.join(differences)}. Choose another --out, or start over with --force."
             )
         state: dict[str, Any] = content["state"]

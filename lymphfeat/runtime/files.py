@@ -161,7 +161,7 @@ def _check_unfinished(folder: Path, resumes: Collection[str], *, force: bool) ->
             raise SettingsError(f"{path} is in the way; move it away or choose another --out.")
         if not force:
             raise SettingsError(
-                f"{path}: an unfinished training of another kind is there; choose another --out, "
+                f"{path} belongs to an unfinished training of another kind; choose another --out, "
                 "or start over with --force."
             )
         path.unlink()

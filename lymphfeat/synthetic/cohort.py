@@ -164,7 +164,7 @@ def _names(count: int) -> list[str]:
 
 
 def _is_finished(out: Path, wanted: _Manifest, force: bool) -> bool:
-    """Make `out` ready for writing, unless what is wanted is there already."""
+    """Make `out` ready for writing, unless it already holds the cohort."""
     there = _Manifest.read(out / MANIFEST)
     if not force:
         _check_ours(out, there)

@@ -1,12 +1,12 @@
-"""Rendered smears: one lymphocyte in the middle, red cells and platelets round it.
+"""Rendered smears: one lymphocyte in the middle, surrounded by red cells and platelets.
 
-* A pixel's colour is `ground * exp(-optical density)`: overlapping red cells darken each other as
-  under a microscope, and a patient's stain is a factor on the densities.
-* Lengths are in pixels of the 224 px frame and are scaled to the frame asked for.
-* Atypical cells are drawn as normal ones and then shifted, trait by trait, by what haematologists
-  describe; at difficulty 1 the shift is nought. All of it lies inside the cell, so inside the
-  centre half of the frame.
-* Soft edges and blurred densities stand for the focus: no pass of blur over the whole frame.
+* A pixel's colour is `ground * exp(-optical density)`: overlapping red cells darken each other, as
+  they do under a microscope, and a patient's stain is a factor on the densities.
+* Lengths are in pixels of the 224 px frame, and are scaled to the frame size requested.
+* Atypical cells are drawn as normal ones and then shifted, trait by trait, as haematologists
+  describe them; at difficulty 1 the shift is zero. Everything that differs is inside the cell, and
+  so in the centre half of the frame.
+* Soft edges and blurred densities imitate the focus, without blurring the whole frame.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Densities = NDArray[np.float32]  # (3,): optical density of red, green, blue
 FRAME = 224  # px, the challenge's images
 _CELL_PATCH = 112  # px, the frame's middle, which holds the whole lymphocyte
 _RED_PATCH = 58  # px, holds one red cell
-_REACH = 51  # px, no cell's border lies further from its middle
+_REACH = 51  # px, the furthest that a cell's border is from its middle
 _ANGLES = 360  # entries of a table radius(angle)
 _ANGLE = np.linspace(0, 2 * np.pi, _ANGLES, endpoint=False)
 _COSINES, _SINES = (wave(np.arange(64)[:, None] * _ANGLE) for wave in (np.cos, np.sin))
@@ -46,8 +46,8 @@ class Slide:
     noise: float  # grey levels, of the camera
     spacing: float  # px between red cells
     pallor: float  # 0..1, how bright the centres of red cells are
-    large_share: float  # of normal lymphocytes that are large, with abundant pale cytoplasm
-    bean_share: float  # of normal nuclei that are broadly indented
+    large_share: float  # share of normal lymphocytes that are large, with abundant pale cytoplasm
+    bean_share: float  # share of normal nuclei that are broadly indented
     chromatin: float  # offset of this patient's normal openness of the nucleus
     basophilia: float  # offset of this patient's normal blueness of the cytoplasm
 
@@ -91,7 +91,7 @@ def draw_traits(
     rng: np.random.Generator, atypical: bool, difficulty: float, slide: Slide, large: bool
 ) -> Traits:
     """Draw a lymphocyte; an atypical one is shifted from normal by `1 - difficulty`."""
-    # How far along each trait this cell goes: no two atypical cells show all of them alike.
+    # How strongly this cell shows each trait: no two atypical cells are alike.
     shift = (1 - difficulty) * rng.uniform(0.85, 1.45, 8) * atypical
     bean = rng.random() < slide.bean_share  # normal nuclei may be indented too: broadly, not deeply
     return Traits(
@@ -129,9 +129,9 @@ def render_cell(
 ) -> NDArray[np.uint8]:
     """Render one lymphocyte among red cells, (size, size, 3) uint8 RGB.
 
-    difficulty: 0 = an atypical cell differs plainly .. 1 = not at all.
-    slide: the patient's slide; drawn anew when not given.
-    large: a normal cell with abundant pale cytoplasm; drawn from the slide's share when not given.
+    difficulty: 0 = an atypical cell differs clearly .. 1 = not at all.
+    slide: the patient's slide; drawn if None.
+    large: whether the cell has abundant pale cytoplasm; drawn from the slide's share if None.
     """
     drawn = _draw_cell(rng, atypical, difficulty, slide, large, size)
     slide, cell = drawn.slide, drawn.cell
@@ -154,9 +154,9 @@ def cell_extent(
     large: bool | None = None,
     size: int = FRAME,
 ) -> Float:
-    """Return how far each pixel lies in the cell that `render_cell` draws of the same generator.
+    """Return the extent of the cell that `render_cell` draws with an equal generator.
 
-    (size, size), 1 inside the cell, 0 outside.
+    (size, size): 1 inside the cell, 0 outside, between them on its soft edge.
     """
     covered = _draw_cell(rng, atypical, difficulty, slide, large, size).cell.covered
     extent = np.zeros((size, size), np.float32)
@@ -241,7 +241,7 @@ def _lymphocyte(
 
 
 def _cell_outline(rng: np.random.Generator, traits: Traits) -> Float:
-    """Return radius(angle), (360,): an oval, ruffled in places, now and then with a bleb."""
+    """Return radius(angle), (360,): an oval, ruffled in places, occasionally with a bleb."""
     table = (traits.nucleus + traits.cytoplasm) * (1 + _harmonics(rng, 2, 6, 0.022))
     ruffled = np.clip(_harmonics(rng, 1, 4, 0.7), 0, 1.5)
     table += ruffled * _harmonics(rng, 12, 60, rng.uniform(0.05, 0.22))
@@ -293,7 +293,7 @@ def _red_cells(
     middle: NDArray[np.float64],
     size: int,
 ) -> Float:
-    """Return the red cells' thickness, (size, size); where some overlap, it is more."""
+    """Return the thickness of the red cells, (size, size), more where some overlap."""
     scale = size / FRAME
     centres = _red_centres(rng, slide.spacing, radius, middle)  # (K, 2) px from the frame's middle
     side = round(_RED_PATCH * scale)
@@ -379,7 +379,7 @@ def _disc(axes: Float, lobe: np.float32, profile: Float, y: Float, x: Float) -> 
 
 
 def _add_platelets(rng: np.random.Generator, density: Float, slide: Slide, scale: float) -> None:
-    """Add a few small granular violet discs anywhere but on the lymphocyte."""
+    """Add a few small granular violet discs, but none on the lymphocyte."""
     size, side = density.shape[1], round(16 * scale)
     axis = (np.arange(side, dtype=np.float32) - (side - 1) / 2) / np.float32(scale)
     for _ in range(rng.poisson(0.7)):
@@ -400,7 +400,7 @@ def _photograph(rng: np.random.Generator, density: Float, slide: Slide) -> NDArr
     tilt = rng.normal(0, 0.012, 2).astype(np.float32)
     light = 1 + tilt[0] * ramp[:, None] + tilt[1] * ramp[None, :]  # (s, s)
     photograph = np.empty((size, size, 3), np.uint8)
-    for channel in range(3):  # one at a time, in place: what is in the processor's cache is fast
+    for channel in range(3):  # one at a time, in place, to stay in the processor's cache
         level = density[channel]
         level *= -slide.stain[channel]
         np.exp(level, out=level)
@@ -422,18 +422,18 @@ def _harmonics(rng: np.random.Generator, low: int, high: int, amplitude: float) 
     phases = rng.uniform(0, 2 * np.pi, count)
     weights = np.concatenate([sizes * np.cos(phases), -sizes * np.sin(phases)])[:, None]
     waves = np.concatenate([_COSINES[low : high + 1], _SINES[low : high + 1]])
-    # Not a matrix product: for so few numbers, waking the linear algebra's threads costs more.
+    # Not a matrix product: with this few numbers, waking the threads of BLAS takes longer.
     return np.asarray((weights * waves).sum(0), np.float32)
 
 
 def _bump(angle: float, width: float) -> Float:
-    """Return a bell of height 1 round `angle`, (360,); `width` in radians."""
+    """Return a bell curve of height 1 around `angle`, (360,); `width` in radians."""
     away = (_ANGLE - angle + np.pi) % (2 * np.pi) - np.pi
     return np.exp(-np.square(away / width)).astype(np.float32)
 
 
 def _inside(x: Float, y: Float, outline: Float) -> Float:
-    """Return how far each pixel lies inside the outline along its ray, px, negative outside."""
+    """Return each pixel's distance from the outline along its ray, px, negative outside."""
     angle = np.arctan2(y, x) * np.float32(_ANGLES / (2 * np.pi))  # -180..180
     return np.asarray(outline[angle.astype(np.intp) % _ANGLES] - np.sqrt(x * x + y * y), np.float32)
 
@@ -451,7 +451,7 @@ def _grain(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Fl
 
 
 def _white_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
-    """Return uniform noise of mean 0 and variance 1, many times faster than a normal one."""
+    """Return uniform noise of mean 0 and variance 1, many times faster than normal noise."""
     levels = rng.integers(-128, 128, shape, np.int8)
     noise = levels.astype(np.float32)
     noise *= np.float32(1 / 73.9)
