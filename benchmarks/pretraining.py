@@ -40,9 +40,9 @@ from torchvision.transforms.v2 import functional as colour
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_folders import Cells
 from lymphfeat.cohort.images import decode_crops, find_normalization
-from lymphfeat.extraction import MapEncoder
 from lymphfeat.features.augmentation import centre_views
 from lymphfeat.features.backbones import build_backbone
+from lymphfeat.features.map_encoder import MapEncoder
 
 CROP = 112
 # pbc-cells show a cell in about 65 of 144 pixels, the crops of pbc-mil in about 100 of 112.

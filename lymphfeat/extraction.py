@@ -1,10 +1,11 @@
-"""Extraction: images into a store of feature maps, by one backbone or one fine-tuned a split."""
+"""Extraction: images into a store of feature maps, by one backbone or one per split."""
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,20 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
-from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.cohort.images import Crop, find_normalization, stream_crops
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError, StoreError
-from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone
-from lymphfeat.features.store import (
-    FORMAT_VERSION,
-    FROZEN,
-    FeatureSet,
-    FeatureStore,
-    MapShape,
-    Recipe,
-)
+from lymphfeat.features.backbones import Backbone, LoadedWeights, build_from_settings
+from lymphfeat.features.map_encoder import MapEncoder
+from lymphfeat.features.store import FORMAT_VERSION, FROZEN, FeatureSet, FeatureStore, Recipe
 from lymphfeat.features.store_writer import StoreWriter
-from lymphfeat.features.views import flip_view, normalize, parse_views
+from lymphfeat.features.views import parse_views
 from lymphfeat.finetuning.backbones import fine_tune
 from lymphfeat.runtime.devices import (
-    autocast,
     choose_device,
     choose_precision,
     cpu_threads,
@@ -44,7 +37,7 @@ from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.processes import count, from_first, is_first, join_processes, rank, to_first
 from lymphfeat.runtime.progress import Progress, RateMeter, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings
+from lymphfeat.settings import EndToEndSettings, ExtractSettings
 
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
@@ -67,12 +60,13 @@ def extract(
     the folder `<out>.backbones`: nothing is trained twice. Under torchrun the blocks are shared out
     over the processes, and the first one writes.
 
-    A complete store is left as it is if its recipe is the same but for what changes rounding alone
-    (batch size, device, threads, versions), which `FeatureStore.notes` then names. An unfinished
-    one is finished if its whole recipe is the same, and ends with the same bytes as an
-    uninterrupted run. Raises StoreError when a store of another recipe is there and `force` is not
-    set; CohortError for an image that cannot be read. What `force`
-    overwrites stays until the new store is finished.
+    A complete store is left as it is if its recipe differs only in what changes rounding (batch
+    size, device, threads, versions), which `FeatureStore.notes` then names. An unfinished one is
+    finished if its whole recipe is the same, and ends with the same bytes as an uninterrupted run.
+    What `force` overwrites stays until the new store is finished.
+
+    Raises StoreError when `out` holds a store of another recipe and `force` is not set, and
+    CohortError for an image that cannot be read.
     """
     out, settings = Path(out), settings or ExtractSettings()
     if out.is_dir():
@@ -80,41 +74,28 @@ def extract(
     device = choose_device(settings.device)
     join_processes()
     with cpu_threads(settings.threads), whole_float32():
-        backbone, weights = _build(settings.backbone)
+        backbone, weights = build_from_settings(settings.backbone)
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
         if from_first(out.exists()) and not force:
             return _reuse(out, recipe)
         if settings.finetune is None:
-            found = {_frozen(settings, weights): backbone}
+            networks = {_frozen(settings, weights): backbone}
         else:
-            held_out = {id for split in splits for id in split.validation}
-            seen = weights.provenance.labelled(patient_keys(cohort))
-            refuse_seen_by_weights(held_out.intersection(seen), weights.source)
-            found = _fine_tuned(cohort, splits, settings, out, force, progress)
-            recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in found}
-        encoders = {
-            each: MapEncoder(
-                network,
-                normalization=find_normalization(settings.backbone.normalization),
-                views=parse_views(settings.views),
-                dtype=dtype,
-                device=device,
-            )
-            for each, network in found.items()
-        }
-        _extract_rows(cohort, out, settings, recipe, encoders, progress, force=force)
+            _refuse_seen(cohort, splits, weights)
+            networks = _fine_tuned(cohort, splits, settings, out, force, progress)
+            recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in networks}
+        encoders = _encoders(networks, settings, dtype, device)
+        open_writer = partial(_open_writer, out, recipe, cohort, encoders, force)
+        _write_rows(cohort, settings, encoders, open_writer, progress)
     return FeatureStore.open(out)
 
 
-def _build(settings: BackboneSettings) -> tuple[Backbone, LoadedWeights]:
-    return build_backbone(
-        settings.backbone,
-        weights=settings.weights,
-        seed=settings.weights_seed,
-        image_size=settings.crop,
-        output_stride=settings.output_stride,
-    )
+def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights) -> None:
+    """Refuse to fine-tune weights that have seen the label of a patient held out."""
+    held_out = {id for split in splits for id in split.validation}
+    seen = weights.provenance.labelled(patient_keys(cohort))
+    refuse_seen_by_weights(held_out.intersection(seen), weights.source)
 
 
 def _frozen(settings: ExtractSettings, weights: LoadedWeights) -> FeatureSet:
@@ -142,7 +123,7 @@ def _fine_tuned(
     found = {}
     for split in splits:
         tuned = replace(settings.backbone, weights=str(paths[split.id]))
-        backbone, weights = _build(tuned)
+        backbone, weights = build_from_settings(tuned)
         feature_set = FeatureSet.of_split(
             split,
             backbone=tuned.backbone,
@@ -252,54 +233,72 @@ def _incidental(recipe: Recipe) -> dict[str, Any]:
     return {key: recipe[key] for key in recipe if key in _INCIDENTAL}
 
 
-def _extract_rows(
-    cohort: Cohort,
-    out: Path,
+def _encoders(
+    networks: Mapping[FeatureSet, Backbone],
     settings: ExtractSettings,
-    recipe: dict[str, Any],
-    encoders: Mapping[FeatureSet, "MapEncoder"],
-    progress: Progress,
-    *,
-    force: bool,
-) -> None:
-    paths = [path for images in cohort.images for path in images]
-    first = next(iter(encoders.values()))
-    with ExitStack() as stack:
-        writer = None
-        if is_first():
-            writer = stack.enter_context(
-                StoreWriter(
-                    out,
-                    recipe=recipe,
-                    cohort=cohort,
-                    shape=first.map_shape(settings.backbone.crop),
-                    feature_sets=list(encoders),
-                    image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
-                    force=force,
-                )
-            )
-        starts = from_first(
-            [
-                start
-                for start in range(0, len(paths), settings.batch_size)
-                if writer and not writer.finished(start, _stop(start, paths, settings))
-            ]
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[FeatureSet, MapEncoder]:
+    return {
+        each: MapEncoder(
+            network,
+            normalization=find_normalization(settings.backbone.normalization),
+            views=parse_views(settings.views),
+            dtype=dtype,
+            device=device,
         )
-        blocks = [(start, paths[start : _stop(start, paths, settings)]) for start in starts]
+        for each, network in networks.items()
+    }
+
+
+def _open_writer(
+    out: Path,
+    recipe: Recipe,
+    cohort: Cohort,
+    encoders: Mapping[FeatureSet, MapEncoder],
+    force: bool,
+) -> StoreWriter:
+    first = next(iter(encoders.values()))
+    return StoreWriter(
+        out,
+        recipe=recipe,
+        cohort=cohort,
+        shape=first.map_shape(recipe["crop"]),
+        feature_sets=list(encoders),
+        image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
+        force=force,
+    )
+
+
+def _write_rows(
+    cohort: Cohort,
+    settings: ExtractSettings,
+    encoders: Mapping[FeatureSet, MapEncoder],
+    open_writer: Callable[[], StoreWriter],
+    progress: Progress,
+) -> None:
+    """Encode the blocks that are not yet written; the first process opens the store and writes."""
+    paths, size = [path for images in cohort.images for path in images], settings.batch_size
+    with ExitStack() as stack:
+        writer = stack.enter_context(open_writer()) if is_first() else None
+        starts = from_first(_waiting(writer, len(paths), size) if writer else [])
+        blocks = [(start, paths[start : start + size]) for start in starts]
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
-        for round_ in _rounds(_decoded_blocks(blocks[rank() :: count()], settings), len(blocks)):
+        for round_ in _rounds(_decoded(blocks[rank() :: count()], settings), len(blocks)):
             for start, maps, crc32 in to_first(_encoded(round_, encoders)):
                 if writer and maps:
                     writer.write(start, maps, crc32)
                     meter.add(len(crc32))
         if writer:
             writer.finish()
-    from_first(None)  # the others wait until the store is there
+    from_first(None)  # the others wait until the store is complete
 
 
-def _stop(start: int, paths: Sequence[Path], settings: ExtractSettings) -> int:
-    return min(start + settings.batch_size, len(paths))
+def _waiting(writer: StoreWriter, rows: int, size: int) -> list[int]:
+    """Return the first rows of the blocks that are not yet written."""
+    starts = range(0, rows, size)
+    return [start for start in starts if not writer.finished(start, min(start + size, rows))]
 
 
 Block = tuple[int, list[Crop]]
@@ -312,7 +311,7 @@ def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
 
 
 def _encoded(
-    block: Block, encoders: Mapping[FeatureSet, "MapEncoder"]
+    block: Block, encoders: Mapping[FeatureSet, MapEncoder]
 ) -> tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32]]:
     start, crops = block
     crc32 = np.array([crop.crc32 for crop in crops], np.uint32)
@@ -323,7 +322,7 @@ def _encoded(
     return start, maps, crc32
 
 
-def _decoded_blocks(
+def _decoded(
     blocks: Sequence[tuple[int, Sequence[Path]]], settings: ExtractSettings
 ) -> Iterator[tuple[int, list[Crop]]]:
     crops = stream_crops(
@@ -334,41 +333,3 @@ def _decoded_blocks(
     )
     for start, block in blocks:
         yield start, [next(crops) for _ in block]
-
-
-class MapEncoder:
-    """Turns decoded crops into feature maps of every view."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        normalization: Normalization,
-        views: tuple[str, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        backbone = backbone.eval().to(device)
-        self._backbone = backbone.to(memory_format=torch.channels_last)
-        self._normalization = normalization
-        self._views = views
-        self._dtype = dtype
-        self._device = device
-
-    def map_shape(self, crop: int) -> MapShape:
-        """Return the shape of what `encode` gives for one crop."""
-        _, views, *size = self.encode(np.zeros((1, 3, crop, crop), np.uint8)).shape
-        return MapShape(views=views, channels=size[0], height=size[1], width=size[2])
-
-    @torch.inference_mode()
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode crops (n, 3, H, W) as feature maps (n, V, C, h, w)."""
-        images = normalize(torch.from_numpy(pixels).to(self._device), self._normalization)
-        images = images.contiguous(memory_format=torch.channels_last)
-        maps = [self._encode_view(flip_view(images, view)) for view in self._views]
-        return torch.stack(maps, dim=1).cpu().numpy()
-
-    def _encode_view(self, images: Tensor) -> Tensor:
-        with autocast(self._device, self._dtype):
-            maps: Tensor = self._backbone(images)  # (n, C, h, w)
-        return maps.float().contiguous()

@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
 from lymphfeat.errors import CohortError, SettingsError, StoreError
-from lymphfeat.extraction import MapEncoder, extract
+from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import Backbone, build_backbone
+from lymphfeat.features.map_encoder import MapEncoder
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import normalize

@@ -51,7 +51,7 @@ INSIDE = {
         *("results", "sampling", "instances"),
     ),
     "heads.aggregators": ("networks", "ranking", "weighted"),
-    "features": ("store_writer", "store", "backbones", "views", "augmentation"),
+    "features": ("store_writer", "map_encoder", "store", "backbones", "views", "augmentation"),
     "synthetic": ("cohort", "rendering", "patients"),
     "cohort": (
         *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),
