@@ -1,4 +1,4 @@
-"""Rows of several runs side by side, paired by split (METHOD §4)."""
+"""compare: rows of several runs, paired by split (METHOD §4)."""
 
 import json
 import os
@@ -24,18 +24,18 @@ from lymphfeat.runtime.files import recover
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """A run folder read back."""
+    """The content of a run folder."""
 
     folder: Path
     config: dict[str, Any]
     splits: tuple[Split, ...]
-    runs: pd.DataFrame  # head, split, metrics
-    labels: dict[str, int]
+    runs: pd.DataFrame  # head, kind, split, metrics
+    labels: dict[str, int]  # by the patient's id
     provenance: RunProvenance
 
     @classmethod
     def read(cls, folder: Path) -> "SavedRun":
-        """Read a run folder; raises SettingsError, naming what to do, for anything else."""
+        """Read a run folder; raises SettingsError for anything else."""
         recover(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -60,6 +60,13 @@ class SavedRun:
     def protocol(self) -> str:
         return str(self.config["settings"]["protocol"])
 
+    @property
+    def sides(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+        """Return the training and validation patients of each split."""
+        return {
+            split.id: (frozenset(split.train), frozenset(split.validation)) for split in self.splits
+        }
+
 
 def compare(
     folders: Sequence[str | os.PathLike[str]],
@@ -71,10 +78,11 @@ def compare(
 ) -> Comparison:
     """Compare the rows of run folders, paired by split (Nadeau–Bengio intervals, Holm's p).
 
-    `heads` are the rows to take (default: all of every run). Each is set against one reference,
+    `heads` are the rows to take (default: all of every run). Each is compared with one reference,
     `against` (default: the first row of the first run, in the order in which it was asked for, so
-    that it isn't chosen by its result), or with `all_pairs` against every other. Raises
-    SettingsError for runs of different protocols or splits, and where nothing is left to compare.
+    that it isn't chosen by its result), or with `all_pairs` with every other. Raises SettingsError
+    for runs of different protocols, splits or patients, and where nothing is left to compare, and
+    LeakageError for a run measured on patients whose labels its features come from.
     """
     if isinstance(folders, str | os.PathLike):
         raise SettingsError(
@@ -85,30 +93,32 @@ def compare(
     saved = [SavedRun.read(folder) for folder in dict.fromkeys(map(Path, folders))]
     for run in saved:
         _refuse_seen(run)
-    for other in saved[1:]:
-        _check_same(saved[0], other)
+        _check_same(saved[0], run)
     rows = _choose_rows(saved, heads)
+    pairs = _choose_pairs(rows["name"].tolist(), against, all_pairs=all_pairs)
     values = _values(saved, rows, metric)
-    names = rows["name"].tolist()
-    if len(names) < 2:
-        raise SettingsError(f"rows to compare (={len(names)}) must be at least 2; add a run.")
-    reference = _find(names, against) if against else names[0]
-    pairs = (
-        [(b, a) for a, b in combinations(names, 2)]
-        if all_pairs
-        else [(name, reference) for name in names if name != reference]
-    )
     ratio = Plan.flat(saved[0].splits).test_to_train
     rarer = min(Counter(saved[0].labels.values()).values())
+    means = _estimates(values, ratio, metric, rarer)
     return Comparison(
         metric=metric,
         protocol=saved[0].protocol,
-        rows=rows.drop(columns="baseline").join(
-            _estimates(values, ratio, metric, rarer), on="name"
-        ),
+        rows=rows.drop(columns="baseline").join(means, on="name"),
         pairs=_differences(_alike(saved, rows, pairs, metric, values), ratio, metric),
         values=values,
     )
+
+
+def _choose_pairs(
+    names: Sequence[str], against: str | None, *, all_pairs: bool
+) -> list[tuple[str, str]]:
+    """List the pairs (row, reference) to compare."""
+    if len(names) < 2:
+        raise SettingsError(f"rows to compare (={len(names)}) must be at least 2; add a run.")
+    reference = _find(names, against) if against else names[0]
+    if all_pairs:
+        return [(b, a) for a, b in combinations(names, 2)]
+    return [(name, reference) for name in names if name != reference]
 
 
 def _refuse_seen(run: SavedRun) -> None:
@@ -120,23 +130,23 @@ def _refuse_seen(run: SavedRun) -> None:
 
 
 def _check_same(first: SavedRun, other: SavedRun) -> None:
-    """Refuse runs that were not measured alike."""
+    """Raise SettingsError for runs with another protocol, other splits, patients or labels."""
     if first.protocol != other.protocol:
         raise SettingsError(
             f"runs must use the same protocol; {first.folder} uses {first.protocol}, "
             f"{other.folder} {other.protocol}."
         )
-    sides = [
-        {split.id: (set(split.train), set(split.validation)) for split in run.splits}
-        for run in (first, other)
-    ]
-    if sides[0] != sides[1]:
-        differing = sorted(id for id in {**sides[0], **sides[1]} if _differ(id, *sides))
+    differing = sorted({id for id, _ in first.sides.items() ^ other.sides.items()})
+    if differing:
         raise SettingsError(
             f"runs must use the same splits; {first.folder} and {other.folder} differ "
             f"in {len(differing)}, the first {differing[0]}. Fit {other.folder} again with "
             f"--splits {first.folder / 'splits.json'}."
         )
+    _check_same_patients(first, other)
+
+
+def _check_same_patients(first: SavedRun, other: SavedRun) -> None:
     strangers = [
         id
         for id in first.labels
@@ -155,14 +165,10 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
         )
 
 
-def _differ(id: str, first: dict[str, Any], other: dict[str, Any]) -> bool:
-    return bool(first.get(id) != other.get(id))
-
-
 def _choose_rows(saved: Sequence[SavedRun], heads: Sequence[str]) -> pd.DataFrame:
-    """List the rows to compare: name (its run before it if need be), run, head, baseline."""
+    """List the rows to compare: name (after its run's, if not unique), run, head, baseline."""
     found = [(run, head) for run in saved for head in run.runs["head"].drop_duplicates()]
-    # Baselines on the same splits are the same in every run: the first run's stand for all.
+    # Baselines on the same splits are the same in every run: the first run's are enough.
     kept: list[tuple[SavedRun, str]] = []
     for run, head in found:
         if not (_is_baseline(run, head) and any(head == other for _, other in kept)):
@@ -203,7 +209,7 @@ def _find(names: Sequence[str], wanted: str) -> str:
 
 
 def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return a column of the runs' tables: (splits, rows)."""
+    """Return a column of the runs' tables as (splits, rows)."""
     for run in saved:
         if column not in run.runs:
             raise SettingsError(
@@ -221,7 +227,7 @@ def _values(saved: Sequence[SavedRun], rows: pd.DataFrame, column: str) -> pd.Da
 
 @dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """Two rows, and what they differ by in every split."""
+    """Two rows and their differences in each split."""
 
     name: str
     reference: str
@@ -236,7 +242,7 @@ def _alike(
     metric: str,
     values: pd.DataFrame,
 ) -> list[_Pair]:
-    """Pair rows so that both are the mean of ten best epochs, or both a last epoch."""
+    """Pair rows so that both are means of the ten best epochs, or both are at the last epoch."""
     baselines = set(rows.loc[rows["baseline"], "name"])
     report = saved[0].protocol == "report"
     mixed = [report and (one in baselines) != (other in baselines) for one, other in pairs]

@@ -1,4 +1,4 @@
-"""fit-head: every head on a feature store under a protocol, and the run folder it leaves."""
+"""fit-head: heads fitted on a feature store under a protocol, and the run folder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ RUN = ResultKind(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What `fit_heads` found, and the folder it is in (None where none was written)."""
+    """The results of `fit_heads`, and their folder (None if none was written)."""
 
     folder: Path | None
     settings: FitSettings
@@ -190,7 +190,7 @@ def _choose_heads(
 
 
 def _roundings(outcome: Outcome) -> dict[str, float]:
-    """Return for each head how far bfloat16 moves any patient's last probability."""
+    """Return for each head the largest change of a patient's last probability by bfloat16."""
     largest: dict[str, float] = {}
     for fit, change in zip(outcome.fitted.fits, outcome.fitted.rounding.tolist(), strict=True):
         name = head_name(fit.head)
@@ -252,7 +252,7 @@ def _config(run: Run, store: FeatureStore) -> dict[str, object]:
 
 
 def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
-    """Name every fit's weights `<head>/<split>/<tensor>`."""
+    """Return the weights of all fits, named `<head>/<split>/<tensor>`."""
     fitted = outcome.fitted
     tensors: dict[str, NDArray[np.float32]] = {}
     for i, fit in enumerate(fitted.fits):
@@ -263,12 +263,12 @@ def _tensors(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
 
 @dataclass(frozen=True, kw_only=True)
 class BothRuns:
-    """The same heads under both protocols.
+    """The results of `fit_both`.
 
-    table: head, kind, report and honest, each with its corrected 95 % interval (`…_low`, `…_high`),
-        report_half_width_uncorrected and …_published (too narrow), optimism (report − honest) with
-        its 95 % bootstrap interval, and by_epochs (what of it comes of the choice of epochs:
-        report − its last epoch).
+    table: head, kind, the balanced accuracies report and honest, each with its corrected 95 %
+        interval (`…_low`, `…_high`), report_half_width_uncorrected and …_published (too narrow),
+        optimism (report − honest) with its 95 % bootstrap interval, and by_epochs (the part that is
+        due to the choice of epochs: report − its last epoch).
     """
 
     report: Run
@@ -326,7 +326,7 @@ def _under(settings: FitSettings, protocol: str) -> FitSettings:
 
 
 def set_off(report: Run, honest: Run) -> pd.DataFrame:
-    """Join the summaries of both protocols, in the order of the report's."""
+    """Return the table of `BothRuns`, in the order of the report's summary."""
     both = report.outcome.summary.merge(
         honest.outcome.summary, on="head", suffixes=("_report", "_honest")
     )
@@ -354,9 +354,9 @@ def set_off(report: Run, honest: Run) -> pd.DataFrame:
 def bootstrap_optimism(
     report: Run, honest: Run, head: str, *, oracle: bool = False
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a row's report − honest balanced accuracy.
+    """Return the 95 % bootstrap interval of report − honest balanced accuracy of a row.
 
-    See `optimism_interval`; with `oracle` the report's thresholds are chosen as well.
+    See `optimism_interval`; with `oracle` the report chooses thresholds, too.
     """
     return optimism_interval(
         report.outcome.patients.labels,

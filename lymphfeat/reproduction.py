@@ -1,7 +1,8 @@
-"""The report's results on a given cohort, next to honest ones and the published (METHOD §7)."""
+"""reproduce: the report's results on a cohort, next to honest and published ones (METHOD §7)."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import find_provenance
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN, BothRuns, bootstrap_optimism, fit_both
 from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.plots.reproduction import FIGURE_5, draw_depths, draw_subsets
@@ -20,8 +22,8 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
-SUBSET = 10  # images of a patient, drawn anew at every step (report §4.4)
-SUBSET_EPOCHS = 3  # times as many epochs then, of which every third is looked at
+SUBSET = 10  # images per patient, drawn again at every step (report §4.4)
+SUBSET_EPOCHS = 3  # with subsets, times as many epochs, of which every third is evaluated
 TABLE_FILE, FIGURES = "table.csv", ("figure3.png", "figure5.png")
 REPRODUCTION = ResultKind(
     name="reproduction",
@@ -30,17 +32,18 @@ REPRODUCTION = ResultKind(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PublishedResult:
-    """One published figure, and what gives ours."""
+    """A balanced accuracy in the report, and the head that reproduces it."""
 
     name: str
-    agg: str
-    k_agg: int = 10
-    backbone: str = "resnet18"
-    subset: bool = False
     published: float
     published_half_width: float
+    agg: str
+    _: KW_ONLY
+    k_agg: int = 10
+    backbone: str = "resnet18"
+    subset: bool = False  # of SUBSET images per patient
     oracle: bool = False  # its threshold was chosen on the patients measured
 
     @property
@@ -49,73 +52,26 @@ class PublishedResult:
 
 
 PUBLISHED = (
-    PublishedResult(
-        name="top-1", agg="top1", published=0.788, published_half_width=0.024, oracle=True
-    ),
-    PublishedResult(
-        name="top-5", agg="topk", k_agg=5, published=0.843, published_half_width=0.024, oracle=True
-    ),
-    PublishedResult(
-        name="top-10", agg="topk", published=0.861, published_half_width=0.015, oracle=True
-    ),
-    PublishedResult(
-        name="top&bottom-5",
-        agg="topbottomk",
-        k_agg=5,
-        published=0.838,
-        published_half_width=0.020,
-        oracle=True,
-    ),
-    PublishedResult(
-        name="top&bottom-10",
-        agg="topbottomk",
-        published=0.848,
-        published_half_width=0.022,
-        oracle=True,
-    ),
-    PublishedResult(
-        name="bnsigmoid, ResNet-18", agg="bnsigmoid", published=0.814, published_half_width=0.008
-    ),
-    PublishedResult(
-        name="bnsigmoid, ResNet-34",
-        agg="bnsigmoid",
-        backbone="resnet34",
-        published=0.810,
-        published_half_width=0.009,
-    ),
-    PublishedResult(
-        name="bnsigmoid, ResNet-50",
-        agg="bnsigmoid",
-        backbone="resnet50",
-        published=0.806,
-        published_half_width=0.009,
-    ),
-    PublishedResult(
-        name="mean, all images", agg="mean", published=0.811, published_half_width=0.009
-    ),
-    PublishedResult(
-        name="mean, 10 images",
-        agg="mean",
-        subset=True,
-        published=0.802,
-        published_half_width=0.009,
-    ),
-    PublishedResult(
-        name="bnsigmoid, 10 images",
-        agg="bnsigmoid",
-        subset=True,
-        published=0.800,
-        published_half_width=0.009,
-    ),
+    PublishedResult("top-1", 0.788, 0.024, "top1", oracle=True),
+    PublishedResult("top-5", 0.843, 0.024, "topk", k_agg=5, oracle=True),
+    PublishedResult("top-10", 0.861, 0.015, "topk", oracle=True),
+    PublishedResult("top&bottom-5", 0.838, 0.020, "topbottomk", k_agg=5, oracle=True),
+    PublishedResult("top&bottom-10", 0.848, 0.022, "topbottomk", oracle=True),
+    PublishedResult("bnsigmoid, ResNet-18", 0.814, 0.008, "bnsigmoid"),
+    PublishedResult("bnsigmoid, ResNet-34", 0.810, 0.009, "bnsigmoid", backbone="resnet34"),
+    PublishedResult("bnsigmoid, ResNet-50", 0.806, 0.009, "bnsigmoid", backbone="resnet50"),
+    PublishedResult("mean, all images", 0.811, 0.009, "mean"),
+    PublishedResult("mean, 10 images", 0.802, 0.009, "mean", subset=True),
+    PublishedResult("bnsigmoid, 10 images", 0.800, 0.009, "bnsigmoid", subset=True),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproductionSettings:
-    """What of the report is run, and how long."""
+    """Which of the report's comparisons are run, and for how long."""
 
     backbones: tuple[str, ...] = BACKBONES
-    weights: Mapping[str, str] = field(default_factory=dict)  # of a backbone; "" is all others'
+    weights: Mapping[str, str] = field(default_factory=dict)  # by backbone; "" is for all others
     fit: FitSettings = field(default_factory=FitSettings)
     batch_size: int = 64  # images, of the extraction
     precision: str = "auto"  # of the extraction
@@ -123,10 +79,10 @@ class ReproductionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """What `reproduce_report` found.
+    """The results of `reproduce_report`.
 
-    table: a row for each published figure: name, published, published_half_width (as published,
-        too narrow), report (under the report's protocol and the row's own threshold convention),
+    table: one row per published result: name, published, published_half_width (as published, too
+        narrow), report (under the report's protocol and the row's own threshold convention) and
         honest, each with the corrected 95 % interval (`…_low`, `…_high`), optimism with its
         bootstrap interval, threshold (".5" or "chosen on the patients measured"), and the log
         losses likewise.
@@ -140,24 +96,29 @@ class Reproduction:
 def reproduce_report(
     cohort: Cohort,
     settings: ReproductionSettings,
-    out: Path,
-    cache: Path,
+    out: str | os.PathLike[str],
+    cache: str | os.PathLike[str],
     *,
     force: bool = False,
     progress: Progress = silent,
 ) -> Reproduction:
     """Run the report's comparisons as heads on frozen maps, under both protocols.
 
-    Feature stores go to `cache`, one a backbone, and are used again; runs, table.csv, figure3.png
-    and figure5.png to `out`, which is replaced as a whole, at the end. The report trained the whole
-    network: figures differ for that too. Raises SettingsError as `fit_heads` does.
+    Feature stores are written to `cache`, one per backbone, and used again. Runs, table.csv,
+    figure3.png and figure5.png are written to `out`, which is replaced as a whole, at the end. The
+    report trained the whole network, which is one more reason for different results. Raises the
+    errors of `extract` and `fit_heads`; LeakageError, before anything is extracted, for weights
+    that learnt from labels of the cohort.
     """
+    folder = Path(out)
+    for backbone in settings.backbones:
+        _refuse_seen(cohort, _extraction(settings, backbone).backbone)
     join_processes()
-    with result_folder(out, REPRODUCTION, force=force, writes=is_first()) as folder:
-        table, warnings = _reproduce(cohort, settings, folder, cache, progress)
+    with result_folder(folder, REPRODUCTION, force=force, writes=is_first()) as new:
+        table, warnings = _reproduce(cohort, settings, new, Path(cache), progress)
         if is_first():
-            _write(table, folder)
-    return Reproduction(table=table, warnings=warnings, files=files_in(out))
+            _write(table, new)
+    return Reproduction(table=table, warnings=warnings, files=files_in(folder))
 
 
 def _reproduce(
@@ -167,37 +128,35 @@ def _reproduce(
     cache: Path,
     progress: Progress,
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    found: list[dict[str, object]] = []
-    warnings: list[str] = []
+    """Fit the heads of each backbone together; return the table and the warnings."""
     wanted = [row for row in PUBLISHED if row.backbone in settings.backbones]
-    for backbone in settings.backbones:
-        _refuse_seen(cohort, _extraction(settings, backbone).backbone)
-    for backbone, subset in dict.fromkeys((row.backbone, row.subset) for row in wanted):
-        store = extract(
-            cohort, cache / f"{backbone}.h5", _extraction(settings, backbone), progress=progress
-        )
-        rows = [row for row in wanted if (row.backbone, row.subset) == (backbone, subset)]
+    groups: dict[tuple[str, bool], list[PublishedResult]] = {}
+    for row in wanted:
+        groups.setdefault((row.backbone, row.subset), []).append(row)
+    found: dict[str, dict[str, object]] = {}
+    warnings: list[str] = []
+    for (backbone, subset), rows in groups.items():
+        extraction = _extraction(settings, backbone)
+        store = extract(cohort, cache / f"{backbone}.h5", extraction, progress=progress)
         heads = list(dict.fromkeys(row.head for row in rows))
-        place = f"{backbone}-{SUBSET}-images" if subset else backbone
-        both = fit_both(
-            store,
-            heads,
-            _subset(settings.fit) if subset else settings.fit,
-            out / place,
-            progress=progress,
-        )
-        if store.recipe["weights"] == "none":
-            warnings.append(
-                f"{place}: random weights; choose others with --weights for meaningful results."
-            )
-        warnings += [f"{place}: {line}" for line in both.honest.outcome.warnings]
-        found += [_tell(row, both) for row in rows]
-    table = pd.DataFrame(found).set_index("name").loc[[row.name for row in wanted]]
-    return table.reset_index(), tuple(warnings)
+        fit = _subset(settings.fit) if subset else settings.fit
+        name = f"{backbone}-{SUBSET}-images" if subset else backbone
+        both = fit_both(store, heads, fit, out / name, progress=progress)
+        warnings += [f"{name}: {line}" for line in _find_warnings(store, both)]
+        found |= {row.name: _reproduced(row, both) for row in rows}
+    return pd.DataFrame([found[row.name] for row in wanted]), tuple(warnings)
+
+
+def _find_warnings(store: FeatureStore, both: BothRuns) -> list[str]:
+    random = ["random weights; choose others with --weights for meaningful results."]
+    return [
+        *(random if store.recipe["weights"] == "none" else ()),
+        *both.honest.outcome.warnings,
+    ]
 
 
 def _refuse_seen(cohort: Cohort, backbone: BackboneSettings) -> None:
-    """Refuse weights that have seen labels of the cohort before anything long begins."""
+    """Raise LeakageError for weights that learnt from labels of the cohort."""
     provenance = find_provenance(backbone.weights, backbone.backbone)
     seen = provenance.labelled(patient_keys(cohort.labelled()))
     refuse_seen_by_weights(seen, backbone.weights)
@@ -225,13 +184,13 @@ def _subset(settings: FitSettings) -> FitSettings:
     )
 
 
-def _of(summary: pd.DataFrame, row: PublishedResult) -> dict[str, float]:
+def _row_of(summary: pd.DataFrame, row: PublishedResult) -> dict[str, float]:
     (found,) = summary[summary["head"] == head_name(row.head)].to_dict("records")
     return {str(name): value for name, value in found.items()}
 
 
-def _tell(row: PublishedResult, both: BothRuns) -> dict[str, object]:
-    report, honest = (_of(run.outcome.summary, row) for run in (both.report, both.honest))
+def _reproduced(row: PublishedResult, both: BothRuns) -> dict[str, object]:
+    report, honest = (_row_of(run.outcome.summary, row) for run in (both.report, both.honest))
     ours = "ba_oracle" if row.oracle else "ba"
     low, high = bootstrap_optimism(both.report, both.honest, head_name(row.head), oracle=row.oracle)
     return {

@@ -18,7 +18,6 @@ from lymphfeat.evaluation.providers import plan_splits
 from lymphfeat.evaluation.scores import (
     Learner,
     PlannedPatients,
-    Scores,
     cross_fit,
     measure,
 )
@@ -80,8 +79,7 @@ def _measure(
     people: PlannedPatients, inputs: Floats, fresh: tuple[Floats, Labels], rule: str
 ) -> tuple[Floats, float]:
     """Return a model's figure in each split, and the true one, mean over the splits' models."""
-    outer, inner, fitted = cross_fit(people, learn_logistic, lambda _: inputs)
-    scores = Scores(name="model", kind="head", outer=outer, inner=inner, fitted=fitted)
+    scores = cross_fit(people, learn_logistic, lambda _: inputs, name="model", kind="head")
     runs = measure(people, scores, threshold=rule).runs
     true = [
         _true(learn_logistic, inputs[train], people.labels[train], threshold, fresh)

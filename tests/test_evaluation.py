@@ -22,12 +22,11 @@ from lymphfeat.evaluation.metrics import METRICS, roc_auc
 from lymphfeat.evaluation.scores import (
     PlannedPatients,
     Scores,
-    find_warnings,
     measure,
     measure_as_reported,
     select_inside,
-    summarise,
 )
+from lymphfeat.evaluation.summary import find_warnings, summarise
 
 Table = dict[str, dict[str, Any]]
 

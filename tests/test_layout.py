@@ -41,9 +41,9 @@ INSIDE = {
     ),
     "model": ("ensemble", "model", "scoring", "submission", "predictions"),
     "evaluation": (
-        *("optimism", "protocol", "providers", "fusion", "baselines", "scores", "comparison"),
-        *("run_provenance", "leakage", "hidden_truth", "shortcuts", "decision", "calibration"),
-        *("intervals", "metrics"),
+        *("optimism", "protocol", "summary", "providers", "fusion", "baselines", "scores"),
+        *("comparison", "run_provenance", "leakage", "hidden_truth", "shortcuts", "decision"),
+        *("calibration", "intervals", "metrics"),
     ),
     "heads": ("engine", "grid", "stack", "registry", "aggregators", "bags"),
     "heads.engine": (

@@ -1,7 +1,7 @@
-"""What stands beside every image model, on the same splits (METHOD §4).
+"""Baselines that every image model is compared with, on the same splits (METHOD §4).
 
-An image model that doesn't beat bag size has learnt a shortcut; a fused one that doesn't beat the
-clinical attributes is worth nothing.
+An image model that doesn't beat bag size may have learnt only a shortcut; a fused one that doesn't
+beat the clinical attributes adds nothing to them.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from lymphfeat.runtime.arrays import Floats, Labels
 def fit_baselines(
     patients: PlannedPatients, n_images: NDArray[np.int64], attributes: Floats
 ) -> list[Scores]:
-    """Fit majority, bag size, and (where there are any) the clinical attributes.
+    """Fit majority, bag size and, unless D is 0, the clinical attributes.
 
     n_images: (P,); attributes: (P, D), NaN where missing.
     """
@@ -48,10 +48,10 @@ def fit_baselines(
 
 
 def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
-    """Predict each labelled patient by baselines fitted on a split's training patients.
+    """Predict the patients that each split holds out, by baselines fitted on its training patients.
 
-    Returns probabilities (P,) by the baseline's name, in the cohort's order; NaN for patients whom
-    no split holds out.
+    Returns probabilities (P,) by the baseline's name, in the order of `known`, a cohort of labelled
+    patients; NaN for patients that no split holds out.
     """
     attributes = attribute_matrix(known.table, choose_attributes(known.table))
     sizes = np.log(known.n_images.astype(float))[:, None]  # (P, 1)
@@ -69,20 +69,19 @@ def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
 
 
 def _baseline(patients: PlannedPatients, name: str, learner: Learner, inputs: Floats) -> Scores:
-    outer, inner, fitted = cross_fit(patients, learner, lambda place: inputs)
-    return Scores(name=name, kind="baseline", outer=outer, inner=inner, fitted=fitted)
+    return cross_fit(patients, learner, lambda place: inputs, name=name, kind="baseline")
 
 
 def learn_majority(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Predict the share of tumoral training patients for everybody."""
+    """Predict the share of tumoral training patients for every patient."""
     share = float(labels.mean())
     return lambda others: np.full(len(others), share)
 
 
 def learn_logistic(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Fit a logistic regression (L2, C 1) on columns scaled over these patients alone.
+    """Fit a logistic regression (L2, C 1) on inputs (n, D), standardised over these patients.
 
-    Newton's steps, as scikit-learn's newton-cholesky: a plan takes hundreds of these small fits.
+    By Newton steps, as scikit-learn's newton-cholesky: a plan takes hundreds of these small fits.
     """
     rows = np.arange(len(inputs))
     weights = _newton_logistic(_with_ones(standardise(inputs, rows)), labels)
@@ -119,7 +118,7 @@ Metrics = dict[str, float | None]
 
 
 def folds_of(ids: Sequence[str], splits: Sequence[Split]) -> NDArray[np.int64]:
-    """Return which of the splits holds each patient out: (P,)."""
+    """Return the place of the split that holds each patient out: (P,)."""
     place = {id: fold for fold, split in enumerate(splits) for id in split.validation}
     return np.array([place[id] for id in ids], np.int64)
 
@@ -129,9 +128,9 @@ def measure_baselines(
 ) -> dict[str, Metrics]:
     """Measure majority, bag size and clinical attributes on the patients of `unseen`.
 
-    unseen: columns id, label and probability, by models that have not seen the patient; `splits`
-    say who was trained on for whom. The rule of the models decides here, too: with several splits
-    each fold by the probabilities of the others. Beside the metrics is `auc_gain`: by how much the
+    unseen: columns id, label and probability, predicted by models not trained on the patient, as
+    `splits` record. Thresholds follow the models' `rule`; with several splits each fold's comes
+    from the probabilities of the others. Besides the metrics there is `auc_gain`: by how much the
     AUC of `unseen` is larger, with its 95 % bootstrap interval over patients. With several splits
     both AUCs are within folds.
     """
@@ -156,5 +155,5 @@ def measure_baselines(
 
 
 def _share(known: Cohort, split: Split) -> float:
-    """Return the share of tumoral training patients: the mean of what a baseline makes of them."""
+    """Return the share of tumoral training patients, the mean of a baseline's probabilities."""
     return float(known.select(split.train).labels.mean())

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: learnt from out-of-fold probabilities."""
+"""Calibration of probabilities, learnt from out-of-fold ones, and how good it is."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from lymphfeat.runtime.arrays import Floats, Labels
 
 METHODS = ("platt", "temperature", "none")
 BINS = 10
-FARTHEST = 15.0  # logits beyond are as good as certain
-_LEAST_SLOPE = 1e-3  # a calibration must not turn the ranking round
-_LEAST_SPREAD = 1e-9  # logits closer than this are one and the same
+FARTHEST = 15.0  # logits beyond this are clipped: as good as certain
+_LEAST_SLOPE = 1e-3  # a calibration must not reverse the ranking
+_LEAST_SPREAD = 1e-9  # logits that differ by less are equal
 
 
 def logit(probabilities: Floats) -> Floats:
-    """Return log(p / (1 − p)), kept within ±15."""
+    """Return log(p / (1 − p)), clipped to ±15; any shape."""
     with np.errstate(divide="ignore"):
         values = np.log(probabilities) - np.log1p(-probabilities)
     return np.asarray(np.clip(values, -FARTHEST, FARTHEST))
@@ -35,7 +35,7 @@ class Calibration:
         return calibrated
 
     def undo(self, calibrated: Floats) -> Floats:
-        """Return the probabilities that are calibrated to these."""
+        """Return the probabilities that `apply` turns into these, of any shape."""
         probabilities: Floats = expit((logit(calibrated) - self.intercept) / self.slope)
         return probabilities
 
@@ -45,9 +45,9 @@ def fit_calibrations(
 ) -> list[Calibration]:
     """Fit one calibration to each row of out-of-fold probabilities (S, P), NaN left out.
 
-    `platt` (Platt 1999, with his smoothed targets) moves and stretches the logits, `temperature`
-    (Guo et al. 2017) stretches them alone, `none` changes nothing. `labels` (P,) of 0 and 1; those
-    of patients who are NaN everywhere do not matter.
+    `platt` (Platt 1999, with his smoothed targets) scales and shifts the logits, `temperature`
+    (Guo et al. 2017) only scales them, `none` changes nothing. `labels` (P,) are 0 and 1; those of
+    patients that are NaN in every row do not matter.
     """
     if method == "none":
         return [Calibration()] * len(probabilities)
@@ -55,14 +55,14 @@ def fit_calibrations(
     count = known.sum(1, keepdims=True)
     moved = method == "platt"
     x = logit(np.where(known, probabilities, 0.5))  # (S, P)
-    # About their middle, in units of their spread, logits of any model are fitted alike.
+    # Centred and in units of their spread, the logits of any model are fitted alike.
     middle = np.where(moved, (x * known).sum(1, keepdims=True) / count, 0)
     x = (x - middle) * known
     size = np.sqrt((x**2).sum(1, keepdims=True) / count)
     size = np.where(size < _LEAST_SPREAD, 1, size)
     targets = _smoothed(known, labels)
     slope, intercept = _newton(x / size, known, targets, with_intercept=moved)
-    flat = slope < _LEAST_SLOPE  # nothing in these probabilities tells the label
+    flat = slope < _LEAST_SLOPE  # these probabilities do not predict the label
     share = (targets * known).sum(1) / count[:, 0]
     intercept = np.where(flat & moved, logit(share), intercept)
     slope = np.maximum(slope, _LEAST_SLOPE) / size[:, 0]
@@ -74,7 +74,7 @@ def fit_calibrations(
 
 
 def _smoothed(known: NDArray[np.bool_], labels: Labels) -> Floats:
-    """Return Platt's targets (S, P): a little off 0 and 1, so that none is fitted for certain."""
+    """Return Platt's targets (S, P), a little away from 0 and 1, so that nothing is certain."""
     tumoral = (known & (labels == 1)).sum(1, keepdims=True)
     reactive = (known & (labels == 0)).sum(1, keepdims=True)
     targets = np.where(labels == 1, (tumoral + 1) / (tumoral + 2), 1 / (reactive + 2))
@@ -86,8 +86,8 @@ def _newton(
 ) -> tuple[Floats, Floats]:
     """Maximise the likelihood of σ(a x + b) in every row: a and b, (S,).
 
-    All rows take their steps together, some forty times as fast as a solver for each; a row that
-    has arrived stays, so that none depends on the others.
+    All rows take their steps together, about forty times as fast as one solver per row. A row that
+    has converged no longer moves, so the result of a row does not depend on the others.
     """
     a, b = np.zeros(len(x)), np.zeros(len(x))
     moving = np.ones(len(x), bool)
@@ -113,7 +113,7 @@ def _newton(
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """Bins of equal width over predicted probabilities; arrays (B,), empty bins left out."""
+    """A reliability diagram: bins of equal width over the probabilities; (B,), no empty bins."""
 
     predicted: Floats  # mean probability
     observed: Floats  # share of tumoral patients
@@ -127,7 +127,7 @@ class Reliability:
 
 
 def reliability(probabilities: Floats, labels: Labels, bins: int = BINS) -> Reliability:
-    """Compare probabilities (P,) with the labels (P,) bin by bin."""
+    """Compare probabilities (P,) with labels (P,) in bins of equal width."""
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     patients = np.bincount(place, minlength=bins)
     full = patients > 0

@@ -1,4 +1,4 @@
-"""What a comparison of rows, paired by split, found."""
+"""The result of comparing rows of runs, paired by split."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ SMALLER_IS_BETTER = ("log_loss", "brier")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
-    rows: name, run, head, mean, low, high: each row's figure with its own corrected 95 % interval,
-        cut off at the metric's bounds.
-    pairs: name, reference, difference (name − reference), low, high: simultaneous over all pairs
-        (Bonferroni), p, p_adjusted (Holm), and last_epoch: whether both are taken at their last
-        epoch. They are where a head under `report` is set against a baseline, which has one epoch
-        only: the mean of ten best would beat it by being chosen.
-    values: (splits, rows) the figures themselves.
+    rows: name, run, head, and the mean of the metric with its own corrected 95 % interval, low and
+        high, clipped at the metric's bounds.
+    pairs: name, reference, difference (name − reference) with low and high, which hold for all
+        pairs simultaneously (Bonferroni), p, p_adjusted (Holm), and last_epoch: whether both rows
+        are taken at their last epoch. They are if one is a head under `report` and the other a
+        baseline, which has only one epoch: a mean of the ten best would beat it by being chosen.
+    values: (splits, rows) the metric in each split.
     """
 
     metric: str
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Say which row of each pair is better, or that they are not significantly different."""
+        """Return for each pair which row is better, or that they do not differ significantly."""
         return tuple(self._sentence(pair) for pair in self.pairs.to_dict("records"))
 
     def _sentence(self, pair: dict[Any, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Who is called tumoral: thresholds learnt from training patients alone, and means of models."""
+"""Decisions about patients: thresholds learnt on training patients alone, and means of models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from lymphfeat.evaluation.metrics import EVERYONE, NOBODY, choose_threshold
 from lymphfeat.runtime.arrays import Floats, Labels
 
 PREVALENCE, BEST_BA, HALF = RULES = ("prevalence", "best-ba", "0.5")
-SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points kept
-_TIE = 1e-8  # a logit this close above the mean does not exceed it: rounding decides nothing
+SENSITIVITIES = (0.8, 0.9, 0.95, 0.99)  # of the operating points in a model
+_TIE = 1e-8  # a logit must exceed the mean by more: rounding must not decide
 
 
 def learn_threshold(
@@ -28,11 +28,11 @@ def learn_threshold(
     """Return the probability above which a patient is called tumoral, by one of RULES.
 
     `prevalence` is the probability whose calibrated value is the mean calibrated value of these
-    patients (P,). With Platt scaling this mean is their share of tumoral ones, and calling whoever
-    exceeds it maximises the expected balanced accuracy of calibrated probabilities. Without an
-    intercept to move (temperature scaling, no calibration) the mean of the probabilities stands in
-    for the share, for it moves with them; and it has a limit, the middle of the logits, where
-    nothing in them tells the label. `best-ba` has the best balanced accuracy on these patients.
+    patients (P,). With Platt scaling this mean is the share of tumoral patients, and a threshold at
+    it maximises the expected balanced accuracy of calibrated probabilities. Without an intercept to
+    fit (temperature scaling, no calibration) the mean of the probabilities replaces the share,
+    because it shifts as they do; where they do not predict the label, its limit is the middle of
+    the logits. `best-ba` has the best balanced accuracy on these patients. `0.5` is .5.
     """
     if rule == HALF:
         return 0.5
@@ -45,12 +45,13 @@ def learn_threshold(
 
 
 def operating_point(probabilities: Floats, labels: Labels, sensitivity: float) -> float:
-    """Return the highest threshold that calls at least `sensitivity` of the tumoral tumoral.
+    """Return the highest threshold with at least this sensitivity.
 
-    `probabilities` (P,) must be out of fold. The threshold lies half-way to the next lower value.
+    `probabilities` (P,) must be out of fold, and at least one of the labels (P,) tumoral. The
+    threshold is half-way to the next lower probability.
     """
     tumoral = np.sort(probabilities[labels == 1])[::-1]
-    last = tumoral[math.ceil(sensitivity * len(tumoral) - 1e-9) - 1]  # must be called
+    last = tumoral[math.ceil(sensitivity * len(tumoral) - 1e-9) - 1]  # must be called tumoral
     below = probabilities[probabilities < last]
     if last == 0:
         return EVERYONE
@@ -59,7 +60,7 @@ def operating_point(probabilities: Floats, labels: Labels, sensitivity: float) -
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """How a model's probabilities are read: stored with it, learnt from training patients alone."""
+    """A model's threshold, calibration and operating points, learnt on training patients alone."""
 
     threshold: float = 0.5
     threshold_from: str = "fixed at .5"
@@ -80,7 +81,7 @@ class Decision:
     ) -> "Decision":
         """Learn threshold, calibration and operating points from OUT-OF-FOLD probabilities (P,).
 
-        `rule` is one of RULES, `method` a calibration's.
+        `rule` is one of RULES, `method` one of `calibration.METHODS`; `labels` (P,) are 0 and 1.
         """
         (fitted,) = fit_calibrations(probabilities[None], labels, method)
         calibration = None if method == "none" else fitted
@@ -96,10 +97,10 @@ class Decision:
 
     @classmethod
     def of_fitted(cls, probabilities: Floats, *, rule: str = PREVALENCE) -> "Decision":
-        """Decide without out-of-fold probabilities: by those of the patients trained on (P,).
+        """Decide without out-of-fold probabilities, by those of the training patients (P,).
 
-        They are too sure of themselves to calibrate on, or to choose the best balanced accuracy:
-        SettingsError for `best-ba`. Their mean, which is all that `prevalence` takes, is not.
+        They are too confident to calibrate on, or to choose the best balanced accuracy on: raises
+        SettingsError for `best-ba`. Their mean, which is all that `prevalence` uses, is not.
         """
         if rule == BEST_BA:
             refuse_best_ba()
@@ -112,15 +113,18 @@ class Decision:
         )
 
     def logits(self, probabilities: Floats) -> Floats:
-        """Return calibrated logits of probabilities (or plain ones, without a calibration)."""
+        """Return calibrated logits of probabilities of any shape; without a calibration, theirs."""
         return logit(self.calibrate(probabilities))
 
     def calibrate(self, probabilities: Floats) -> Floats:
-        """Return calibrated probabilities (or the same, without a calibration)."""
+        """Return calibrated probabilities, of any shape; without a calibration, the same."""
         return probabilities if self.calibration is None else self.calibration.apply(probabilities)
 
     def at_sensitivity(self, target: float) -> "Decision":
-        """Decide by an operating point in place of the threshold."""
+        """Return the decision with an operating point as its threshold.
+
+        Raises SettingsError if the model does not have it.
+        """
         key = f"{target:g}"
         if key not in self.operating_points:
             known = ", ".join(self.operating_points) or "none: it has no out-of-fold probabilities"
@@ -134,12 +138,12 @@ class Decision:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a model file holds."""
+        """Return the content for a model file."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Decision":
-        """Read a model file's fields; those of models without calibration may be absent."""
+        """Read `to_json`'s content; models without calibration may lack its fields."""
         calibration = content.get("calibration")
         return cls(
             threshold=float(content["threshold"]),
@@ -150,7 +154,7 @@ class Decision:
 
 
 def refuse_best_ba() -> NoReturn:
-    """Raise SettingsError: a single model has nothing to choose the best balanced accuracy on."""
+    """Raise SettingsError: a single model cannot choose the best balanced accuracy."""
     raise SettingsError(
         "threshold (=best-ba) must be chosen on out-of-fold probabilities; a single model has "
         "none. Train with --folds, or use --threshold prevalence."
@@ -167,18 +171,17 @@ _SAID = {
 
 
 def average(decisions: Sequence[Decision], probabilities: Floats) -> Floats:
-    """Return the logistic of the mean of several models' calibrated logits: (M, P) -> (P,)."""
+    """Average several models' probabilities (M, P) as calibrated logits: (P,) probabilities."""
     logits = [d.logits(p) for d, p in zip(decisions, probabilities, strict=True)]
     return np.asarray(expit(np.mean(logits, axis=0)))
 
 
 def combine(decisions: Sequence[Decision]) -> Decision:
-    """Return the decision about what `average` gives: its thresholds are on that scale.
+    """Return the decision about the probabilities that `average` returns, on their scale.
 
-    A patient is called tumoral when the models' calibrated logits exceed their thresholds in the
-    mean. So each threshold is used on the scale on which it was found; the mean of several models'
-    probabilities would lie nearer to the middle than any single model's, on which thresholds are
-    found.
+    A patient is called tumoral when the mean of the models' calibrated logits exceeds the mean of
+    their thresholds' logits. So each threshold is used on the scale on which it was found: a mean
+    of probabilities would be nearer to the middle than those of any single model.
     """
     shared = [
         key
@@ -208,12 +211,12 @@ def _logit_of(decision: Decision, threshold: float) -> float:
     return float(decision.logits(np.array([threshold]))[0])
 
 
-# --- measured on those who chose it --------------------------------------------------------------
+# --- measured on the patients they were learnt on ------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitted:
-    """Decisions about patients by what was learnt from other folds, (P,) each."""
+    """Decisions about patients, learnt on other folds: (P,) each."""
 
     calibrated: Floats  # probabilities
     threshold: Floats  # on the scale of probabilities before calibration
@@ -229,9 +232,10 @@ def cross_fit_decisions(
 ) -> CrossFitted:
     """Calibrate and decide each fold's patients by out-of-fold probabilities of the OTHER folds.
 
-    A threshold measured on the patients it was chosen on is too good: .571 of balanced accuracy for
-    `best-ba` on 72 patients of whom nothing is known. Not fully nested: the models behind the other
-    folds' probabilities were trained on this fold's labels (docs/protocols.md says what that does).
+    probabilities, labels, folds: (P,). A threshold measured on the patients it was chosen on is too
+    optimistic: `best-ba` reaches a balanced accuracy of .571 on 72 patients with random labels. Not
+    fully nested: the models behind the other folds' probabilities were trained on this fold's
+    labels (docs/protocols.md says what that changes).
     """
     calibrated, thresholds = np.empty(len(labels)), np.empty(len(labels))
     for fold in np.unique(folds):

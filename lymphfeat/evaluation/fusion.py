@@ -1,7 +1,7 @@
-"""Image score and clinical attributes in one probability (METHOD §5).
+"""Image score and clinical attributes fused into one probability (METHOD §5).
 
-All are learnt from OUT-OF-FOLD image logits of the training patients: the logits of patients whom a
-head was trained on are far too sure of themselves, and would drown the attributes.
+All fusions are learnt from OUT-OF-FOLD image logits of the training patients: a head's logits for
+patients it was trained on are far too confident, and would drown out the attributes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,18 +60,15 @@ def _fuse(patients: PlannedPatients, head: Scores, name: str, attributes: Floats
         judged = np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
         return np.column_stack([logit(judged), attributes])  # (P, 1 + D)
 
-    outer, inner, fitted = cross_fit(patients, FUSIONS[name], inputs)
-    return Scores(
-        name=f"{head.name} + {CLINICAL} ({name})",
-        kind="fusion",
-        outer=outer,
-        inner=inner,
-        fitted=fitted,
-    )
+    named = f"{head.name} + {CLINICAL} ({name})"
+    return cross_fit(patients, FUSIONS[name], inputs, name=named, kind="fusion")
 
 
 def learn_sum(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Add the evidence: calibrated image logit + clinical logit − the prior's, counted twice."""
+    """Add the calibrated image logit and the clinical logit, less the prior, which both count.
+
+    inputs: (n, 1 + D), the image logit first; labels: (n,).
+    """
     (calibration,) = fit_calibrations(expit(inputs[None, :, 0]), labels)
     clinical = learn_logistic(inputs[:, 1:], labels)
     share = np.array(labels.mean())
@@ -88,9 +85,9 @@ def learn_sum(inputs: Floats, labels: Labels) -> PredictFunction:
 def learn_experts(inputs: Floats, labels: Labels) -> PredictFunction:
     """Fit p = π σ(s_img) + (1 − π) σ(s_clin), the gate π from both (Sahasrabudhe et al. 2021).
 
-    s_img is the image logit stretched and moved, s_clin linear in the attributes, the gate's logit
-    linear in both; found together by maximum likelihood with weights shrunk towards 0 (s_img's
-    stretch towards 1).
+    s_img is the image logit scaled and shifted, s_clin is linear in the attributes, the gate's
+    logit is linear in both. They are fitted together by maximum likelihood, with weights shrunk
+    towards 0 (the scale of s_img towards 1). inputs: (n, 1 + D), the image logit first.
     """
     rows = np.arange(len(inputs))
     x = standardise(inputs, rows)  # (n, 1 + D)

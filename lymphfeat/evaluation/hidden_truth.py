@@ -1,7 +1,8 @@
-"""What is known of a made-up cohort and hidden from training: witness images, hidden labels.
+"""Truth that is hidden from training: witness images, and the labels of unlabelled patients.
 
-Files: `truth.csv` beside a synthetic cohort (SPLIT, ID, FILE, LABEL, CELL_CLASS, IS_WITNESS), any
-CSV with at least ID, FILE, IS_WITNESS, and any CSV with ID, LABEL. For scoring, never for training.
+Read from the `truth.csv` of a synthetic cohort (SPLIT, ID, FILE, LABEL, CELL_CLASS, IS_WITNESS),
+from any CSV with at least ID, FILE, IS_WITNESS, or from any CSV with ID, LABEL. For scoring, never
+for training.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,17 @@ _LABEL_COLUMNS = ("ID", "LABEL")
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What one or several truth files say together."""
+    """The content of one or several truth files."""
 
     images: pd.DataFrame | None  # patient, image, witness
     labels: pd.Series | None  # patient -> 0 or 1
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> "Truth":
-        """Take from each file what it holds; a file that holds neither is an error."""
+        """Read witness images, labels or both from each file.
+
+        Raises CohortError for a file that has neither, is unreadable, or contradicts itself.
+        """
         tables = {path: _read_csv(path) for path in paths}
         images = [read_truth(path) for path, table in tables.items() if _has_instances(table)]
         labels = [read_labels(path) for path, table in tables.items() if _has_labels(table)]
@@ -42,10 +46,11 @@ class Truth:
     def score(
         self, images: pd.DataFrame, patients: pd.DataFrame, threshold: float = 0.5
     ) -> dict[str, float]:
-        """Measure predictions: how well images rank, and patients whose label was hidden.
+        """Measure how well images are ranked, and patients with hidden labels predicted.
 
-        `images` has patient, image, logit; `patients` has id, label, probability, where a patient
-        without a label is one whose label was hidden. Keys of the hidden labels begin `hidden_`.
+        `images` has the columns patient, image, logit; `patients` has id, label, probability, where
+        a missing label is a hidden one. Metrics of hidden labels begin with `hidden_`. Raises
+        CohortError if the truth names none of the images.
         """
         scores: dict[str, float] = {}
         if self.images is not None:
@@ -57,7 +62,10 @@ class Truth:
 
 
 def read_truth(path: Path) -> pd.DataFrame:
-    """Read which images are witnesses: one row an image, columns patient, image, witness (bool)."""
+    """Read which images are witnesses: one row per image, columns patient, image, witness (bool).
+
+    Raises CohortError for a file without them, and for an image that occurs twice.
+    """
     table = _read_csv(path)
     if not _has_instances(table):
         raise _missing_columns(path, table, _INSTANCE_COLUMNS)
@@ -78,7 +86,7 @@ def read_truth(path: Path) -> pd.DataFrame:
 def read_labels(path: Path) -> pd.Series:
     """Read patients' labels, id -> 0 or 1, from any CSV with columns ID and LABEL; -1 is no label.
 
-    Rows may be patients or images; rows of one patient must agree.
+    Rows may be patients or images. Raises CohortError unless all rows of a patient agree.
     """
     table = _read_csv(path)
     if not _has_labels(table):
@@ -93,16 +101,16 @@ def read_labels(path: Path) -> pd.Series:
 
 
 def witness_auc(images: pd.DataFrame, truth: pd.DataFrame) -> float:
-    """Return the ROC-AUC of image logits against witness, in patients with at least one witness.
+    """Return the ROC-AUC of image logits for witnesses, in patients with at least one witness.
 
-    `images` has patient, image, logit; images without a truth row are left out.
+    `images` has the columns patient, image, logit; images that are not in `truth` are left out.
     """
     known = _joined(images, truth)
     return _auc(known[known.groupby("patient")["witness"].transform("any")])
 
 
 def witness_auc_all(images: pd.DataFrame, truth: pd.DataFrame) -> float:
-    """Return the ROC-AUC of image logits against witness, over the images of all patients."""
+    """Return the ROC-AUC of image logits for witnesses, over the images of all patients."""
     return _auc(_joined(images, truth))
 
 

@@ -1,4 +1,4 @@
-"""Intervals and tests for figures of repeated splits, and of one fixed model (METHOD §4)."""
+"""Intervals and tests for metrics of repeated splits, and of one fixed model (METHOD §4)."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from lymphfeat.runtime.arrays import Floats, Labels
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over splits with its interval, and the p of the hypothesis that it is 0.
+    """A mean over splits with its interval, and the p-value of the hypothesis that it is 0.
 
-    `low` and `high` are kept within the bounds of what is estimated; `half_width` is half of the
-    interval before that. All are NaN of a single split.
+    `low` and `high` are clipped at the bounds of what is estimated; `half_width` is half the width
+    before clipping. All three and `p` are NaN for a single split.
     """
 
     mean: float
@@ -28,10 +28,10 @@ class Estimate:
 
 
 def corrected_factor(n: int, test_to_train: float) -> float:
-    """Return what multiplies the variance of n splits' figures to give that of their mean.
+    """Return the factor from the variance of n splits' values to the variance of their mean.
 
-    1 / n + n_test / n_train: the training sets of repeated splits overlap, so their figures are not
-    independent (Nadeau & Bengio, Machine Learning 52, 2003).
+    It is 1 / n + n_test / n_train: the training sets of repeated splits overlap, so the values are
+    not independent (Nadeau & Bengio, Machine Learning 52, 2003).
     """
     return 1 / n + test_to_train
 
@@ -39,7 +39,7 @@ def corrected_factor(n: int, test_to_train: float) -> float:
 def t_half_width(
     values: Floats, variance_factor: float | None = None, level: float = 0.95
 ) -> float:
-    """Return half of the t interval of the mean of `values` (n,); NaN for fewer than 2.
+    """Return half the width of the t interval of the mean of `values` (n,); NaN for fewer than 2.
 
     `variance_factor` multiplies the sample variance in place of 1 / n (see `corrected_factor`).
     """
@@ -58,8 +58,8 @@ def estimate(
 ) -> Estimate:
     """Return the mean of one value per split (n,) with its corrected t interval and two-sided p.
 
-    The interval is cut off at `bounds`, which cannot make it miss more often: what is estimated
-    lies between them.
+    The interval is clipped at `bounds`, which cannot make it miss more often, because the true
+    value is between them.
     """
     n, mean = len(values), float(values.mean())
     factor = corrected_factor(n, test_to_train)
@@ -71,10 +71,10 @@ def estimate(
 def estimate_metric(
     values: Floats, test_to_train: float, bounds: tuple[float, float], rarer: int
 ) -> Estimate:
-    """Return `estimate` of a metric (n,) with these bounds, measured on patients.
+    """Return `estimate` of one value of a metric per split (n,), clipped at the metric's bounds.
 
-    Splits that are all faultless show no variance; the lower end then comes from `rarer`, the
-    number of patients in the smaller class (see `faultless_low`).
+    Splits that are all perfect show no variance; the lower end then comes from `rarer`, the number
+    of patients in the smaller class (see `faultless_low`).
     """
     found = estimate(values, test_to_train, bounds=bounds)
     if len(values) < 2 or bounds[1] != 1 or (values < 1).any():
@@ -84,9 +84,9 @@ def estimate_metric(
 
 
 def faultless_low(patients: int) -> float:
-    """Return the lower end of the 95 % interval of a share of 1 among so many patients.
+    """Return the lower end of the 95 % interval of a share of 1 among this many patients.
 
-    It is the share at which all of them being right has probability .025.
+    It is the share at which all of them are right with probability .025.
     """
     return float(0.025 ** (1 / patients))
 
@@ -101,7 +101,7 @@ def _two_sided(values: Floats, factor: float) -> float:
 
 
 def holm(p: Floats) -> Floats:
-    """Return p values (m,) adjusted for their number (Holm 1979); NaN stays out of the count."""
+    """Return p-values (m,) adjusted for their number (Holm 1979); NaN is not counted."""
     adjusted = np.full(len(p), np.nan)
     order = [int(i) for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
     largest = 0.0
@@ -114,16 +114,16 @@ def holm(p: Floats) -> Floats:
 def _draw(
     rows: Sequence[NDArray[np.int64]], draws: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Draw as many of each group of rows as it has, with replacement: (draws, P)."""
+    """Draw from each group of rows as many as it has, with replacement: (draws, P)."""
     return np.concatenate(
         [part[generator.integers(0, len(part), (draws, len(part)))] for part in rows], axis=1
     )
 
 
 def draw_counts(labels: Labels, draws: int, generator: np.random.Generator) -> Floats:
-    """Draw patients (P,) with replacement within their class; count how often each: (draws, P).
+    """Draw patients with replacement within their class; return how often each: (draws, P).
 
-    Patients whose label is not known (-1) are never drawn.
+    Patients whose label (P,) is unknown (-1) are never drawn.
     """
     counts = np.zeros((draws, len(labels)))
     for label in (0, 1):
@@ -143,8 +143,8 @@ def bootstrap_auc_gain(
 ) -> tuple[float, float, float]:
     """Return by how much one AUC exceeds another on the same patients, and its 95 % interval.
 
-    Patients (P,) are drawn as in `bootstrap_metrics`, for both alike; AUCs are within `folds`. NaN
-    without both classes.
+    All arrays are (P,). Patients are drawn as in `bootstrap_metrics`, the same for both AUCs, which
+    are within `folds`. Returns NaN unless both classes are present.
     """
     if not (labels == 0).any() or not (labels == 1).any():
         return math.nan, math.nan, math.nan
@@ -172,15 +172,16 @@ def bootstrap_metrics(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Return the 95 % bootstrap interval over patients of one fixed model's every metric.
+    """Return the 95 % bootstrap intervals over patients of all metrics of one fixed model.
 
-    `threshold` is one number or each patient's own (P,); with `folds` (P,) the AUC is `fold_auc`.
+    All arrays are (P,); `threshold` is one number or each patient's own. With `folds` the AUC is
+    `fold_auc`.
 
-    Patients (P,) are drawn with replacement within their class: how many there are of each was
-    collected, not found. Where nothing varies (a class all right or all wrong, an AUC of 1) drawing
-    would give no width: a class's share is then drawn from Jeffreys' posterior, and the AUC's lower
-    bound is as if each patient of the smaller class had won one fair pairing. NaN without patients
-    of both classes.
+    Patients are drawn with replacement within their class, because the sizes of the classes were
+    chosen when the cohort was collected. Where nothing varies (a class all right or all wrong, an
+    AUC of 1) draws would have no width: the share of a class is then drawn from Jeffreys'
+    posterior, and the lower end of the AUC is `faultless_low`. Returns NaN unless both classes are
+    present.
     """
     rows = [np.flatnonzero(labels == label) for label in (0, 1)]
     if not all(len(part) for part in rows):

@@ -1,4 +1,4 @@
-"""Images on both sides of a split: found in a store or cohort, refused in a plan."""
+"""Images that several patients share: found in a store or cohort, refused in splits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from lymphfeat.features.store import FeatureStore
 
 @dataclass(frozen=True, kw_only=True)
 class SharedImage:
-    """One picture that several patients have."""
+    """One image that several patients have."""
 
     patients: tuple[str, ...]
-    names: tuple[str, ...]  # of its first copy in each
+    names: tuple[str, ...]  # of the first copy in each patient
 
 
 def find_shared_images(store: FeatureStore, features: str) -> list[SharedImage]:
-    """Return the pictures that different patients of a store have in common.
+    """Return the images that different patients of a store have in common.
 
-    Two images are the same when their files are (by checksum, their features agreeing, for 32 bits
-    may collide), or when their features are to the last bit (the same pixels in another file).
+    Two images are the same if their files are (equal checksums and similar features, because 32
+    bits may collide), or if their features are equal to the last bit (the same pixels in another
+    file). `features` names the set of features to compare.
     """
     pooled = np.array(store.pooled(features)[:, 0])  # (N, C)
     groups = [*_same_files(store.crc32, pooled), *_same_features(pooled)]
@@ -34,9 +35,9 @@ def find_shared_images(store: FeatureStore, features: str) -> list[SharedImage]:
 
 
 def find_shared_crops(crops: NDArray[np.uint8], cohort: Cohort) -> list[SharedImage]:
-    """Return the pictures that different patients of a cohort have in common.
+    """Return the images that different patients of a cohort have in common.
 
-    crops: (N, 3, H, W), its decoded images. Two are the same when their pixels are.
+    crops: (N, 3, H, W), its decoded images. Two are the same if all their pixels are.
     """
     names = [path.name for images in cohort.images for path in images]
     return _between_patients(_same_bytes(crops), cohort.ids, cohort.n_images, names)
@@ -48,7 +49,7 @@ def _between_patients(
     n_images: NDArray[np.int64],
     names: Sequence[str],
 ) -> list[SharedImage]:
-    """Keep, of groups of rows with the same picture, those of several patients."""
+    """Keep those groups of rows, each of the same image, that belong to several patients."""
     owner = np.repeat(np.arange(len(ids)), n_images)
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     for rows in groups:
@@ -77,7 +78,7 @@ def _same_files(crc32: NDArray[np.uint32], pooled: NDArray[np.float32]) -> list[
 def _same_features(pooled: NDArray[np.float32]) -> list[list[int]]:
     same = _same_bytes(pooled)
     copies = sum(len(rows) - 1 for rows in same)
-    # A backbone that sees no difference says nothing of images.
+    # Features of a backbone that cannot tell images apart say nothing about them.
     return same if copies <= len(pooled) / 2 else []
 
 
@@ -89,7 +90,7 @@ def _same_bytes(rows: NDArray[Any]) -> list[list[int]]:
 
 
 def refuse_shared_images(splits: Sequence[Split], shared: Sequence[SharedImage]) -> None:
-    """Raise LeakageError when a picture is trained on in one patient and validated in another."""
+    """Raise LeakageError if training and validation patients of a split share an image."""
     for split in splits:
         train, validation = set(split.train), set(split.validation)
         both = [s for s in shared if train & {*s.patients} and validation & {*s.patients}]

@@ -1,6 +1,7 @@
 """Metrics of patient probabilities against labels, for many heads at once (METHOD §4).
 
-Arrays are (..., P): the last axis is patients, those before it heads, epochs, whatever else.
+Probabilities are (..., P): the last axis is patients, the others are heads, epochs or anything
+else. Labels are (P,), 0 or 1.
 """
 
 import math
@@ -20,10 +21,10 @@ EVERYONE, NOBODY = -1e-9, 1.0
 def sensitivity_specificity(
     probabilities: Floats, labels: Labels, threshold: ArrayLike = 0.5
 ) -> tuple[Floats, Floats]:
-    """Return the shares of tumoral patients called so and of reactive ones not: (...), (...).
+    """Return the shares of tumoral and of reactive patients that are called right: (...), (...).
 
     A patient is called tumoral when its probability is ABOVE the threshold (report §3.1), which is
-    (...), or (..., P) where each patient has its own. Without patients of a class its share is NaN.
+    (...), or (..., P) if each patient has its own. Without patients of a class its share is NaN.
     """
     at = np.asarray(threshold)
     called = probabilities > (at if at.ndim == probabilities.ndim else at[..., None])
@@ -40,7 +41,10 @@ def balanced_accuracy(probabilities: Floats, labels: Labels, threshold: ArrayLik
 
 
 def roc_auc(probabilities: Floats, labels: Labels) -> Floats:
-    """Return the chance that a tumoral patient outranks a reactive one, ties half: (...)."""
+    """Return the chance that a tumoral patient outranks a reactive one, ties half: (...).
+
+    Patients of other labels are left out; NaN unless both classes are present.
+    """
     positive = labels == 1
     n_positive, n_negative = positive.sum(), (labels == 0).sum()
     if not n_positive or not n_negative:
@@ -59,9 +63,10 @@ def fold_auc(
 ) -> Floats:
     """Return the chance that a tumoral patient outranks a reactive one OF THE SAME FOLD, ties half.
 
-    It is the mean of the folds' AUCs (P,), each weighted by its pairs, and blind to how the scales
-    of the folds' models differ. `counts` (..., P) is how often each patient is drawn (default:
-    once): (...). NaN where no fold has both classes.
+    `folds` (P,) are numbers of folds. This is the mean of the folds' AUCs, each weighted by its
+    number of pairs, so it does not depend on how the scales of the folds' models differ. `counts`
+    (..., P) is how often each patient is drawn (None: once), and gives (...). NaN if no fold has
+    both classes.
     """
     counts = np.ones(len(labels)) if counts is None else counts
     tumoral, reactive = labels == 1, labels == 0
@@ -74,7 +79,7 @@ def fold_auc(
 
 
 def log_loss(probabilities: Floats, labels: Labels) -> Floats:
-    """Return the mean negative log likelihood: (...); probabilities are kept 1e-7 from 0 and 1."""
+    """Return the mean negative log likelihood: (...); probabilities are clipped by 1e-7."""
     kept = np.clip(probabilities, 1e-7, 1 - 1e-7)
     return np.asarray(-np.where(labels == 1, np.log(kept), np.log1p(-kept)).mean(-1))
 
@@ -85,10 +90,10 @@ def brier_score(probabilities: Floats, labels: Labels) -> Floats:
 
 
 def choose_threshold(probabilities: Floats, labels: Labels) -> float:
-    """Return the threshold of the best balanced accuracy: of several, the one nearest to .5.
+    """Return the threshold with the best balanced accuracy; of several, the one nearest to .5.
 
-    `probabilities` (P,) must be out of fold. Candidates lie half-way between neighbours, and below
-    the lowest probability, where everyone is called tumoral.
+    `probabilities` (P,) must be out of fold. Candidates are half-way between neighbours, and below
+    the lowest probability, where every patient is called tumoral.
     """
     values = np.unique(probabilities)
     lowest = values[0] / 2 if values[0] > 0 else EVERYONE
@@ -103,7 +108,7 @@ def choose_threshold(probabilities: Floats, labels: Labels) -> float:
 def oracle_balanced_accuracy(probabilities: Floats, labels: Labels) -> Floats:
     """Return the best balanced accuracy over 100 thresholds, chosen ON these patients: (...).
 
-    Optimistic by construction; it is what the report's top-k rows are (METHOD §4).
+    Optimistic by construction; the report's top-k rows are computed like this (METHOD §4).
     """
     best = np.zeros(probabilities.shape[:-1])
     for threshold in ORACLE_THRESHOLDS:
@@ -114,7 +119,7 @@ def oracle_balanced_accuracy(probabilities: Floats, labels: Labels) -> Floats:
 def all_metrics(
     probabilities: Floats, labels: Labels, threshold: ArrayLike = 0.5
 ) -> dict[str, Floats]:
-    """Return every metric of a table, each (...)."""
+    """Return every one of METRICS, each (...); see `sensitivity_specificity` for the threshold."""
     sensitivity, specificity = sensitivity_specificity(probabilities, labels, threshold)
     return {
         "ba": (sensitivity + specificity) / 2,
@@ -130,5 +135,5 @@ METRICS = ("ba", "sensitivity", "specificity", "auc", "log_loss", "brier")
 
 
 def metric_bounds(name: str) -> tuple[float, float]:
-    """Return the least and the largest value of a metric: 0 and 1 of all but the log loss."""
+    """Return the smallest and the largest value of a metric: 0 and 1, but for the log loss."""
     return 0.0, math.inf if name == "log_loss" else 1.0

@@ -1,4 +1,4 @@
-"""How much the `report` protocol flatters: bootstrap intervals of `report` minus `honest`."""
+"""The optimism of the `report` protocol: bootstrap intervals of `report` minus `honest`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
-    """Whom a row calls tumoral in one split."""
+    """The patients that a row calls tumoral in one split."""
 
     labels: Labels  # (n,) of the validation patients
     rows: NDArray[np.int64]  # (n,) of the validation patients, among all
-    # (E, T, n): after every epoch at every threshold that the protocol chooses among; else 1, 1
+    # (E, T, n): at every epoch and threshold among which the protocol chooses; otherwise (1, 1, n)
     tumoral: NDArray[np.bool_]
 
 
@@ -33,14 +33,14 @@ def optimism_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the difference in mean accuracy, of patients (P,).
+    """Return the 95 % bootstrap interval of the difference in mean balanced accuracy.
 
-    Every draw takes patients with replacement, within each class, and the report's halves with
-    replacement, and measures both protocols on the same patients. Epochs and thresholds are chosen
-    anew in each draw, as the report chooses them; nothing is fitted anew. The interval is that of
-    the draws about their mean, moved to the estimate: choosing among patients some of whom are
-    repeated is more optimistic, so the draws themselves lie too high. It lies within [−1, 1]; NaN
-    when no draw has both classes in a split of each protocol.
+    `labels` (P,) are of all patients. Each draw takes patients with replacement within their class,
+    the same for both protocols, and the report's halves with replacement. Epochs and thresholds are
+    chosen again in each draw, as the report chooses them; nothing is fitted again. The interval is
+    that of the draws around their mean, shifted to the estimate: a draw repeats patients, so
+    choosing on it is more optimistic, and the draws themselves are too high. It is clipped to
+    [−1, 1]; NaN if no draw has both classes in a split of each protocol.
     """
     generator = np.random.default_rng(seed)
     counts = draw_counts(labels, draws, generator)  # (B, P)
@@ -58,10 +58,11 @@ def optimism_interval(
 
 
 def mean_accuracy(calls: Sequence[Calls], counts: Floats, splits: Floats | None = None) -> Floats:
-    """Return the mean over splits of balanced accuracies, of patients counted (B, P) times: (B,).
+    """Return the mean balanced accuracy over splits in each of B draws: (B,).
 
-    In each split it is the mean of the ten best epochs, each at its best threshold. `splits` (B, S)
-    counts the splits, None each once. A split in which a draw lacks a class is left out of it.
+    `counts` (B, P) is how often each patient is drawn, `splits` (B, S) how often each split (None:
+    once). Each split's is the mean of its ten best epochs, each at its best threshold. A split
+    without patients of both classes is left out of the draw.
     """
     found = np.stack([_accuracy(each, counts[:, each.rows]) for each in calls], axis=1)  # (B, S)
     weights = np.isfinite(found) * (1 if splits is None else splits)
@@ -70,7 +71,10 @@ def mean_accuracy(calls: Sequence[Calls], counts: Floats, splits: Floats | None 
 
 
 def _accuracy(calls: Calls, counts: Floats) -> Floats:
-    """Return one split's: (B,), NaN where a class was not drawn."""
+    """Return the balanced accuracy of one split: (B,), NaN where a class was not drawn.
+
+    counts: (B, n).
+    """
     shares = []
     for label, right in ((1, calls.tumoral), (0, ~calls.tumoral)):
         own = counts[:, calls.labels == label].astype(np.float32)  # (B, n of this class)
@@ -84,7 +88,10 @@ def _accuracy(calls: Calls, counts: Floats) -> Floats:
 
 
 def report_calls(outcome: Outcome, head: str, *, every: int, oracle: bool) -> list[Calls]:
-    """Return whom a head calls tumoral under `report`, looking at one epoch in `every`."""
+    """Return the patients that a row calls tumoral under `report`, at one epoch in `every`.
+
+    With `oracle` the report chooses thresholds, too.
+    """
     patients = outcome.patients
     thresholds = ORACLE_THRESHOLDS if oracle else np.array([0.5])
     curves = outcome.curves(head, every)
@@ -99,7 +106,7 @@ def report_calls(outcome: Outcome, head: str, *, every: int, oracle: bool) -> li
 
 
 def honest_calls(outcome: Outcome, head: str) -> list[Calls]:
-    """Return whom a head calls tumoral under `honest`."""
+    """Return the patients that a row calls tumoral under `honest`."""
     patients, predictions = outcome.patients, outcome.predictions
     table = predictions[predictions["head"] == head].pivot(
         index="split", columns="patient", values="predicted"

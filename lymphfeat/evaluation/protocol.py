@@ -1,8 +1,8 @@
-"""Protocols: which fits are made of heads and splits, and what is measured of them.
+"""Protocols: heads are fitted on the splits of a plan, and measured next to baselines.
 
-- `report` (METHOD §4): halves of the patients, one a seed; threshold .5; the mean of each run's ten
-  best epochs. Comparable with the published figures, and optimistic: the epochs are chosen on the
-  patients they are measured on.
+- `report` (METHOD §4): halves of the patients, one per seed; threshold .5; the mean of each run's
+  ten best epochs. Comparable with the published results, and optimistic: the epochs are chosen on
+  the patients they are measured on.
 - `honest`: repeated stratified k-fold; whatever is chosen (threshold, calibration, epoch, settings)
   is chosen on out-of-fold probabilities of training patients alone.
 """
@@ -26,12 +26,11 @@ from lymphfeat.evaluation.scores import (
     Measured,
     PlannedPatients,
     Scores,
-    find_warnings,
     measure,
     measure_as_reported,
     select_inside,
-    summarise,
 )
+from lymphfeat.evaluation.summary import find_warnings, summarise
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
@@ -43,7 +42,7 @@ from lymphfeat.settings import FitSettings, HeadSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a protocol found."""
+    """The results of a protocol: tables, learning curves and the fitted heads."""
 
     heads: tuple[HeadSettings, ...]
     splits: tuple[Split, ...]  # the evaluated ones
@@ -51,17 +50,17 @@ class Outcome:
     # patient, head, kind, split, seed, probability, calibrated, threshold, predicted, label
     predictions: pd.DataFrame
     runs: pd.DataFrame  # head, kind, split, metrics of the run
-    summary: pd.DataFrame  # one row a head, fusion or selection, the best first; then baselines
-    warnings: tuple[str, ...]  # in plain words: who does not beat bag size, or clinical alone
+    summary: pd.DataFrame  # one row per head, fusion or selection, best first; then baselines
+    warnings: tuple[str, ...]  # sentences: which rows do not beat bag size, or clinical alone
     fitted: FittedHeads  # heads x splits, in that order
     thresholds: str  # where the heads' thresholds come from
     patients: PlannedPatients
     scores: tuple[Scores, ...]  # what was measured, in the order of `runs`
 
     def curves(self, name: str, every: int = 1) -> list[Floats]:
-        """Return a row's probabilities of the validation patients after one epoch in `every`.
+        """Return the probabilities of a row of the summary after one epoch in `every`.
 
-        One array (E, n) per split, in the patients' order; E is 1 for what has no epochs.
+        One array (E, n) per split, of its validation patients; E is 1 for rows without epochs.
         """
         (scores,) = (scores for scores in self.scores if scores.name == name)
         return _curves(self.patients, self.fitted, scores, every)
@@ -128,7 +127,7 @@ def _measure(
 
 
 def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
-    """Say what the honest protocol could not choose."""
+    """Warn of what the honest protocol could not choose."""
     if settings.protocol == "report" or plan.is_nested:
         return ()
     return (
@@ -275,7 +274,7 @@ def _select(
 def _curves(
     patients: PlannedPatients, fitted: FittedHeads, scores: Scores, every: int
 ) -> list[Floats]:
-    """Return what `Outcome.curves` does; `fitted` holds the fits of the measured splits."""
+    """Return what `Outcome.curves` returns; `fitted` are the fits on measured splits."""
     if scores.kind != "head":
         return [scores.outer[place, rows][None] for place, rows in enumerate(patients.validation)]
     position = _positions(fitted, scores.name)
@@ -286,12 +285,12 @@ def _curves(
 
 
 def _positions(fitted: FittedHeads, name: str) -> dict[str, int]:
-    """Return where the fits of a head are, by the split's id."""
+    """Return the positions of a head's fits by their split's id."""
     return {fit.split.id: i for i, fit in enumerate(fitted.fits) if head_name(fit.head) == name}
 
 
 def _epochs(patients: PlannedPatients, fitted: FittedHeads) -> pd.DataFrame:
-    """Return the learning curves of all outer fits, tidy, at threshold .5."""
+    """Return the learning curves of the fits on measured splits, tidy, at threshold .5."""
     n_epochs = fitted.losses.shape[1]
     frames = []
     for i, fit in enumerate(fitted.fits):

@@ -1,4 +1,4 @@
-"""Whose labels and images the features behind a run come from, and who the run's patients are."""
+"""The provenance of a run: whose labels and images its features come from, and its patients."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ PROVENANCE_FILE = "provenance.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunProvenance:
-    """What `provenance.json` of a run holds; the heads also come from their split's training."""
+    """The content of a run's `provenance.json`."""
 
     patients: Mapping[str, PatientKey]  # by the run's own ids
     features: Mapping[str, Provenance]  # by the name of a set of features
@@ -31,7 +31,10 @@ class RunProvenance:
 
     @classmethod
     def read(cls, run: Path) -> "RunProvenance":
-        """Read a run's; empty for runs of earlier versions, which have none."""
+        """Read a run folder's; empty for runs of earlier versions, which have none.
+
+        Raises SettingsError for a damaged file.
+        """
         path = run / PROVENANCE_FILE
         if not path.is_file():
             return cls(patients={}, features={})
@@ -47,22 +50,22 @@ class RunProvenance:
             raise SettingsError(f"{path} is damaged ({error}); fit the run again.") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the file holds."""
+        """Return the content of the file."""
         return {
             "patients": keys_to_json(self.patients.values()),
             "features": {name: found.to_json() for name, found in self.features.items()},
         }
 
     def key(self, id: str) -> PatientKey:
-        """Return what a patient of the run is recognised by."""
+        """Return the key by which a patient of the run is recognised."""
         return self.patients.get(id, PatientKey(id=id))
 
     def of_features(self, split: Split) -> Provenance:
-        """Return what a split's features come from."""
+        """Return the provenance of a split's features."""
         return self.features.get(FROZEN) or self.features.get(split.id) or NOBODY
 
     def of_heads(self, split: Split) -> Provenance:
-        """Return what a split's heads come from."""
+        """Return the provenance of a split's heads: its features and its training patients."""
         training = Provenance(labels=tuple(self.key(id) for id in split.train))
         return self.of_features(split) | training
 

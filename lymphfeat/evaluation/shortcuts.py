@@ -1,4 +1,4 @@
-"""What predicts the label without looking at any cell: bag size, covariates, file formats."""
+"""Attributes that predict the label without any cell: bag size, covariates, file formats."""
 
 import math
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ ALMOST_THE_LABEL = 0.95  # an AUC surely above this may be the label in disguise
 class Predictor:
     """How well one attribute alone separates tumoral from reactive labelled patients.
 
-    auc is orientation-free, in [0.5, 1]; `low` and `high` are its 95 % interval after DeLong et al.
-    1988 (NaN with one patient in a class). For a category it is that of belonging to `category`,
-    the best of all, or not, which equals the balanced accuracy of that one question.
+    `auc` does not depend on orientation: it is in [0.5, 1]. `low` and `high` are its 95 % interval
+    after DeLong et al. 1988 (NaN with one patient in a class). A categorical attribute is measured
+    by its best category: whether the patient belongs to `category` or not.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Predictor:
 
     @property
     def finding(self) -> str | None:
-        """One line when this is a leak or a shortcut; clinical attributes may well predict."""
+        """Return one line if this is a leak or a shortcut; clinical attributes may well predict."""
         auc = f"(AUC {self.auc:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f})"
         if self.role != "covariate":
             line = f"shortcut: {self.name} alone predicts the label {auc}; a model may learn it"
@@ -49,10 +49,10 @@ class Predictor:
 
 
 def find_predictors(cohort: Cohort, storage: pd.DataFrame) -> tuple[Predictor, ...]:
-    """Measure what could predict the labels without an image (METHOD §4, §6).
+    """Measure which attributes predict the labels without an image (METHOD §4, §6).
 
-    storage: one row a patient, in the cohort's order, how the images are kept (format, size).
-    Returns none when a class is absent; leaves out what is the same for every patient.
+    storage: one row per patient, in the cohort's order: how the images are stored (format, size).
+    Leaves out attributes with one value; returns nothing if a class is absent.
     """
     known = cohort.labels != UNKNOWN
     labels = cohort.labels[known]
@@ -81,7 +81,7 @@ def delong_auc(scores: npt.NDArray[np.float64], labels: Labels) -> tuple[float, 
 def _share_below(
     values: npt.NDArray[np.float64], others: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return for each value the share of the (sorted) others below it, ties one half."""
+    """Return for each value the share of the sorted others below it, ties counted half."""
     below, upto = np.searchsorted(others, values, "left"), np.searchsorted(others, values, "right")
     share: npt.NDArray[np.float64] = (below + upto) / (2 * len(others))
     return share
@@ -100,7 +100,7 @@ def _candidates(
 
 
 def _predict(name: str, role: Role, column: "pd.Series[Any]", labels: Labels) -> Predictor | None:
-    """Measure one attribute; None when it has one value only, or values in one class only."""
+    """Measure one attribute (P,); None if it has one value only, or values in one class only."""
     given = column.notna().to_numpy()
     column, labels = column[given], labels[given]
     if column.nunique() < 2 or len(set(labels.tolist())) < 2:
@@ -127,7 +127,7 @@ def _measure(
     auc = 1 - auc if flipped else auc
     low, high = auc - Z_95 * error, auc + Z_95 * error
     if auc == 1 and error == 0:
-        # No variance is seen. As if each patient of the smaller class had won one fair pairing.
+        # Without variance the standard error says nothing.
         low = faultless_low(int(np.bincount(labels).min()))
     words = ("higher", "lower") if category is None else ("in", "not in")
     return Predictor(
