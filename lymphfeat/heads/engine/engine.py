@@ -7,7 +7,7 @@ together gives the same as fitting one alone, and a grid can be cut into blocks 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -95,7 +95,10 @@ def _fit_block(
     count: Callable[[int, int], None],
 ) -> None:
     """Fit some of the fits of a result together, and write their results into it."""
-    trainers = _make_trainers(features, result.fits, positions, sampling, tta=tta)
+    own = {position: result.fits[position] for position in positions}
+    trainers = [
+        trainer(features, stack, sampling, tta=tta) for trainer, stack in _stacks(own, sampling)
+    ]
     for epoch in range(result.losses.shape[1]):
         for trainer in trainers:
             trainer.run_epoch(epoch, result)
@@ -140,18 +143,12 @@ def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) ->
     return blocks
 
 
-def _make_trainers(
-    features: Features,
-    fits: Sequence[Fit],
-    positions: Sequence[int],
-    sampling: Sampling,
-    *,
-    tta: bool,
-) -> list[HeadTrainer]:
-    """Make a trainer for every stack of fits."""
+def _stacks(
+    fits: Mapping[int, Fit], sampling: Sampling
+) -> list[tuple[type[HeadTrainer], dict[int, Fit]]]:
+    """Group fits that one trainer can train together."""
     stacks: dict[tuple[type[HeadTrainer], Hashable], dict[int, Fit]] = defaultdict(dict)
-    for position in positions:
-        head = fits[position].head
-        trainer = _trainer_of(head)
-        stacks[trainer, trainer.stack_key(head, sampling)][position] = fits[position]
-    return [trainer(features, own, sampling, tta=tta) for (trainer, _), own in stacks.items()]
+    for position, fit in fits.items():
+        trainer = _trainer_of(fit.head)
+        stacks[trainer, trainer.stack_key(fit.head, sampling)][position] = fit
+    return [(trainer, stack) for (trainer, _), stack in stacks.items()]
