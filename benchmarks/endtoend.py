@@ -49,7 +49,7 @@ class Machine:
 
 
 def make_fine_tuner(sizes: list[int], settings: EndToEndSettings, machine: Machine) -> FineTuner:
-    """Make a fine-tuner on patients of so many random images each."""
+    """Make a fine-tuner on patients of this many random images each."""
     generator = torch.Generator().manual_seed(0)
     shape = (sum(sizes), 3, CROP, CROP)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -149,7 +149,7 @@ def rate(
         ratios.append(limit / ours)
         print(f"bare {n / limit:7.1f} images/s   step {n / ours:7.1f} images/s   {ratios[-1]:.3f}")
     print(
-        f"{backbone}, {n} images a step, {machine.dtype}: median {np.median(ratios):.3f} "
+        f"{backbone}, {n} images per step, {machine.dtype}: median {np.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f})"
     )
 

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def deal_out(model_folder: Path, root: Path, patients: int, images: int) -> Explanation:
-    """Make an explanation of so many patients from a cohort's photographs and random scores."""
+    """Make an explanation of this many patients from a cohort's photographs and random scores."""
     known = Cohort.load(root)
     paths = cycle([path for paths in known.images for path in paths])
     table = pd.DataFrame(

@@ -102,7 +102,7 @@ def _ks(agg: str) -> tuple[int, ...]:
 class BareProducts:
     """The matrix products of an epoch of the ablation, and nothing else.
 
-    Every patient whom any seed wants in a step is multiplied once by the scorers of those seeds,
+    Every patient that any seed needs in a step is multiplied once by the scorers of those seeds,
     forward and backward; then all instances by all scorers, for the evaluation.
     """
 

@@ -172,8 +172,8 @@ class Patients:
         self._starts = cohort.offsets[:-1]
         self._n_images = cohort.n_images
         truth = pd.read_csv(data / "pbc-mil-truth" / "test_labels.csv").set_index("ID")["LABEL"]
-        told = dict(zip(cohort.ids, cohort.labels.tolist(), strict=True))
-        self._labels = np.array([truth.get(id, told[id]) for id in cohort.ids])
+        known = dict(zip(cohort.ids, cohort.labels.tolist(), strict=True))
+        self._labels = np.array([truth.get(id, known[id]) for id in cohort.ids])
 
     def measure(self, encode: Encoder) -> dict[str, float]:
         plain = self._bags(encode(self._pixels))

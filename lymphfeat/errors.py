@@ -2,7 +2,7 @@
 
 
 class LymphfeatError(Exception):
-    """A mistake the user can mend: one line that says what, where and what to do next."""
+    """A mistake that the user can fix: one line that says what, where and what to do next."""
 
 
 class CohortError(LymphfeatError, ValueError):

@@ -279,13 +279,13 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
     orphans = [f"{folder} ({count} images)" for folder, count in found.orphans.items()]
     kinds = {"patient(s) without images": absent, "image folder(s) without table row": orphans}
     kinds = {kind: names for kind, names in kinds.items() if names}
-    told = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
+    missing = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
     if len(absent) == len(ids):
         what = f"no patient of the table has images under {root}"
-        complain(what, told, "Each patient must have a folder whose name is exactly its id.")
-    if told and not allow_missing:
+        complain(what, missing, "Each patient must have a folder whose name is exactly its id.")
+    if missing and not allow_missing:
         remedy = "Add or rename them, or leave them out with --allow-missing."
-        complain(str(root), told, remedy)
+        complain(str(root), missing, remedy)
     return [f"left out {len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items()]
 
 
@@ -293,9 +293,9 @@ def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:
     """Take the split from the table, or else from the folder, or else from the label."""
     splits: list[str] = []
     moved: list[str] = []
-    for id, label, told in zip(frame.index, frame["label"], frame["split"], strict=True):
+    for id, label, given in zip(frame.index, frame["label"], frame["split"], strict=True):
         folder = _folder_split(found.places[id])
-        split = told or folder or ("test" if label == UNKNOWN else "train")
+        split = given or folder or ("test" if label == UNKNOWN else "train")
         splits.append(split)
         if folder not in (None, split):
             moved.append(f"{id} ({split})")

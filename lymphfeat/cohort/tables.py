@@ -211,16 +211,16 @@ def _is_number(text: str) -> bool:
 
 def _date_note(texts: Collection[str], reference_date: date) -> str:
     forms = Counter(cell_values.date_form(text) for text in texts)
-    told = ", ".join(f"{count} as {form}" for form, count in forms.most_common()) or "none given"
+    counts = ", ".join(f"{count} as {form}" for form, count in forms.most_common()) or "none given"
     swapped = sum(map(cell_values.is_ambiguous_date, texts))
     guess = f" ({swapped} would be misread by guessing)" if swapped else ""
-    return f"dob: read {told}{guess}; becomes the age in years on {reference_date}"
+    return f"dob: read {counts}{guess}; becomes the age in years on {reference_date}"
 
 
 def _gender_notes(texts: Collection[str]) -> list[str]:
     odd = Counter(text for text in texts if text not in ("F", "M"))
-    told = {text: cell_values.GENDERS.get(text.lower()) for text in odd}
-    return [f"gender: {odd[text]} cell(s) {text!r} read as {told[text]}" for text in odd]
+    meaning = {text: cell_values.GENDERS.get(text.lower()) for text in odd}
+    return [f"gender: {odd[text]} cell(s) {text!r} read as {meaning[text]}" for text in odd]
 
 
 # --- rows that repeat a patient ---------------------------------------------------------------
