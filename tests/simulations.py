@@ -25,7 +25,7 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.settings import FitSettings
 
-_FRESH = 1000  # patients on whom a fitted model's true figure is measured
+_FRESH = 1000  # patients on whom a fitted model's true value is measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def test_a_step_in_bfloat16_together_is_the_step_of_one_process(
 def test_training_together_gives_the_weights_of_one_process(
     cohort: Cohort, together: Path, tmp_path: Path
 ) -> None:
-    # Batch-norm frozen: else some gradients are nought but for rounding, and Adam makes it steps.
+    # Batch-norm frozen: else some gradients are zero but for rounding, and Adam makes it steps.
     train(cohort, tmp_path / "m", settings_of("frozen", processes=1))
     one, two = (load_file(path / "m" / "model.safetensors") for path in (tmp_path, together))
     torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-5)

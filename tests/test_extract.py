@@ -1,4 +1,4 @@
-"""Extraction: what stands in a store is what a slow, obvious loop computes."""
+"""Extraction: a store holds what a slow, obvious loop computes."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Files that are written are readable by whom the user's umask says, whatever wrote them."""
+"""Every file is readable by those whom the umask allows, whatever wrote it."""
 
 import os
 import stat

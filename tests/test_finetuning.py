@@ -236,7 +236,7 @@ def test_from_the_command_line(
     assert "threshold (=best-ba) must be chosen on out-of-fold probabilities" in refused.stderr
     written = Path("run/splits.json")
     assert set(json.loads(written.read_text())) == {"kfold2-r0-f0", "kfold2-r0-f1"}
-    # A run's splits are those of the extraction: nothing is trained anew.
+    # The splits of a run are those of the extraction: nothing is trained again.
     again = run(*line[:-2], "--splits", str(written), "--json")
     assert json.loads(again.stdout)["features"] == ["kfold2-r0-f0", "kfold2-r0-f1"]
 

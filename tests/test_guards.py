@@ -1,6 +1,6 @@
 """Leak guards: in each test the leak is built in, and must be caught (METHOD §4, §6).
 
-Others stand where what they guard is tested: backbones fine-tuned on the patients measured
+Others are tested with what they guard: backbones fine-tuned on the patients measured
 (test_protocol), splits of images (test_splits), what is learnt from validation patients
 (test_evaluation), features and scorers of the head engine (here).
 """
@@ -37,7 +37,7 @@ def store_with_copies(tmp_path: Path, *, same_file: bool) -> list[tuple[tuple[st
         maps[6] = maps[1] * 1.001  # the rounding of another batch
         crc32[6] = crc32[1]
     else:
-        maps[6] = maps[1]  # the same pixels saved anew
+        maps[6] = maps[1]  # the same pixels in another file
     with open_writer(tmp_path / "features.h5", cohort) as writer:
         writer.write(0, {"frozen": maps}, crc32)
         writer.finish()

@@ -421,7 +421,7 @@ def test_a_head_of_other_features_is_refused(run: Path, cohort: Cohort, tmp_path
         train(cohort, tmp_path / "m", settings)
 
 
-# --- what stands beside it ------------------------------------------------------------------------
+# --- baselines -----------------------------------------------------------------------------------
 
 
 def test_baselines_stand_beside_the_members(trained: Path, cohort: Cohort) -> None:
