@@ -27,7 +27,7 @@ from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack, initial_scorer
 from lymphfeat.runtime.devices import autocast, choose_device, choose_precision, peak_memory
-from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, Gradient, HeadSettings
 
 CROP = 112
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -166,7 +166,7 @@ def memory(images: str, gradient: str) -> None:
 @cli.command(hidden=True)
 @click.argument("images", type=int)
 @click.argument("gradient")
-def one(images: int, gradient: str) -> None:
+def one(images: int, gradient: Gradient) -> None:
     """Train one step on one patient, and one of a single image."""
     machine = _machine("auto", "auto", torch.get_num_threads())
     settings = EndToEndSettings(

@@ -19,7 +19,13 @@ from lymphfeat.plots.reproduction import FIGURE_5, draw_depths, draw_subsets
 from lymphfeat.runtime.files import ResultKind, files_in, result_folder
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    FitSettings,
+    HeadSettings,
+    Precision,
+)
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
 SUBSET = 10  # images per patient, drawn again at every step (report §4.4)
@@ -74,7 +80,7 @@ class ReproductionSettings:
     weights: Mapping[str, str] = field(default_factory=dict)  # by backbone; "" is for all others
     fit: FitSettings = field(default_factory=FitSettings)
     batch_size: int = 64  # images, of the extraction
-    precision: str = "auto"  # of the extraction
+    precision: Precision = "auto"  # of the extraction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,129 @@
-"""All settings and their defaults, as frozen dataclasses that are checked on creation."""
+"""All settings: each with its default, help and allowed values, checked on creation.
 
-from dataclasses import dataclass, field
+A setting is a field of a frozen dataclass, declared by `setting`. Its help and range are written
+there and nowhere else: the options of the command line, the checks and `help(…)` are made of them.
+"""
+
+# ruff: noqa: RUF009 (`setting` makes a field: it is the default of no instance)
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from inspect import cleandoc
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from lymphfeat.errors import SettingsError
+
+T = TypeVar("T")
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+ProtocolName = Literal["honest", "report"]
+Gradient = Literal["subset", "exact"]  # subset: report, pseudo-code 2
+OutputStride = Literal[8, 16, 32]
+Unit = Literal["", "pixel", "image"]  # "": the aggregator's default
+Reduction = Literal["mean", "max"]
+RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected logits
+ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
+Fusion = Literal["late", "sum", "experts", "all"]  # METHOD §5
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a setting besides its type and default."""
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    unset: str = ""  # what None, or an empty value, means
+    options: tuple[str, ...] = ()  # names on the command line; default: of the field's name
+    python_only: bool = False  # not on the command line
+
+    @property
+    def low(self) -> float | None:
+        """Return the lower end of the range."""
+        return self.above if self.at_least is None else self.at_least
+
+    @property
+    def high(self) -> float | None:
+        """Return the upper end of the range."""
+        return self.below if self.at_most is None else self.at_most
+
+    @property
+    def rule(self) -> str:
+        """Say which numbers are allowed, e.g. `lie in (0, 1]`; empty if all are."""
+        if self.low is None:
+            return ""
+        if self.high is None:
+            return f"be {'above' if self.at_least is None else 'at least'} {self.low:g}"
+        start, end = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+        return f"lie in {start}{self.low:g}, {self.high:g}{end}"
+
+    def allows(self, value: float) -> bool:
+        """Return whether a number is in the range; NaN is not."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def setting(default: T, help: str, **about: Any) -> T:
+    """Declare a setting: a dataclass field with its default, help and the other facts of About."""
+    return field(default=default, metadata={"about": About(help=help, **about)})
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """List the values of the Literal in an annotation; empty if it has none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in choices(part))
+
+
+class Settings:
+    """Base of all settings: they are checked on creation, and `help(…)` lists them.
+
+    Raises SettingsError that names each value outside its range or its choices.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        broken = [(each.name, self._broken_rule(each.name)) for each in fields(self)]
+        wrong = [f"{name} (={getattr(self, name)}) must {rule}" for name, rule in broken if rule]
+        require(not wrong, "; ".join(wrong) + ".")
+
+    def _broken_rule(self, name: str) -> str:
+        value, about = getattr(self, name), self.about().get(name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        allowed = choices(self.__dataclass_fields__[name].type)
+        if allowed and not set(values) <= set(allowed):
+            return "be one of " + ", ".join(str(each) or '""' for each in allowed)
+        if about is None or all(about.allows(each) for each in values):
+            return ""
+        return about.rule
+
+    @classmethod
+    def about(cls) -> Mapping[str, About]:
+        """Return what is known of each setting, by name; nested settings are not among them."""
+        declared = {each.name: each.metadata.get("about") for each in fields(cls)}
+        return {
+            name: replace(about, options=about.options or (f"--{name.replace('_', '-')}",))
+            for name, about in declared.items()
+            if about
+        }
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def documented(settings: type[S]) -> type[S]:
+    """List the settings of a class in its docstring."""
+    lines = [f"{name}: {about.help}" for name, about in settings.about().items()]
+    settings.__doc__ = "\n".join([cleandoc(settings.__doc__ or ""), "", *lines])
+    return settings
 
 
 def require(condition: bool, message: str) -> None:
@@ -11,71 +132,130 @@ def require(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-def _require_at_least(value: float | None, least: float, name: str) -> None:
-    require(value is None or value >= least, f"{name} (={value}) must be at least {least:g}.")
+# Settings of several classes.
 
 
+def _backbone() -> str:
+    return setting("resnet18", "Any timm model that returns feature maps.")
+
+
+def _epochs(default: int) -> int:
+    return setting(default, "Training epochs.", at_least=1)
+
+
+def _images_per_patient() -> int | None:
+    return setting(
+        None, "Number of images drawn per patient at every step.", at_least=1, unset="all"
+    )
+
+
+def _image_batch() -> int:
+    return setting(64, "Images per batch.", at_least=1)
+
+
+def _threshold() -> ThresholdRule:
+    return setting(
+        "prevalence",
+        "Decision threshold. prevalence: the mean calibrated probability of the training patients, "
+        "which equals their share of tumoral patients. best-ba: the threshold with the best "
+        "balanced accuracy on the training patients. Both use out-of-fold probabilities.",
+    )
+
+
+def _shared_images(held_out: str) -> bool:
+    return setting(
+        False, f"Continue even if training and {held_out} patients share images (a leak)."
+    )
+
+
+def _seed() -> int:
+    return setting(0, "Random seed.", at_least=0)
+
+
+def _precision(default: Precision) -> Precision:
+    return setting(
+        default,
+        "bfloat16 is less precise, and faster on hardware that supports it; auto is bfloat16 on "
+        "such hardware and float32 elsewhere.",
+    )
+
+
+def _device() -> Device:
+    return setting("auto", "Compute device; auto uses a GPU if available.")
+
+
+def _threads() -> int | None:
+    return setting(None, "CPU threads.", at_least=1, unset="all cores")
+
+
+@documented
 @dataclass(frozen=True, kw_only=True)
-class BackboneSettings:
+class BackboneSettings(Settings):
     """The backbone and its input: with the weights' hash, all that a feature map depends on."""
 
-    backbone: str = "resnet18"
-    # auto (bloodcells for resnet18, else none) | bloodcells | none | imagenet | a file
-    weights: str = "auto"
-    crop: int = 112  # side of the centre crop in pixels (report §4.1)
-    normalization: str = "imagenet"  # or "challenge" (METHOD §3)
-    output_stride: int | None = None  # 8, 16 or 32; None: the backbone's own
-    weights_seed: int = 0  # initialises weights "none"
+    backbone: str = _backbone()
+    weights: str = setting(
+        "auto",
+        "bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
+        "timm) or a .safetensors/.pth file; auto is bloodcells for resnet18, otherwise none.",
+    )
+    crop: int = setting(112, "Side of the centre crop in pixels.", at_least=8)  # report §4.1
+    normalization: Literal["imagenet", "challenge"] = setting(  # METHOD §3
+        "imagenet", "Channel means and scales; use those the weights were trained with."
+    )
+    output_stride: OutputStride | None = setting(
+        None, "Stride of the feature maps, by dilation.", unset="the backbone's own"
+    )
+    weights_seed: int = setting(
+        0, "Random seed of --weights none and --splits.", at_least=0, options=("--seed",)
+    )
 
-    def __post_init__(self) -> None:
-        _require_at_least(self.crop, 8, "crop")
 
-
+@documented
 @dataclass(frozen=True, kw_only=True)
-class HeadSettings:
+class HeadSettings(Settings):
     """One head: a linear scorer and an aggregator, and how it is trained (METHOD §2).
 
     k counts instances of `unit`; with `k_percent` it is max(k_min, ceil(k_percent / 100 · n)), both
     in training and in prediction, and never more than the patient has.
     """
 
-    agg: str = "topk"
-    unit: str = ""  # "pixel" | "image"; "": the aggregator's default
-    k_train: int = 1
-    k_agg: int = 10
-    k_percent: float | None = None
-    k_min: int = 1
-    reduce: str = "mean"  # "mean" | "max" of the selected instances' probabilities
-    loss: str = "instance"  # ranking family: "instance", or "bag" (mean of the selected logits)
-    temperature: float = 1.0  # lse
-    momentum: float = 0.1  # bnsigmoid's running statistics
-    width: int = 128  # networks: hidden units of attention, of embeddings, of each direction
-    layers: int = 1  # transformer, lstm
-    class_weights: str = "none"  # or "balanced": equal weight for both classes in the loss
+    agg: str = setting(
+        "topk",
+        "Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid, attention, "
+        "gated-attention, transformer, lstm; a family (ranking, weighted, network); or all.",
+    )
+    unit: Unit = setting("", "Instance: pixel or image.", unset="image for top…, else pixel")
+    k_train: int = setting(1, "Instances per patient used in training.", at_least=1)
+    k_agg: int = setting(
+        10, "Instances per patient used in prediction (5 and 10 with all).", at_least=1
+    )
+    k_percent: float | None = setting(
+        None,
+        "Use this percentage of a patient's instances, in training and in prediction.",
+        above=0,
+        at_most=100,
+    )
+    k_min: int = setting(1, "Minimum k with --k-percent.", at_least=1)
+    reduce: Reduction = setting("mean", "How topk combines instance probabilities: mean or max.")
+    loss: RankingLoss = setting("instance", "Loss of top-k heads: per instance or per bag.")
+    temperature: float = setting(1.0, "Temperature of lse.", above=0)
+    momentum: float = setting(
+        0.1, "Momentum of bnsigmoid's running statistics.", above=0, at_most=1
+    )
+    width: int = setting(128, "Hidden units of attention, transformer, lstm.", at_least=1)
+    layers: int = setting(1, "Layers of transformer, lstm.", at_least=1)
+    class_weights: Literal["none", "balanced"] = setting(
+        "none", "none, or balanced: equal weight for both classes in the loss."
+    )
     # For heads on frozen maps, by measurement (docs/heads.md); 1e-4 is for whole networks.
-    lr: float = 0.003
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("k_train", "k_agg", "k_min", "width", "layers"):
-            _require_at_least(getattr(self, name), 1, name)
-        require(
-            self.k_percent is None or 0 < self.k_percent <= 100,
-            f"k_percent (={self.k_percent}) must lie in (0, 100].",
-        )
-        _require_one_of(self.unit, ("", "pixel", "image"), "unit")
-        _require_one_of(self.reduce, ("mean", "max"), "reduce")
-        _require_one_of(self.loss, ("instance", "bag"), "loss")
-        require(self.temperature > 0, f"temperature (={self.temperature}) must be above 0.")
-        require(0 < self.momentum <= 1, f"momentum (={self.momentum}) must lie in (0, 1].")
-        _require_one_of(self.class_weights, ("none", "balanced"), "class_weights")
-        require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
-        _require_at_least(self.weight_decay, 0, "weight_decay")
+    lr: float = setting(0.003, "Learning rate (Adam).", above=0)
+    weight_decay: float = setting(0.0, "Weight decay (L2 penalty).", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGrid:
-    """Values of head settings; every combination is one head (`heads.grid.expand`).
+    """Values of the settings of HeadSettings; every combination is one head (`heads.grid.expand`).
 
     An empty field leaves a setting at its default; a setting that an aggregator does not read adds
     no heads of it. `k_percent` given with `k_agg` adds heads because k is one or the other.
@@ -98,176 +278,325 @@ class HeadGrid:
     weight_decay: tuple[float, ...] = ()
 
 
-def _require_one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
-    shown = ", ".join(option or '""' for option in allowed)
-    require(value in allowed, f"{name} (={value}) must be one of {shown}.")
-
-
-_RULES = ("prevalence", "best-ba", "0.5")
-
-
+@documented
 @dataclass(frozen=True, kw_only=True)
-class FitSettings:
+class FitSettings(Settings):
     """How heads are fitted on a store and measured (METHOD §3–4)."""
 
-    protocol: str = "honest"  # or "report"
-    seeds: int = 10  # random splits under "report", repeats of k-fold under "honest"
-    folds: int = 5
-    epochs: int = 40
-    batch_size: int = 16  # patients (weighted family) or instances (ranking family)
-    images_per_patient: int | None = None  # drawn at every step; None: all
-    views: int | None = None  # stored views, one drawn per image at every step; None: all
-    tta: bool = False  # evaluate the mean over those views instead of the identity view
-    evaluate_every: int = 1  # epochs; `report` takes the ten best of those evaluated
-    epoch: str = "last"  # or "nested": the best within each training set (honest)
-    fusions: tuple[str, ...] = ()  # late, sum, experts, all (METHOD §5)
-    attributes: tuple[str, ...] = ()  # clinical columns; empty: all
-    log_attributes: tuple[str, ...] = ("lymph_count",)  # log-transformed
-    calibration: str = "platt"  # | "temperature" | "none"
-    threshold: str = "prevalence"  # | "best-ba" | "0.5" (honest); see decision.learn_threshold
-    allow_shared_images: bool = False  # between training and validation patients: a leak
-    seed: int = 0  # first of the seeds
-    precision: str = "float32"
-    device: str = "auto"
-    threads: int | None = None
+    protocol: ProtocolName = setting(
+        "honest",
+        "honest: repeated stratified k-fold, threshold from training patients. report: random "
+        "halves, threshold 0.5, mean of the ten best epochs (optimistic).",
+    )
+    seeds: int = setting(
+        10, "Number of random splits (report) or repeats of k-fold (honest).", at_least=1
+    )
+    # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
+    folds: int = setting(5, "Folds of the k-fold (honest).", at_least=3)
+    epochs: int = _epochs(40)
+    batch_size: int = setting(
+        16,
+        "Patients (or, for top1, topk and topbottomk, selected instances) per step.",
+        at_least=1,
+    )
+    images_per_patient: int | None = _images_per_patient()
+    views: int | None = setting(
+        None,
+        "Number of stored views to use; one is drawn per image at every step.",
+        at_least=1,
+        unset="all",
+    )
+    tta: bool = setting(False, "Evaluate the mean over the views instead of the identity view.")
+    evaluate_every: int = setting(
+        1,
+        "Epochs between evaluations; report takes the ten best of those evaluated.",
+        at_least=1,
+        python_only=True,
+    )
+    epoch: Literal["last", "nested"] = setting(
+        "last",
+        "last, or nested: the best epoch on out-of-fold probabilities within each training set "
+        "(honest).",
+        options=("--choose-epoch",),
+    )
+    fusions: tuple[Fusion, ...] = setting(
+        (),
+        "Also fuse each head with the clinical attributes, in this way (honest).",
+        options=("--fusion",),
+    )
+    attributes: tuple[str, ...] = setting(
+        (), "Clinical columns to use, numeric or categorical.", unset="all"
+    )
+    log_attributes: tuple[str, ...] = setting(
+        ("lymph_count",), "Clinical columns to log-transform."
+    )
+    calibration: Literal["platt", "temperature", "none"] = setting(
+        "platt", "How to calibrate probabilities on the training patients (honest)."
+    )
+    threshold: ThresholdRule = _threshold()
+    allow_shared_images: bool = _shared_images("validation")
+    seed: int = _seed()  # the first of the seeds
+    precision: Precision = _precision("float32")
+    device: Device = _device()
+    threads: int | None = _threads()
 
     def __post_init__(self) -> None:
-        _require_one_of(self.protocol, ("honest", "report"), "protocol")
-        _require_one_of(self.epoch, ("last", "nested"), "epoch")
-        _require_one_of(self.calibration, ("platt", "temperature", "none"), "calibration")
-        _require_one_of(self.threshold, _RULES, "threshold")
+        super().__post_init__()
         require(
             self.epoch == "last" or self.protocol == "honest",
             "epoch (=nested) must go with --protocol honest; report takes the ten best epochs.",
         )
-        for name in (
-            "seeds",
-            "epochs",
-            "batch_size",
-            "images_per_patient",
-            "views",
-            "evaluate_every",
-        ):
-            _require_at_least(getattr(self, name), 1, name)
         require(
             self.evaluate_every <= self.epochs,
             f"evaluate_every (={self.evaluate_every}) must be at most epochs (={self.epochs}).",
         )
-        # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
-        _require_at_least(self.folds, 3, "folds")
-        _require_at_least(self.threads, 1, "threads")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class EndToEndSettings:
-    """How a head and its backbone are trained together (report §4, METHOD §3)."""
+class EndToEndSettings(Settings):
+    """How a head and its backbone are trained together (report §4, METHOD §3).
+
+    backbone: BackboneSettings; head: HeadSettings.
+    """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
     head: HeadSettings = field(default_factory=lambda: HeadSettings(agg="bnsigmoid", lr=1e-4))
-    epochs: int = 40
-    batch_size: int = 16  # patients (weighted family) or images (ranking family)
-    images_per_patient: int | None = None  # drawn at every step; None: all
-    max_forward_size: int = 512  # images per chunk without gradients
-    max_backward_size: int = 512  # images that get gradients in one step
-    gradient: str = "subset"  # "subset" (report, pseudo-code 2) or "exact"
-    frozen_batchnorm: bool = False  # keep the backbone's batch-norm statistics as loaded
-    no_grad_batchnorm: str = "train"  # batch-norm in the chunks without gradients: train | eval
-    head_lr: float | None = None  # None: same as head.lr
-    layer_decay: float = 1.0  # learning-rate multiplier per stage downward
-    freeze_stages: int = 0  # number of stages to freeze, from the stem up
-    init_head: str | None = None  # a run of fit-head; training starts from its best head
-    flips: bool = True
-    # Strengths; 0 is off (report §4.1: they "heavily impaired the accuracy"). See
-    # finetuning.augmentation.
-    colour_jitter: float = 0.0
-    affine: float = 0.0
-    validation: float = 0.0  # share of labelled patients held out to draw the curves
-    # Decision threshold: prevalence | best-ba (with folds) | 0.5; see decision.learn_threshold.
-    threshold: str = "prevalence"
-    tta: bool = False  # predict the mean over the four flips
-    allow_shared_images: bool = False  # between training and held-out patients: a leak
-    seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
+    epochs: int = _epochs(40)
+    batch_size: int = setting(
+        16, "Patients (or, for top1, topk and topbottomk, selected images) per step.", at_least=1
+    )
+    images_per_patient: int | None = _images_per_patient()
+    max_forward_size: int = setting(
+        512, "Maximum images per pass without gradients; limits memory.", at_least=1
+    )
+    max_backward_size: int = setting(
+        512, "Maximum images per pass with gradients; limits memory.", at_least=1
+    )
+    gradient: Gradient = setting(
+        "subset",
+        "Images that receive gradients in a step. subset: a random choice of as many as one pass "
+        "with gradients may have; exact: all.",
+    )
+    frozen_batchnorm: bool = setting(
+        False, "Keep the batch-norm statistics of the weights.", options=("--freeze-batchnorm",)
+    )
+    no_grad_batchnorm: Literal["train", "eval"] = setting(
+        "train", "Batch-norm mode in passes without gradients."
+    )
+    head_lr: float | None = setting(None, "Learning rate of the head.", above=0, unset="--lr")
+    layer_decay: float = setting(
+        1.0, "Learning-rate multiplier per stage downward.", above=0, at_most=1
+    )
+    freeze_stages: int = setting(
+        0,
+        "Number of stages to freeze, from the stem up: weights and batch-norm (resnet18 has 5).",
+        at_least=0,
+    )
+    init_head: str | None = setting(
+        None,
+        "Start from the best linear head of this run of fit-head --save on the same weights; its "
+        "aggregator and options replace those given here.",
+    )
+    flips: bool = setting(True, "Random flips during training.")
+    # Off by default: they "heavily impaired the accuracy" (report §4.1). finetuning.augmentation.
+    colour_jitter: float = setting(
+        0.0,
+        "Random change of brightness per channel, saturation and contrast, up to this fraction.",
+        at_least=0,
+        below=1,
+        options=("--colour-jitter", "--color-jitter"),
+    )
+    affine: float = setting(
+        0.0,
+        "Maximum random rotation in half-turns (1 is 180°), with scaling and shifts to match.",
+        at_least=0,
+        below=1,
+    )
+    validation: float = setting(
+        0.0,
+        "Share of labelled patients held out to draw validation curves.",
+        at_least=0,
+        below=1,
+    )
+    threshold: ThresholdRule = _threshold()
+    tta: bool = setting(False, "Predict the mean over the four flips.")
+    allow_shared_images: bool = _shared_images("held-out")
+    seed: int = _seed()
+    precision: Precision = _precision("auto")
+    device: Device = _device()
+    threads: int | None = _threads()
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_forward_size", "max_backward_size"):
-            _require_at_least(getattr(self, name), 1, name)
-        _require_at_least(self.images_per_patient, 1, "images_per_patient")
-        _require_at_least(self.freeze_stages, 0, "freeze_stages")
-        require(
-            0 < self.layer_decay <= 1,
-            f"layer_decay (={self.layer_decay}) must lie in (0, 1].",
-        )
-        for name in ("colour_jitter", "affine"):
-            strength = getattr(self, name)
-            require(0 <= strength < 1, f"{name} (={strength}) must lie in [0, 1).")
-        _require_one_of(self.gradient, ("subset", "exact"), "gradient")
-        _require_one_of(self.no_grad_batchnorm, ("train", "eval"), "no_grad_batchnorm")
-        require(0 <= self.validation < 1, f"validation (={self.validation}) must lie in [0, 1).")
-        _require_one_of(self.threshold, _RULES, "threshold")
 
-
+@documented
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
+class PretrainSettings(Settings):
     """How a backbone is pre-trained on unlabelled cells."""
 
-    backbone: str = "resnet18"
-    init: str = "auto"  # the weights to start from, as BackboneSettings.weights
-    epochs: int = 10  # an epoch draws as many pairs as there are images
-    minutes: float | None = None  # train for about this many minutes instead
-    batch_size: int = 64  # pairs of views
-    view_size: int = 96  # side of a view in pixels
-    field: int = 144  # side, in pixels, of the central region views are taken from
-    zoom: tuple[float, float] = (0.8, 1.15)  # magnification of a view
-    # Share of pairs made of two cells of one patient; the rest are two views of one cell.
-    patient_pairs: float = 0.0
-    supervised: float = 0.1  # weight of the classification loss, if folders are classes
-    projection: int = 1024  # width of the projector, used only in pre-training
-    lr: float = 1e-3
-    weight_decay: float = 1e-3
-    seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
+    backbone: str = _backbone()
+    init: str = setting(
+        "auto",
+        "Initial weights: bloodcells, none (random), imagenet or a .safetensors/.pth file; auto is "
+        "bloodcells for resnet18, otherwise none.",
+    )
+    epochs: int = _epochs(10)  # an epoch draws as many pairs as there are images
+    minutes: float | None = setting(
+        None, "Train for about this many minutes instead of --epochs.", above=0
+    )
+    batch_size: int = setting(64, "Pairs of views per step.", at_least=2)
+    view_size: int = setting(96, "Side of a view in pixels.", at_least=32)
+    field: int = setting(
+        144, "Side, in pixels, of the central region that views are taken from.", at_least=32
+    )
+    zoom: tuple[float, float] = setting(
+        (0.8, 1.15), "Range of magnification of a view; 1 is the original scale.", above=0
+    )
+    patient_pairs: float = setting(
+        0.0,
+        "Share of pairs made of two cells of one patient; the rest are two views of one cell.",
+        at_least=0,
+        at_most=1,
+    )
+    supervised: float = setting(
+        0.1, "Weight of the classification loss, if folders are classes.", at_least=0
+    )
+    projection: int = setting(
+        1024,
+        "Width of the projector, used only in pre-training.",
+        at_least=1,
+        python_only=True,
+    )
+    lr: float = setting(1e-3, "Learning rate.", above=0)
+    weight_decay: float = setting(1e-3, "Weight decay.", at_least=0, python_only=True)
+    seed: int = _seed()
+    precision: Precision = _precision("auto")
+    device: Device = _device()
+    threads: int | None = _threads()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "projection", "threads"):
-            _require_at_least(getattr(self, name), 1, name)
+        super().__post_init__()
         require(
-            self.minutes is None or self.minutes > 0, f"minutes (={self.minutes}) must be above 0."
-        )
-        _require_at_least(self.batch_size, 2, "batch_size")
-        _require_at_least(self.view_size, 32, "view_size")
-        _require_at_least(self.field, 32, "field")
-        require(
-            0 < self.zoom[0] <= self.zoom[1],
+            self.zoom[0] <= self.zoom[1],
             f"zoom (={self.zoom}) must be two factors above 0, low then high.",
         )
-        require(
-            0 <= self.patient_pairs <= 1,
-            f"patient_pairs (={self.patient_pairs}) must lie in [0, 1].",
-        )
-        _require_at_least(self.supervised, 0, "supervised")
-        require(self.lr > 0, f"lr (={self.lr}) must be above 0.")
-        _require_at_least(self.weight_decay, 0, "weight_decay")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class ExtractSettings:
-    """How images become a feature store."""
+class ExtractSettings(Settings):
+    """How images become a feature store.
+
+    backbone: BackboneSettings. finetune: EndToEndSettings for one backbone per split; its backbone,
+    precision, device and threads are taken from these settings, its seed from the split. None: no
+    fine-tuning.
+    """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
-    views: int = 1  # the first N of: identity, hflip, vflip, both
-    precision: str = "auto"  # auto | float32 | bfloat16
-    batch_size: int = 64  # images; part of the recipe because rounding may depend on it
-    # How one backbone per split is fine-tuned. Its backbone, precision, device and threads are
-    # taken from these settings, its seed from the split. None: no fine-tuning.
+    views: int = setting(
+        1,
+        "Views stored per image, in this order: identity, hflip, vflip, both.",
+        at_least=1,
+        at_most=4,
+    )
+    precision: Precision = _precision("auto")
+    # Part of the recipe because rounding may depend on it.
+    batch_size: int = _image_batch()
     finetune: EndToEndSettings | None = None
-    device: str = "auto"
-    threads: int | None = None  # None: all cores
+    device: Device = _device()
+    threads: int | None = _threads()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings(Settings):
+    """How a trained model is applied to images."""
+
+    tta: bool | None = setting(
+        None, "Predict the mean over the four flips.", unset="the model's setting"
+    )
+    batch_size: int = _image_batch()
+    precision: Precision = _precision("float32")
+    device: Device = _device()
+    threads: int | None = _threads()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class ExplainSettings(Settings):
+    """How a model's decisions are explained, and what the report holds."""
+
+    figures: Literal["png", "pdf", "both", "none"] = setting(
+        "png", "Format of the separate figures, in a folder next to the report."
+    )
+    plates: int = setting(
+        6,
+        "Number of patients with a plate of cells as a figure; misclassified patients first.",
+        at_least=0,
+    )
+    megabytes: int = setting(
+        60,
+        "Maximum size of the report; pictures are shrunk, then left out, to stay below it.",
+        at_least=1,
+    )
+    batch_size: int = _image_batch()
+    seed: int = _seed()  # of the deletions
+    precision: Precision = _precision("float32")
+    device: Device = _device()
+    threads: int | None = _threads()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSettings(Settings):
+    """What determines a synthetic cohort, to the byte."""
+
+    patients: int = setting(60, "Labelled patients.", at_least=2)
+    test_patients: int = setting(
+        16, "Patients with label -1; truth.csv has their true label.", at_least=0
+    )
+    images: int = setting(
+        24,
+        "Mean number of images per patient; the range is 1/2 to 5/3 of it.",
+        at_least=1,
+        at_most=100_000,
+    )
+    tumoral: float = setting(
+        0.6, "Share of tumoral patients.", above=0, below=1, options=("--tumoral-share",)
+    )
+    witness_share: tuple[float, float] = setting(
+        (0.08, 0.3),
+        "Range of the share of atypical cells in tumoral patients (always at least one cell).",
+        at_least=0,
+        at_most=1,
+    )
+    difficulty: float = setting(
+        0.3,
+        "0: atypical cells are clearly different; 1: not different at all.",
+        at_least=0,
+        at_most=1,
+    )
+    # 0.5 is about the challenge's (AUC 0.8).
+    size_confounding: float = setting(
+        0.3,
+        "How strongly the number of images depends on the label; about 0.5 in the challenge.",
+        at_least=0,
+        at_most=1,
+    )
+    # At 0.5 age and lymphocyte count have AUC 0.84 together.
+    attribute_strength: float = setting(
+        0.5,
+        "How strongly age and lymphocyte count depend on the label.",
+        at_least=0,
+        at_most=1,
+    )
+    image_size: int = setting(
+        224, "Side of an image in pixels.", at_least=32, at_most=1024, python_only=True
+    )
+    seed: int = _seed()
 
     def __post_init__(self) -> None:
-        _require_at_least(self.batch_size, 1, "batch_size")
-        _require_at_least(self.threads, 1, "threads")
+        super().__post_init__()
+        require(
+            self.witness_share[0] <= self.witness_share[1],
+            f"witness_share (={self.witness_share}) must be low, then high.",
+        )

@@ -23,7 +23,7 @@ from lymphfeat.evaluation.scores import (
 )
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.runtime.arrays import Floats, Labels
-from lymphfeat.settings import FitSettings
+from lymphfeat.settings import FitSettings, ProtocolName
 
 _FRESH = 1000  # patients on whom a fitted model's true value is measured
 
@@ -47,7 +47,12 @@ def draw_patients(rng: np.random.Generator, n: int) -> tuple[Floats, Labels]:
 
 
 def run_study(
-    seed: int, *, patients: int = 60, folds: int = 3, repeats: int = 2, protocol: str = "honest"
+    seed: int,
+    *,
+    patients: int = 60,
+    folds: int = 3,
+    repeats: int = 2,
+    protocol: ProtocolName = "honest",
 ) -> Study:
     """Measure two models (inputs 1–2, inputs 3–4) as a protocol does, on one simulated cohort."""
     rng = np.random.default_rng(seed)

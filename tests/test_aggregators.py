@@ -30,7 +30,7 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.settings import HeadGrid, HeadSettings
+from lymphfeat.settings import HeadGrid, HeadSettings, Reduction
 from tests import references
 
 LINEAR = [name for name, row in AGGREGATORS.items() if isinstance(row, LinearAggregator)]
@@ -184,7 +184,7 @@ def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
 @pytest.mark.parametrize(
     ("agg", "reduce"), [("top1", "mean"), ("topk", "mean"), ("topk", "max"), ("topbottomk", "mean")]
 )
-def test_weighted_probabilities_are_the_patient_s(agg: str, reduce: str) -> None:
+def test_weighted_probabilities_are_the_patient_s(agg: str, reduce: Reduction) -> None:
     """Of equals the first counts where one instance decides."""
     logits, ragged = stack([[0.5, 2.0, 2.0, -1.0], [3.0], [-2.0, -4.0]], heads=1)
     settings = resolve(HeadSettings(agg=agg, k_agg=3, reduce=reduce))

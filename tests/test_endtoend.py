@@ -36,7 +36,13 @@ from lymphfeat.heads.stack import HeadStack, initial_scorer
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.runtime.files import unfinished_folder
-from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from lymphfeat.settings import (
+    BackboneSettings,
+    EndToEndSettings,
+    HeadSettings,
+    OutputStride,
+    RankingLoss,
+)
 from lymphfeat.training import train
 from tests.folders import contents
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
@@ -179,7 +185,7 @@ def test_every_head_trains(head: HeadSettings, cohort: Cohort, tmp_path: Path) -
     ("name", "output_stride"), [("resnet18", 8), ("test_vit", None), ("test_efficientnet", 16)]
 )
 def test_every_kind_of_backbone_trains(
-    name: str, output_stride: int | None, cohort: Cohort, tmp_path: Path
+    name: str, output_stride: OutputStride | None, cohort: Cohort, tmp_path: Path
 ) -> None:
     backbone = BackboneSettings(
         backbone=name, weights="none", crop=SIDE, output_stride=output_stride
@@ -442,7 +448,9 @@ def make_fine_tuner(settings: EndToEndSettings) -> FineTuner:
 
 
 @pytest.mark.parametrize("loss", ["instance", "bag"])
-def test_ranking_learns_from_the_highest(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranking_learns_from_the_highest(
+    loss: RankingLoss, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = HeadSettings(agg="topk", k_train=2, loss=loss)
     tuner = make_fine_tuner(tiny_settings(head=head, batch_size=16))
     logits = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 5)[:, 0].tolist()

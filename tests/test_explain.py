@@ -20,6 +20,7 @@ from lymphfeat.explanation.report import worst_first, write_cell, write_report
 from lymphfeat.explanation.scores import probability_without, ranks
 from lymphfeat.heads.bags import Bags
 from lymphfeat.model.scoring import read_out
+from lymphfeat.settings import Unit
 from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_synthetic_cohort
 from lymphfeat.synthetic.rendering import render_cell
 from tests.test_model import make_model, reference_logits
@@ -33,14 +34,14 @@ def cohort(tmp_path: Path) -> Cohort:
     return Cohort.load(write_red_cohort(tmp_path / "cohort", "010101??"))
 
 
-def explained(cohort: Cohort, agg: str, unit: str = "") -> Explanation:
+def explained(cohort: Cohort, agg: str, unit: Unit = "") -> Explanation:
     return explain(make_model(agg, unit), cohort, device="cpu", precision="float32")
 
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
-def test_shares_add_up_and_agree_with_predict(agg: str, unit: str, cohort: Cohort) -> None:
+def test_shares_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Cohort) -> None:
     found = explained(cohort, agg, unit)
     predictions = found.model.predict(cohort, device="cpu", precision="float32")
     patients, images = predictions.patients, predictions.images

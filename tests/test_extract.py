@@ -22,7 +22,7 @@ from lymphfeat.features.map_encoder import MapEncoder
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import normalize
-from lymphfeat.settings import BackboneSettings, ExtractSettings
+from lymphfeat.settings import BackboneSettings, ExtractSettings, Precision
 from tests.cohorts import write_bags, write_image, write_own
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 
@@ -141,7 +141,7 @@ def test_bfloat16_is_as_near_as_its_roundings_allow(cohort: Cohort, tmp_path: Pa
 
 
 def test_auto_is_a_precision_and_says_which(
-    auto_precision: str, cohort: Cohort, tmp_path: Path
+    auto_precision: Precision, cohort: Cohort, tmp_path: Path
 ) -> None:
     named = extract(cohort, tmp_path / "a.h5", replace(SETTINGS, precision=auto_precision))
     auto = extract(cohort, tmp_path / "b.h5", replace(SETTINGS, precision="auto"))
@@ -349,17 +349,16 @@ def test_maps_too_large_for_float16_are_refused(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"views": 5}, SettingsError, "views (=5) must be 1 to 4"),
-        ({"precision": "half"}, SettingsError, "precision (=half) must be auto"),
+        ({"views": 5}, SettingsError, "views (=5) must lie in [1, 4]"),
+        (
+            {"precision": "half"},
+            SettingsError,
+            "precision (=half) must be one of auto, float32, bfloat16",
+        ),
         (
             {"backbone": replace(SETTINGS.backbone, crop=54)},
             CohortError,
             "size (=53x53) must be at least the crop (=54)",
-        ),
-        (
-            {"backbone": replace(SETTINGS.backbone, normalization="mine")},
-            SettingsError,
-            "normalization (=mine) must be one of",
         ),
     ],
 )
@@ -381,12 +380,3 @@ def test_text_given_as_store_is_kept(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a readable HDF5 file"):
         extract(cohort, tmp_path / "notes.txt", SETTINGS)
     assert (tmp_path / "notes.txt").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("crop", 7), ("batch_size", 0), ("threads", 0), ("batch_size", -3)]
-)
-def test_settings_are_checked_when_made(name: str, value: int) -> None:
-    kind: Any = BackboneSettings if name == "crop" else ExtractSettings
-    with pytest.raises(SettingsError, match=re.escape(f"{name} (={value}) must be at least")):
-        kind(**{name: value})

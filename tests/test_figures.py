@@ -24,7 +24,7 @@ from lymphfeat.plots.pretraining import draw_curve
 from lymphfeat.plots.reproduction import draw_depths, draw_subsets
 from lymphfeat.plots.summary import draw_summary
 from lymphfeat.reproduction import PUBLISHED
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadSettings, ProtocolName
 from tests.simulations import noise_features
 from tests.test_compare_command import write_run
 from tests.test_model import make_model
@@ -64,7 +64,7 @@ def check_error_bars(axes: Axes) -> None:
                 assert 0 <= low <= high <= 1
 
 
-def run(protocol: str, strength: float = 0) -> Run:
+def run(protocol: ProtocolName, strength: float = 0) -> Run:
     features = noise_features(0, np.full(len(LABELS), 3), LABELS)
     pooled = features.images.numpy().copy()
     pooled[:, 0] += strength * np.repeat(LABELS, 3)

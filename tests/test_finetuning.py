@@ -25,7 +25,13 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import resolve
-from lymphfeat.settings import BackboneSettings, ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    FitSettings,
+    HeadSettings,
+    ThresholdRule,
+)
 from lymphfeat_cli.main import cli
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
 
@@ -175,7 +181,7 @@ def test_each_split_is_paired_with_its_own_backbone(store: FeatureStore, tmp_pat
 
 @pytest.mark.parametrize("rule", ["prevalence", "best-ba"])
 def test_thresholds_come_from_the_inner_backbones(
-    rule: str, store: FeatureStore, tmp_path: Path
+    rule: ThresholdRule, store: FeatureStore, tmp_path: Path
 ) -> None:
     outcome = fit_heads(store, HEADS[:1], replace(FIT, threshold=rule), tmp_path / "run").outcome
     assert outcome.thresholds == f"{rule}, from training patients out of fold"

@@ -28,7 +28,7 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS, WeightedAggregator
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.settings import EndToEndSettings, HeadSettings
+from lymphfeat.settings import EndToEndSettings, Gradient, HeadSettings, Unit
 
 CPU = torch.device("cpu")
 # All that may change a view: the passes of the exact gradient must see the same ones.
@@ -42,7 +42,7 @@ WEIGHTED = [name for name, row in AGGREGATORS.items() if isinstance(row, Weighte
 class Setting:
     """A tiny backbone with batch-norm that has seen data, a head, and twelve images of noise."""
 
-    def __init__(self, agg: str = "bnsigmoid", unit: str = "pixel", frozen: bool = True) -> None:
+    def __init__(self, agg: str = "bnsigmoid", unit: Unit = "pixel", frozen: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
         shape = (N, 3, 64, 64)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -118,7 +118,7 @@ def test_waits_are_counted() -> None:
 
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 @pytest.mark.parametrize("agg", WEIGHTED)
-def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: str) -> None:
+def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: Unit) -> None:
     setting = Setting(agg, unit)
     instances = setting.encoder(setting.batch)  # (n, U, C)
     bag = Bag(rows=torch.arange(N), sizes=SIZES)
@@ -134,7 +134,7 @@ def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: str) -> None:
 @pytest.mark.seconds
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 @pytest.mark.parametrize("agg", WEIGHTED)
-def test_exact_is_the_one_shot_gradient(agg: str, unit: str) -> None:
+def test_exact_is_the_one_shot_gradient(agg: str, unit: Unit) -> None:
     setting = Setting(agg, unit)
     loss = exact_gradient(setting.encoder, setting.batch, setting.loss_of, chunk_size=5)
     got = setting.gradients()
@@ -205,7 +205,7 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
 
 @pytest.mark.parametrize("gradient", ["subset", "exact"])
 def test_no_more_images_at_a_time_than_allowed(
-    gradient: str, monkeypatch: pytest.MonkeyPatch
+    gradient: Gradient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = Setting()
     seen: list[tuple[bool, int]] = []
@@ -226,7 +226,7 @@ def test_no_more_images_at_a_time_than_allowed(
 
 
 @pytest.mark.parametrize("unit", ["pixel", "image"])
-def test_selected_instances_reference(unit: str) -> None:
+def test_selected_instances_reference(unit: Unit) -> None:
     setting = Setting("topk", unit)
     bag = Bag(rows=torch.arange(5), sizes=torch.tensor([1, 1, 3]))
     order = torch.tensor([4, 0, 3, 1, 2])

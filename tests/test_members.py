@@ -30,7 +30,7 @@ from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import Ensemble, load_model
 from lymphfeat.model.model import Model
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, ThresholdRule
 from lymphfeat.training import train
 from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
@@ -192,7 +192,9 @@ def test_each_fold_is_measured_at_the_other_folds_threshold(trained: Path, cohor
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("rule", ["best-ba", "0.5"])
-def test_members_decide_by_the_rule_asked_for(rule: str, cohort: Cohort, tmp_path: Path) -> None:
+def test_members_decide_by_the_rule_asked_for(
+    rule: ThresholdRule, cohort: Cohort, tmp_path: Path
+) -> None:
     members = train(cohort, tmp_path, replace(SETTINGS, threshold=rule), folds=FOLDS)
     single = members.models[0].decision
     assert single.threshold_from.startswith("fixed" if rule == "0.5" else "best balanced accuracy")

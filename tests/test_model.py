@@ -27,7 +27,7 @@ from lymphfeat.model.model import Model, TrainingFacts
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.scoring import ModelRecipe, read_out
 from lymphfeat.runtime.files import unfinished_folder
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, Unit
 from tests.folders import contents, interrupt_swap, names_in
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, write_red_cohort
@@ -35,7 +35,7 @@ from tests.tiny import SIDE, write_red_cohort
 AGGS = ["mean", "max", "lse", "bnsigmoid", "top1", "topk", "topbottomk"]
 
 
-def make_model(agg: str = "bnsigmoid", unit: str = "", k_agg: int = 2) -> Model:
+def make_model(agg: str = "bnsigmoid", unit: Unit = "", k_agg: int = 2) -> Model:
     backbone, _ = build_backbone("test_efficientnet", image_size=SIDE)
     generator = torch.Generator().manual_seed(0)
     weight = 20 * torch.randn(1, backbone.channels, generator=generator)
@@ -105,7 +105,7 @@ def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
-def test_predictions_against_image_by_image(agg: str, unit: str, cohort: Cohort) -> None:
+def test_predictions_against_image_by_image(agg: str, unit: Unit, cohort: Cohort) -> None:
     model = make_model(agg, unit)
     predictions = model.predict(cohort, batch_size=4)
     images = predictions.images
@@ -128,7 +128,7 @@ def _check_weighted(
     logits: torch.Tensor,
     images: pd.DataFrame,
     patients: pd.DataFrame,
-    unit: str,
+    unit: Unit,
 ) -> None:
     instances = logits if unit == "pixel" else logits.mean(1, keepdim=True)  # (n, U)
     raw = torch.ones_like(instances)

@@ -18,7 +18,7 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import resolve
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadSettings, ProtocolName, ThresholdRule
 
 PATIENTS = 30
 HEADS = [
@@ -46,7 +46,7 @@ def features() -> Features:
     )
 
 
-def run(features: Features, protocol: str, **changes: Any) -> Outcome:
+def run(features: Features, protocol: ProtocolName, **changes: Any) -> Outcome:
     provider = SharedFeatures.of(features)
     changes = {"folds": 3, "epochs": 12, **changes}
     settings = FitSettings(protocol=protocol, batch_size=4, **changes)
@@ -90,7 +90,9 @@ def _name(outcome: Outcome, start: str) -> str:
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("rule", RULES)
-def test_honest_thresholds_come_from_training_patients_alone(features: Features, rule: str) -> None:
+def test_honest_thresholds_come_from_training_patients_alone(
+    features: Features, rule: ThresholdRule
+) -> None:
     outcome = run(features, "honest", seeds=2, folds=3, threshold=rule)
     labels = features.labels.numpy()
     ids = [patient for patient, label in zip(features.row, labels, strict=True) if label >= 0]

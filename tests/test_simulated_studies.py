@@ -6,7 +6,7 @@ import pytest
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import SharedFeatures
 from lymphfeat.heads.engine.instances import Features
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadSettings, ProtocolName
 from tests.simulations import coverage, noise_features, run_optimism_study, run_study
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def test_the_interval_of_the_optimism_covers_it() -> None:
     assert np.mean(widths) < 5 * np.std([study.optimism for study in studies])  # 3.9 at best
 
 
-def run(features: Features, protocol: str) -> Outcome:
+def run(features: Features, protocol: ProtocolName) -> Outcome:
     settings = FitSettings(protocol=protocol, seeds=4, epochs=30, threads=1)
     provider = SharedFeatures.of(features)
     return run_protocol(provider, provider.plan(settings), HEADS, settings)

@@ -1,7 +1,6 @@
 """`lymphfeat audit`: check a cohort for contents, oddities, leaks and shortcuts."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,16 +8,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
+    FILE,
+    CohortChoice,
+    Output,
     cohort_options,
-    force_option,
-    load_cohort,
     note,
-    output_options,
-    progress_bar,
-    show_json,
     show_table,
+    writing_options,
 )
 
 if TYPE_CHECKING:
@@ -43,48 +40,28 @@ LISTED = 12  # entries shown of each kind; --json and --out list all
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Also write all results to this JSON file.",
 )
-@force_option
-@output_options
-def command(
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
-    crop: int,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@writing_options
+def command(cohort: CohortChoice, crop: int, out: Path | None, output: Output) -> None:
     """Check a cohort: contents, oddities, leaks and shortcuts.
 
     Counts patients and images, reports how each quirk of the files was resolved, lists unreadable,
     too small and duplicate images, and measures how well bag size and each attribute alone
     predict the label.
     """
-    _check_out(out, force)
+    if out is not None:
+        output.check_file(out)
     from lymphfeat.auditing import audit
 
-    loaded = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    with progress_bar("decoding images", quiet) as progress:
-        found = audit(loaded, crop=crop, progress=progress)
+    patients = cohort.load(output)
+    with output.progress("decoding images") as progress:
+        found = audit(patients, crop=crop, progress=progress)
     if out is not None:
         found.save(out)
         note(f"Wrote {out}.")
-    if as_json:
-        show_json(found.to_dict())
-    else:
-        _show(found)
-
-
-def _check_out(out: Path | None, force: bool) -> None:
-    if out is not None:
-        check_file(out, force=force)
-    if out is not None and not out.parent.is_dir():
-        raise click.UsageError(f"folder {out.parent} of --out does not exist; create it first.")
+    output.show(found.to_dict, lambda: _show(found))
 
 
 def _show(audit: "Audit") -> None:

@@ -1,18 +1,18 @@
 """`lymphfeat compare`: rows of several runs, compared and paired by split."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat.runtime.files import check_file
 from lymphfeat_cli.options import (
-    force_option,
+    FILE,
+    FOLDER,
+    Output,
     interval,
     number,
-    output_options,
-    show_json,
     show_table,
+    writing_options,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Examples:
   lymphfeat compare runs/all-honest --head bnsigmoid --head mean --metric auc
   lymphfeat compare runs/all-honest --against "bag size" --out against-bag-size.png""",
 )
-@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @click.option(
     "--metric",
     type=click.Choice(["ba", "sensitivity", "specificity", "auc", "log_loss", "brier"]),
@@ -45,24 +45,13 @@ Examples:
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     default="comparison.png",
     show_default=True,
     help="Figure to write.",
 )
-@force_option
-@output_options
-def command(
-    runs: tuple[Path, ...],
-    metric: str,
-    heads: tuple[str, ...],
-    against: str | None,
-    all_pairs: bool,
-    out: Path,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@writing_options
+def command(runs: tuple[Path, ...], out: Path, output: Output, **chosen: Any) -> None:
     """Compare the rows of runs of `lymphfeat fit-head`, split by split.
 
     Prints the metric of each row, and each difference with its interval and p-value. Intervals are
@@ -70,29 +59,27 @@ def command(
     comparisons simultaneously, and p-values are Holm-adjusted. The runs must use the same splits:
     if they do not, refit one with the --splits of the other.
     """
-    check_file(out, force=force)
+    output.check_file(out)
     from lymphfeat.comparison import compare
     from lymphfeat.plots.comparison import draw_comparison
 
-    found = compare(runs, metric=metric, heads=heads, against=against, all_pairs=all_pairs)
+    found = compare(runs, **chosen)
     draw_comparison(found, out)
-    if as_json:
-        show_json(
-            {
-                "metric": metric,
-                "protocol": found.protocol,
-                "splits": len(found.values),
-                "rows": found.rows.to_dict("records"),
-                "pairs": found.pairs.to_dict("records"),
-                "figure": str(out),
-            }
-        )
-        return
-    _show(found)
-    click.echo(f"Wrote {out}")
+    output.show(lambda: _result(found, out), lambda: _show(found, out))
 
 
-def _show(found: "Comparison") -> None:
+def _result(found: "Comparison", out: Path) -> dict[str, object]:
+    return {
+        "metric": found.metric,
+        "protocol": found.protocol,
+        "splits": len(found.values),
+        "rows": found.rows.to_dict("records"),
+        "pairs": found.pairs.to_dict("records"),
+        "figure": str(out),
+    }
+
+
+def _show(found: "Comparison", out: Path) -> None:
     show_table(
         f"{found.protocol} protocol, {len(found.values)} splits",
         ["row", found.metric, "95 % interval"],
@@ -125,3 +112,4 @@ def _show(found: "Comparison") -> None:
             "so for all heads. Baselines have a single epoch, so they are compared with the last "
             "epoch of the heads."
         )
+    click.echo(f"Wrote {out}")

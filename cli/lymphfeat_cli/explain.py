@@ -1,28 +1,29 @@
 """`lymphfeat explain`: model + cohort -> HTML report of what the model looked at, with figures."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat.runtime.files import check_file
+from lymphfeat.settings import ExplainSettings
 from lymphfeat_cli.options import (
+    EXISTING_FILE,
+    FILE,
+    PATH,
+    CohortChoice,
+    Output,
     cohort_options,
-    device_option,
-    force_option,
-    load_cohort,
-    output_options,
-    precision_option,
-    progress_bar,
-    seed_option,
-    show_json,
-    threads_option,
+    writing_options,
 )
 from lymphfeat_cli.results import show_metrics, show_truth, truth_option
+from lymphfeat_cli.settings_options import settings_options
 
 if TYPE_CHECKING:
+    from lymphfeat.cohort.cohort import Cohort
+    from lymphfeat.evaluation.hidden_truth import Truth
     from lymphfeat.explanation.explanation import Explanation
+    from lymphfeat.explanation.report import Cell
+    from lymphfeat.model.model import Model
 
 PAGE, CELL = Path("report.html"), Path("cell.png")
 
@@ -39,7 +40,7 @@ The report is one self-contained file: open it in a browser; no network is neede
 @click.option(
     "--model",
     "folder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default="models/endtoend",
     show_default=True,
     help="Model folder written by `lymphfeat endtoend`.",
@@ -47,66 +48,26 @@ The report is one self-contained file: open it in a browser; no network is neede
 @cohort_options
 @click.option(
     "--image",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     help="Explain this one image instead of a cohort.",
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Report to write, or with --image the figure (.png, .pdf, .svg). "
     "[default: report.html, or cell.png]",
 )
-@click.option(
-    "--figures",
-    type=click.Choice(["png", "pdf", "both", "none"]),
-    default="png",
-    show_default=True,
-    help="Format of the separate figures, in a folder next to the report.",
-)
-@click.option(
-    "--plates",
-    type=click.IntRange(0),
-    default=6,
-    show_default=True,
-    help="Number of patients with a plate of cells as a figure; misclassified patients first.",
-)
-@click.option(
-    "--megabytes",
-    type=click.IntRange(1),
-    default=60,
-    show_default=True,
-    help="Maximum size of the report; pictures are shrunk, then left out, to stay below it.",
-)
 @truth_option
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
-)
-@seed_option
-@precision_option(default="float32")
-@device_option
-@threads_option
-@force_option
-@output_options
+@settings_options(ExplainSettings())
+@writing_options
 def command(
     folder: Path,
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
+    cohort: CohortChoice,
     image: Path | None,
     out: Path | None,
-    figures: str,
-    plates: int,
-    megabytes: int,
-    truth: tuple[Path, ...],
-    batch_size: int,
-    seed: int,
-    precision: str,
-    device: str,
-    threads: int | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
+    truth: "Truth | None",
+    settings: ExplainSettings,
+    output: Output,
 ) -> None:
     """Show what a model looked at: cell scores, maps, and each cell's share of the decision.
 
@@ -114,60 +75,75 @@ def command(
     highest-scored cells changes probabilities more than deleting random cells.
     """
     out = out or (CELL if image else PAGE)
-    if not out.parent.is_dir():
-        raise click.UsageError(f"folder {out.parent} does not exist; create it first.")
-    if image is not None:
-        check_file(out, force=force)
-        _explain_image(folder, image, out, device, precision, as_json)
-        return
-    from lymphfeat.evaluation.hidden_truth import Truth
-    from lymphfeat.explanation.explanation import explain
-    from lymphfeat.explanation.report import check_report, write_report
+    output.check_file(out)
+    from lymphfeat.explanation.report import check_report
     from lymphfeat.model.model import Model
 
-    check_report(out, force=force)
+    if image:
+        _explain_image(Model.load(folder), image, out, settings, output)
+        return
+    check_report(out, force=output.force)
     model = Model.load(folder)
-    known = Truth.read(truth) if truth else None
-    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    with progress_bar("scoring", quiet) as progress:
-        explanation = explain(
+    explanation = _explain(model, cohort.load(output), truth, settings, output)
+    files = _write(explanation, out, settings, output)
+    output.show(lambda: _result(explanation, files), lambda: _show(explanation, files))
+
+
+def _explain(
+    model: "Model",
+    cohort: "Cohort",
+    truth: "Truth | None",
+    settings: ExplainSettings,
+    output: Output,
+) -> "Explanation":
+    from lymphfeat.explanation.explanation import explain
+
+    with output.progress("scoring") as progress:
+        return explain(
             model,
-            patients,
-            truth=known,
-            seed=seed,
-            device=device,
-            precision=precision,
-            threads=threads,
-            batch_size=batch_size,
+            cohort,
+            truth=truth,
+            seed=settings.seed,
+            device=settings.device,
+            precision=settings.precision,
+            threads=settings.threads,
+            batch_size=settings.batch_size,
             progress=progress,
         )
-    with progress_bar("picturing", quiet) as progress:
-        files = write_report(
+
+
+def _write(
+    explanation: "Explanation", out: Path, settings: ExplainSettings, output: Output
+) -> list[Path]:
+    from lymphfeat.explanation.report import write_report
+
+    figures = settings.figures
+    with output.progress("picturing") as progress:
+        return write_report(
             explanation,
             out,
-            budget=megabytes * 1_000_000,
-            plates=plates,
+            budget=settings.megabytes * 1_000_000,
+            plates=settings.plates,
             formats={"both": ("png", "pdf"), "none": ()}.get(figures, (figures,)),
-            force=force,
+            force=output.force,
             progress=progress,
         )
-    if as_json:
-        show_json(_result(explanation, files))
-    else:
-        _show(explanation, files)
 
 
 def _explain_image(
-    folder: Path, image: Path, out: Path, device: str, precision: str, as_json: bool
+    model: "Model", image: Path, out: Path, settings: ExplainSettings, output: Output
 ) -> None:
     from lymphfeat.explanation.report import write_cell
-    from lymphfeat.model.model import Model
 
-    cell = write_cell(Model.load(folder), image, out, device=device, precision=precision)
-    if as_json:
-        result = {"image": str(image), "logit": cell.logit, "probability": cell.probability}
-        show_json(result | {"map": cell.grid.tolist(), "files": [str(out)]})
-        return
+    cell = write_cell(model, image, out, device=settings.device, precision=settings.precision)
+    result = {"image": str(image), "logit": cell.logit, "probability": cell.probability}
+    output.show(
+        lambda: result | {"map": cell.grid.tolist(), "files": [str(out)]},
+        lambda: _show_cell(cell, image, out),
+    )
+
+
+def _show_cell(cell: "Cell", image: Path, out: Path) -> None:
     click.echo(f"{image}: score {cell.probability:.3f} (logit {cell.logit:+.3f})")
     click.echo("Logits per field of the map:")
     for row in cell.grid:

@@ -1,25 +1,27 @@
 """`lymphfeat extract`: cohort -> feature store."""
 
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from lymphfeat.settings import EndToEndSettings, ExtractSettings
 from lymphfeat_cli.options import (
+    FILE,
+    CohortChoice,
+    Output,
     cache_path,
     cohort_options,
-    device_option,
-    force_option,
-    is_first,
-    load_cohort,
     note,
-    output_options,
-    precision_option,
-    progress_bar,
-    show_json,
-    threads_option,
-    weights_option,
+    writing_options,
 )
+from lymphfeat_cli.settings_options import settings_options
+
+if TYPE_CHECKING:
+    from lymphfeat.cohort.cohort import Cohort
+    from lymphfeat.cohort.splits import Split
+    from lymphfeat.features.store import FeatureStore
 
 
 @click.command(
@@ -33,48 +35,8 @@ Examples:
   torchrun --nproc-per-node 8 -m lymphfeat_cli extract --cohort DIR""",
 )
 @cohort_options
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The store to write. [default: cache/features.h5]",
-)
-@click.option(
-    "--backbone",
-    default="resnet18",
-    show_default=True,
-    help="Any timm model that returns feature maps.",
-)
-@weights_option
-@click.option(
-    "--crop", type=int, default=112, show_default=True, help="Side of the centre crop in pixels."
-)
-@click.option(
-    "--normalization",
-    type=click.Choice(["imagenet", "challenge"]),
-    default="imagenet",
-    show_default=True,
-    help="Channel means and scales; use those the weights were trained with.",
-)
-@click.option(
-    "--output-stride",
-    type=click.Choice(["8", "16", "32"]),
-    help="Stride of the feature maps, by dilation. [default: the backbone's own]",
-)
-@click.option(
-    "--views",
-    type=click.IntRange(1, 4),
-    default=1,
-    show_default=True,
-    help="Views stored per image, in this order: identity, hflip, vflip, both.",
-)
-@precision_option(default="auto")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Images per batch.",
-)
+@click.option("--out", type=FILE, help="The store to write. [default: cache/features.h5]")
+@settings_options(ExtractSettings())
 @click.option(
     "--finetune-epochs",
     type=click.IntRange(1),
@@ -87,64 +49,21 @@ Examples:
     "backbones, needed for out-of-fold thresholds), report:10, all, or a splits.json. "
     "[default with --finetune-epochs: kfold:5]",
 )
-@click.option(
-    "--finetune-agg",
-    default="bnsigmoid",
-    show_default=True,
-    help="Aggregator used for fine-tuning; see --agg of endtoend.",
+@settings_options(
+    EndToEndSettings(),
+    "finetune",
+    only=("agg", "lr", "images_per_patient", "gradient"),
+    prefix="finetune-",
 )
-@click.option(
-    "--finetune-lr", type=float, default=1e-4, show_default=True, help="Learning rate (Adam)."
-)
-@click.option(
-    "--finetune-images-per-patient",
-    type=click.IntRange(1),
-    help="Images drawn per patient at every step of fine-tuning. [default: all]",
-)
-@click.option(
-    "--finetune-gradient",
-    type=click.Choice(["subset", "exact"]),
-    default="subset",
-    show_default=True,
-    help="See --gradient of endtoend.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Random seed of --weights none and --splits.",
-)
-@device_option
-@threads_option
-@force_option
-@output_options
+@writing_options
 def command(
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
+    cohort: CohortChoice,
     out: Path | None,
-    backbone: str,
-    weights: str,
-    crop: int,
-    normalization: str,
-    output_stride: str | None,
-    views: int,
-    precision: str,
-    batch_size: int,
+    settings: ExtractSettings,
     finetune_epochs: int | None,
     splits: str | None,
-    finetune_agg: str,
-    finetune_lr: float,
-    finetune_images_per_patient: int | None,
-    finetune_gradient: str,
-    seed: int,
-    device: str,
-    threads: int | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
+    finetune: EndToEndSettings,
+    output: Output,
 ) -> None:
     """Write one spatial feature map per image to an HDF5 feature store.
 
@@ -155,44 +74,34 @@ def command(
     With --finetune-epochs, one backbone per split is trained first; the weights are kept in the
     folder OUT.backbones.
     """
-    from lymphfeat.cohort.splits import find_splits
     from lymphfeat.extraction import extract
-    from lymphfeat.settings import BackboneSettings, EndToEndSettings, ExtractSettings, HeadSettings
 
-    finetune = finetune_epochs and EndToEndSettings(
-        epochs=finetune_epochs,
-        head=HeadSettings(agg=finetune_agg, lr=finetune_lr),
-        images_per_patient=finetune_images_per_patient,
-        gradient=finetune_gradient,
-    )
-    if finetune and splits is None:
-        splits = "kfold:5"
-    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    settings = ExtractSettings(
-        backbone=BackboneSettings(
-            backbone=backbone,
-            weights=weights,
-            crop=crop,
-            normalization=normalization,
-            output_stride=int(output_stride) if output_stride else None,
-            weights_seed=seed,
-        ),
-        views=views,
-        precision=precision,
-        batch_size=batch_size,
-        finetune=finetune or None,
-        device=device,
-        threads=threads,
-    )
-    with progress_bar("extracting", quiet) as progress:
+    if finetune_epochs:
+        settings = replace(settings, finetune=replace(finetune, epochs=finetune_epochs))
+        splits = splits or "kfold:5"
+    patients = cohort.load(output)
+    with output.progress("extracting") as progress:
         store = extract(
             patients,
             out or cache_path("features.h5"),
             settings,
-            splits=find_splits(splits, patients.ids, patients.labels, seed=seed) if splits else (),
-            force=force,
+            splits=_splits(splits, patients, settings),
+            force=output.force,
             progress=progress,
         )
+    _show_notes(store)
+    output.show(store.describe, lambda: _show(store))
+
+
+def _splits(text: str | None, cohort: "Cohort", settings: ExtractSettings) -> "tuple[Split, ...]":
+    from lymphfeat.cohort.splits import find_splits
+
+    if text is None:
+        return ()
+    return tuple(find_splits(text, cohort.ids, cohort.labels, seed=settings.backbone.weights_seed))
+
+
+def _show_notes(store: "FeatureStore") -> None:
     for line in store.notes:
         note(line)
     seen = store.images_seen(next(iter(store.feature_sets)))
@@ -201,16 +110,15 @@ def command(
             f"The weights were pre-trained on images of {len(seen)} of the {len(store.ids)} "
             "patients, without labels: no label leak, but mention it when you report results."
         )
-    if not is_first():
-        return  # of several processes only the first shows the result
-    if as_json:
-        show_json(store.describe())
-        return
+
+
+def _show(store: "FeatureStore") -> None:
     shape = store.shape
     click.echo(
         f"{store.path}: {len(store.image_names)} images of {len(store.ids)} patients, "
-        f"{shape.views} view(s) of {shape.channels}×{shape.height}×{shape.width} ({backbone}, "
-        f"weights {store.recipe['weights']}, {store.recipe['precision']})"
+        f"{shape.views} view(s) of {shape.channels}×{shape.height}×{shape.width} "
+        f"({store.recipe['backbone']}, weights {store.recipe['weights']}, "
+        f"{store.recipe['precision']})"
     )
     if store.splits:
         click.echo(

@@ -1,35 +1,52 @@
 """`lymphfeat fit-head`: feature store -> heads fitted on every split, and a table."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from lymphfeat.runtime.files import files_in
-from lymphfeat_cli.head_options import TEXTS, grid_option, head_options, pop_grid
+from lymphfeat.settings import FitSettings, HeadGrid, ProtocolName, choices
 from lymphfeat_cli.options import (
+    EXISTING_FILE,
+    FOLDER,
+    PATH,
+    Output,
     cache_path,
-    device_option,
-    force_option,
-    is_first,
+    gather,
     number,
-    output_options,
-    precision_option,
-    progress_bar,
-    seed_option,
-    show_json,
     show_table,
-    threads_option,
-    threshold_option,
     with_interval,
+    writing_options,
 )
+from lymphfeat_cli.settings_options import grid_options, settings_options
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lymphfeat.cohort.splits import Split
     from lymphfeat.evaluation.protocol import Outcome
     from lymphfeat.fitting import Run
-    from lymphfeat.settings import FitSettings
+
+
+def _read_splits(values: dict[str, Any]) -> "list[Split] | None":
+    from lymphfeat.cohort.splits import read_splits
+
+    return read_splits(values["splits"]) if values["splits"] else None
+
+
+splits_option = gather(
+    "splits",
+    {
+        "splits": click.option(
+            "--splits",
+            type=EXISTING_FILE,
+            help="Use these splits instead of the protocol's own: the splits.json of another run.",
+        )
+    },
+    _read_splits,
+)
 
 
 @click.command(
@@ -46,179 +63,64 @@ Options with several values form a grid: each combination is one head; all are f
 )
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Feature store written by `lymphfeat extract`. [default: cache/features.h5]",
 )
-@head_options(agg="topk", lr=0.003)
-@grid_option(
-    "--class-weights",
-    TEXTS,
-    "none, or balanced: equal weight for both classes in the loss. [default: none]",
-)
+@grid_options()
 @click.option(
     "--protocol",
-    type=click.Choice(["honest", "report", "both"]),
+    type=click.Choice([*choices(ProtocolName), "both"]),
     default="honest",
     show_default=True,
-    help="honest: repeated stratified k-fold, threshold from training patients. report: random "
-    "halves, threshold 0.5, mean of the ten best epochs (optimistic). both: run both and measure "
-    "the optimism.",
+    help=f"{FitSettings.about()['protocol'].help} both: run both and measure the optimism.",
 )
-@click.option(
-    "--seeds",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Number of random splits (report) or repeats of k-fold (honest).",
-)
-@click.option(
-    "--folds",
-    type=click.IntRange(3),
-    default=5,
-    show_default=True,
-    help="Folds of the k-fold (honest).",
-)
-@click.option(
-    "--splits",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Use these splits instead of the protocol's own: the splits.json of another run.",
-)
-@click.option(
-    "--epochs", type=click.IntRange(1), default=40, show_default=True, help="Training epochs."
-)
-@click.option(
-    "--choose-epoch",
-    "epoch",
-    type=click.Choice(["last", "nested"]),
-    default="last",
-    show_default=True,
-    help="last, or nested: the best epoch on out-of-fold probabilities within each training set "
-    "(honest).",
-)
-@click.option(
-    "--fusion",
-    "fusions",
-    multiple=True,
-    type=click.Choice(["late", "sum", "experts", "all"]),
-    help="Also fuse each head with the clinical attributes, in this way (honest). Repeatable.",
-)
-@click.option(
-    "--attributes",
-    type=TEXTS,
-    default=(),
-    help="Clinical columns to use, numeric or categorical. [default: all]",
-)
-@click.option(
-    "--log-attributes",
-    type=TEXTS,
-    default=("lymph_count",),
-    help="Clinical columns to log-transform. [default: lymph_count]",
-)
-@click.option(
-    "--calibration",
-    type=click.Choice(["platt", "temperature", "none"]),
-    default="platt",
-    show_default=True,
-    help="How to calibrate probabilities on the training patients (honest).",
-)
-@threshold_option
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Patients (or, for top1, topk and topbottomk, selected instances) per step.",
-)
-@click.option(
-    "--images-per-patient",
-    type=click.IntRange(1),
-    help="Number of images drawn per patient at every step. [default: all]",
-)
-@click.option(
-    "--views",
-    type=click.IntRange(1),
-    help="Number of stored views to use; one is drawn per image at every step. [default: all]",
-)
-@click.option(
-    "--tta", is_flag=True, help="Evaluate the mean over the views instead of the identity view."
-)
+@splits_option
+@settings_options(FitSettings(), omit=("protocol",))
 @click.option(
     "--truth",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     help="CSV (ID, FILE, IS_WITNESS) of witness images, to measure how well each head finds them.",
-)
-@precision_option(default="float32")
-@click.option(
-    "--allow-shared-images",
-    is_flag=True,
-    help="Continue even if training and validation patients share images (a leak).",
 )
 @click.option("--save", is_flag=True, help="Save the weights of the heads (heads.safetensors).")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Run folder. [default: runs/<aggregators>-<protocol>, numbered if it exists]",
 )
-@seed_option
-@device_option
-@threads_option
-@force_option
-@output_options
+@writing_options
 def command(
     store: Path | None,
-    splits: Path | None,
-    truth: Path | None,
-    save: bool,
+    grid: HeadGrid,
+    protocol: ProtocolName | Literal["both"],
+    settings: FitSettings,
     out: Path | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
+    output: Output,
+    **given: Any,
 ) -> None:
     """Fit MIL heads on cached feature maps, over all seeds and splits at once.
 
     Prints one row per head, best first, and writes a run folder with the table, all epochs,
     predictions and splits, and a figure.
     """
-    from lymphfeat.cohort.splits import read_splits
     from lymphfeat.features.store import FeatureStore
     from lymphfeat.fitting import Run, fit_both, fit_heads
     from lymphfeat.heads.grid import expand
-    from lymphfeat.settings import FitSettings
 
-    grid = pop_grid(options)
     heads = expand(grid)
-    protocol = options.pop("protocol")
-    settings = FitSettings(**options, protocol="honest" if protocol == "both" else protocol)
-    opened = FeatureStore.open(store or cache_path("features.h5"))
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
-    with progress_bar(f"fitting {len(heads)} heads", quiet) as progress:
-        fit = fit_both if protocol == "both" else fit_heads
-        found = fit(
-            opened,
+    with output.progress(f"fitting {len(heads)} heads") as progress:
+        found = (fit_both if protocol == "both" else fit_heads)(
+            FeatureStore.open(store or cache_path("features.h5")),
             heads,
-            settings,
+            settings if protocol == "both" else replace(settings, protocol=protocol),
             folder,
-            splits=read_splits(splits) if splits else None,
-            truth=truth,
-            save=save,
-            force=force,
+            force=output.force,
             progress=progress,
+            **given,  # splits, truth, save
         )
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
-    table = None if isinstance(found, Run) else found.table
-    if not is_first():
-        return  # of several processes only the first shows the result
-    if as_json:
-        show_json(_result(folder, runs, table))
-        return
-    for run in runs:
-        _show(run.outcome, run.settings)
-    if table is not None:
-        _show_optimism(table)
-    for warning in runs[-1].outcome.warnings:
-        click.echo(f"Warning: {warning}")
-    click.echo("Wrote " + ", ".join(map(str, files_in(folder))))
+    optimism = None if isinstance(found, Run) else found.table
+    output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
 
 
 def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:
@@ -233,6 +135,16 @@ def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") ->
         result["report"] = runs[0].outcome.summary.to_dict("records")
         result["optimism"] = optimism.to_dict("records")
     return result
+
+
+def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> None:
+    for run in runs:
+        _show_run(run.outcome, run.settings)
+    if optimism is not None:
+        _show_optimism(optimism)
+    for warning in runs[-1].outcome.warnings:
+        click.echo(f"Warning: {warning}")
+    click.echo("Wrote " + ", ".join(map(str, files_in(folder))))
 
 
 def _show_optimism(table: "pd.DataFrame") -> None:
@@ -260,7 +172,7 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
-def _show(outcome: "Outcome", settings: "FitSettings") -> None:
+def _show_run(outcome: "Outcome", settings: FitSettings) -> None:
     summary = outcome.summary
     report = settings.protocol == "report"
     columns = ["head", "BA (95 %)", "sensitivity", "specificity", "AUC"]

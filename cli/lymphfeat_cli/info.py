@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lymphfeat_cli.options import output_options, show_json
+from lymphfeat_cli.options import PATH, Output, output_options
 
 
 @click.command(
@@ -16,9 +16,9 @@ Examples:
   lymphfeat info models/endtoend --json
   lymphfeat info bloodcells""",
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @output_options
-def command(path: Path, as_json: bool, quiet: bool) -> None:
+def command(path: Path, output: Output) -> None:
     """Describe a feature store, run, model or weights file and check that it is complete.
 
     PATH is a file or a folder, or `bloodcells` for the weights shipped with lymphfeat.
@@ -26,11 +26,7 @@ def command(path: Path, as_json: bool, quiet: bool) -> None:
     from lymphfeat.inspection import inspect
 
     facts = inspect(path)
-    if as_json:
-        show_json(facts)
-        return
-    for line in _lines(facts):
-        click.echo(line)
+    output.show(lambda: facts, lambda: click.echo("\n".join(_lines(facts))))
 
 
 def _lines(facts: dict[str, object], indent: str = "") -> list[str]:

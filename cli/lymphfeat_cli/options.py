@@ -1,23 +1,15 @@
-"""Options and output shared by the commands.
-
---cohort, --allow-missing, --reference-date   audit, extract, endtoend, predict, explain
---device, --threads                           extract, fit-head, endtoend, predict, explain
---precision                                   every command that computes on images or maps
---seed                                        extract, fit-head, endtoend, pretrain, synth, explain
---weights                                     extract, endtoend
---threshold                                   fit-head, endtoend
---json, --quiet                               every command
---force                                       every command that writes
-"""
+"""Options and output shared by the commands; settings_options makes those of settings."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import date, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -31,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lymphfeat.runtime.files import check_file
 from lymphfeat.runtime.progress import Progress as ProgressCall
 from lymphfeat.runtime.progress import silent
 from lymphfeat_cli.progress_lines import progress_lines
@@ -38,98 +31,152 @@ from lymphfeat_cli.progress_lines import progress_lines
 if TYPE_CHECKING:
     from lymphfeat.cohort.cohort import Cohort
 
-F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 COHORT_VARIABLE = "LYMPHFEAT_COHORT"
 CACHE_VARIABLE = "LYMPHFEAT_CACHE"
 
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+
+def gather(
+    name: str,
+    options: Mapping[str, Decorator],
+    make: Callable[[dict[str, Any]], object],
+) -> Decorator:
+    """Make one decorator of options, given by parameter, whose values `make` turns into one.
+
+    The command gets the result as the argument `name`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def command(**values: Any) -> Any:
+            own = {parameter: values.pop(parameter) for parameter in options}
+            return function(**values, **{name: make(own)})
+
+        return stack(options.values())(command)
+
+    return decorate
+
+
+def stack(decorators: Iterable[Decorator]) -> Decorator:
     """Make one decorator of several options, listed in their order."""
 
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(list(decorators)):
             function = decorator(function)
         return function
 
     return decorate
 
 
-cohort_options = stack(
-    click.option(
-        "--cohort",
-        type=click.Path(path_type=Path),
-        envvar=COHORT_VARIABLE,
-        help="Cohort folder (challenge layout, or a CSV and one image folder per id). "
-        f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
-    ),
-    click.option(
-        "--table",
-        type=click.Path(path_type=Path),
-        help="The cohort's CSV file, if it is not in the cohort folder.",
-    ),
-    click.option(
-        "--allow-missing",
-        is_flag=True,
-        help="Skip patients without images and images without a table row (each is reported).",
-    ),
-    click.option(
-        "--reference-date",
-        type=click.DateTime(["%Y-%m-%d"]),
-        default="2021-01-01",
-        show_default=True,
-        help="Date for computing age from the date of birth.",
-    ),
-)
+@dataclass(frozen=True, kw_only=True)
+class CohortChoice:
+    """The cohort that the options name."""
 
-threshold_option = click.option(
-    "--threshold",
-    type=click.Choice(["prevalence", "best-ba", "0.5"]),
-    default="prevalence",
-    show_default=True,
-    help="Decision threshold. prevalence: the mean calibrated probability of the training "
-    "patients, which equals their share of tumoral patients. best-ba: the threshold with the best "
-    "balanced accuracy on the training patients. Both use out-of-fold probabilities.",
-)
-device_option = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Compute device; auto uses a GPU if available.",
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]"
-)
+    cohort: Path | None
+    table: Path | None
+    allow_missing: bool
+    reference_date: datetime
+
+    def load(self, output: "Output") -> "Cohort":
+        """Load the cohort; without one render (once) and load the built-in synthetic one."""
+        from lymphfeat.cohort.cohort import Cohort
+
+        return Cohort.load(
+            self.cohort or _synthetic_cohort(output),
+            table=self.table,
+            allow_missing=self.allow_missing,
+            reference_date=self.reference_date.date(),
+        )
 
 
-def precision_option(default: str) -> Callable[[F], F]:
-    """Make --precision with this default."""
-    return click.option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        default=default,
-        show_default=True,
-        help="bfloat16 is less precise, and faster on hardware that supports it; auto is bfloat16 "
-        "on such hardware and float32 elsewhere.",
+def _synthetic_cohort(output: "Output") -> Path:
+    from lymphfeat.synthetic.cohort import SyntheticSettings, write_synthetic_cohort
+
+    cohort = cache_path("synthetic")
+    note(
+        f"No cohort given (--cohort or {COHORT_VARIABLE}): "
+        f"using the built-in synthetic cohort in {cohort}."
     )
+    while not is_first() and not (cohort / "truth.csv").exists():
+        time.sleep(0.1)  # the first process writes it, this file last
+    if not (cohort / "truth.csv").exists():
+        with output.progress("rendering cells") as progress:
+            write_synthetic_cohort(SyntheticSettings(), cohort, progress=progress)
+    return cohort
 
 
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed."
+cohort_options = gather(
+    "cohort",
+    {
+        "cohort": click.option(
+            "--cohort",
+            type=PATH,
+            envvar=COHORT_VARIABLE,
+            help="Cohort folder (challenge layout, or a CSV and one image folder per id). "
+            f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
+        ),
+        "table": click.option(
+            "--table", type=PATH, help="The cohort's CSV file, if it is not in the cohort folder."
+        ),
+        "allow_missing": click.option(
+            "--allow-missing",
+            is_flag=True,
+            help="Skip patients without images and images without a table row (each is reported).",
+        ),
+        "reference_date": click.option(
+            "--reference-date",
+            type=click.DateTime(["%Y-%m-%d"]),
+            default="2021-01-01",
+            show_default=True,
+            help="Date for computing age from the date of birth.",
+        ),
+    },
+    lambda values: CohortChoice(**values),
 )
-weights_option = click.option(
-    "--weights",
-    default="auto",
-    show_default=True,
-    help="bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
-    "timm) or a .safetensors/.pth file; auto is bloodcells for resnet18, otherwise none.",
-)
-force_option = click.option("--force", is_flag=True, help="Overwrite existing results.")
-output_options = stack(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr."),
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a command shows its result, and whether it overwrites an earlier one."""
+
+    as_json: bool
+    quiet: bool
+    force: bool = False
+
+    def progress(self, title: str) -> AbstractContextManager[ProgressCall]:
+        """Show the progress of work on stderr."""
+        return progress_bar(title, self.quiet)
+
+    def show(self, result: Callable[[], Mapping[str, object]], text: Callable[[], None]) -> None:
+        """Print the result as JSON or as text; of several processes only the first prints it."""
+        if not is_first():
+            return
+        if self.as_json:
+            show_json(result())
+        else:
+            text()
+
+    def check_file(self, path: Path) -> None:
+        """Refuse a file that exists, unless it may be overwritten, or whose folder does not."""
+        check_file(path, force=self.force)
+        if not path.parent.is_dir():
+            raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
+
+
+_SHOWING = {
+    "as_json": click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    "quiet": click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr."),
+}
+_FORCE = {"force": click.option("--force", is_flag=True, help="Overwrite existing results.")}
+# Of commands that only show something, and of those that write results.
+output_options = gather("output", _SHOWING, lambda values: Output(**values))
+writing_options = gather("output", _FORCE | _SHOWING, lambda values: Output(**values))
 
 
 def cache_path(name: str) -> Path:
@@ -141,41 +188,6 @@ def note(text: str) -> None:
     """Print a note on stderr; of several processes only the first prints it."""
     if is_first():
         click.echo(text, err=True)
-
-
-def load_cohort(
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
-    quiet: bool,
-) -> "Cohort":
-    """Load the named cohort, or render (once) and load the built-in synthetic one, saying so."""
-    from lymphfeat.cohort.cohort import Cohort
-
-    if cohort is None:
-        from lymphfeat.synthetic.cohort import SyntheticSettings, write_synthetic_cohort
-
-        cohort = cache_path("synthetic")
-        note(
-            f"No cohort given (--cohort or {COHORT_VARIABLE}): "
-            f"using the built-in synthetic cohort in {cohort}."
-        )
-        while not is_first() and not (cohort / "truth.csv").exists():
-            time.sleep(0.1)  # the first process writes it, this file last
-        if not (cohort / "truth.csv").exists():
-            with progress_bar("rendering cells", quiet) as progress:
-                write_synthetic_cohort(SyntheticSettings(), cohort, progress=progress)
-    return Cohort.load(
-        cohort,
-        table=table,
-        allow_missing=allow_missing,
-        reference_date=_as_date(reference_date),
-    )
-
-
-def _as_date(moment: datetime) -> date:
-    return moment.date()
 
 
 @contextmanager

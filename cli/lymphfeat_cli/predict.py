@@ -1,23 +1,21 @@
 """`lymphfeat predict`: model + cohort -> predictions; no labels needed."""
 
-from datetime import datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat.runtime.files import check_file
+from lymphfeat.settings import PredictSettings
 from lymphfeat_cli.options import (
+    FILE,
+    PATH,
+    CohortChoice,
+    Output,
     cohort_options,
-    device_option,
-    force_option,
-    load_cohort,
+    gather,
     note,
-    output_options,
-    precision_option,
-    progress_bar,
-    show_json,
-    threads_option,
+    writing_options,
 )
 from lymphfeat_cli.results import (
     show_metrics,
@@ -26,11 +24,71 @@ from lymphfeat_cli.results import (
     threshold_text,
     truth_option,
 )
+from lymphfeat_cli.settings_options import settings_options
 
 if TYPE_CHECKING:
+    from lymphfeat.cohort.cohort import Cohort
+    from lymphfeat.evaluation.hidden_truth import Truth
     from lymphfeat.model.ensemble import Ensemble
     from lymphfeat.model.model import Model
     from lymphfeat.model.predictions import Predictions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files to write, and how."""
+
+    out: Path
+    images_out: Path | None
+    submission: Path | None
+    submission_header: str
+
+    def check(self, output: Output) -> None:
+        """Refuse files that may not be written."""
+        for path in filter(None, (self.out, self.images_out, self.submission)):
+            output.check_file(path)
+
+    def write(self, predictions: "Predictions", cohort: "Cohort") -> list[Path]:
+        """Write the files; return those written."""
+        from lymphfeat.model.submission import write_submission
+
+        predictions.save(self.out, self.images_out)
+        written = [path for path in (self.out, self.images_out) if path]
+        if self.submission and cohort.submission_ids:
+            write_submission(
+                predictions.patients, cohort.submission_ids, self.submission, self.submission_header
+            )
+            return [*written, self.submission]
+        if self.submission:
+            note("No submission written: the cohort has no unlabelled patients.")
+        return written
+
+
+file_options = gather(
+    "files",
+    {
+        "out": click.option(
+            "--out",
+            type=FILE,
+            default="predictions.csv",
+            show_default=True,
+            help="CSV to write, one row per patient.",
+        ),
+        "images_out": click.option(
+            "--images-out",
+            type=FILE,
+            help="Also write a CSV with one row per image: logit, probability, weight in the "
+            "decision.",
+        ),
+        "submission": click.option(
+            "--submission",
+            type=FILE,
+            help="Also write a submission: 0 or 1 for each unlabelled patient.",
+        ),
+        "submission_header": submission_header_option,
+    },
+    lambda values: Files(**values),
+)
 
 
 @click.command(
@@ -45,7 +103,7 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
     "--model",
     "folders",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=("models/endtoend",),
     show_default=True,
     help="Model folder written by `lymphfeat endtoend`. Repeatable: several models, or k-fold "
@@ -58,105 +116,39 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
     "[default: the model's threshold]",
 )
 @cohort_options
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default="predictions.csv",
-    show_default=True,
-    help="CSV to write, one row per patient.",
-)
-@click.option(
-    "--images-out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write a CSV with one row per image: logit, probability, weight in the decision.",
-)
-@click.option(
-    "--submission",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write a submission: 0 or 1 for each unlabelled patient.",
-)
-@submission_header_option
+@file_options
 @truth_option
-@click.option(
-    "--tta/--no-tta",
-    default=None,
-    help="Predict the mean over the four flips. [default: the model's setting]",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
-)
-@precision_option(default="float32")
-@device_option
-@threads_option
-@force_option
-@output_options
+@settings_options(PredictSettings())
+@writing_options
 def command(
     folders: tuple[Path, ...],
     sensitivity: float | None,
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
-    out: Path,
-    images_out: Path | None,
-    submission: Path | None,
-    submission_header: str,
-    truth: tuple[Path, ...],
-    tta: bool | None,
-    batch_size: int,
-    precision: str,
-    device: str,
-    threads: int | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
+    cohort: CohortChoice,
+    files: Files,
+    truth: "Truth | None",
+    settings: PredictSettings,
+    output: Output,
 ) -> None:
     """Predict patients from their images with a trained model.
 
     Each patient is predicted from its own images only. Predictions of labelled patients are
     evaluated, separately for the patients the model was trained on.
     """
-    files = [path for path in (out, images_out, submission) if path is not None]
-    _check_free(files, force)
-    from lymphfeat.evaluation.hidden_truth import Truth
+    files.check(output)
     from lymphfeat.model.ensemble import load_model
-    from lymphfeat.model.submission import write_submission
 
     model = load_model(*folders)
     if sensitivity is not None:
         model = model.at_sensitivity(sensitivity)
-    known = Truth.read(truth) if truth else None
-    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    with progress_bar("predicting", quiet) as progress:
-        predictions = model.predict(
-            patients,
-            tta=tta,
-            device=device,
-            precision=precision,
-            threads=threads,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    predictions.save(out, images_out)
-    if submission is not None and patients.submission_ids:
-        write_submission(
-            predictions.patients, patients.submission_ids, submission, submission_header
-        )
-    elif submission is not None:
-        files.remove(submission)
-        note("No submission written: the cohort has no unlabelled patients.")
-    scores = known.score(predictions.images, predictions.patients, model.threshold) if known else {}
-    if as_json:
-        show_json(_result(model, predictions, files) | ({"truth": scores} if known else {}))
-    else:
-        _show(model, predictions, files, scores)
-
-
-def _check_free(files: list[Path], force: bool) -> None:
-    for path in files:
-        check_file(path, force=force)
-        if not path.parent.is_dir():
-            raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
+    patients = cohort.load(output)
+    with output.progress("predicting") as progress:
+        found = model.predict(patients, progress=progress, **asdict(settings))
+    written = files.write(found, patients)
+    scores = truth.score(found.images, found.patients, model.threshold) if truth else {}
+    output.show(
+        lambda: _result(model, found, written) | ({"truth": scores} if truth else {}),
+        lambda: _show(model, found, written, scores),
+    )
 
 
 def _result(

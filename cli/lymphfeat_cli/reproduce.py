@@ -1,26 +1,22 @@
 """`lymphfeat reproduce report`: the report's results on a cohort, next to honest ones."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lymphfeat.settings import ExtractSettings, FitSettings, Precision
 from lymphfeat_cli.options import (
+    FOLDER,
+    CohortChoice,
+    Output,
     cache_path,
     cohort_options,
-    device_option,
-    force_option,
-    load_cohort,
-    output_options,
-    precision_option,
-    progress_bar,
-    seed_option,
-    show_json,
     show_table,
-    threads_option,
     with_interval,
+    writing_options,
 )
+from lymphfeat_cli.settings_options import option_of, settings_options
 
 if TYPE_CHECKING:
     from lymphfeat.reproduction import Reproduction
@@ -35,7 +31,7 @@ Examples:
   lymphfeat reproduce report --weights resnet18=cells.safetensors --weights imagenet
 A second run reuses the feature stores of the first (in cache/reproduce).""",
 )
-@click.argument("what", type=click.Choice(["report"]))
+@click.argument("what", type=click.Choice(["report"]), expose_value=False)
 @cohort_options
 @click.option(
     "--backbone",
@@ -52,55 +48,24 @@ A second run reuses the feature stores of the first (in cache/reproduce).""",
     help="As --weights of extract, for all backbones, or NAME=WEIGHTS for one. Repeatable. The "
     "report used imagenet. [default: auto]",
 )
-@click.option(
-    "--seeds",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Number of random splits (report) and repeats of k-fold (honest).",
-)
-@click.option(
-    "--folds",
-    type=click.IntRange(3),
-    default=5,
-    show_default=True,
-    help="Folds of the k-fold (honest).",
-)
-@click.option(
-    "--epochs", type=click.IntRange(1), default=40, show_default=True, help="Training epochs."
-)
+@settings_options(FitSettings(), only=("seeds", "folds", "epochs", "seed", "device", "threads"))
+@option_of(ExtractSettings(), "precision")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default="runs/reproduce-report",
     show_default=True,
     help="Folder for runs, table and figures.",
 )
-@seed_option
-@precision_option(default="auto")
-@device_option
-@threads_option
-@force_option
-@output_options
+@writing_options
 def command(
-    what: str,
-    cohort: Path | None,
-    table: Path | None,
-    allow_missing: bool,
-    reference_date: datetime,
+    cohort: CohortChoice,
     backbones: tuple[str, ...],
     weights: tuple[str, ...],
-    seeds: int,
-    folds: int,
-    epochs: int,
+    settings: FitSettings,
+    precision: Precision,
     out: Path,
-    seed: int,
-    precision: str,
-    device: str,
-    threads: int | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
+    output: Output,
 ) -> None:
     """Reproduce the report's comparisons on a cohort, under its protocol and under the honest one.
 
@@ -110,31 +75,27 @@ def command(
     optimism is the result to look at.
     """
     from lymphfeat.reproduction import ReproductionSettings, reproduce_report
-    from lymphfeat.settings import FitSettings
 
-    settings = ReproductionSettings(
+    chosen = ReproductionSettings(
         backbones=backbones,
         weights=dict(_named(text) for text in weights),
-        fit=FitSettings(
-            seeds=seeds, folds=folds, epochs=epochs, seed=seed, device=device, threads=threads
-        ),
+        fit=settings,
         precision=precision,
     )
-    patients = load_cohort(cohort, table, allow_missing, reference_date, quiet)
-    with progress_bar("reproducing", quiet) as progress:
+    patients = cohort.load(output)
+    with output.progress("reproducing") as progress:
         found = reproduce_report(
-            patients, settings, out, cache_path("reproduce"), force=force, progress=progress
+            patients, chosen, out, cache_path("reproduce"), force=output.force, progress=progress
         )
-    if as_json:
-        show_json(
-            {
-                "rows": found.table.to_dict("records"),
-                "warnings": list(found.warnings),
-                "files": [str(path) for path in found.files],
-            }
-        )
-        return
-    _show(found)
+    output.show(lambda: _result(found), lambda: _show(found))
+
+
+def _result(found: "Reproduction") -> dict[str, object]:
+    return {
+        "rows": found.table.to_dict("records"),
+        "warnings": list(found.warnings),
+        "files": [str(path) for path in found.files],
+    }
 
 
 def _named(text: str) -> tuple[str, str]:

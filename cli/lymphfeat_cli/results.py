@@ -1,18 +1,35 @@
 """Output shared by several commands: patient metrics and scores against truth files."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat_cli.options import number, show_table, with_interval
+from lymphfeat_cli.options import EXISTING_FILE, gather, number, show_table, with_interval
 
-truth_option = click.option(
-    "--truth",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    multiple=True,
-    help="CSV of hidden truth to score against (ID,FILE,IS_WITNESS and/or ID,LABEL). Never used "
-    "for training. Repeatable.",
+if TYPE_CHECKING:
+    from lymphfeat.evaluation.hidden_truth import Truth
+
+
+def _read_truth(values: dict[str, Any]) -> "Truth | None":
+    from lymphfeat.evaluation.hidden_truth import Truth
+
+    return Truth.read(values["truth"]) if values["truth"] else None
+
+
+# The command gets the truth, or None, as the argument `truth`.
+truth_option = gather(
+    "truth",
+    {
+        "truth": click.option(
+            "--truth",
+            type=EXISTING_FILE,
+            multiple=True,
+            help="CSV of hidden truth to score against (ID,FILE,IS_WITNESS and/or ID,LABEL). Never "
+            "used for training. Repeatable.",
+        )
+    },
+    _read_truth,
 )
 submission_header_option = click.option(
     "--submission-header",

@@ -1,23 +1,12 @@
 """`lymphfeat synth`: write a synthetic cohort, or a plate of its cells to look at."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from lymphfeat_cli.options import (
-    force_option,
-    output_options,
-    progress_bar,
-    seed_option,
-    show_json,
-    show_table,
-)
-
-if TYPE_CHECKING:
-    from lymphfeat.synthetic.cohort import SyntheticSettings
-
-SHARE = click.FloatRange(0, 1)
+from lymphfeat.settings import SyntheticSettings
+from lymphfeat_cli.options import FILE, PATH, Output, show_table, writing_options
+from lymphfeat_cli.settings_options import settings_options
 
 
 @click.command(
@@ -29,80 +18,16 @@ Examples:
   lymphfeat synth --plate cells.png --difficulty 0.6
 Next, run `lymphfeat audit --cohort made-up`, or pass the folder to any other command.""",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder to write the cohort into.",
-)
-@click.option(
-    "--patients", type=click.IntRange(2), default=60, show_default=True, help="Labelled patients."
-)
-@click.option(
-    "--test-patients",
-    type=click.IntRange(0),
-    default=16,
-    show_default=True,
-    help="Patients with label -1; truth.csv has their true label.",
-)
-@click.option(
-    "--images",
-    type=click.IntRange(1, 100_000),
-    default=24,
-    show_default=True,
-    help="Mean number of images per patient; the range is 1/2 to 5/3 of it.",
-)
-@click.option(
-    "--tumoral-share",
-    "tumoral",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.6,
-    show_default=True,
-    help="Share of tumoral patients.",
-)
-@click.option(
-    "--witness-share",
-    type=(SHARE, SHARE),
-    metavar="LOW HIGH",
-    default=(0.08, 0.3),
-    show_default=True,
-    help="Range of the share of atypical cells in tumoral patients (always at least one cell).",
-)
-@click.option(
-    "--difficulty",
-    type=SHARE,
-    default=0.3,
-    show_default=True,
-    help="0: atypical cells are clearly different; 1: not different at all.",
-)
-@click.option(
-    "--size-confounding",
-    type=SHARE,
-    default=0.3,
-    show_default=True,
-    help="How strongly the number of images depends on the label; about 0.5 in the challenge.",
-)
-@click.option(
-    "--attribute-strength",
-    type=SHARE,
-    default=0.5,
-    show_default=True,
-    help="How strongly age and lymphocyte count depend on the label.",
-)
+@click.option("--out", type=PATH, help="Folder to write the cohort into.")
+@settings_options(SyntheticSettings())
 @click.option(
     "--plate",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Draw sample cells of each class to this PNG file; works without --out.",
 )
-@seed_option
-@force_option
-@output_options
+@writing_options
 def command(
-    out: Path | None,
-    plate: Path | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    **chosen: Any,
+    out: Path | None, settings: SyntheticSettings, plate: Path | None, output: Output
 ) -> None:
     """Write a synthetic cohort in the layout of the real one.
 
@@ -114,27 +39,21 @@ def command(
     """
     if out is None and plate is None:
         raise click.UsageError("give a folder with --out DIR, or a figure with --plate FILE.png.")
-    from lymphfeat.synthetic.cohort import SyntheticSettings, write_plate
+    from lymphfeat.synthetic.cohort import write_plate
 
-    settings = SyntheticSettings(**chosen)
     written: dict[str, object] = {}
     if plate is not None:
-        written["plate"] = write_plate(settings, plate, force=force)
+        written["plate"] = write_plate(settings, plate, force=output.force)
     if out is not None:
-        written |= _write_cohort(settings, out, force, quiet)
-    if as_json:
-        show_json(written)
-    else:
-        _show(written)
+        written |= _write_cohort(settings, out, output)
+    output.show(lambda: written, lambda: _show(written))
 
 
-def _write_cohort(
-    settings: "SyntheticSettings", out: Path, force: bool, quiet: bool
-) -> dict[str, object]:
+def _write_cohort(settings: SyntheticSettings, out: Path, output: Output) -> dict[str, object]:
     from lymphfeat.synthetic.cohort import TRUTH, count_synthetic_cohort, write_synthetic_cohort
 
-    with progress_bar("rendering cells", quiet) as progress:
-        write_synthetic_cohort(settings, out, force=force, progress=progress)
+    with output.progress("rendering cells") as progress:
+        write_synthetic_cohort(settings, out, force=output.force, progress=progress)
     return {"cohort": out, "truth": out / TRUTH, **count_synthetic_cohort(out)}
 
 

@@ -16,7 +16,7 @@ from lymphfeat.heads.aggregators.networks import LSTM, Attention, Transformer, g
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, Unit
 
 COUNTED_K, PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
 _K = (*COUNTED_K, *PERCENT_K)
@@ -30,7 +30,7 @@ class Aggregator:
     about: str
     _: KW_ONLY
     reads: tuple[str, ...] = ()  # settings it uses, besides those of the optimiser
-    unit: str = ""  # the default unit of those that read `unit`
+    unit: Unit = ""  # the default unit of those that read `unit`
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RankingAggregator(LinearAggregator):
 
     family: ClassVar[str] = "ranking"
     _: KW_ONLY
-    unit: str = "image"
+    unit: Unit = "image"
     bottom: bool = False  # whether the lowest instances count too
 
     def probability(
@@ -95,7 +95,7 @@ class WeightedAggregator(LinearAggregator):
     # (state, logits (M, H), bags) -> patient logits (B, H)
     patient_logit: Callable[[AggregatorState, Tensor, Bags], Tensor]
     _: KW_ONLY
-    unit: str = "pixel"
+    unit: Unit = "pixel"
     uniform: bool = False  # all weights are equal, so the mean of instances serves as well as they
 
     def probability(

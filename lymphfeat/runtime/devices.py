@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.settings import Precision
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -39,9 +40,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def precision_name(dtype: torch.dtype) -> str:
+def precision_name(dtype: torch.dtype) -> Precision:
     """Return the name of a precision that `choose_precision` accepts."""
-    return str(dtype).removeprefix("torch.")
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 _GROUPS = Path("/sys/fs/cgroup")

@@ -27,12 +27,12 @@ from lymphfeat.errors import CohortError
 from lymphfeat.runtime.files import check_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.settings import SyntheticSettings
 from lymphfeat.synthetic.patients import (
     TABLE_COLUMNS,
     TEST,
     TRAIN,
     SyntheticPatient,
-    SyntheticSettings,
     plan_patients,
     shuffled,
 )

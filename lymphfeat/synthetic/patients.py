@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lymphfeat.errors import SettingsError
+from lymphfeat.settings import SyntheticSettings
 
 TRAIN, TEST = "trainset", "testset"
 TABLE_COLUMNS = ("ID", "LABEL", "GENDER", "DOB", "LYMPH_COUNT")
@@ -18,55 +18,6 @@ _DASHED_SHARE = 0.14  # of dates of birth, METHOD §6: 29 of 205
 _FEWEST, _MOST = 0.5, 5 / 3  # bag sizes, as shares of the mean
 _SEPARATION = 2.3  # deviations between the classes' bag sizes at size_confounding 1
 _TABLE_KEY = 0  # spawn key of the table's generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticSettings:
-    """What determines a synthetic cohort, to the byte.
-
-    patients, test_patients: with a label, and with the label -1.
-    images: mean per patient; a patient has between a half and 5/3 of it.
-    tumoral: share of tumoral patients.
-    witness_share: least and greatest share of atypical cells in a tumoral patient (at least one).
-    difficulty: 0 = atypical cells differ plainly from normal ones .. 1 = not at all.
-    size_confounding: 0 = bag size says nothing about the label .. 1 = nearly all; 0.5 is about the
-        challenge's (AUC 0.8).
-    attribute_strength: the same for age and lymphocyte count, which at 0.5 have AUC 0.84 together.
-    image_size: side in pixels.
-    """
-
-    patients: int = 60
-    test_patients: int = 16
-    images: int = 24
-    tumoral: float = 0.6
-    witness_share: tuple[float, float] = (0.08, 0.3)
-    difficulty: float = 0.3
-    size_confounding: float = 0.3
-    attribute_strength: float = 0.5
-    image_size: int = 224
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        low, high = self.witness_share
-        rules: dict[str, tuple[bool, str]] = {
-            "patients": (self.patients >= 2, "at least 2"),
-            "test_patients": (self.test_patients >= 0, "at least 0"),
-            "images": (1 <= self.images <= 100_000, "between 1 and 100000"),
-            "tumoral": (0 < self.tumoral < 1, "between 0 and 1, both excluded"),
-            "witness_share": (0 <= low <= high <= 1, "low and high with 0 <= low <= high <= 1"),
-            "difficulty": (0 <= self.difficulty <= 1, "between 0 and 1"),
-            "size_confounding": (0 <= self.size_confounding <= 1, "between 0 and 1"),
-            "attribute_strength": (0 <= self.attribute_strength <= 1, "between 0 and 1"),
-            "image_size": (32 <= self.image_size <= 1024, "between 32 and 1024"),
-            "seed": (self.seed >= 0, "at least 0"),
-        }
-        wrong = [
-            f"{name} (={getattr(self, name)}) must be {rule}"
-            for name, (holds, rule) in rules.items()
-            if not holds
-        ]
-        if wrong:
-            raise SettingsError("; ".join(wrong) + ".")
 
 
 @dataclass(frozen=True, kw_only=True)
