@@ -264,34 +264,29 @@ def _create(
         if image_hashes:
             _write_strings(images, "hash", image_hashes)
         for feature_set in feature_sets:
-            features = _allocate(
-                file.require_group("features"), feature_set.name, shape.rows(n), np.float16
-            )
-            features.attrs["backbone"] = feature_set.backbone
-            features.attrs["weights_sha256"] = feature_set.weights_sha256
-            features.attrs["split"] = feature_set.split
-            if feature_set.split:
-                features.attrs["seed"], features.attrs["repeat"] = (
-                    feature_set.seed,
-                    feature_set.repeat,
-                )
-                features.attrs["parents"] = json_text(feature_set.parents)
-                _write_strings(
-                    file.require_group("training"), feature_set.name, feature_set.training
-                )
-                _write_strings(
-                    file.require_group("validation"), feature_set.name, feature_set.validation
-                )
-            # Datasets of their own: an attribute is limited to 64 kB.
-            provenance = feature_set.provenance
-            _write_strings(file.require_group("trained_on"), feature_set.name, provenance.label_ids)
-            _write_strings(
-                file.require_group("provenance"),
-                feature_set.name,
-                [canonical(provenance.to_json())],
-            )
-            pooled = (n, shape.views, shape.channels)
-            _allocate(file.require_group("pooled"), feature_set.name, pooled, np.float32)
+            _create_feature_set(file, feature_set, shape, n)
+
+
+def _create_feature_set(file: h5py.File, feature_set: FeatureSet, shape: MapShape, n: int) -> None:
+    name, provenance = feature_set.name, feature_set.provenance
+    features = _allocate(file.require_group("features"), name, shape.rows(n), np.float16)
+    features.attrs["backbone"] = feature_set.backbone
+    features.attrs["weights_sha256"] = feature_set.weights_sha256
+    features.attrs["split"] = feature_set.split
+    texts: dict[str, Sequence[str]] = {}  # datasets: an attribute is limited to 64 kB
+    if feature_set.split:
+        features.attrs["seed"] = feature_set.seed
+        features.attrs["repeat"] = feature_set.repeat
+        features.attrs["parents"] = json_text(feature_set.parents)
+        texts |= {"training": feature_set.training, "validation": feature_set.validation}
+    texts |= {
+        "trained_on": provenance.label_ids,
+        "provenance": [canonical(provenance.to_json())],
+    }
+    for group, values in texts.items():
+        _write_strings(file.require_group(group), name, values)
+    pooled = (n, shape.views, shape.channels)
+    _allocate(file.require_group("pooled"), name, pooled, np.float32)
 
 
 def _write_patients(group: h5py.Group, cohort: Cohort) -> None:
