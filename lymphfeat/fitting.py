@@ -172,7 +172,7 @@ def _add_columns(
     heads = outcome.summary["head"]
     if settings.precision != "float32":
         outcome.summary["bfloat16_change"] = heads.map(_roundings(outcome))
-    if witness is not None:
+    if witness is not None and witness.any():
         outcome.summary["witness_auc"] = heads.map(witness_aucs(outcome, features, witness))
 
 

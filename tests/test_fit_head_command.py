@@ -329,6 +329,18 @@ def test_killed_between_the_renames(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_truth_without_a_witness_adds_no_column(folder: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth.csv"
+    truth.write_text(re.sub("1$", "0", (folder / "truth.csv").read_text(), flags=re.MULTILINE))
+    result = run(
+        folder,
+        *("--agg", "mean", "--truth", str(truth), "--json", "--out", str(tmp_path / "run")),
+        *("--seeds", "1", "--folds", "3", "--epochs", "1"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "witness_auc" not in result.stdout
+
+
 def test_truth_of_another_cohort_is_refused(folder: Path, tmp_path: Path) -> None:
     truth = tmp_path / "truth.csv"
     write_text(truth, "ID,FILE,IS_WITNESS", "P0,elsewhere.png,1")

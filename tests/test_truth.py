@@ -1,5 +1,6 @@
 """Scoring against what was hidden."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,12 @@ def test_witness_auc_by_hand(path: Path) -> None:
     # P1 and P3 have witnesses: 2 beats 1, 0 does not; over all images neither beats 3.
     assert witness_auc(IMAGES, truth) == pytest.approx(1 / 2)
     assert witness_auc_all(IMAGES, truth) == pytest.approx(1 / 4)
+
+
+def test_where_no_image_is_a_witness_none_are_scored(path: Path) -> None:
+    path.write_text(re.sub("[01]$", "0", LINES, flags=re.MULTILINE))
+    patients = pd.DataFrame({"id": ["P1"], "label": [1], "probability": [0.5]})
+    assert Truth.read([path]).score(IMAGES, patients) == {}
 
 
 def test_only_hidden_labels_are_scored(path: Path) -> None:

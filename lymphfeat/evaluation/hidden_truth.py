@@ -53,7 +53,7 @@ class Truth:
         CohortError if the truth names none of the images.
         """
         scores: dict[str, float] = {}
-        if self.images is not None:
+        if self.images is not None and self.images["witness"].any():
             scores["witness_auc"] = witness_auc(images, self.images)
             scores["witness_auc_all"] = witness_auc_all(images, self.images)
         if self.labels is not None:
