@@ -28,12 +28,10 @@ if TYPE_CHECKING:
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
-        ExplainSettings,
         ExtractSettings,
         FitSettings,
         HeadGrid,
         HeadSettings,
-        PredictSettings,
         PretrainSettings,
     )
     from lymphfeat.training import train
@@ -44,7 +42,6 @@ __all__ = [
     "Cohort",
     "CohortError",
     "EndToEndSettings",
-    "ExplainSettings",
     "ExtractSettings",
     "FeatureStore",
     "FitSettings",
@@ -53,7 +50,6 @@ __all__ = [
     "LeakageError",
     "LymphfeatError",
     "ModelError",
-    "PredictSettings",
     "PretrainSettings",
     "SettingsError",
     "StoreError",

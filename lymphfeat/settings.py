@@ -24,6 +24,7 @@ Unit = Literal["", "pixel", "image"]  # "": the aggregator's default
 Reduction = Literal["mean", "max"]
 RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected logits
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
+Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Fusion = Literal["late", "sum", "experts", "all"]  # METHOD §5
 
 
@@ -544,12 +545,6 @@ class ExplainSettings(Settings):
     device: Device = _device()
     threads: int | None = _threads()
 
-    @property
-    def scoring(self) -> PredictSettings:
-        """Return how images are scored."""
-        names = (field.name for field in fields(PredictSettings) if field.name != "tta")
-        return PredictSettings(**{name: getattr(self, name) for name in names})
-
 
 @documented
 @dataclass(frozen=True, kw_only=True)
@@ -562,22 +557,35 @@ class SyntheticSettings(Settings):
     )
     images: int = setting(
         24,
-        "Mean number of images per patient; the range is 1/2 to 5/3 of it.",
+        "Mean number of images per patient.",
         at_least=1,
         at_most=100_000,
+    )
+    image_range: tuple[int, int] | None = setting(
+        None,
+        "Fewest and most images per patient.",
+        at_least=1,
+        at_most=100_000,
+        unset="1/2 and 5/3 of --images",
     )
     tumoral: float = setting(
         0.6, "Share of tumoral patients.", above=0, below=1, options=("--tumoral-share",)
     )
+    sign: Sign = setting(
+        "witness",
+        "How tumoral patients differ. witness: some of their cells are atypical. variety: their "
+        "cells resemble each other more. shift: all of their cells are moved along some traits.",
+    )
     witness_share: tuple[float, float] = setting(
         (0.08, 0.3),
-        "Range of the share of atypical cells in tumoral patients (always at least one cell).",
+        "Range of the share of atypical cells in tumoral patients with --sign witness (always at "
+        "least one cell).",
         at_least=0,
         at_most=1,
     )
     difficulty: float = setting(
         0.3,
-        "0: atypical cells are clearly different; 1: not different at all.",
+        "0: tumoral patients differ clearly, by their sign; 1: not at all.",
         at_least=0,
         at_most=1,
     )
@@ -605,4 +613,10 @@ class SyntheticSettings(Settings):
         require(
             self.witness_share[0] <= self.witness_share[1],
             f"witness_share (={self.witness_share}) must be low, then high.",
+        )
+        fewest, most = self.image_range or (self.images, self.images)
+        require(
+            fewest <= self.images <= most,
+            f"image_range (={self.image_range}) must be low, then high, with images "
+            f"(={self.images}) between them.",
         )

@@ -52,7 +52,7 @@ INSIDE = {
     ),
     "heads.aggregators": ("networks", "ranking", "weighted"),
     "features": ("store_writer", "map_encoder", "store", "backbones", "views", "augmentation"),
-    "synthetic": ("cohort", "rendering", "patients"),
+    "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (
         *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),
         *("cell_values", "csv_rows", "images", "provenance"),

@@ -1,10 +1,11 @@
 """A synthetic cohort: the same bytes, the challenge's layout and quirks, and a truth that holds."""
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.hidden_truth import read_labels, read_truth
+from lymphfeat.settings import Sign
 from lymphfeat.synthetic import cohort as synthetic
 from lymphfeat.synthetic import rendering
 from lymphfeat.synthetic.cohort import (
@@ -30,10 +32,23 @@ from lymphfeat.synthetic.cohort import (
     write_synthetic_cohort,
 )
 from lymphfeat.synthetic.patients import plan_patients
-from lymphfeat.synthetic.rendering import draw_slide, draw_traits, render_cell
+from lymphfeat.synthetic.rendering import (
+    TRAITS,
+    Look,
+    Slide,
+    draw_slide,
+    draw_traits,
+    render_cell,
+)
+from lymphfeat.synthetic.signs import SPREAD_DISTANCE, draw_look
 from lymphfeat_cli.main import cli
 
 SMALL = SyntheticSettings(patients=5, test_patients=3, images=4, image_size=48)
+TEXTS = {  # of SMALL: the first digits of their sha256
+    "synthetic.json": "cbfe018051389699",
+    "clinical_annotation.csv": "0b02436a2a426d01",
+    "truth.csv": "da053f5138a7b7c9",
+}
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -67,6 +82,23 @@ def test_another_seed_gives_other_patients_and_other_images(cohort: Path, tmp_pa
     images = {name: data for name, data in contents(cohort).items() if name.endswith(".jpg")}
     assert other["clinical_annotation.csv"] != contents(cohort)["clinical_annotation.csv"]
     assert not set(other.values()) & set(images.values())
+
+
+def test_the_bytes_of_earlier_versions_stay(cohort: Path) -> None:
+    tables = {name: contents(cohort)[name] for name in TEXTS}
+    assert {name: hashlib.sha256(data).hexdigest()[:16] for name, data in tables.items()} == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("atypical", "greens"),
+    [
+        (False, [179, 184, 227, 227, 38, 26, 31, 115, 173, 168, 167, 163]),
+        (True, [145, 218, 206, 182, 58, 63, 62, 66, 227, 231, 231, 207]),
+    ],
+)
+def test_the_cells_of_earlier_versions_stay(atypical: bool, greens: list[int]) -> None:
+    cell = render(0, atypical, 0.3, 48)
+    assert cell[24, 2::4, 1].tolist() == pytest.approx(greens, abs=2)  # processors round otherwise
 
 
 def test_no_image_occurs_twice(cohort: Path) -> None:
@@ -327,6 +359,108 @@ def test_the_largest_lymphocyte_lies_whole_in_the_centre_crop(
         assert not stained.any()
 
 
+# --- signs ------------------------------------------------------------------------------------
+
+
+def draw_looks(sign: Sign, label: int, difficulty: float, count: int = 150) -> list[Look]:
+    """Draw the looks of patients who differ by their slides, which do not depend on the label."""
+    looks = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed + label * count)
+        look = draw_look(rng, sign, label, difficulty, draw_slide(rng))
+        assert look is not None
+        looks.append(look)
+    return looks
+
+
+def centres(looks: list[Look]) -> NDArray[np.float64]:
+    return np.stack([look.centre for look in looks])  # (P, T)
+
+
+def test_cells_of_a_witness_cohort_look_as_drawn() -> None:
+    rng = np.random.default_rng(0)
+    assert draw_look(rng, "witness", 1, 0, draw_slide(rng)) is None
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 0.5])
+def test_under_variety_the_cells_of_tumoral_patients_are_more_alike(difficulty: float) -> None:
+    reactive, tumoral = (draw_looks("variety", label, difficulty) for label in (0, 1))
+    logs = [np.log([look.spread for look in looks]) for looks in (reactive, tumoral)]
+    apart = float(logs[0].mean() - logs[1].mean())
+    assert apart == pytest.approx((1 - difficulty) * SPREAD_DISTANCE, abs=0.1)
+    error = np.sqrt(2 / 150) * centres(reactive).std(0)
+    difference = centres(reactive).mean(0) - centres(tumoral).mean(0)  # (T,)
+    assert (np.abs(difference) < 4 * error).all()
+
+
+def test_under_shift_the_centres_of_tumoral_patients_are_moved_along_some_traits() -> None:
+    reactive, tumoral = (draw_looks("shift", label, 0) for label in (0, 1))
+    deviations = (centres(tumoral).mean(0) - centres(reactive).mean(0)) / centres(reactive).std(0)
+    moved = {name for name, by in zip(TRAITS, deviations, strict=True) if abs(by) > 0.5}
+    assert moved == {"nucleus", "grain", "contrast", "density", "basophilia"}
+    spreads = [np.log([look.spread for look in looks]).mean() for looks in (reactive, tumoral)]
+    assert spreads[0] == pytest.approx(spreads[1], abs=0.1)
+
+
+@pytest.mark.parametrize("sign", ["variety", "shift"])
+def test_at_difficulty_one_no_sign_depends_on_the_label(sign: Sign) -> None:
+    slide = draw_slide(np.random.default_rng(0))
+    one, other = (draw_look(np.random.default_rng(1), sign, k, 1, slide) for k in (0, 1))
+    assert one is not None
+    assert other is not None
+    assert np.array_equal(one.centre, other.centre)
+    assert one.spread == other.spread
+
+
+def test_a_look_spreads_the_traits_of_the_cells_round_its_centre() -> None:
+    slide = draw_slide(np.random.default_rng(0))
+    look = draw_look(np.random.default_rng(1), "variety", 1, 0.5, slide)
+    assert look is not None
+
+    def traits(slide: Slide) -> NDArray[np.float64]:
+        rngs = [np.random.default_rng(seed) for seed in range(9)]
+        return np.array([astuple(draw_traits(rng, False, 0, slide, False)) for rng in rngs])
+
+    expected = look.centre + look.spread * (traits(slide) - look.middle)
+    inside = (traits(replace(slide, look=look)) == expected).mean()
+    assert inside > 0.8  # the others would be beyond what can be drawn
+
+
+@pytest.mark.parametrize("sign", ["variety", "shift"])
+def test_where_no_cell_is_foreign_no_image_is_a_witness(sign: Sign, tmp_path: Path) -> None:
+    settings = replace(SMALL, sign=sign)
+    out = write_synthetic_cohort(settings, tmp_path / "c")
+    truth = rows(out / "truth.csv")
+    assert {row["IS_WITNESS"] for row in truth} == {"0"}
+    assert {row["CELL_CLASS"] for row in truth} == {"small_lymphocyte", "large_lymphocyte"}
+    assert contents(write_synthetic_cohort(settings, tmp_path / "again")) == contents(out)
+    with pytest.raises(CohortError, match=rf"sign \(={sign}\) where witness is asked for"):
+        write_synthetic_cohort(SMALL, out)
+    images = Cohort.load(out).images[0]
+    extents = synthetic.cell_extents(out, images)
+    for path, extent in zip(images, extents, strict=True):
+        with Image.open(path) as image:
+            red = np.asarray(image)[..., 0]
+        assert (extent > 0.5)[red <= np.quantile(red, 0.03)].mean() > 0.95  # nuclei
+
+
+def test_a_cohort_can_have_the_shape_of_the_challenges() -> None:
+    settings = SyntheticSettings(
+        patients=163,
+        tumoral=0.693,
+        images=69,
+        image_range=(16, 198),
+        size_confounding=0.5,
+    )
+    planned = [patient for patient in plan_patients(settings) if patient.split == "trainset"]
+    reactive, tumoral = ([p.images for p in planned if p.label == label] for label in (0, 1))
+    assert (len(reactive), len(tumoral)) == (50, 113)
+    assert min(reactive + tumoral) in range(16, 24)
+    assert max(reactive + tumoral) in range(180, 199)
+    assert np.median(reactive + tumoral) == pytest.approx(66, abs=6)
+    assert roc_auc_score([p.label for p in planned], [p.images for p in planned]) > 0.7
+
+
 # --- what is in the way -----------------------------------------------------------------------
 
 
@@ -405,6 +539,8 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         ({"tumoral": 0.0}, r"tumoral \(=0\.0\) must lie in \(0, 1\)"),
         ({"witness_share": (0.5, 0.2)}, r"witness_share \(=\(0\.5, 0\.2\)\)"),
         ({"difficulty": 1.5, "images": 0}, r"images \(=0\) .*; difficulty \(=1\.5\)"),
+        ({"images": 5, "image_range": (6, 9)}, r"image_range \(=\(6, 9\)\) .*images \(=5\)"),
+        ({"sign": "size"}, r"sign \(=size\) must be one of witness, variety, shift"),
         ({"difficulty": float("nan")}, r"difficulty \(=nan\)"),
     ],
 )
@@ -451,6 +587,22 @@ def test_the_plate_shows_a_row_for_each_class(tmp_path: Path) -> None:
     assert "exists" in again.stderr
     write_plate(SyntheticSettings(), path, force=True)
     assert path.read_bytes() == first
+
+
+def test_the_plate_shows_patients_of_both_classes_where_no_cell_is_foreign(tmp_path: Path) -> None:
+    path = tmp_path / "plate.png"
+    options = ("--sign", "variety", "--patients", "4", "--test-patients", "0")
+    assert run("--plate", str(path), *options, "--tumoral-share", "0.5").exit_code == 0
+    with Image.open(path) as image:
+        assert image.size == (8 * 224, 4 * (224 + 24))
+
+
+def test_the_command_counts_no_atypical_cells_where_there_are_none(tmp_path: Path) -> None:
+    options = ["--patients", "2", "--test-patients", "0", "--sign", "shift"]
+    sizes = ["--images", "2", "--image-range", "1", "3"]
+    result = run("--out", str(tmp_path / "c"), *options, *sizes)
+    assert result.exit_code == 0, result.output
+    assert "atypical" not in result.stdout
 
 
 def test_the_command_needs_something_to_write() -> None:

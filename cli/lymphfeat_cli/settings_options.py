@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 import click
@@ -107,6 +108,8 @@ def _option(flags: list[str], kind: Any, default: Any, about: About) -> Decorato
 
 def _facts(kind: Any, about: About) -> dict[str, Any]:
     """Return the arguments of an option that follow from the type of its setting."""
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
     if bool in (kind, *get_args(kind)):
         return {"is_flag": True}
     if get_origin(kind) is not tuple:

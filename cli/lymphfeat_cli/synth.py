@@ -15,6 +15,7 @@ from lymphfeat_cli.settings_options import settings_options
 Examples:
   lymphfeat synth --out made-up
   lymphfeat synth --out hard --difficulty 0.6 --witness-share 0.03 0.1 --patients 200
+  lymphfeat synth --out alike --sign variety --size-confounding 0
   lymphfeat synth --plate cells.png --difficulty 0.6
 Next, run `lymphfeat audit --cohort made-up`, or pass the folder to any other command.""",
 )
@@ -23,7 +24,8 @@ Next, run `lymphfeat audit --cohort made-up`, or pass the folder to any other co
 @click.option(
     "--plate",
     type=FILE,
-    help="Draw sample cells of each class to this PNG file; works without --out.",
+    help="Draw sample cells of each class, or of some patients, to this PNG file; works without "
+    "--out.",
 )
 @writing_options
 def command(
@@ -31,11 +33,12 @@ def command(
 ) -> None:
     """Write a synthetic cohort in the layout of the real one.
 
-    Renders smears in the challenge's layout, including its quirks. Tumoral patients have a share of
-    atypical cells, reactive patients have none; truth.csv lists them, for scoring only, never for
-    training. The same options give the same bytes. A finished cohort with the same settings is
-    kept; one with different settings is replaced only with --force, which never touches files
-    that synth did not write.
+    Renders smears in the challenge's layout, including its quirks. Tumoral patients differ from
+    reactive ones by --sign; by default they have a share of atypical cells, which reactive patients
+    do not have, and truth.csv lists these cells, for scoring only, never for training. The same
+    options give the same bytes. A finished cohort with the same settings is kept; one with
+    different settings is replaced only with --force, which never touches files that synth did not
+    write.
     """
     if out is None and plate is None:
         raise click.UsageError("give a folder with --out DIR, or a figure with --plate FILE.png.")
@@ -67,4 +70,6 @@ def _show(written: dict[str, object]) -> None:
             ("test", written["test_reactive"], written["test_tumoral"]),
         ]
         show_table("Patients", ["split", "reactive", "tumoral"], rows)
-        click.echo(f"{written['images']} images, {written['atypical']} of them of atypical cells")
+        atypical = written["atypical"]
+        suffix = f", {atypical} of them of atypical cells" if atypical else ""
+        click.echo(f"{written['images']} images{suffix}")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,11 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision, average, combine
-from lymphfeat.model.model import Model
+from lymphfeat.model.model import Model, PredictOptions
 from lymphfeat.model.predictions import SEEN, Predictions, decided_columns, measure_by_role
 from lymphfeat.runtime.files import recover, replace_file
 from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import PredictSettings
 
 MEMBERS_FILE, FORMAT = "members.json", "lymphfeat-members"
 
@@ -84,31 +83,23 @@ class Ensemble:
         return cls(models, content.get("metrics", {}))
 
     def predict(
-        self,
-        cohort: Cohort,
-        settings: PredictSettings | None = None,
-        *,
-        progress: Progress = silent,
+        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
     ) -> Predictions:
-        """Predict every patient and image by the members' mean, as `Model.predict` does.
+        """Predict every patient and image by the members' mean; arguments as for `Model.predict`.
 
         The patients' probability is the logistic of the mean of the calibrated logits, and their
         spread the standard deviation of the calibrated probabilities.
         """
-        return self.average(self.predict_each(cohort, settings, progress=progress))
+        return self.average(self.predict_each(cohort, progress=progress, **options))
 
     def predict_each(
-        self,
-        cohort: Cohort,
-        settings: PredictSettings | None = None,
-        *,
-        progress: Progress = silent,
+        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
     ) -> list[Predictions]:
         """Return the predictions of every member; only one at a time is on the device."""
         predicted, count = [], len(self.models)
         for number, model in enumerate(self.models):
             own = part_of(progress, number, count, f"member {number + 1}/{count}")
-            predicted.append(model.predict(cohort, settings, progress=own))
+            predicted.append(model.predict(cohort, progress=own, **options))
             model.backbone.to("cpu")
         return predicted
 

@@ -13,9 +13,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from lymphfeat.synthetic.patients import (
     plan_patients,
     shuffled,
 )
-from lymphfeat.synthetic.rendering import cell_extent, draw_slide, render_cell
+from lymphfeat.synthetic.rendering import Slide, cell_extent, draw_slide, render_cell
+from lymphfeat.synthetic.signs import draw_look
 
 __all__ = [
     "CELL_CLASSES",
@@ -64,10 +66,14 @@ TABLES = (
 TRUTH_COLUMNS = ("SPLIT", "ID", "FILE", "LABEL", "CELL_CLASS", "IS_WITNESS")
 
 _FORMAT, _VERSION = "lymphfeat synthetic cohort", 1
-_PATIENT_KEY, _PLATE_KEY = 1, 2  # first spawn keys of the generators
+# Settings younger than the first cohorts of this version; at these values they are not written.
+_YOUNGER: dict[str, Any] = {"sign": "witness", "image_range": None}
+_PATIENT_KEY, _PLATE_KEY, _LOOK_KEY = 1, 2, 3  # first spawn keys of the generators
 _SUBMITTED_SHARE = 0.4  # of the test ids are in sample_submission.csv (METHOD §6: 17 of 42)
 _JPEG_QUALITY = 90
+_PLATE_PATIENTS = 4  # of each class, on a plate of patients
 _FOLDER = re.compile(rf"({TRAIN}|{TEST})/P\d+")
+_PlateRow = tuple[str, Callable[[int], NDArray[np.uint8]]]  # title, cell of a column
 
 
 def write_synthetic_cohort(
@@ -144,12 +150,19 @@ class _Manifest:
             content = json.loads(path.read_bytes())
             if content["format"] != _FORMAT or not all(map(_FOLDER.fullmatch, content["images"])):
                 return cls()
-            return cls(settings=dict(content["settings"]), images=dict(content["images"]))
+            settings = _YOUNGER | content["settings"]
+            return cls(settings=settings, images=dict(content["images"]))
         except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
     def to_bytes(self) -> bytes:
-        return json_text({"format": _FORMAT} | asdict(self), indent=1).encode()
+        settings = {
+            name: value
+            for name, value in self.settings.items()
+            if name not in _YOUNGER or value != _YOUNGER[name]
+        }
+        content = {"format": _FORMAT, "settings": settings, "images": self.images}
+        return json_text(content, indent=1).encode()
 
     def files(self) -> dict[str, None]:
         """Name the files, relative to the cohort, in an order in which they may be removed."""
@@ -282,7 +295,7 @@ def _render_patients(
 
 
 def _render_patient(out: Path, settings: SyntheticSettings, patient: SyntheticPatient) -> int:
-    slide = draw_slide(_generator(settings, patient))
+    slide = _slide(settings, patient)
     cells = _cell_classes(settings, patient)
     for index, name in enumerate(_names(patient.images)):
         path = out / patient.folder / name
@@ -319,7 +332,8 @@ def cell_extents(root: Path, images: Sequence[Path]) -> NDArray[np.float32]:
     plain = dict(_Manifest.read(root / MANIFEST).settings)
     if plain.pop("version", None) != _VERSION:
         raise CohortError(f"{root} must be a synthetic cohort of this version; got none.")
-    settings = SyntheticSettings(**plain | {"witness_share": tuple(plain["witness_share"])})
+    pairs = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
+    settings = SyntheticSettings(**plain | pairs)
     patients = {patient.folder: patient for patient in plan_patients(settings)}
     extents = [_cell_extent(settings, patients, path.relative_to(root)) for path in images]
     return np.stack(extents)
@@ -338,7 +352,7 @@ def _cell_extent(
         _generator(settings, patient, index),
         cell == _ATYPICAL,
         settings.difficulty,
-        slide=draw_slide(_generator(settings, patient)),
+        slide=_slide(settings, patient),
         large=_is_large(cell),
         size=settings.image_size,
     )
@@ -357,13 +371,21 @@ def _generator(
     return np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=key))
 
 
+def _slide(settings: SyntheticSettings, patient: SyntheticPatient) -> Slide:
+    slide = draw_slide(_generator(settings, patient))
+    sequence = np.random.SeedSequence(settings.seed, spawn_key=(_LOOK_KEY, patient.number))
+    rng = np.random.default_rng(sequence)
+    look = draw_look(rng, settings.sign, patient.label, settings.difficulty, slide)
+    return replace(slide, look=look)
+
+
 def _cell_classes(settings: SyntheticSettings, patient: SyntheticPatient) -> list[str]:
     """Draw the class of each of a patient's cells; the slide, drawn first, shares the generator."""
     rng = _generator(settings, patient)
     slide = draw_slide(rng)
     large = rng.random(patient.images) < slide.large_share
     cells = [_LARGE if is_large else _SMALL for is_large in large]
-    if patient.label == 1:
+    if patient.label == 1 and settings.sign == "witness":
         count = max(1, round(rng.uniform(*settings.witness_share) * patient.images))
         for index in rng.permutation(patient.images)[:count].tolist():
             cells[index] = _ATYPICAL
@@ -386,23 +408,32 @@ def write_plate(
 ) -> Path:
     """Draw a contact sheet: one row of cells per class, each cell on its own slide.
 
+    Where no cell is atypical: one row per patient of the cohort, reactive and tumoral in turn.
+
     Raises SettingsError when `path` exists and `force` is not given, CohortError when it cannot be
     written.
     """
     check_file(path, force=force)
+    rows = _class_rows(settings) if settings.sign == "witness" else _patient_rows(settings)
     side, band = settings.image_size, 24
-    plate = Image.new("RGB", (columns * side, len(CELL_CLASSES) * (side + band)), "white")
+    plate = Image.new("RGB", (columns * side, len(rows) * (side + band)), "white")
     draw = ImageDraw.Draw(plate)
-    for row, cell in enumerate(CELL_CLASSES):
+    for row, (title, render) in enumerate(rows):
         top = row * (side + band)
+        draw.text((6, top + 4), title, "black", ImageFont.load_default(14))
+        for column in range(columns):
+            plate.paste(Image.fromarray(render(column)), (column * side, top + band))
+    return _save_plate(plate, path)
+
+
+def _class_rows(settings: SyntheticSettings) -> list[_PlateRow]:
+    def row(number: int, cell: str) -> _PlateRow:
         title = cell.replace("_", " ")
         if cell == _ATYPICAL:
             title += f", difficulty {settings.difficulty:g}"
-        draw.text((6, top + 4), title, "black", ImageFont.load_default(14))
-        for column in range(columns):
-            pixels = _plate_cell(settings, cell, row, column)
-            plate.paste(Image.fromarray(pixels), (column * side, top + band))
-    return _save_plate(plate, path)
+        return title, lambda column: _plate_cell(settings, cell, number, column)
+
+    return [row(number, cell) for number, cell in enumerate(CELL_CLASSES)]
 
 
 def _plate_cell(settings: SyntheticSettings, cell: str, row: int, column: int) -> NDArray[np.uint8]:
@@ -415,6 +446,25 @@ def _plate_cell(settings: SyntheticSettings, cell: str, row: int, column: int) -
         large=_is_large(cell),
         size=settings.image_size,
     )
+
+
+def _patient_rows(settings: SyntheticSettings) -> list[_PlateRow]:
+    def row(patient: SyntheticPatient) -> _PlateRow:
+        label = "tumoral" if patient.label else "reactive"
+        title = f"{patient.id}, {label}; {settings.sign}, difficulty {settings.difficulty:g}"
+        slide = _slide(settings, patient)
+        return title, lambda column: render_cell(
+            _generator(settings, patient, column),
+            False,
+            settings.difficulty,
+            slide=slide,
+            size=settings.image_size,
+        )
+
+    patients = plan_patients(settings)
+    classes = [[patient for patient in patients if patient.label == label] for label in (0, 1)]
+    pairs = islice(zip(*classes, strict=False), _PLATE_PATIENTS)
+    return [row(patient) for pair in pairs for patient in pair]
 
 
 def _save_plate(plate: Image.Image, path: Path) -> Path:

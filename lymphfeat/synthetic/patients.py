@@ -16,6 +16,7 @@ TABLE_COLUMNS = ("ID", "LABEL", "GENDER", "DOB", "LYMPH_COUNT")
 _REFERENCE_DATE = date(2021, 1, 1)
 _DASHED_SHARE = 0.14  # of dates of birth, METHOD §6: 29 of 205
 _FEWEST, _MOST = 0.5, 5 / 3  # bag sizes, as shares of the mean
+_SIZE_SPREAD = 0.3  # deviation of log bag sizes between these
 _SEPARATION = 2.3  # deviations between the classes' bag sizes at size_confounding 1
 _TABLE_KEY = 0  # spawn key of the table's generator
 
@@ -91,8 +92,12 @@ def _draw_sizes(
     rng: np.random.Generator, labels: NDArray[np.int64], settings: SyntheticSettings
 ) -> list[int]:
     deviates = _shifted(rng, labels, _SEPARATION * settings.size_confounding)
-    sizes = np.rint(settings.images * np.exp(0.3 * deviates - 0.045))
-    low, high = max(1, settings.images * _FEWEST), max(1, settings.images * _MOST)
+    usual = max(1, settings.images * _FEWEST), max(1, settings.images * _MOST)
+    low, high = settings.image_range or usual
+    spread = _SIZE_SPREAD
+    if settings.image_range:
+        spread *= np.log(high / low) / np.log(_MOST / _FEWEST)
+    sizes = np.rint(settings.images * np.exp(spread * deviates - spread * spread / 2))
     return [int(size) for size in np.clip(sizes, np.ceil(low), np.floor(high))]
 
 

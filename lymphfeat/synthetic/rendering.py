@@ -9,7 +9,7 @@
 * Soft edges and blurred densities imitate the focus, without blurring the whole frame.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,22 +37,6 @@ _PLATELET = np.array([0.55, 0.95, 0.18], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slide:
-    """What all images of a patient share: stain, focus, crowding and the look of normal cells."""
-
-    ground: Float  # (3,) colour without a cell, 0..255
-    stain: Float  # (3,) factor on the optical densities
-    focus: float  # px, softness of edges
-    noise: float  # grey levels, of the camera
-    spacing: float  # px between red cells
-    pallor: float  # 0..1, how bright the centres of red cells are
-    large_share: float  # share of normal lymphocytes that are large, with abundant pale cytoplasm
-    bean_share: float  # share of normal nuclei that are broadly indented
-    chromatin: float  # offset of this patient's normal openness of the nucleus
-    basophilia: float  # offset of this patient's normal blueness of the cytoplasm
-
-
-@dataclass(frozen=True, kw_only=True)
 class Traits:
     """What one lymphocyte looks like."""
 
@@ -66,6 +50,43 @@ class Traits:
     density: float  # of the nucleus; 1 = dark
     nucleolus: float  # 0 = none .. 1 = clear
     basophilia: float  # 0 = pale .. 1 = deep blue cytoplasm
+
+
+TRAITS = tuple(trait.name for trait in fields(Traits))
+_LOWEST = np.array(astuple(Traits(
+    nucleus=22, cytoplasm=1, irregularity=0, cleft=0, cleft_width=0.05,
+    grain=0.7, contrast=0.3, density=0.5, nucleolus=0, basophilia=0,
+)))  # fmt: skip
+_HIGHEST = np.array(astuple(Traits(
+    nucleus=36, cytoplasm=13, irregularity=0.1, cleft=0.6, cleft_width=0.6,
+    grain=2.4, contrast=1.5, density=1.2, nucleolus=1, basophilia=1.2,
+)))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a patient's cells depart from those drawn: spread round `middle`, moved to `centre`."""
+
+    middle: NDArray[np.float64]  # (T,) mean of the traits as drawn
+    centre: NDArray[np.float64]  # (T,) mean of the patient's
+    spread: float  # factor on the deviations from the mean: the smaller, the more alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slide:
+    """What all images of a patient share: stain, focus, crowding and the look of normal cells."""
+
+    ground: Float  # (3,) colour without a cell, 0..255
+    stain: Float  # (3,) factor on the optical densities
+    focus: float  # px, softness of edges
+    noise: float  # grey levels, of the camera
+    spacing: float  # px between red cells
+    pallor: float  # 0..1, how bright the centres of red cells are
+    large_share: float  # share of normal lymphocytes that are large, with abundant pale cytoplasm
+    bean_share: float  # share of normal nuclei that are broadly indented
+    chromatin: float  # offset of this patient's normal openness of the nucleus
+    basophilia: float  # offset of this patient's normal blueness of the cytoplasm
+    look: Look | None = None  # of this patient's cells; None: as they are drawn
 
 
 def draw_slide(rng: np.random.Generator) -> Slide:
@@ -94,28 +115,23 @@ def draw_traits(
     # How strongly this cell shows each trait: no two atypical cells are alike.
     shift = (1 - difficulty) * rng.uniform(0.85, 1.45, 8) * atypical
     bean = rng.random() < slide.bean_share  # normal nuclei may be indented too: broadly, not deeply
-    return Traits(
-        nucleus=float(np.clip(rng.normal(30.5 if large else 27.5, 1.5) + 4 * shift[0], 22, 36)),
-        cytoplasm=float(np.clip(rng.normal(9 if large else 3, 1.5) + 2 * shift[1], 1, 13)),
-        irregularity=float(abs(rng.normal(0.02, 0.012)) + 0.03 * shift[2]),
-        cleft=float(abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.42 * shift[3]),
-        cleft_width=float(rng.uniform(0.35, 0.6) - 0.2 * shift[3]),
-        grain=float(np.clip(rng.normal(1.75, 0.2) - 0.9 * shift[4], 0.7, 2.4)),
-        contrast=float(np.clip(rng.normal(1.0, 0.15) - 0.3 * shift[4], 0.3, 1.5)),
-        density=float(
-            np.clip(
-                rng.normal(0.90 if large else 1.0, 0.06) - slide.chromatin - 0.4 * shift[5],
-                0.5,
-                1.2,
-            )
-        ),
-        nucleolus=float(np.clip((rng.random() < 0.08) * 0.3 + 1.2 * shift[6], 0, 1)),
-        basophilia=float(
-            np.clip(
-                rng.normal(0.15 if large else 0.4, 0.12) + slide.basophilia + 0.9 * shift[7], 0, 1.2
-            )
-        ),
+    traits = Traits(
+        nucleus=rng.normal(30.5 if large else 27.5, 1.5) + 4 * shift[0],
+        cytoplasm=rng.normal(9 if large else 3, 1.5) + 2 * shift[1],
+        irregularity=abs(rng.normal(0.02, 0.012)) + 0.03 * shift[2],
+        cleft=abs(rng.normal(0.14 if bean else 0.0, 0.05)) + 0.42 * shift[3],
+        cleft_width=rng.uniform(0.35, 0.6) - 0.2 * shift[3],
+        grain=rng.normal(1.75, 0.2) - 0.9 * shift[4],
+        contrast=rng.normal(1.0, 0.15) - 0.3 * shift[4],
+        density=rng.normal(0.90 if large else 1.0, 0.06) - slide.chromatin - 0.4 * shift[5],
+        nucleolus=(rng.random() < 0.08) * 0.3 + 1.2 * shift[6],
+        basophilia=rng.normal(0.15 if large else 0.4, 0.12) + slide.basophilia + 0.9 * shift[7],
     )
+    values = np.clip(astuple(traits), _LOWEST, _HIGHEST)  # (T,)
+    if slide.look is not None:
+        moved = slide.look.centre + slide.look.spread * (values - slide.look.middle)
+        values = np.clip(moved, _LOWEST, _HIGHEST)
+    return Traits(**dict(zip(TRAITS, values.tolist(), strict=True)))
 
 
 def render_cell(
@@ -254,7 +270,7 @@ def _nucleus_outline(rng: np.random.Generator, traits: Traits) -> Float:
     """Return radius(angle), (360,): an oval, irregular or cleft as the traits say."""
     table = 1 + _harmonics(rng, 2, 2, 0.05) + _harmonics(rng, 3, 6, traits.irregularity)
     notch = _bump(rng.uniform(0, 2 * np.pi), traits.cleft_width)
-    return np.float32(traits.nucleus) * table * (1 - np.float32(min(traits.cleft, 0.6)) * notch)
+    return np.float32(traits.nucleus) * table * (1 - np.float32(traits.cleft) * notch)
 
 
 def _chromatin(
