@@ -363,7 +363,7 @@ def test_from_the_command_line(
     )  # by one member or another
     assert "validation" not in predicted.stdout
     with pytest.raises(
-        ModelError, match=r"holds k-fold members: choose one of them, such as .*fold-0"
+        ModelError, match=r"holds several models: choose one of them, such as .*fold-0"
     ):
         Model.load(Path("models/endtoend"))
     told = CliRunner().invoke(cli, ["info", "models/endtoend"])

@@ -250,8 +250,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         hint = "make one with `lymphfeat endtoend`"
         if find_checkpoints(folder):
             hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
-        elif members := sorted(folder.glob(f"*/{FACTS_FILE}")):
-            hint = f"it holds k-fold members: choose one of them, such as {members[0].parent}"
+        elif models := sorted(folder.glob(f"*/{FACTS_FILE}")):
+            hint = f"it holds several models: choose one of them, such as {models[0].parent}"
         raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
