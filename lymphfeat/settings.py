@@ -23,6 +23,7 @@ OutputStride = Literal[8, 16, 32]
 Unit = Literal["", "pixel", "image"]  # "": the aggregator's default
 Reduction = Literal["mean", "max"]
 RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected logits
+ClassWeights = Literal["none", "balanced"]
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Fusion = Literal["late", "sum", "experts", "all"]  # METHOD §5
@@ -224,7 +225,7 @@ class HeadSettings(Settings):
     agg: str = setting(
         "topk",
         "Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid, attention, "
-        "gated-attention, transformer, lstm; a family (ranking, weighted, network); or all.",
+        "gated-attention, transformer or lstm.",
     )
     unit: Unit = setting("", "Instance: pixel or image.", unset="image for top…, else pixel")
     k_train: int = setting(1, "Instances per patient used in training.", at_least=1)
@@ -246,7 +247,7 @@ class HeadSettings(Settings):
     )
     width: int = setting(128, "Hidden units of attention, transformer, lstm.", at_least=1)
     layers: int = setting(1, "Layers of transformer, lstm.", at_least=1)
-    class_weights: Literal["none", "balanced"] = setting(
+    class_weights: ClassWeights = setting(
         "none", "none, or balanced: equal weight for both classes in the loss."
     )
     # For heads on frozen maps, by measurement (docs/heads.md); 1e-4 is for whole networks.
@@ -263,18 +264,18 @@ class HeadGrid:
     """
 
     agg: tuple[str, ...] = ("topk",)  # or a family (ranking, weighted, network), or all
-    unit: tuple[str, ...] = ()
+    unit: tuple[Unit, ...] = ()
     k_train: tuple[int, ...] = ()
     k_agg: tuple[int, ...] = ()
     k_percent: tuple[float, ...] = ()
     k_min: tuple[int, ...] = ()
-    reduce: tuple[str, ...] = ()
-    loss: tuple[str, ...] = ()
+    reduce: tuple[Reduction, ...] = ()
+    loss: tuple[RankingLoss, ...] = ()
     temperature: tuple[float, ...] = ()
     momentum: tuple[float, ...] = ()
     width: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
-    class_weights: tuple[str, ...] = ()
+    class_weights: tuple[ClassWeights, ...] = ()
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
 

@@ -80,30 +80,8 @@ def _result(found: "Comparison", out: Path) -> dict[str, object]:
 
 
 def _show(found: "Comparison", out: Path) -> None:
-    show_table(
-        f"{found.protocol} protocol, {len(found.values)} splits",
-        ["row", found.metric, "95 % interval"],
-        [
-            [row["name"], number(row["mean"]), interval(row["low"], row["high"])]
-            for row in found.rows.to_dict("records")
-        ],
-    )
-    show_table(
-        f"Differences, paired by split, corrected for {len(found.pairs)} comparison"
-        f"{'s' if len(found.pairs) > 1 else ''}",
-        ["row", "minus", "difference", "95 % interval", "p", "p adjusted"],
-        [
-            [
-                pair["name"],
-                pair["reference"],
-                number(pair["difference"], "+.3f"),
-                interval(pair["low"], pair["high"], "+.3f"),
-                number(pair["p"], ".2g"),
-                number(pair["p_adjusted"], ".2g"),
-            ]
-            for pair in found.pairs.to_dict("records")
-        ],
-    )
+    _show_rows(found)
+    _show_pairs(found)
     for sentence in found.sentences:
         click.echo(sentence)
     if found.protocol == "report":
@@ -113,3 +91,29 @@ def _show(found: "Comparison", out: Path) -> None:
             "epoch of the heads."
         )
     click.echo(f"Wrote {out}")
+
+
+def _show_rows(found: "Comparison") -> None:
+    rows = [
+        [row["name"], number(row["mean"]), interval(row["low"], row["high"])]
+        for row in found.rows.to_dict("records")
+    ]
+    title = f"{found.protocol} protocol, {len(found.values)} splits"
+    show_table(title, ["row", found.metric, "95 % interval"], rows)
+
+
+def _show_pairs(found: "Comparison") -> None:
+    rows = [
+        [
+            pair["name"],
+            pair["reference"],
+            number(pair["difference"], "+.3f"),
+            interval(pair["low"], pair["high"], "+.3f"),
+            number(pair["p"], ".2g"),
+            number(pair["p_adjusted"], ".2g"),
+        ]
+        for pair in found.pairs.to_dict("records")
+    ]
+    comparisons = f"{len(rows)} comparison{'s' if len(rows) > 1 else ''}"
+    title = f"Differences, paired by split, corrected for {comparisons}"
+    show_table(title, ["row", "minus", "difference", "95 % interval", "p", "p adjusted"], rows)

@@ -172,37 +172,47 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
+# Columns of the summary, by the titles shown.
+_COLUMNS = {"sensitivity": "sensitivity", "specificity": "specificity", "AUC": "auc"}
+_OF_PROTOCOL = {
+    "report": {
+        "± uncorrected": "ba_half_width_uncorrected",
+        "± as published": "ba_half_width_published",
+        "BA last epoch": "ba_last",
+        "BA oracle (optimistic)": "ba_oracle",
+    },
+    "honest": {
+        "log loss": "log_loss",
+        "log loss calibrated": "log_loss_calibrated",
+        "ECE": "ece",
+        "ECE calibrated": "ece_calibrated",
+    },
+}
+_AT_TIMES = {"p shift by bfloat16": "bfloat16_change", "cell AUC": "witness_auc"}
+
+
 def _show_run(outcome: "Outcome", settings: FitSettings) -> None:
-    summary = outcome.summary
-    report = settings.protocol == "report"
-    columns = ["head", "BA (95 %)", "sensitivity", "specificity", "AUC"]
-    names = ["sensitivity", "specificity", "auc"]
-    if report:
-        columns += ["± uncorrected", "± as published", "BA last epoch", "BA oracle (optimistic)"]
-        names += ["ba_half_width_uncorrected", "ba_half_width_published", "ba_last", "ba_oracle"]
-    else:
-        columns += ["log loss", "calibrated", "ECE", "calibrated"]
-        names += ["log_loss", "log_loss_calibrated", "ece", "ece_calibrated"]
-    if "bfloat16_change" in summary:
-        columns.append("p shift by bfloat16")
-        names.append("bfloat16_change")
-    if "witness_auc" in summary:
-        columns.append("cell AUC")
-        names.append("witness_auc")
+    columns = _COLUMNS | _OF_PROTOCOL[settings.protocol] | _AT_TIMES
+    shown = {title: name for title, name in columns.items() if name in outcome.summary}
     rows = [
         [
             f"baseline: {row['head']}" if row["kind"] == "baseline" else row["head"],
             with_interval(row["ba"], row["ba_low"], row["ba_high"]),
-            *(number(row[name]) for name in names),
+            *(number(row[name]) for name in shown.values()),
         ]
-        for row in summary.to_dict("records")
+        for row in outcome.summary.to_dict("records")
     ]
-    runs = int(summary["runs"].iloc[0])
-    title = (
-        f"report protocol: {runs} splits, threshold 0.5, mean of the 10 best epochs per split "
-        "(chosen on the evaluated patients: optimistic)"
-        if report
-        else f"honest protocol: {runs} splits per row, {settings.epoch} epoch, threshold "
+    show_table(_title(outcome, settings), ["head", "BA (95 %)", *shown], rows)
+
+
+def _title(outcome: "Outcome", settings: FitSettings) -> str:
+    runs = int(outcome.summary["runs"].iloc[0])
+    if settings.protocol == "report":
+        return (
+            f"report protocol: {runs} splits, threshold 0.5, mean of the 10 best epochs per split "
+            "(chosen on the evaluated patients: optimistic)"
+        )
+    return (
+        f"honest protocol: {runs} splits per row, {settings.epoch} epoch, threshold "
         f"{outcome.thresholds}"
     )
-    show_table(title, columns, rows)

@@ -39,7 +39,16 @@ def settings_options(
 
 def grid_options(name: str = "grid") -> Decorator:
     """Make options of head settings, several values each; the command gets a HeadGrid."""
-    return gather(name, _options(HeadSettings()), lambda values: HeadGrid(**values))
+    options = _options(HeadSettings())
+    options["agg"] = click.option(
+        "--agg",
+        multiple=True,
+        default=HeadGrid().agg,
+        show_default=True,
+        help=f"{HeadSettings.about()['agg'].help} Also a family (ranking, weighted, network), or "
+        "all. Repeatable.",
+    )
+    return gather(name, options, lambda values: HeadGrid(**values))
 
 
 def option_of(settings: Settings, parameter: str) -> Decorator:
@@ -124,8 +133,8 @@ def _facts(kind: Any, about: About) -> dict[str, Any]:
 def _grid_option(flags: list[str], kind: Any, default: Any, about: About) -> Decorator:
     """Make an option of several values: names one by one, others separated by commas."""
     if kind is str:
-        help = f"{about.help} Repeatable."
-        return click.option(*flags, multiple=True, default=(default,), show_default=True, help=help)
+        facts: dict[str, Any] = {"multiple": True, "default": (default,), "show_default": True}
+        return click.option(*flags, help=about.help, **facts)
     shown = f"{default:g}" if isinstance(default, (int, float)) else default or about.unset
     help = f"{about.help} [default: {shown}]" if shown else about.help
     return click.option(*flags, type=CommaList(_base(kind)), default=(), help=help)
