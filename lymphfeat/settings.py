@@ -8,6 +8,7 @@ there and nowhere else: the options of the command line, the checks and `help(â€
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from inspect import cleandoc
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -41,6 +42,7 @@ class About:
     unset: str = ""  # what None, or an empty value, means
     options: tuple[str, ...] = ()  # names on the command line; default: of the field's name
     python_only: bool = False  # not on the command line
+    choices: tuple[Any, ...] = ()  # of its type
 
     @property
     def low(self) -> float | None:
@@ -62,8 +64,14 @@ class About:
         start, end = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
         return f"lie in {start}{self.low:g}, {self.high:g}{end}"
 
-    def allows(self, value: float) -> bool:
-        """Return whether a number is in the range; NaN is not."""
+    def broken_rule(self, value: Any) -> str:
+        """Say what a value, or each value of a tuple, must be if it is not; else return ""."""
+        values = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        if self.choices and not all(each in self.choices for each in values):
+            return "be one of " + ", ".join(str(each) or '""' for each in self.choices)
+        return "" if all(map(self._allows, values)) else self.rule
+
+    def _allows(self, value: float) -> bool:
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -93,29 +101,23 @@ class Settings:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        broken = [(each.name, self._broken_rule(each.name)) for each in fields(self)]
+        broken = [
+            (name, about.broken_rule(getattr(self, name))) for name, about in self.about().items()
+        ]
         wrong = [f"{name} (={getattr(self, name)}) must {rule}" for name, rule in broken if rule]
         require(not wrong, "; ".join(wrong) + ".")
 
-    def _broken_rule(self, name: str) -> str:
-        value, about = getattr(self, name), self.about().get(name)
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        allowed = choices(self.__dataclass_fields__[name].type)
-        if allowed and not set(values) <= set(allowed):
-            return "be one of " + ", ".join(str(each) or '""' for each in allowed)
-        if about is None or all(about.allows(each) for each in values):
-            return ""
-        return about.rule
-
     @classmethod
+    @cache
     def about(cls) -> Mapping[str, About]:
         """Return what is known of each setting, by name; nested settings are not among them."""
-        declared = {each.name: each.metadata.get("about") for each in fields(cls)}
-        return {
-            name: replace(about, options=about.options or (f"--{name.replace('_', '-')}",))
-            for name, about in declared.items()
-            if about
-        }
+        found = {}
+        for each in fields(cls):
+            about: About | None = each.metadata.get("about")
+            if about:
+                options = about.options or (f"--{each.name.replace('_', '-')}",)
+                found[each.name] = replace(about, options=options, choices=choices(each.type))
+        return found
 
 
 S = TypeVar("S", bound=Settings)

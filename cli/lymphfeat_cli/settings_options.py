@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from lymphfeat.settings import About, HeadGrid, HeadSettings, Settings, choices
+from lymphfeat.settings import About, HeadGrid, HeadSettings, Settings
 from lymphfeat_cli.options import Decorator, gather
 
 
@@ -105,7 +105,7 @@ def _option(flags: list[str], kind: Any, default: Any, about: About) -> Decorato
     help, unset = about.help, default in (None, "", ())
     if unset and about.unset:
         help += f" [default: {about.unset}]"
-    if get_origin(kind) is tuple and choices(kind):
+    if get_origin(kind) is tuple and about.choices:
         help += " Repeatable."
     if bool in (kind, *get_args(kind)) and default is not False:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
@@ -123,7 +123,7 @@ def _facts(kind: Any, about: About) -> dict[str, Any]:
         return {"is_flag": True}
     if get_origin(kind) is not tuple:
         return {"type": _type(kind, about)}
-    if choices(kind):
+    if about.choices:
         return {"multiple": True, "type": _type(kind, about)}
     if ... in get_args(kind):
         return {"type": CommaList(_base(kind))}
@@ -142,8 +142,8 @@ def _grid_option(flags: list[str], kind: Any, default: Any, about: About) -> Dec
 
 def _type(kind: Any, about: About) -> Any:
     base = _base(kind)
-    if choices(kind):
-        return click.Choice(choices(kind))
+    if about.choices:
+        return click.Choice(about.choices)
     if base is str or not about.rule:
         return base
     number: Any = click.IntRange if base is int else click.FloatRange
