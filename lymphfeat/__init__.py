@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
+        ExplainSettings,
         ExtractSettings,
         FitSettings,
         HeadGrid,
         HeadSettings,
+        PredictSettings,
         PretrainSettings,
     )
     from lymphfeat.training import train
@@ -42,6 +44,7 @@ __all__ = [
     "Cohort",
     "CohortError",
     "EndToEndSettings",
+    "ExplainSettings",
     "ExtractSettings",
     "FeatureStore",
     "FitSettings",
@@ -50,6 +53,7 @@ __all__ = [
     "LeakageError",
     "LymphfeatError",
     "ModelError",
+    "PredictSettings",
     "PretrainSettings",
     "SettingsError",
     "StoreError",

@@ -548,6 +548,12 @@ class ExplainSettings(Settings):
     device: Device = _device()
     threads: int | None = _threads()
 
+    @property
+    def scoring(self) -> PredictSettings:
+        """Return how images are scored."""
+        names = (field.name for field in fields(PredictSettings) if field.name != "tta")
+        return PredictSettings(**{name: getattr(self, name) for name in names})
+
 
 @documented
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, result_folder, unfinished_folder
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, part_of, silent
-from lymphfeat.settings import EndToEndSettings
+from lymphfeat.settings import EndToEndSettings, PredictSettings
 
 _ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
 MODEL = ResultKind(
@@ -169,7 +169,7 @@ def _finish_model(
     (job,) = jobs
     model, settings = job.model, job.settings
     # In float32, whatever trained it: what `lymphfeat predict` says of the same patients.
-    predictions = model.predict(cohort, device=settings.device, progress=progress)
+    predictions = model.predict(cohort, PredictSettings(device=settings.device), progress=progress)
     role = dict.fromkeys(job.split.train, "train")
     role |= dict.fromkeys(job.split.validation, "validation")
     parts = predictions.patients["id"].map(role).fillna("unlabelled")
@@ -195,7 +195,9 @@ def _finish_members(
     splits, settings = [job.split for job in jobs], jobs[0].settings
     members = Ensemble(tuple(job.model for job in jobs))
     # In float32, whatever trained them: what `lymphfeat predict` says of the same patients.
-    predicted = members.predict_each(cohort, device=settings.device, progress=progress)
+    predicted = members.predict_each(
+        cohort, PredictSettings(device=settings.device), progress=progress
+    )
     unseen = pd.concat(
         part.patients[part.patients["id"].isin(split.validation)]
         for part, split in zip(predicted, splits, strict=True)

@@ -41,6 +41,7 @@ from lymphfeat.settings import (
     EndToEndSettings,
     HeadSettings,
     OutputStride,
+    PredictSettings,
     RankingLoss,
 )
 from lymphfeat.training import train
@@ -83,7 +84,7 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
     assert (out / "submission.csv").read_text() == "Id,Predicted\nP10,0\nP11,1\n"
     written = Predictions.read(out / "predictions.csv", out / "images.csv")
     assert list(written.patients["split"]) == ["train"] * 10 + ["unlabelled"] * 2
-    again = Model.load(out).predict(cohort, device="cpu", threads=1)
+    again = Model.load(out).predict(cohort, PredictSettings(device="cpu", threads=1))
     np.testing.assert_array_equal(
         again.patients["probability"], written.patients["probability"].astype(np.float32)
     )
@@ -107,12 +108,12 @@ def test_what_bfloat16_trained_predicts_in_float32(cohort: Cohort, tmp_path: Pat
     assert model.facts.settings["precision"] == "bfloat16"
     written = Predictions.read(tmp_path / "predictions.csv", tmp_path / "images.csv")
     loaded = Model.load(tmp_path)
-    again = loaded.predict(cohort, device="cpu", threads=1)
+    again = loaded.predict(cohort, PredictSettings(device="cpu", threads=1))
     for found, expected in ((again.images, written.images), (again.patients, written.patients)):
         np.testing.assert_array_equal(
             found["probability"], expected["probability"].astype(np.float32)
         )
-    rough = loaded.predict(cohort, device="cpu", threads=1, precision="bfloat16")
+    rough = loaded.predict(cohort, PredictSettings(device="cpu", threads=1, precision="bfloat16"))
     assert not np.array_equal(rough.images["probability"], again.images["probability"])
 
 

@@ -20,12 +20,13 @@ from lymphfeat.explanation.report import worst_first, write_cell, write_report
 from lymphfeat.explanation.scores import probability_without, ranks
 from lymphfeat.heads.bags import Bags
 from lymphfeat.model.scoring import read_out
-from lymphfeat.settings import Unit
+from lymphfeat.settings import ExplainSettings, Precision, PredictSettings, Unit
 from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_synthetic_cohort
 from lymphfeat.synthetic.rendering import render_cell
 from tests.test_model import make_model, reference_logits
 from tests.tiny import SIDE, write_red_cohort
 
+ON_CPU = ExplainSettings(device="cpu", precision="float32")
 AGGS = ["mean", "max", "lse", "bnsigmoid", "top1", "topk", "topbottomk"]
 
 
@@ -35,7 +36,7 @@ def cohort(tmp_path: Path) -> Cohort:
 
 
 def explained(cohort: Cohort, agg: str, unit: Unit = "") -> Explanation:
-    return explain(make_model(agg, unit), cohort, device="cpu", precision="float32")
+    return explain(make_model(agg, unit), cohort, ON_CPU)
 
 
 @pytest.mark.seconds
@@ -43,7 +44,7 @@ def explained(cohort: Cohort, agg: str, unit: Unit = "") -> Explanation:
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 def test_shares_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Cohort) -> None:
     found = explained(cohort, agg, unit)
-    predictions = found.model.predict(cohort, device="cpu", precision="float32")
+    predictions = found.model.predict(cohort, PredictSettings(device="cpu", precision="float32"))
     patients, images = predictions.patients, predictions.images
     assert found.predicted == pytest.approx(patients["probability"].to_numpy(), abs=1e-5)
     assert found.logit == pytest.approx(images["logit"].to_numpy(), abs=1e-4)
@@ -63,13 +64,16 @@ def test_shares_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Coho
 def test_logits_beyond_what_exp_holds(agg: str, cohort: Cohort, tmp_path: Path) -> None:
     model = make_model(agg)
     torch.nn.init.constant_(model.head.bias, -1000)
-    found = explain(model, cohort, device="cpu", precision="float32")
+    found = explain(model, cohort, ON_CPU)
     assert (found.images["probability"] == 0).all()
-    images = model.predict(cohort, device="cpu", precision="float32").images
+    images = model.predict(cohort, PredictSettings(device="cpu", precision="float32")).images
     assert (images["probability"] == 0).all()
     write_report(found, tmp_path / "report.html")
     image = cohort.images[0][0]
-    assert write_cell(model, image, tmp_path / "cell.png", device="cpu").probability == 0
+    assert (
+        write_cell(model, image, tmp_path / "cell.png", ExplainSettings(device="cpu")).probability
+        == 0
+    )
     assert np.isfinite(found.patients["probability"]).all()
 
 
@@ -81,13 +85,14 @@ def test_maps_against_image_by_image(cohort: Cohort) -> None:
         assert grid.ravel() == pytest.approx(reference.numpy(), abs=1e-3)
 
 
-def test_precision_is_that_of_predict(auto_precision: str, cohort: Cohort) -> None:
+def test_precision_is_that_of_predict(auto_precision: Precision, cohort: Cohort) -> None:
     model = make_model("topk")
-    for found, precision in (
-        (explain(model, cohort, device="cpu"), "float32"),
-        (explain(model, cohort, device="cpu", precision="auto"), auto_precision),
-    ):
-        images = model.predict(cohort, device="cpu", precision=precision).images
+    cases: tuple[tuple[Explanation, Precision], ...] = (
+        (explain(model, cohort, ExplainSettings(device="cpu")), "float32"),
+        (explain(model, cohort, ExplainSettings(device="cpu", precision="auto")), auto_precision),
+    )
+    for found, precision in cases:
+        images = model.predict(cohort, PredictSettings(device="cpu", precision=precision)).images
         assert found.logit == pytest.approx(images["logit"].to_numpy(), abs=1e-4)
 
 
@@ -164,7 +169,7 @@ def test_truth_scores_and_overlap_of_a_synthetic_cohort(tmp_path: Path) -> None:
     settings = SyntheticSettings(patients=4, test_patients=0, images=4)
     root = write_synthetic_cohort(settings, tmp_path / "made")
     truth = Truth.read([root / "truth.csv"])
-    found = explain(make_model(), Cohort.load(root), truth=truth, device="cpu")
+    found = explain(make_model(), Cohort.load(root), ExplainSettings(device="cpu"), truth=truth)
     assert 0 <= found.truth_scores()["witness_auc_all"] <= 1
     assert truth.images is not None
     assert found.overlap is None or found.overlap.images <= truth.images["witness"].sum()
@@ -182,9 +187,9 @@ def test_roles_and_errors_first(cohort: Cohort) -> None:
 
 def test_calibrated_where_the_model_is(cohort: Cohort) -> None:
     model = make_model("mean")
-    assert explain(model, cohort, device="cpu").patients["calibrated"].isna().all()
+    assert explain(model, cohort, ExplainSettings(device="cpu")).patients["calibrated"].isna().all()
     model.decision = replace(model.decision, calibration=Calibration(slope=2.0))
-    found = explain(model, cohort, device="cpu").patients
+    found = explain(model, cohort, ExplainSettings(device="cpu")).patients
     raw = found["probability"].to_numpy(np.float64)
     odds = (raw / (1 - raw)) ** 2
     assert found["calibrated"].to_numpy() == pytest.approx(odds / (1 + odds), abs=1e-5)

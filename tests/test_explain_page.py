@@ -12,6 +12,7 @@ from playwright.sync_api import Page, sync_playwright
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.explanation.explanation import explain
 from lymphfeat.explanation.page import render_page
+from lymphfeat.settings import ExplainSettings
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort
 
@@ -27,7 +28,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("explained")
     cohort = Cohort.load(write_red_cohort(root / "cohort", "01010101??"))
     file = root / "report.html"
-    file.write_text(render_page(explain(make_model("topbottomk"), cohort, device="cpu")))
+    file.write_text(
+        render_page(explain(make_model("topbottomk"), cohort, ExplainSettings(device="cpu")))
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page()

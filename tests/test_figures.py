@@ -24,7 +24,7 @@ from lymphfeat.plots.pretraining import draw_curve
 from lymphfeat.plots.reproduction import draw_depths, draw_subsets
 from lymphfeat.plots.summary import draw_summary
 from lymphfeat.reproduction import PUBLISHED
-from lymphfeat.settings import FitSettings, HeadSettings, ProtocolName
+from lymphfeat.settings import ExplainSettings, FitSettings, HeadSettings, ProtocolName
 from tests.simulations import noise_features
 from tests.test_compare_command import write_run
 from tests.test_model import make_model
@@ -140,5 +140,7 @@ def test_learning_curves(drawn: list[Figure], tmp_path: Path) -> None:
 
 def test_explanations(tmp_path: Path) -> None:
     cohort = Cohort.load(write_red_cohort(tmp_path / "cohort", "010101??"))
-    found = explain(make_model("bnsigmoid"), cohort, device="cpu", precision="float32")
+    found = explain(
+        make_model("bnsigmoid"), cohort, ExplainSettings(device="cpu", precision="float32")
+    )
     check([draw_cohort(found), draw_weights(found, "P1")], 2 + 1 + 1)

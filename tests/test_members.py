@@ -30,7 +30,13 @@ from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.ensemble import Ensemble, load_model
 from lymphfeat.model.model import Model
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, ThresholdRule
+from lymphfeat.settings import (
+    ExtractSettings,
+    FitSettings,
+    HeadSettings,
+    PredictSettings,
+    ThresholdRule,
+)
 from lymphfeat.training import train
 from lymphfeat_cli.endtoend import warn_of_bag_size
 from lymphfeat_cli.main import cli
@@ -39,6 +45,7 @@ from tests.tiny import BACKBONE, SIDE, tiny_settings, write_cohort_with_a_copy, 
 
 FOLDS = 2
 SETTINGS = tiny_settings(epochs=2, tta=True)
+ON_CPU = PredictSettings(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_members_never_saw_their_fold(trained: Path, cohort: Cohort) -> None:
 
 def predict_each(trained: Path, cohort: Cohort) -> tuple[list[Model], list[pd.DataFrame]]:
     members = list(Ensemble.load(trained).models)
-    return members, [m.predict(cohort, device="cpu").patients.set_index("id") for m in members]
+    return members, [m.predict(cohort, ON_CPU).patients.set_index("id") for m in members]
 
 
 def held_out_by(member: Model) -> list[str]:
@@ -95,7 +102,7 @@ def test_calibrated_logits_are_averaged_and_decided_where_thresholds_were_found(
     )
     submission = pd.read_csv(trained / "submission.csv").set_index("Id")["Predicted"]
     assert (submission == written.loc[submission.index, "predicted"]).all()
-    again = load_model(trained).predict(cohort, device="cpu").patients
+    again = load_model(trained).predict(cohort, ON_CPU).patients
     np.testing.assert_allclose(again["probability"], written["probability"], rtol=1e-6)
 
 
@@ -119,7 +126,7 @@ def test_members_of_several_folders_are_averaged_alike(trained: Path, cohort: Co
     _, each = predict_each(trained, cohort)
     logits = [logit(table["calibrated"].to_numpy()) for table in each]
     mean = np.average(logits, axis=0, weights=[1 / 3, 2 / 3])
-    found = ensemble.predict(cohort, device="cpu").patients["probability"]
+    found = ensemble.predict(cohort, ON_CPU).patients["probability"]
     np.testing.assert_allclose(found, expit(mean), rtol=1e-5)
 
 

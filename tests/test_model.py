@@ -27,7 +27,7 @@ from lymphfeat.model.model import Model, TrainingFacts
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.scoring import ModelRecipe, read_out
 from lymphfeat.runtime.files import unfinished_folder
-from lymphfeat.settings import HeadSettings, Unit
+from lymphfeat.settings import HeadSettings, PredictSettings, Unit
 from tests.folders import contents, interrupt_swap, names_in
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 from tests.tiny import SIDE, write_red_cohort
@@ -107,7 +107,7 @@ def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("unit", ["pixel", "image"])
 def test_predictions_against_image_by_image(agg: str, unit: Unit, cohort: Cohort) -> None:
     model = make_model(agg, unit)
-    predictions = model.predict(cohort, batch_size=4)
+    predictions = model.predict(cohort, PredictSettings(batch_size=4))
     images = predictions.images
     assert images.groupby("patient")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     for patient, paths in zip(cohort.ids, cohort.images, strict=True):
@@ -145,7 +145,7 @@ def _check_weighted(
 def test_bfloat16_is_as_near_as_its_roundings_allow(agg: str, cohort: Cohort) -> None:
     model = make_model(agg, "image")
     exact, rough = (
-        model.predict(cohort, device="cpu", precision=precision)
+        model.predict(cohort, PredictSettings(device="cpu", precision=precision))
         for precision in ("float32", "bfloat16")
     )
     moved = (rough.images["logit"] - exact.images["logit"]).abs().to_numpy()  # (N,)
@@ -170,11 +170,13 @@ def test_bfloat16_is_as_near_as_its_roundings_allow(agg: str, cohort: Cohort) ->
 def test_auto_is_one_of_them_and_float32_the_default(auto_precision: str, cohort: Cohort) -> None:
     model = make_model()
     by_name = {
-        name: model.predict(cohort, device="cpu", precision=name).images
+        name: model.predict(cohort, PredictSettings(device="cpu", precision=name)).images
         for name in ("float32", "bfloat16", "auto")
     }
     pd.testing.assert_frame_equal(by_name["auto"], by_name[auto_precision])
-    pd.testing.assert_frame_equal(model.predict(cohort, device="cpu").images, by_name["float32"])
+    pd.testing.assert_frame_equal(
+        model.predict(cohort, PredictSettings(device="cpu")).images, by_name["float32"]
+    )
     assert not by_name["float32"].equals(by_name["bfloat16"])
 
 
@@ -188,7 +190,7 @@ def test_top1_reads_the_highest_image(cohort: Cohort) -> None:
 @pytest.mark.parametrize("agg", ["bnsigmoid", "topk"])
 def test_a_patient_depends_on_no_other(agg: str, cohort: Cohort) -> None:
     model = make_model(agg)
-    whole = model.predict(cohort, batch_size=3).patients.set_index("id")
+    whole = model.predict(cohort, PredictSettings(batch_size=3)).patients.set_index("id")
     for patient in cohort.ids:
         alone = model.predict(cohort.select([patient])).patients
         # to rounding: batches of other sizes add up in another order
@@ -216,7 +218,7 @@ def test_order_of_images_is_nothing(agg: str, cohort: Cohort) -> None:
 def test_tta_is_the_mean_over_flips(cohort: Cohort) -> None:
     model = make_model()
     plain = model.predict(cohort).patients["probability"]
-    tta = model.predict(cohort, tta=True)
+    tta = model.predict(cohort, PredictSettings(tta=True))
     assert np.abs(plain - tta.patients["probability"]).max() > 1e-5
     assert tta.images.groupby("patient")["weight"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     model.tta = True

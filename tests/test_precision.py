@@ -18,7 +18,14 @@ from lymphfeat.heads.grid import resolve
 from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.runtime.devices import whole_float32
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings, PretrainSettings
+from lymphfeat.settings import (
+    ExplainSettings,
+    ExtractSettings,
+    FitSettings,
+    HeadSettings,
+    PredictSettings,
+    PretrainSettings,
+)
 from lymphfeat.training import train
 from tests.test_model import make_model
 from tests.tiny import BACKBONE, SIDE, tiny_settings, write_red_cohort
@@ -74,8 +81,8 @@ def pretrain_a_little(model: Model, cohort: Cohort, out: Path) -> None:
 
 
 COMPUTING: dict[str, Callable[[Model, Cohort, Path], object]] = {
-    "predict": lambda model, cohort, out: model.predict(cohort, device="cpu"),
-    "explain": lambda model, cohort, out: explain(model, cohort, device="cpu"),
+    "predict": lambda model, cohort, out: model.predict(cohort, PredictSettings(device="cpu")),
+    "explain": lambda model, cohort, out: explain(model, cohort, ExplainSettings(device="cpu")),
     "endtoend": lambda model, cohort, out: train(cohort, out, tiny_settings(epochs=1)),
     "folds": lambda model, cohort, out: train(cohort, out, tiny_settings(epochs=1), folds=2),
     "extract and fit-head": fit_networks,

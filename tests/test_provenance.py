@@ -36,7 +36,13 @@ from lymphfeat.model.ensemble import load_model
 from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadSettings
+from lymphfeat.settings import (
+    ExplainSettings,
+    ExtractSettings,
+    FitSettings,
+    HeadSettings,
+    PredictSettings,
+)
 from lymphfeat.training import train
 from tests.tiny import BACKBONE, PRETRAINING, tiny_settings, write_red_cohort
 
@@ -167,13 +173,13 @@ def compare_run_on(source: Path, cohort: Cohort, out: Path) -> None:
 
 def predict_by(source: Path, cohort: Cohort, out: Path) -> None:
     model = load_model(source)
-    patients = model.predict(cohort, device="cpu").patients
+    patients = model.predict(cohort, PredictSettings(device="cpu")).patients
     assert patients["seen"].tolist() == model.seen(patient_keys(cohort))
     _refuse_marked(patients["seen"].tolist(), set(model.measure(patients)))
 
 
 def explain_by(source: Path, cohort: Cohort, out: Path) -> None:
-    explanation = explain(Model.load(source), cohort, device="cpu")
+    explanation = explain(Model.load(source), cohort, ExplainSettings(device="cpu"))
     _refuse_marked(explanation.patients["seen"].tolist(), set(explanation.metrics()))
 
 

@@ -99,17 +99,7 @@ def _explain(
     from lymphfeat.explanation.explanation import explain
 
     with output.progress("scoring") as progress:
-        return explain(
-            model,
-            cohort,
-            truth=truth,
-            seed=settings.seed,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.threads,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        return explain(model, cohort, settings, truth=truth, progress=progress)
 
 
 def _write(
@@ -117,17 +107,8 @@ def _write(
 ) -> list[Path]:
     from lymphfeat.explanation.report import write_report
 
-    figures = settings.figures
     with output.progress("picturing") as progress:
-        return write_report(
-            explanation,
-            out,
-            budget=settings.megabytes * 1_000_000,
-            plates=settings.plates,
-            formats={"both": ("png", "pdf"), "none": ()}.get(figures, (figures,)),
-            force=output.force,
-            progress=progress,
-        )
+        return write_report(explanation, out, settings, force=output.force, progress=progress)
 
 
 def _explain_image(
@@ -135,7 +116,7 @@ def _explain_image(
 ) -> None:
     from lymphfeat.explanation.report import write_cell
 
-    cell = write_cell(model, image, out, device=settings.device, precision=settings.precision)
+    cell = write_cell(model, image, out, settings)
     result = {"image": str(image), "logit": cell.logit, "probability": cell.probability}
     output.show(
         lambda: result | {"map": cell.grid.tolist(), "files": [str(out)]},
@@ -165,12 +146,12 @@ def _result(explanation: "Explanation", files: list[Path]) -> dict[str, object]:
 
 
 def _show(explanation: "Explanation", files: list[Path]) -> None:
-    from lymphfeat.explanation.text import deletion_told, summary
+    from lymphfeat.explanation.text import describe_deletion, summary
 
     click.echo(summary(explanation))
     show_metrics("Labelled patients", explanation.metrics())
     if explanation.deletion is not None:
-        click.echo(deletion_told(explanation.deletion))
+        click.echo(describe_deletion(explanation.deletion))
     show_truth(explanation.truth_scores())
     overlap = explanation.overlap
     if overlap is not None:

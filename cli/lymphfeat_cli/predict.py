@@ -1,6 +1,6 @@
 """`lymphfeat predict`: model + cohort -> predictions; no labels needed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +142,7 @@ def command(
         model = model.at_sensitivity(sensitivity)
     patients = cohort.load(output)
     with output.progress("predicting") as progress:
-        found = model.predict(patients, progress=progress, **asdict(settings))
+        found = model.predict(patients, settings, progress=progress)
     written = files.write(found, patients)
     scores = truth.score(found.images, found.patients, model.threshold) if truth else {}
     output.show(

@@ -15,10 +15,11 @@ from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_maps
 from lymphfeat.model.ensemble import Ensemble
-from lymphfeat.model.model import Model, ScoringOptions
+from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import ROLE_OF
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import ExplainSettings
 
 ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
 
@@ -118,35 +119,28 @@ class Explanation:
 def explain(
     model: Model | Ensemble,
     cohort: Cohort,
+    settings: ExplainSettings | None = None,
     *,
     truth: Truth | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "float32",
-    threads: int | None = None,
-    batch_size: int = 64,
     progress: Progress = silent,
 ) -> Explanation:
     """Explain a model's decisions on a cohort.
 
     The unflipped images are explained; where the model predicts the mean over four flips,
-    `predicted` holds that mean. `truth` is used only for scoring. `seed` sets the random deletions.
-    `precision` is as for `Model.predict`. Raises SettingsError for an ensemble: its members are
-    explained one at a time.
+    `predicted` holds that mean. `truth` is used only for scoring. Raises SettingsError for an
+    ensemble: its members are explained one at a time.
     """
     if isinstance(model, Ensemble):
         raise SettingsError(
             f"model must be a single model; got {len(model.models)} members. Explain one of them, "
             "such as model.models[0]."
         )
-    scoring = ScoringOptions(
-        device=device, precision=precision, threads=threads, batch_size=batch_size
-    )
-    maps = score_maps(model, cohort, progress=progress, **scoring)
+    settings = settings or ExplainSettings()
+    maps = score_maps(model, cohort, settings.scoring, progress=progress)
     decisions = decide(model, maps, cohort.n_images)
     predicted = decisions.probability
     if model.tta:
-        flipped = model.predict(cohort, progress=progress, **scoring)
+        flipped = model.predict(cohort, settings.scoring, progress=progress)
         predicted = flipped.patients["probability"].to_numpy(np.float32)
     return Explanation(
         model=model,
@@ -154,7 +148,7 @@ def explain(
         maps=maps,
         decisions=decisions,
         predicted=predicted,
-        deletion=delete_images(model, maps, cohort.n_images, seed=seed),
+        deletion=delete_images(model, maps, cohort.n_images, seed=settings.seed),
         truth=truth,
         overlap=measure_overlap(cohort, maps, model.recipe.crop, truth),
     )

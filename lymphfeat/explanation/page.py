@@ -18,12 +18,12 @@ from lymphfeat.explanation.curves import Distribution, calibration_curve, roc_cu
 from lymphfeat.explanation.explanation import ROLES, Explanation
 from lymphfeat.explanation.text import (
     about,
-    deletion_told,
-    marks_told,
+    describe_deletion,
+    describe_marks,
+    describe_shares,
+    describe_truth,
     model_facts,
-    shares_told,
     summary,
-    truth_told,
 )
 from lymphfeat.explanation.text import notices as told_notices
 from lymphfeat.explanation.thumbnails import Thumbnails, make_thumbnails
@@ -127,7 +127,7 @@ def _page_data(
         },
         "extremes": _extremes(explanation, thumbnails),
         "deletion": _deletion(explanation),
-        "truth": truth_told(explanation),
+        "truth": describe_truth(explanation),
     }
 
 
@@ -140,8 +140,8 @@ def _model(explanation: Explanation) -> dict[str, Any]:
         "grid": explanation.maps.shape[1],
         "limit": colour_limit(explanation.maps),
         "marked": marked,
-        "marks": marks_told(model),
-        "shares": shares_told(model),
+        "marks": describe_marks(model),
+        "shares": describe_shares(model),
         "rest": "smoothing (belongs to no cell)",
     }
 
@@ -279,7 +279,7 @@ def _deletion(explanation: Explanation) -> dict[str, Any] | None:
     return {
         "k": deletion.k.tolist(),
         **{name: _round(getattr(deletion, name), 5) for name in curves},
-        "told": deletion_told(deletion),
+        "told": describe_deletion(deletion),
     }
 
 

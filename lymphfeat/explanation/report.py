@@ -20,7 +20,7 @@ from lymphfeat.explanation.figures import (
     draw_plate,
     draw_weights,
 )
-from lymphfeat.explanation.page import BUDGET, render_page
+from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.scores import score_image
 from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
@@ -33,8 +33,9 @@ from lymphfeat.runtime.files import (
     result_files,
 )
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import ExplainSettings
 
-PLATES = 6  # default number of patients drawn as figures
+_FORMATS = {"png": ("png",), "pdf": ("pdf",), "both": ("png", "pdf"), "none": ()}
 _FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "weights-*")
 FIGURES = ResultKind(
     name="set of figures",
@@ -46,28 +47,24 @@ FIGURES = ResultKind(
 def write_report(
     explanation: Explanation,
     out: Path,
+    settings: ExplainSettings | None = None,
     *,
-    budget: int = BUDGET,
-    plates: int = PLATES,
-    formats: tuple[str, ...] = ("png",),
-    threads: int = 2,
     force: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
     """Write the page to `out` and the figures to the folder next to it; return the files.
 
     Page and figures are replaced together. Raises SettingsError as `check_report`.
-
-    plates: number of patients that get a plate and a distribution, misclassified ones first.
-    formats: of the figures, "png" and "pdf"; empty for no figures.
     """
+    settings = settings or ExplainSettings()
+    budget, formats = settings.megabytes * 1_000_000, _FORMATS[settings.figures]
     figures = figures_folder(out)
     with result_files(out, {figures.name: FIGURES}, force=force) as folder:
-        page = render_page(explanation, budget=budget, threads=threads, progress=progress)
+        page = render_page(explanation, budget=budget, progress=progress)
         (folder / out.name).write_text(page, encoding="utf-8")
         if formats:
             (folder / figures.name).mkdir()
-            for name, figure in _figures(explanation, plates):
+            for name, figure in _figures(explanation, settings.plates):
                 for suffix in formats:
                     figure.savefig(folder / figures.name / f"{name}.{suffix}", dpi=130)
     return [out, *files_in(figures)]
@@ -122,13 +119,13 @@ class Cell:
 
 
 def write_cell(
-    model: Model, image: Path, out: Path, *, device: str = "auto", precision: str = "float32"
+    model: Model, image: Path, out: Path, settings: ExplainSettings | None = None
 ) -> Cell:
     """Score one image and draw it with its map to `out`; SettingsError for an unknown suffix."""
     suffixes = (".png", ".pdf", ".svg")
     if out.suffix not in suffixes:
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
-    grid = score_image(model, image, device=device, precision=precision)
+    grid = score_image(model, image, (settings or ExplainSettings()).scoring)
     logit = float(grid.mean())
     probability = float(expit(logit))
     pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)

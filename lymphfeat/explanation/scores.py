@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.images import VIEWS
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator, aggregator_of
@@ -18,9 +19,9 @@ from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import CohortScorer, read_out
 from lymphfeat.runtime.arrays import Float32s
-from lymphfeat.runtime.devices import choose_device, choose_precision, cpu_threads, whole_float32
+from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, PredictSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,42 +44,26 @@ class Decisions:
 
 
 def score_maps(
-    model: Model,
-    cohort: Cohort,
-    *,
-    device: str = "auto",
-    precision: str = "float32",
-    threads: int | None = None,
-    batch_size: int = 64,
-    progress: Progress = silent,
+    model: Model, cohort: Cohort, settings: PredictSettings, *, progress: Progress = silent
 ) -> Float32s:
     """Return the logit of every pixel of every image's feature map, unflipped: (N, h, w).
 
     An image's logit is the mean of its pixels'; pixels keep their positions in the centre crop.
     """
-    chosen = choose_device(device)
-    with cpu_threads(threads), whole_float32():
+    with cpu_threads(settings.threads), whole_float32():
         scorer = CohortScorer(
-            model.backbone,
-            model.head,
-            model.recipe,
-            ("identity",),
-            dtype=choose_precision(precision, chosen),
-            device=chosen,
-            unit="pixel",
+            model.backbone, model.head, model.recipe, settings, views=VIEWS[:1], unit="pixel"
         )
-        logits = scorer.score(cohort, batch_size, progress)[0]  # (N, h · w)
+        logits = scorer.score(cohort, progress)[0]  # (N, h · w)
     side = math.isqrt(logits.shape[1])  # crops are square, so are the maps
     return logits.reshape(len(logits), side, side).numpy()
 
 
-def score_image(
-    model: Model, path: Path, *, device: str = "auto", precision: str = "float32"
-) -> Float32s:
+def score_image(model: Model, path: Path, settings: PredictSettings) -> Float32s:
     """Return the logits of one image's pixels: (h, w)."""
     table = pd.DataFrame({"label": [-1], "split": ["test"]}, index=pd.Index([path.name], name="id"))
     alone = Cohort(root=path.parent, table=table, images=((path,),))
-    grid: Float32s = score_maps(model, alone, device=device, precision=precision)[0]
+    grid: Float32s = score_maps(model, alone, settings)[0]
     return grid
 
 

@@ -49,7 +49,7 @@ def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
     return found
 
 
-def marks_told(model: Model) -> str:
+def describe_marks(model: Model) -> str:
     """Explain the frames and bars on a plate."""
     settings = model.head_settings
     aggregator = AGGREGATORS[settings.agg]
@@ -65,7 +65,7 @@ def marks_told(model: Model) -> str:
     return f"▲ among the {k} highest {what}{lowest}; the others were not used. {bar}"
 
 
-def shares_told(model: Model) -> str:
+def describe_shares(model: Model) -> str:
     """Explain what a cell's share is."""
     settings = model.head_settings
     if AGGREGATORS[settings.agg].family == "ranking":
@@ -79,7 +79,7 @@ def shares_told(model: Model) -> str:
     return share + (", together with the smoothing term." if settings.agg == "lse" else ".")
 
 
-def deletion_told(deletion: Deletion) -> str:
+def describe_deletion(deletion: Deletion) -> str:
     """Report the effect of deleting cells."""
     verdict = (
         f" more than any of {deletion.draws} random draws, whatever the number of cells"
@@ -94,7 +94,7 @@ def deletion_told(deletion: Deletion) -> str:
     )
 
 
-def truth_told(explanation: Explanation) -> list[tuple[str, str, str]]:
+def describe_truth(explanation: Explanation) -> list[tuple[str, str, str]]:
     """Compare the scores with a known truth: (title, value, sentence); empty without one."""
     scores, overlap = explanation.truth_scores(), explanation.overlap
     found = []

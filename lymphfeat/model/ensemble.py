@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,12 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision, average, combine
-from lymphfeat.model.model import Model, PredictOptions
+from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import SEEN, Predictions, decided_columns, measure_by_role
 from lymphfeat.runtime.files import recover, replace_file
 from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.settings import PredictSettings
 
 MEMBERS_FILE, FORMAT = "members.json", "lymphfeat-members"
 
@@ -83,23 +84,31 @@ class Ensemble:
         return cls(models, content.get("metrics", {}))
 
     def predict(
-        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
+        self,
+        cohort: Cohort,
+        settings: PredictSettings | None = None,
+        *,
+        progress: Progress = silent,
     ) -> Predictions:
-        """Predict every patient and image by the members' mean; arguments as for `Model.predict`.
+        """Predict every patient and image by the members' mean, as `Model.predict` does.
 
         The patients' probability is the logistic of the mean of the calibrated logits, and their
         spread the standard deviation of the calibrated probabilities.
         """
-        return self.average(self.predict_each(cohort, progress=progress, **options))
+        return self.average(self.predict_each(cohort, settings, progress=progress))
 
     def predict_each(
-        self, cohort: Cohort, *, progress: Progress = silent, **options: Unpack[PredictOptions]
+        self,
+        cohort: Cohort,
+        settings: PredictSettings | None = None,
+        *,
+        progress: Progress = silent,
     ) -> list[Predictions]:
         """Return the predictions of every member; only one at a time is on the device."""
         predicted, count = [], len(self.models)
         for number, model in enumerate(self.models):
             own = part_of(progress, number, count, f"member {number + 1}/{count}")
-            predicted.append(model.predict(cohort, progress=own, **options))
+            predicted.append(model.predict(cohort, settings, progress=own))
             model.backbone.to("cpu")
         return predicted
 

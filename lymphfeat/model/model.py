@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,16 +29,11 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, read_out
-from lymphfeat.runtime.devices import (
-    choose_device,
-    choose_precision,
-    cpu_threads,
-    whole_float32,
-)
+from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import find_checkpoints, recover, replace_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, PredictSettings
 
 FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
@@ -62,21 +57,6 @@ class TrainingFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     # "train", "validation" -> the metrics of those patients, as predicted by the final model
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-
-
-class ScoringOptions(TypedDict, total=False):
-    """Where and how images are scored; see `Model.predict`."""
-
-    device: str
-    precision: str
-    threads: int | None
-    batch_size: int
-
-
-class PredictOptions(ScoringOptions, total=False):
-    """The options of `Model.predict`."""
-
-    tta: bool | None
 
 
 class Model:
@@ -175,34 +155,23 @@ class Model:
     def predict(
         self,
         cohort: Cohort,
+        settings: PredictSettings | None = None,
         *,
-        tta: bool | None = None,
-        device: str = "auto",
-        precision: str = "float32",
-        threads: int | None = None,
-        batch_size: int = 64,
         progress: Progress = silent,
     ) -> Predictions:
         """Predict every patient and image of a cohort, each only from its own images.
 
-        With `tta` everything is the mean over the four flips; None uses the model's default.
-        Images are decoded and scored in batches; only their logits are kept. `precision` is
-        float32, bfloat16 or auto; only float32 gives the same probabilities on every machine, up
-        to the order of summation.
+        With `settings.tta` everything is the mean over the four flips. Images are decoded and
+        scored in batches; only their logits are kept. Only float32 gives the same probabilities on
+        every machine, up to the order of summation. Raises ModelError for a score that is not
+        finite.
         """
-        chosen = choose_device(device)
-        views = VIEWS if (self.tta if tta is None else tta) else VIEWS[:1]
-        with cpu_threads(threads), whole_float32():
-            scorer = CohortScorer(
-                self.backbone,
-                self.head,
-                self.recipe,
-                views,
-                dtype=choose_precision(precision, chosen),
-                device=chosen,
-            )
-            logits = scorer.score(cohort, batch_size, progress)  # (V, N, U)
-            return self._read_out(cohort, logits)
+        settings = settings or PredictSettings()
+        tta = self.tta if settings.tta is None else settings.tta
+        views = VIEWS if tta else VIEWS[:1]
+        with cpu_threads(settings.threads), whole_float32():
+            scorer = CohortScorer(self.backbone, self.head, self.recipe, settings, views=views)
+            return self._read_out(cohort, scorer.score(cohort, progress))
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, grouped by what the model has seen of them.

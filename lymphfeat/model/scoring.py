@@ -17,8 +17,9 @@ from lymphfeat.features.backbones import Backbone
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.runtime.devices import autocast
+from lymphfeat.runtime.devices import autocast, choose_device, choose_precision
 from lymphfeat.runtime.progress import Progress, RateMeter
+from lymphfeat.settings import PredictSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +45,27 @@ class CohortScorer:
         backbone: Backbone,
         head: HeadStack,
         recipe: ModelRecipe,
-        views: Sequence[str],
+        settings: PredictSettings,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
+        views: Sequence[str],
         unit: str | None = None,
     ) -> None:
-        """Take the unit to score; None uses the head's."""
+        """Take the unit to score; None uses the head's. `views` are used whatever the settings."""
+        device = choose_device(settings.device)
         self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(head).eval().to(device)
         self._recipe = recipe
         self._unit = head.settings[0].unit if unit is None else unit
-        self._views, self._dtype, self._device = views, dtype, device
+        self._views, self._device, self._batch_size = views, device, settings.batch_size
+        self._dtype = choose_precision(settings.precision, device)
 
-    def score(self, cohort: Cohort, batch_size: int, progress: Progress) -> Tensor:
+    def score(self, cohort: Cohort, progress: Progress) -> Tensor:
         """Return the logits of all instances of all images in every view: (V, N, U) on the CPU."""
         paths = [path for images in cohort.images for path in images]
         meter = RateMeter(progress, len(paths))
         crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
         logits = []
-        for batch in _batches(crops, batch_size):
+        for batch in _batches(crops, self._batch_size):
             logits.append(self._score_batch(np.stack([crop.pixels for crop in batch])))
             meter.add(len(batch))
         return _finite(torch.cat(logits, dim=1), paths)
