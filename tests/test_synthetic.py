@@ -422,8 +422,9 @@ def test_a_look_spreads_the_traits_of_the_cells_round_its_centre() -> None:
         return np.array([astuple(draw_traits(rng, False, 0, slide, False)) for rng in rngs])
 
     expected = look.centre + look.spread * (traits(slide) - look.middle)
-    inside = (traits(replace(slide, look=look)) == expected).mean()
-    assert inside > 0.8  # the others would be beyond what can be drawn
+    limited = np.clip(expected, rendering._LOWEST, rendering._HIGHEST)
+    assert np.array_equal(traits(replace(slide, look=look)), limited)
+    assert (limited == expected).mean() > 0.5
 
 
 @pytest.mark.parametrize("sign", ["variety", "shift"])

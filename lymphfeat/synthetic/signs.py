@@ -9,19 +9,18 @@
 from dataclasses import astuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lymphfeat.settings import Sign
 from lymphfeat.synthetic.rendering import TRAITS, Look, Slide, draw_traits
 
 _SAMPLE = 200  # cells that show where the traits of a patient's slide are centred
-_BETWEEN = 0.25  # of patients' centres: standard deviation, in those of a patient's cells
-SPREAD_DISTANCE = 1.2  # of the classes' mean log-spreads, at difficulty 0
+_BETWEEN = 0.4  # of patients' centres: standard deviation, in those of a patient's cells
+SPREAD_DISTANCE = 1.1  # of the classes' mean log-spreads, at difficulty 0
 _SPREAD_DEVIATION = 0.4  # of log-spreads within a class
-_MIDDLE_SPREAD = -0.2  # log-spread between the classes; 0 is the spread of a witness cohort
 # Along which traits a shift goes, in deviations of a patient's cells, at difficulty 0.
 _SHIFT = {"nucleus": 1.0, "grain": -1.5, "contrast": -1.0, "density": -1.5, "basophilia": 1.5}
-_AMOUNTS = 0.4, 1.2  # least and greatest factor of a patient's shift
+_DIRECTION = np.array([_SHIFT.get(trait, 0.0) for trait in TRAITS])  # (T,)
+_AMOUNTS = 0.45, 1.35  # least and greatest factor of a patient's shift
 
 
 def draw_look(
@@ -34,14 +33,10 @@ def draw_look(
     cells = np.array([astuple(draw_traits(rng, False, 0, slide, is_large)) for is_large in large])
     deviation = cells.std(0)
     centre = cells.mean(0) + _BETWEEN * rng.normal(0, 1, len(TRAITS)) * deviation
-    spread = np.exp(_MIDDLE_SPREAD + _SPREAD_DEVIATION * rng.normal())
+    spread = np.exp(_SPREAD_DEVIATION * rng.normal())
     plainness = 1 - difficulty
     if sign == "variety":
         spread *= np.exp(plainness * SPREAD_DISTANCE * (0.5 - label))
     elif label == 1:
-        centre += plainness * rng.uniform(*_AMOUNTS) * _direction() * deviation
+        centre += plainness * rng.uniform(*_AMOUNTS) * _DIRECTION * deviation
     return Look(middle=cells.mean(0), centre=centre, spread=float(spread))
-
-
-def _direction() -> NDArray[np.float64]:
-    return np.array([_SHIFT.get(name, 0.0) for name in TRAITS])  # (T,)
