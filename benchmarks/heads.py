@@ -277,7 +277,7 @@ def measure(store: FeatureStore, precision: str, epochs: int, repeats: int) -> N
     name = next(name for name, value in CLOCKS.items() if value is clock)
     print(f"\n{precision}, {torch.get_num_threads()} threads, {name} time")
     start = clock()
-    provider = load_features(store, DTYPES[precision], CPU)
+    provider = load_features([store], DTYPES[precision], CPU)
     assert isinstance(provider, SharedFeatures)
     features = provider.features
     features.of_unit("pixel")

@@ -25,6 +25,7 @@ from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.grid import expand, head_name, resolve
+from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
 from lymphfeat.plots.optimism import draw_optimism
 from lymphfeat.plots.summary import draw_summary
 from lymphfeat.runtime.devices import (
@@ -38,8 +39,9 @@ from lymphfeat.runtime.files import ResultKind, files_in, replace_file, result_f
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings
+from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
+Store = FeatureStore | str | os.PathLike[str]  # open, or its path
 RUN_FORMAT = "lymphfeat-run"
 RUN_FILES = (
     "summary.png",
@@ -86,7 +88,7 @@ class Run:
 
 
 def fit_heads(
-    store: FeatureStore | str | os.PathLike[str],
+    store: Store | Sequence[Store],
     heads: Sequence[HeadSettings] | HeadGrid = (),
     settings: FitSettings | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -99,6 +101,9 @@ def fit_heads(
     progress: Progress = silent,
 ) -> Run:
     """Fit heads on a store under a protocol; with `out` write that run folder.
+
+    Several stores of the same images, of different backbones, are read together by heads of the
+    family `distribution` (and `mean`, solved exactly); other heads read one store.
 
     `heads` is a list of heads or a grid; `agg` names one or several aggregators instead, with
     default settings. Without either, top-k is fitted.
@@ -119,20 +124,20 @@ def fit_heads(
     device = choose_device(settings.device)
     dtype = choose_precision(settings.precision, device)
     settings = replace(settings, precision=precision_name(dtype))
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    witness = None if truth is None else _witnesses(store, Path(truth))
+    stores = _open_stores(store, heads)
+    witness = None if truth is None else _witnesses(stores[0], Path(truth))
     join_processes()
     with _run_folder(out, force=force) as folder, cpu_threads(settings.threads), whole_float32():
-        provenance = RunProvenance.of(store)
-        features = load_features(store, dtype, device, views=settings.views)
+        provenance = RunProvenance.of(stores)
+        features = load_features(stores, dtype, device, views=settings.views)
         plan = features.plan(settings, splits)
-        _refuse_leaks(plan.outer, store, provenance, settings)
-        table = store.table
+        _refuse_leaks(plan.outer, stores[0], provenance, settings)
+        table = stores[0].table
         outcome = run_protocol(features, plan, heads, settings, table=table, progress=progress)
         _add_columns(outcome, features, settings, witness)
         run = Run(folder=None if out is None else Path(out), settings=settings, outcome=outcome)
         if folder:
-            _write(run, store, provenance, folder)
+            _write(run, stores, provenance, folder)
         if folder and save:
             tensors = _tensors(outcome)
             replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
@@ -176,6 +181,18 @@ def _add_columns(
         outcome.summary["witness_auc"] = heads.map(witness_aucs(outcome, features, witness))
 
 
+def _open_stores(
+    store: Store | Sequence[Store], heads: Sequence[HeadSettings]
+) -> list[FeatureStore]:
+    """Open one store, or several; raises SettingsError for a head that cannot read several."""
+    given = [store] if isinstance(store, FeatureStore | str | os.PathLike) else list(store)
+    if len(given) != 1:
+        require(bool(given), "store (=[]) must name at least one feature store.")
+        for head in heads:
+            aggregator_of(head, DistributionAggregator)
+    return [each if isinstance(each, FeatureStore) else FeatureStore.open(each) for each in given]
+
+
 def _choose_heads(
     heads: Sequence[HeadSettings] | HeadGrid, agg: str | Sequence[str]
 ) -> list[HeadSettings]:
@@ -184,7 +201,7 @@ def _choose_heads(
     if isinstance(heads, HeadGrid):
         return expand(heads)
     if heads:
-        return [resolve(head) for head in heads]
+        return [resolve(head, solver="exact") for head in heads]
     names = (agg,) if isinstance(agg, str) else tuple(agg)
     return expand(HeadGrid(agg=names) if names else HeadGrid())
 
@@ -217,7 +234,9 @@ def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
     return known.loc[names].to_numpy(bool)
 
 
-def _write(run: Run, store: FeatureStore, provenance: RunProvenance, folder: Path) -> None:
+def _write(
+    run: Run, stores: Sequence[FeatureStore], provenance: RunProvenance, folder: Path
+) -> None:
     outcome = run.outcome
     runs = outcome.runs.drop(columns="ba_best_epochs", errors="ignore")
     tables = {"epochs": outcome.epochs, "predictions": outcome.predictions, "runs": runs}
@@ -229,24 +248,29 @@ def _write(run: Run, store: FeatureStore, provenance: RunProvenance, folder: Pat
         PROVENANCE_FILE: json_text(provenance.to_json()),
         "summary.json": json_text(outcome.summary.to_dict("records"), indent=1),
         "warnings.txt": "".join(f"{line}\n" for line in outcome.warnings),
-        "config.json": json_text(_config(run, store), indent=1),
+        "config.json": json_text(_config(run, stores), indent=1),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _config(run: Run, store: FeatureStore) -> dict[str, object]:
+def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
+    first, *others = (
+        {
+            "path": str(store.path),
+            "recipe_sha256": store.recipe_sha256,
+            "recipe": dict(store.recipe),
+        }
+        for store in stores
+    )
     return {
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
         "torch": torch.__version__,
         "settings": asdict(run.settings),
         "heads": {head_name(head): asdict(head) for head in run.outcome.heads},
-        "store": {
-            "path": str(store.path),
-            "recipe_sha256": store.recipe_sha256,
-            "recipe": dict(store.recipe),
-        },
+        "store": first,
+        **({"other_stores": others} if others else {}),
         "thresholds": run.outcome.thresholds,
     }
 
@@ -286,7 +310,7 @@ class FitOptions(TypedDict, total=False):
 
 
 def fit_both(
-    store: FeatureStore | str | os.PathLike[str],
+    store: Store | Sequence[Store],
     heads: Sequence[HeadSettings] | HeadGrid,
     settings: FitSettings | None,
     out: str | os.PathLike[str],

@@ -22,6 +22,7 @@ ProtocolName = Literal["honest", "report"]
 Gradient = Literal["subset", "exact"]  # subset: report, pseudo-code 2
 OutputStride = Literal[8, 16, 32]
 Unit = Literal["", "pixel", "image"]  # "": the aggregator's default
+Solver = Literal["", "exact", "adam"]  # "": exact on cached maps, adam through a backbone
 Reduction = Literal["mean", "max"]
 RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected logits
 ClassWeights = Literal["none", "balanced"]
@@ -226,10 +227,13 @@ class HeadSettings(Settings):
 
     agg: str = setting(
         "topk",
-        "Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid, attention, "
-        "gated-attention, transformer or lstm.",
+        "Aggregator: top1, topk, topbottomk, mean, max, lse, bnsigmoid; attention, "
+        "gated-attention, transformer, lstm; std, logstd, gini, quantiles, kernel-mean, "
+        "prototypes, or several of these and mean joined by + (mean+std).",
     )
-    unit: Unit = setting("", "Instance: pixel or image.", unset="image for top…, else pixel")
+    unit: Unit = setting(
+        "", "Instance: pixel or image.", unset="pixel for max, lse, bnsigmoid, else image"
+    )
     k_train: int = setting(1, "Instances per patient used in training.", at_least=1)
     k_agg: int = setting(
         10, "Instances per patient used in prediction (5 and 10 with all).", at_least=1
@@ -247,6 +251,22 @@ class HeadSettings(Settings):
     momentum: float = setting(
         0.1, "Momentum of bnsigmoid's running statistics.", above=0, at_most=1
     )
+    solver: Solver = setting(
+        "",
+        "How mean is fitted: exact (logistic regression, penalty chosen inside) or adam.",
+        unset="exact",
+    )
+    penalty: float | None = setting(
+        None,
+        "L2 penalty of heads that are solved exactly: they minimise the mean log loss + penalty / "
+        "2 · ‖weights‖².",
+        above=0,
+        unset="chosen inside each training set",
+    )
+    quantiles: str = setting(
+        "", "Quantile range that quantiles measures, in percent.", unset="90-50"
+    )
+    prototypes: int = setting(8, "Number of clusters that prototypes finds.", at_least=1)
     width: int = setting(128, "Hidden units of attention, transformer, lstm.", at_least=1)
     layers: int = setting(1, "Layers of transformer, lstm.", at_least=1)
     class_weights: ClassWeights = setting(
@@ -265,7 +285,7 @@ class HeadGrid:
     no heads of it. `k_percent` given with `k_agg` adds heads because k is one or the other.
     """
 
-    agg: tuple[str, ...] = ("topk",)  # or a family (ranking, weighted, network), or all
+    agg: tuple[str, ...] = ("topk",)  # or a family, or all
     unit: tuple[Unit, ...] = ()
     k_train: tuple[int, ...] = ()
     k_agg: tuple[int, ...] = ()
@@ -275,6 +295,10 @@ class HeadGrid:
     loss: tuple[RankingLoss, ...] = ()
     temperature: tuple[float, ...] = ()
     momentum: tuple[float, ...] = ()
+    solver: tuple[Solver, ...] = ()
+    penalty: tuple[float, ...] = ()
+    quantiles: tuple[str, ...] = ()
+    prototypes: tuple[int, ...] = ()
     width: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     class_weights: tuple[ClassWeights, ...] = ()

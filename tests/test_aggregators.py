@@ -256,8 +256,8 @@ def test_names_expand_as_documented() -> None:
         "top1",
         *("top5", "top10"),
         *("topbottom5", "topbottom10"),
-        *("mean", "max", "lse", "bnsigmoid"),
-        *("attention", "gated-attention", "transformer", "lstm"),
+        *("mean exact", "max", "lse", "bnsigmoid"),
+        *("std", "logstd", "gini", "quantiles", "kernel-mean", "prototypes", "mean+std"),
     ]
     (topk,) = expand(HeadGrid())
     assert (topk.k_train, topk.k_agg, topk.reduce, topk.unit) == (1, 10, "mean", "image")
@@ -275,15 +275,21 @@ def test_a_grid_is_every_combination_once() -> None:
     assert names == [
         *("top1", "top1 lr=0.1", "top5", "top5 lr=0.1"),
         *("top1 k_train=2", "top1 k_train=2 lr=0.1", "top5 k_train=2", "top5 k_train=2 lr=0.1"),
-        *("mean", "mean lr=0.1"),
+        "mean exact",  # which has no learning rate
+    ]
+    assert names_of(agg=("mean",), solver=("adam",), lr=(0.003, 0.1)) == ["mean", "mean lr=0.1"]
+    assert names_of(agg=("mean",), solver=("exact", "adam")) == ["mean exact", "mean"]
+    assert names_of(agg=("std+quantiles",), quantiles=("90-50", "75-25"), penalty=(0.1,)) == [
+        *("std+quantiles penalty=0.1", "std+quantiles 75-25 penalty=0.1"),
     ]
     assert names_of(k_agg=(5,), k_percent=(2.5, 10.0), k_min=(1, 3)) == [
         *("top5", "top2.5%", "top2.5% k_min=3", "top10%", "top10% k_min=3"),
     ]
     assert names_of(k_percent=(10.0,)) == ["top10%"]
     assert names_of(agg=("all",), k_percent=(10.0,), temperature=(1.0, 2.0)) == [
-        *("top1", "top10%", "topbottom10%", "mean", "max", "lse", "lse temperature=2"),
-        *("bnsigmoid", "attention", "gated-attention", "transformer", "lstm"),
+        *("top1", "top10%", "topbottom10%", "mean exact", "max", "lse", "lse temperature=2"),
+        *("bnsigmoid", "std", "logstd", "gini", "quantiles", "kernel-mean", "prototypes"),
+        "mean+std",
     ]
     assert names_of(agg=("ranking",)) == ["top1", "top5", "top10", "topbottom5", "topbottom10"]
     assert names_of(agg=("network",), width=(16,), layers=(2,)) == [

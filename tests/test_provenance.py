@@ -165,7 +165,7 @@ def compare_run_on(source: Path, cohort: Cohort, out: Path) -> None:
     split = find_splits("kfold:3", cohort.ids, cohort.labels)
     store = extract(cohort, out / "s.h5", EXTRACT)
     fit_heads(store, HEADS, FIT, out / "run", splits=split)
-    honest = RunProvenance.of(store)
+    honest = RunProvenance.of([store])
     planted = replace(honest, features={"frozen": read_provenance(source)})
     (out / "run" / PROVENANCE_FILE).write_text(json.dumps(planted.to_json()))
     compare([out / "run"])

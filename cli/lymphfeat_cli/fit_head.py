@@ -56,6 +56,8 @@ Examples:
   lymphfeat fit-head --agg topk
   lymphfeat fit-head --agg all --protocol both --seeds 10
   lymphfeat fit-head --agg topk --fusion late
+  lymphfeat fit-head --agg distribution --agg mean+std
+  lymphfeat fit-head --store a.h5 --store b.h5 --agg mean+std --agg quantiles@1+mean@2
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
   torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
@@ -63,8 +65,11 @@ Options with several values form a grid: each combination is one head; all are f
 )
 @click.option(
     "--store",
+    "stores",
     type=PATH,
-    help="Feature store written by `lymphfeat extract`. [default: cache/features.h5]",
+    multiple=True,
+    help="Feature store written by `lymphfeat extract`. Repeatable: heads of the family "
+    "distribution read several stores of the same images together. [default: cache/features.h5]",
 )
 @grid_options()
 @click.option(
@@ -89,7 +94,7 @@ Options with several values form a grid: each combination is one head; all are f
 )
 @writing_options
 def command(
-    store: Path | None,
+    stores: tuple[Path, ...],
     grid: HeadGrid,
     protocol: ProtocolName | Literal["both"],
     settings: FitSettings,
@@ -110,7 +115,7 @@ def command(
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with output.progress(f"fitting {len(heads)} heads") as progress:
         found = (fit_both if protocol == "both" else fit_heads)(
-            FeatureStore.open(store or cache_path("features.h5")),
+            [FeatureStore.open(path) for path in stores or [cache_path("features.h5")]],
             heads,
             settings if protocol == "both" else replace(settings, protocol=protocol),
             folder,

@@ -45,8 +45,8 @@ def grid_options(name: str = "grid") -> Decorator:
         multiple=True,
         default=HeadGrid().agg,
         show_default=True,
-        help=f"{HeadSettings.about()['agg'].help} Also a family (ranking, weighted, network), or "
-        "all. Repeatable.",
+        help=f"{HeadSettings.about()['agg'].help} Also a family (ranking, weighted, "
+        "distribution, network), or all, which is all but the networks. Repeatable.",
     )
     return gather(name, options, lambda values: HeadGrid(**values))
 
@@ -60,7 +60,7 @@ def _one_head(settings: HeadSettings, values: Mapping[str, Any]) -> HeadSettings
     """Return a head's settings changed to the values given; UsageError if they give several."""
     from lymphfeat.heads.grid import expand, head_name
 
-    heads = expand(HeadGrid(**values))
+    heads = expand(HeadGrid(**values), solver="adam")
     if len(heads) != 1:
         raise click.UsageError(
             f"this command trains one head; got {len(heads)}: "
@@ -132,7 +132,7 @@ def _facts(kind: Any, about: About) -> dict[str, Any]:
 
 def _grid_option(flags: list[str], kind: Any, default: Any, about: About) -> Decorator:
     """Make an option of several values: names one by one, others separated by commas."""
-    if kind is str:
+    if kind is str and default:
         facts: dict[str, Any] = {"multiple": True, "default": (default,), "show_default": True}
         return click.option(*flags, help=about.help, **facts)
     shown = f"{default:g}" if isinstance(default, (int, float)) else default or about.unset

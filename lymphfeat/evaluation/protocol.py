@@ -7,6 +7,7 @@
   is chosen on out-of-fold probabilities of training patients alone.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
 from lymphfeat.cohort.splits import Plan, Split
 from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.averaging import average_heads
 from lymphfeat.evaluation.baselines import fit_baselines
 from lymphfeat.evaluation.decision import BEST_BA, HALF
 from lymphfeat.evaluation.fusion import choose_fusions, fit_fusions
@@ -32,6 +34,7 @@ from lymphfeat.evaluation.scores import (
 )
 from lymphfeat.evaluation.summary import find_warnings, summarise
 from lymphfeat.heads.engine.engine import fit_stacked
+from lymphfeat.heads.engine.logistic import PENALTIES
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import head_name
@@ -89,10 +92,11 @@ def run_protocol(
     patients = PlannedPatients(features.ids, features.labels, plan)
     fitted = _fit(features, plan, heads, settings, progress)
     scores = [_head_scores(patients, fitted, head, settings) for head in heads]
+    if plan.is_nested:
+        scores += [*_select(patients, heads, scores), *average_heads(patients, scores)]
     fused = fit_fusions(patients, scores, fusions, attributes)
-    selected = _select(patients, heads, scores) if plan.is_nested else []
     baselines = fit_baselines(patients, features.n_images, attributes)
-    scores = [*scores, *fused, *selected, *baselines]
+    scores = [*scores, *fused, *baselines]
     fitted = fitted.take(range(len(heads) * len(plan.outer)))  # the fits on measured splits
     measured = [_measure(patients, fitted, each, settings, rule) for each in scores]
     runs = pd.concat([each.runs for each in measured], ignore_index=True)
@@ -104,7 +108,11 @@ def run_protocol(
         predictions=predictions,
         runs=runs,
         summary=summarise(runs, predictions, plan),
-        warnings=(*_find_gaps(plan, settings), *find_warnings(runs, plan)),
+        warnings=(
+            *_find_gaps(plan, settings),
+            *_find_edges(fitted),
+            *find_warnings(runs, plan),
+        ),
         fitted=fitted,
         thresholds=_describe(rule, plan),
         patients=patients,
@@ -134,6 +142,21 @@ def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
         "thresholds do not come from out-of-fold probabilities, and probabilities are not "
         "calibrated, because these features have no backbones for inner splits. Extract with "
         "--splits kfold:5+inner to get both.",
+    )
+
+
+def _find_edges(fitted: FittedHeads) -> tuple[str, ...]:
+    """Warn of penalties chosen at the end of their path: a better one may lie beyond."""
+    ends = {f"penalty {penalty:.2g}" for penalty in (PENALTIES[0], PENALTIES[-1])}
+    names = [head_name(fit.head) for fit in fitted.fits]
+    at_end = Counter(name for position, name in enumerate(names) if fitted.chosen(position) in ends)
+    if not at_end:
+        return ()
+    counts = Counter(names)
+    listed = ", ".join(f"{name} in {n} of {counts[name]} splits" for name, n in at_end.items())
+    return (
+        f"{listed}: chose a penalty at the end of its path ({PENALTIES[0]:g} to "
+        f"{PENALTIES[-1]:g}); at the upper end the images say little about the label.",
     )
 
 
@@ -236,10 +259,11 @@ def _head_scores(
         for within, rows in patients.inner(place):
             curves[:, rows] = fitted.curves[position[within.id]][:, rows]
         train, validation = patients.train[place], patients.validation[place]
-        epoch = n_epochs - 1
-        if settings.epoch == "nested":
+        epoch, own = n_epochs - 1, fitted.chosen(position[split.id])
+        if settings.epoch == "nested" and not own:
             epoch = int(log_loss(curves[:, train], patients.labels[train]).argmin())
-            chosen.append(f"epoch {epoch + 1}")
+            own = f"epoch {epoch + 1}"
+        chosen.append(own)
         inner[place, train] = curves[epoch, train]
         outer[place, validation] = fitted.curves[position[split.id], epoch, validation]
         seen[place, train] = fitted.curves[position[split.id], epoch, train]
@@ -249,7 +273,7 @@ def _head_scores(
         outer=outer,
         inner=inner,
         fitted=seen,
-        chosen=tuple(chosen),
+        chosen=tuple(chosen) if any(chosen) else (),
     )
 
 
@@ -324,10 +348,12 @@ def witness_aucs(
     values: dict[str, list[float]] = {head_name(head): [] for head in outcome.heads}
     for split, rows in zip(outcome.splits, outcome.patients.validation, strict=True):
         images = features.for_split(split).images.float().cpu().numpy()  # (N, C)
-        chosen = np.isin(patient, np.intersect1d(rows, carriers))
+        shown = np.intersect1d(rows, carriers)
+        chosen = np.isin(patient, shown)
         for i, fit in enumerate(outcome.fitted.fits):
             if fit.split.id == split.id:
-                logits = outcome.fitted.image_logits(i, images[chosen]).astype(np.float64)
+                sizes = features.n_images[shown]
+                logits = outcome.fitted.image_logits(i, images[chosen], sizes).astype(np.float64)
                 values[head_name(fit.head)].append(
                     float(roc_auc(logits, witness[chosen].astype(np.int64)))
                 )

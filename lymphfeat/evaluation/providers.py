@@ -106,6 +106,35 @@ class SplitFeatures(FeatureProvider):
         return self.read(split.id)
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoinedFeatures(FeatureProvider):
+    """Features of several stores for the same images; heads of several sets read them all."""
+
+    providers: Sequence[FeatureProvider]
+
+    @classmethod
+    def of(cls, providers: Sequence[FeatureProvider]) -> "JoinedFeatures":
+        """Join providers of the same patients and images."""
+        first = providers[0]
+        return cls(ids=first.ids, labels=first.labels, n_images=first.n_images, providers=providers)
+
+    def plan(self, settings: FitSettings, splits: Sequence[Split] | None = None) -> Plan:
+        """Plan the splits that all fine-tuned features have, or those of them that are given."""
+        tuned = [each for each in self.providers if isinstance(each, SplitFeatures)]
+        first, *others = tuned or self.providers[:1]
+        plan = first.plan(settings, splits)
+        for other in others:
+            other.plan(settings, plan.outer)  # raises LeakageError for splits it does not have
+        return plan
+
+    def set_of(self, split: Split) -> str:
+        return "+".join(each.set_of(split) for each in self.providers)
+
+    def for_split(self, split: Split) -> Features:
+        first, *others = (each.for_split(split) for each in self.providers)
+        return first.joined_with(others)
+
+
 def _check_tuned(splits: Sequence[Split], tuned: Sequence[Split]) -> None:
     """Raise LeakageError for a split on which no backbone was fine-tuned."""
     for split in splits:
@@ -150,12 +179,26 @@ def _protocol_splits(ids: Sequence[str], labels: Labels, settings: FitSettings) 
 
 
 def load_features(
-    store: FeatureStore, dtype: torch.dtype, device: torch.device, *, views: int | None = None
+    stores: Sequence[FeatureStore],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    views: int | None = None,
 ) -> FeatureProvider:
-    """Open the first `views` of a store (None: all): its frozen features, or each split's own.
+    """Open the first `views` of stores (None: all): their frozen features, or each split's own.
 
-    Raises SettingsError if the store has fewer views.
+    Raises StoreError unless all stores are of the same images, and SettingsError if one has fewer
+    views.
     """
+    for other in stores[1:]:
+        stores[0].check_same_images(other)
+    providers = [_load(store, dtype, device, views) for store in stores]
+    return providers[0] if len(providers) == 1 else JoinedFeatures.of(providers)
+
+
+def _load(
+    store: FeatureStore, dtype: torch.dtype, device: torch.device, views: int | None
+) -> FeatureProvider:
     if views is not None and views > store.shape.views:
         raise SettingsError(
             f"views (={views}) must be at most the {store.shape.views} of {store.path}; "

@@ -1,7 +1,7 @@
 """The provenance of a run: whose labels and images its features come from, and its patients."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ class RunProvenance:
     features: Mapping[str, Provenance]  # by the name of a set of features
 
     @classmethod
-    def of(cls, store: FeatureStore) -> "RunProvenance":
-        """Collect the provenance of a store."""
-        return cls(
-            patients={key.id: key for key in store.keys},
-            features={name: found.provenance for name, found in store.feature_sets.items()},
-        )
+    def of(cls, stores: Sequence[FeatureStore]) -> "RunProvenance":
+        """Collect the provenance of stores of the same images."""
+        features: dict[str, Provenance] = {}
+        for store in stores:
+            for name, found in store.feature_sets.items():
+                features[name] = features.get(name, NOBODY) | found.provenance
+        return cls(patients={key.id: key for key in stores[0].keys}, features=features)
 
     @classmethod
     def read(cls, run: Path) -> "RunProvenance":
@@ -62,7 +63,7 @@ class RunProvenance:
 
     def of_features(self, split: Split) -> Provenance:
         """Return the provenance of a split's features."""
-        return self.features.get(FROZEN) or self.features.get(split.id) or NOBODY
+        return self.features.get(FROZEN, NOBODY) | self.features.get(split.id, NOBODY)
 
     def of_heads(self, split: Split) -> Provenance:
         """Return the provenance of a split's heads: its features and its training patients."""

@@ -28,7 +28,7 @@ from lymphfeat.evaluation.metrics import (
 )
 from lymphfeat.runtime.arrays import Floats, Labels
 
-Kind = Literal["head", "fusion", "selected", "baseline"]
+Kind = Literal["head", "fusion", "selected", "average", "baseline"]
 PredictFunction = Callable[[Floats], Floats]  # inputs (m, D) -> probabilities (m,)
 Learner = Callable[[Floats, Labels], PredictFunction]  # of training patients, (n, D) and (n,)
 

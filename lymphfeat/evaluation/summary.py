@@ -14,7 +14,11 @@ from lymphfeat.evaluation.scores import BAG_SIZE, CLINICAL
 _NORMAL_95 = 1.96
 _KEPT = ("threshold", *METRICS, "log_loss_calibrated", "brier_calibrated")
 _VERDICTS = (  # baseline, the kinds of row that must beat it, what it means if they do not
-    (BAG_SIZE, ("head", "selected"), "it may have learnt only the number of images per patient"),
+    (
+        BAG_SIZE,
+        ("head", "selected", "average"),
+        "it may have learnt only the number of images per patient",
+    ),
     (CLINICAL, ("fusion",), "the images add nothing to the clinical attributes here"),
 )
 

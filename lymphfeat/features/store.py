@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,34 @@ class FeatureStore:
                         f"{self.image_names[start + damaged[0]]} of {patient}: map and pooled "
                         "feature must agree; the file is damaged, extract it again with --force."
                     )
+
+    def check_same_images(self, other: "FeatureStore") -> None:
+        """Raise StoreError unless another store has the same patients and images, in one order."""
+        hint = "Extract both from the same cohort."
+        for mine, theirs in zip_longest(self.ids, other.ids):
+            if mine != theirs:
+                raise StoreError(
+                    f"{other.path}: must have the patients of {self.path} in the same order; got "
+                    f"{theirs or 'none'} instead of {mine or 'none'}. {hint}"
+                )
+        for pair in zip_longest(self._image_facts(), other._image_facts()):
+            if pair[0] != pair[1]:
+                patient, image, _ = min(facts for facts in pair if facts)
+                raise StoreError(
+                    f"{other.path}: must have the images of {self.path} in the same order; image "
+                    f"{image} of {patient} is not in both, or differs. {hint}"
+                )
+        if not np.array_equal(self.labels, other.labels):
+            row = int(np.flatnonzero(self.labels != other.labels)[0])
+            raise StoreError(
+                f"{other.path}: must have the labels of {self.path}; patient {self.ids[row]} has "
+                f"{other.labels[row]} instead of {self.labels[row]}. {hint}"
+            )
+
+    def _image_facts(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the patient, name and checksum of every image."""
+        patients = np.repeat(self.ids, self.n_images)
+        return zip(patients.tolist(), self.image_names, self.crc32.tolist(), strict=True)
 
     def describe(self) -> dict[str, Any]:
         """Summarise the store, for people and machines."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,10 @@ def read_initial_head(
     whole = NOBODY
     for split in splits:
         whole |= provenance.of_heads(split)
+    settings = HeadSettings(**config["heads"][name])
     return InitialHead(
         name=name,
-        settings=HeadSettings(**config["heads"][name]),
+        settings=replace(settings, solver="adam") if settings.solver else settings,
         tensors=_average(tensors, name, {split.id for split in splits}),
         provenance=whole,
     )
@@ -110,7 +111,9 @@ def _choose_best(run: Path, linear: Sequence[str]) -> str:
     for row in _read_json(run / "summary.json"):
         if row["head"] in linear:
             return str(row["head"])
-    raise SettingsError(f"init_head (={run}) must have a linear head; it has only networks.")
+    raise SettingsError(
+        f"init_head (={run}) must have a linear head, such as bnsigmoid or mean; it has none."
+    )
 
 
 def _choose_inside(run: Path, linear: Sequence[str], splits: Sequence[Split]) -> str:
@@ -121,14 +124,14 @@ def _choose_inside(run: Path, linear: Sequence[str], splits: Sequence[Split]) ->
     rows = runs[(runs["kind"] == "selected") & runs["split"].isin([split.id for split in splits])]
     if "chosen" in rows and len(rows):
         widest = rows[rows["head"] == rows["head"].iloc[-1]]  # "any head", where there are several
-        names = widest["chosen"].str.replace(r", epoch \d+$", "", regex=True)
+        names = widest["chosen"].str.replace(r", (epoch|penalty) .*$", "", regex=True)
         chosen = [found for found in names.mode() if found in linear]
         if chosen:
             return str(chosen[0])
     raise SettingsError(
         f"init_head (={run}) must hold one linear head, or a choice among linear heads made "
         "within training patients, because patients are held out here; got "
-        f"{', '.join(linear) or 'only networks'}. Fit one head, or several with --protocol honest."
+        f"{', '.join(linear) or 'none'}. Fit one head, or several with --protocol honest."
     )
 
 

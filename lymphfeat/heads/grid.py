@@ -6,40 +6,46 @@ from itertools import product
 from typing import Any
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.heads.aggregators.distribution import QuantileRange
 from lymphfeat.heads.registry import (
     AGGREGATORS,
     COUNTED_K,
     PERCENT_K,
     LinearAggregator,
     aggregator_of,
+    find_aggregator,
 )
-from lymphfeat.settings import HeadGrid, HeadSettings
+from lymphfeat.settings import HeadGrid, HeadSettings, Solver
 
 DEFAULT_K = (5, 10)  # of `--agg all`
-_OPTIMISER = ("class_weights", "lr", "weight_decay")  # used by every head
+DEFAULT_QUANTILES = "90-50"
+_NAMED_LAST = ("class_weights", "lr", "weight_decay")
 _DEFAULTS = HeadSettings()
 
 
-def resolve(settings: HeadSettings) -> HeadSettings:
+def resolve(settings: HeadSettings, *, solver: Solver = "adam") -> HeadSettings:
     """Fill in what the aggregator's name decides, and reset settings it does not use.
+
+    `solver` is that of heads that name none and have a choice.
 
     Equivalent heads thus compare equal. Raises SettingsError for an unknown aggregator.
     """
-    if settings.agg not in AGGREGATORS:
-        raise SettingsError(
-            f"agg (={settings.agg}) must be one of {', '.join(AGGREGATORS)}, or all, ranking, "
-            "weighted or network."
-        )
     if (settings.agg, settings.k_train, settings.k_agg, settings.k_percent) == ("topk", 1, 1, None):
         settings = replace(settings, agg="top1")
-    read = {"agg", *_read(settings), *_OPTIMISER}
+    aggregator = find_aggregator(replace(settings, solver=settings.solver or solver))
+    read = {"agg", *_read(settings), *aggregator.fitted_by}
     unread = {
         field.name: getattr(_DEFAULTS, field.name)
         for field in fields(settings)
         if field.name not in read
     }
     resolved = replace(settings, **unread)
-    resolved = replace(resolved, unit=resolved.unit or AGGREGATORS[settings.agg].unit)
+    if "solver" in read:
+        resolved = replace(resolved, solver=resolved.solver or solver)
+    if "quantiles" in read:
+        resolved = replace(resolved, quantiles=resolved.quantiles or DEFAULT_QUANTILES)
+        QuantileRange.parse(resolved.quantiles)  # raises SettingsError
+    resolved = replace(resolved, unit=resolved.unit or aggregator.unit)
     return replace(resolved, k_agg=1) if settings.agg == "top1" else resolved
 
 
@@ -56,13 +62,14 @@ def require_linear(settings: HeadSettings) -> None:
 def _read(settings: HeadSettings) -> set[str]:
     """Name the settings that matter to a head: k in percent takes the place of k as a number."""
     unread = PERCENT_K[1:] if settings.k_percent is None else COUNTED_K
-    return set(AGGREGATORS[settings.agg].reads) - set(unread)
+    return set(find_aggregator(settings).reads) - set(unread)
 
 
-def expand(grid: HeadGrid) -> list[HeadSettings]:
-    """List the heads of a grid, each once.
+def expand(grid: HeadGrid, *, solver: Solver = "exact") -> list[HeadSettings]:
+    """List the heads of a grid, each once; `solver` is that of heads which the grid gives none.
 
-    "all" means every aggregator and a family's name all of that family; both use topk… at 5 and 10.
+    "all" means every aggregator but the networks, and a family's name all of that family; both use
+    topk… at 5 and 10.
 
     Raises SettingsError for an unknown aggregator, and for a value that no head uses.
     """
@@ -72,15 +79,17 @@ def expand(grid: HeadGrid) -> list[HeadSettings]:
         counted = grid.k_agg or grid.k_percent or names == (agg,)
         own = grid if counted else replace(grid, k_agg=DEFAULT_K)
         for name in names:
-            heads += [resolve(HeadSettings(agg=name, **values)) for values in _combinations(own)]
+            settings = (HeadSettings(agg=name, **values) for values in _combinations(own))
+            heads += [resolve(each, solver=solver) for each in settings]
     heads = list(dict.fromkeys(heads))
     _refuse_unread(grid, heads)
     return heads
 
 
 def _names(agg: str) -> tuple[str, ...]:
-    of_family = [name for name, row in AGGREGATORS.items() if agg in ("all", row.family)]
-    return tuple(of_family) or (agg,)
+    if agg == "all":
+        return tuple(name for name, row in AGGREGATORS.items() if row.family != "network")
+    return tuple(name for name, row in AGGREGATORS.items() if agg == row.family) or (agg,)
 
 
 def _combinations(grid: HeadGrid) -> Iterator[dict[str, Any]]:
@@ -103,7 +112,9 @@ def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
     for field in fields(grid)[1:]:  # all but agg
         known = {getattr(head, field.name) for head in heads}
         unread = [value for value in getattr(grid, field.name) if value not in known]
-        readers = [name for name, row in AGGREGATORS.items() if field.name in row.reads]
+        readers = [
+            name for name, row in AGGREGATORS.items() if field.name in (*row.reads, *row.fitted_by)
+        ]
         if unread:
             raise SettingsError(
                 f"{field.name} (={unread[0]}) must be used by one of the heads; got "
@@ -115,17 +126,21 @@ def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
 
 def head_name(settings: HeadSettings) -> str:
     """Name a head as tables and plots do: its aggregator, k, and non-default settings."""
-    default = resolve(HeadSettings(agg=settings.agg))
+    default = resolve(HeadSettings(agg=settings.agg, solver=settings.solver))
     name = settings.agg
     if name in ("topk", "topbottomk"):
         percent = settings.k_percent
         k = settings.k_agg if percent is None else f"{_shown(percent)}%"
         name = f"{name.removesuffix('k')}{k}"
-    hidden = {"agg", "k_agg", "k_percent"}
-    shown = sorted({field.name for field in fields(settings)} - hidden - set(_OPTIMISER))
+    if settings.solver == "exact":
+        name = f"{name} exact"
+    if settings.quantiles != default.quantiles:
+        name = f"{name} {settings.quantiles}"
+    hidden = {"agg", "k_agg", "k_percent", "solver", "quantiles"}
+    shown = sorted({field.name for field in fields(settings)} - hidden - set(_NAMED_LAST))
     parts = [
         f"{key}={_shown(getattr(settings, key))}"
-        for key in (*shown, *_OPTIMISER)
+        for key in (*shown, *_NAMED_LAST)
         if getattr(settings, key) != getattr(default, key)
     ]
     return " ".join([name, *parts])

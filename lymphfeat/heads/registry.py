@@ -4,7 +4,7 @@ Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATO
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from lymphfeat.heads.aggregators.networks import LSTM, Attention, Transformer, g
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
-from lymphfeat.settings import HeadSettings, Unit
+from lymphfeat.settings import HeadSettings, Unit, require
 
 COUNTED_K, PERCENT_K = ("k_train", "k_agg"), ("k_percent", "k_min")  # one pair or the other
 _K = (*COUNTED_K, *PERCENT_K)
@@ -27,9 +27,10 @@ class Aggregator:
     """How a head turns the images of a patient into a probability; a row of the name table."""
 
     family: ClassVar[str]
+    fitted_by: ClassVar[tuple[str, ...]] = ("class_weights", "lr", "weight_decay")  # settings
     about: str
     _: KW_ONLY
-    reads: tuple[str, ...] = ()  # settings it uses, besides those of the optimiser
+    reads: tuple[str, ...] = ()  # settings it uses, besides those that it is fitted by
     unit: Unit = ""  # the default unit of those that read `unit`
 
 
@@ -122,6 +123,18 @@ class NetworkAggregator(Aggregator):
     make: Callable[[int, HeadSettings], nn.Module]
 
 
+@dataclass(frozen=True)
+class DistributionAggregator(Aggregator):
+    """A linear score of statistics of a patient's instances; solved exactly (METHOD §2 C)."""
+
+    family: ClassVar[str] = "distribution"
+    fitted_by: ClassVar[tuple[str, ...]] = ("class_weights", "penalty")
+    statistics: tuple[str, ...]  # each of every store, or with @N of the N-th, counted from 1
+    _: KW_ONLY
+    reads: tuple[str, ...] = ("unit",)
+    unit: Unit = "image"
+
+
 AGGREGATORS: dict[str, Aggregator] = {
     "top1": RankingAggregator("the highest instance decides (report §3.1)"),
     "topk": RankingAggregator(
@@ -133,7 +146,10 @@ AGGREGATORS: dict[str, Aggregator] = {
         bottom=True,
     ),
     "mean": WeightedAggregator(
-        "every instance has the same weight", weighted.mean_logit, uniform=True
+        "every instance has the same weight",
+        weighted.mean_logit,
+        reads=("unit", "solver"),
+        uniform=True,
     ),
     "max": WeightedAggregator("the highest logit, trained on whole patients", weighted.max_logit),
     "lse": WeightedAggregator(
@@ -144,6 +160,21 @@ AGGREGATORS: dict[str, Aggregator] = {
         weighted.bnsigmoid_logit,
         reads=("unit", "momentum"),
         learns=("gamma", "beta", "running_mean", "running_var"),
+    ),
+    "std": DistributionAggregator("how much each feature differs between cells", ("std",)),
+    "logstd": DistributionAggregator("logarithm of how much each feature differs", ("logstd",)),
+    "gini": DistributionAggregator("mean difference of two cells in each feature", ("gini",)),
+    "quantiles": DistributionAggregator(
+        "distance of two quantiles of each feature", ("quantiles",), reads=("unit", "quantiles")
+    ),
+    "kernel-mean": DistributionAggregator(
+        "the whole distribution of the cells, by a Gaussian kernel", ("kernel-mean",)
+    ),
+    "prototypes": DistributionAggregator(
+        "share and mean of each kind of cell", ("prototypes",), reads=("unit", "prototypes")
+    ),
+    "mean+std": DistributionAggregator(
+        "mean of each feature and how much it differs", ("mean", "std")
     ),
     "attention": NetworkAggregator(
         "weights by attention (Ilse et al. 2018)", Attention, reads=("width",)
@@ -159,16 +190,52 @@ AGGREGATORS: dict[str, Aggregator] = {
     ),
 }
 
+_EXACT_MEAN = DistributionAggregator("mean of each feature", ("mean",), reads=("solver",))
+_STATISTICS = {"mean": replace(_EXACT_MEAN, reads=())} | {
+    name: row
+    for name, row in AGGREGATORS.items()
+    if isinstance(row, DistributionAggregator) and row.statistics == (name,)
+}
 _Family = TypeVar("_Family", bound=Aggregator)
+
+
+def find_aggregator(settings: HeadSettings) -> Aggregator:
+    """Return a head's aggregator. Statistics joined by + are one: their blocks weigh alike.
+
+    A statistic may name the one store that it reads, by number: mean@2. Raises SettingsError for an
+    unknown name.
+    """
+    if settings.agg == "mean" and settings.solver == "exact":
+        return _EXACT_MEAN
+    if settings.agg in AGGREGATORS:
+        return AGGREGATORS[settings.agg]
+    names = settings.agg.split("+")
+    parts = [_statistic_of(name.partition("@")[0], settings.agg) for name in names]
+    require(len(set(names)) == len(names), f"agg (={settings.agg}) must name each statistic once.")
+    return DistributionAggregator(
+        ", ".join(part.about for part in parts),
+        tuple(names),
+        reads=("unit", *(name for part in parts for name in part.reads if name != "unit")),
+    )
+
+
+def _statistic_of(name: str, agg: str) -> DistributionAggregator:
+    aggregator = _STATISTICS.get(name)
+    if aggregator is None:
+        raise SettingsError(
+            f"agg (={agg}) must be one of {', '.join(AGGREGATORS)}; a family (ranking, weighted, "
+            f"distribution, network); all; or names out of {', '.join(_STATISTICS)} joined by +."
+        )
+    return aggregator
 
 
 def aggregator_of(settings: HeadSettings, family: type[_Family]) -> _Family:
     """Return a head's aggregator. Raises SettingsError unless it is of the family."""
-    aggregator = AGGREGATORS[settings.agg]
+    aggregator = find_aggregator(settings)
     if isinstance(aggregator, family):
         return aggregator
     names = ", ".join(name for name, row in AGGREGATORS.items() if isinstance(row, family))
     raise SettingsError(
-        f"agg (={settings.agg}) must be one of {names} here; the others are trained on cached maps "
+        f"agg (={settings.agg}) must be one of {names} here; the others are fitted on cached maps "
         "by fit-head."
     )

@@ -70,6 +70,7 @@ class NetworkHead(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    chosen = ""  # nothing on training patients, but for what `fit-head` chooses
 
     def __init__(self, settings: HeadSettings, network: nn.Module, mean: Tensor, scale: Tensor):
         """Take the mean and 1 / standard deviation (C,) of training images."""
@@ -96,7 +97,7 @@ class NetworkHead(nn.Module):
         return logits
 
     @torch.no_grad()
-    def image_logits(self, images: Tensor) -> Tensor:
+    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
         """Score images (m, C), each as a patient with a single image: (m,)."""
         logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
         return logits

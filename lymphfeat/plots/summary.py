@@ -1,5 +1,6 @@
 """The plot of a run: every row with its interval, learning curves, and calibration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,13 @@ _SHOWN_CURVES = 8  # more lines than this cannot be distinguished
 _SHOWN_RELIABILITIES = 3
 _GREY = (0.6, 0.6, 0.6, 1.0)
 _BASELINES = {BAG_SIZE: ("--", "#b8860b"), CLINICAL: ("-.", "#6a5acd")}  # lines in every panel
+_MARKERS: Mapping[str, str] = {
+    "head": "o",
+    "fusion": "D",
+    "selected": "^",
+    "average": "v",
+    "baseline": "s",
+}
 
 
 def draw_summary(outcome: Outcome, settings: FitSettings, path: Path) -> None:
@@ -55,8 +63,12 @@ def _colors(summary: pd.DataFrame) -> dict[str, Color]:
 def _draw_intervals(axes: Axes, summary: pd.DataFrame, colors: dict[str, Color]) -> None:
     rows = summary.iloc[::-1].to_dict("records")
     for y, row in enumerate(rows):
-        marker = {"baseline": "s", "fusion": "D", "selected": "^"}.get(row["kind"], "o")
-        color = "black" if row["kind"] in ("baseline", "selected") else colors[row["head"]]
+        marker = {"baseline": "s", "fusion": "D", "selected": "^", "average": "v"}.get(
+            row["kind"], "o"
+        )
+        color = (
+            "black" if row["kind"] in ("baseline", "selected", "average") else colors[row["head"]]
+        )
         draw_interval(axes, row["ba"], y, row["ba_low"], row["ba_high"], fmt=marker, color=color)
         if "ba_last" in row and row["kind"] == "head":
             axes.plot(row["ba_last"], y, marker, color=color, markerfacecolor="white", zorder=3)

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from lymphfeat.heads.engine.exact import ExactHeadTrainer
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.networks import NetworkHeadTrainer
 from lymphfeat.heads.engine.ranking import RankingHeadTrainer
@@ -21,7 +22,7 @@ from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.engine.sharing import by_split, exchange, own_share
 from lymphfeat.heads.engine.trainer import HeadTrainer
 from lymphfeat.heads.engine.weighted import WeightedHeadTrainer
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.runtime.devices import available_memory
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
@@ -30,11 +31,12 @@ TRAINERS: dict[str, type[HeadTrainer]] = {
     "ranking": RankingHeadTrainer,
     "weighted": WeightedHeadTrainer,
     "network": NetworkHeadTrainer,
+    "distribution": ExactHeadTrainer,
 }
 
 
 def _trainer_of(head: HeadSettings) -> type[HeadTrainer]:
-    return TRAINERS[AGGREGATORS[head.agg].family]
+    return TRAINERS[find_aggregator(head).family]
 
 
 def fit_stacked(

@@ -1,5 +1,6 @@
 """A store's feature maps as instances that trainers read: in memory, or streamed from the file."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,10 @@ class Instances:
         return int(self.images[-1]) * self.per_image
 
     @property
+    def channels(self) -> int:
+        return int(self.of_patient(0).shape[1])
+
+    @property
     def mean_size(self) -> float:
         """How many instances a patient has, on average."""
         return self.n_instances / (len(self.images) - 1)
@@ -173,6 +178,18 @@ class Features:
         self.labels = torch.from_numpy(np.array(labels)).to(self.device)
         self.row = {patient: row for row, patient in enumerate(ids)}
         self._memory = memory
+        self.others: tuple[Features, ...] = ()
+
+    @property
+    def sets(self) -> tuple["Features", ...]:
+        """These features and those of other backbones for the same images."""
+        return (self, *self.others)
+
+    def joined_with(self, others: Sequence["Features"]) -> "Features":
+        """Return the same features, with others of the same images beside them."""
+        joined = copy.copy(self)
+        joined.others = tuple(others)
+        return joined
 
     @property
     def n_views(self) -> int:
@@ -240,7 +257,7 @@ class Features:
 
     def in_float32(self) -> "Features":
         """Return the same features in float32, pixels read from the file."""
-        return Features(
+        own = Features(
             self._maps,
             self._averages,
             self.offsets,
@@ -249,6 +266,7 @@ class Features:
             device=self.device,
             memory=0,
         )
+        return own.joined_with([other.in_float32() for other in self.others])
 
     def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
         return np.array([self.row[patient] for patient in patients])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.splits import Split
+from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.registry import LinearAggregator, aggregator_of
 from lymphfeat.settings import HeadSettings
 
@@ -31,8 +32,12 @@ class Fit:
 class FittedModule(Protocol):
     """A fitted head that is more than a linear scorer and its aggregator, on the CPU."""
 
-    def image_logits(self, images: Tensor) -> Tensor:
-        """Score pooled images (n, C): (n,)."""
+    @property
+    def chosen(self) -> str:
+        """What the head chose on its training patients; empty if nothing."""
+
+    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
+        """Score the pooled images (n, C) of whole patients: (n,)."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return everything that the head has learnt, by name."""
@@ -97,12 +102,26 @@ class FittedHeads:
             },
         )
 
-    def image_logits(self, position: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Score pooled images (n, C) by one of the heads: (n,)."""
+    def image_logits(
+        self,
+        position: int,
+        images: NDArray[np.float32],
+        sizes: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Score pooled images (n, C) by one of the heads: (n,).
+
+        `sizes` are the patients' numbers of images; None means that each is a patient of its own,
+        which matters to heads that compare the images of a patient.
+        """
         if position in self.modules:
-            scores = self.modules[position].image_logits(torch.from_numpy(images))
+            bags = Bags.of(np.ones(len(images), np.int64) if sizes is None else sizes)
+            scores = self.modules[position].image_logits(torch.from_numpy(images), bags)
             return np.asarray(scores.numpy())
         return np.asarray(images @ self.weight[position] + self.bias[position])
+
+    def chosen(self, position: int) -> str:
+        """Say what one of the heads chose on its training patients; empty if nothing."""
+        return self.modules[position].chosen if position in self.modules else ""
 
     def tensors(self, position: int) -> dict[str, NDArray[np.float32]]:
         """Return everything that one of the heads has learnt, by name."""

@@ -1,0 +1,84 @@
+"""A head that is a linear score of statistics of a patient's instances (METHOD §2 C)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lymphfeat.heads.aggregators.distribution import Mean, Standardised
+from lymphfeat.heads.bags import Bags
+from lymphfeat.settings import HeadSettings
+
+
+@dataclass(frozen=True)
+class Block:
+    """A standardised statistic of one set of features, and its weights."""
+
+    features: int  # which of the sets of features
+    statistic: Standardised
+    weight: Tensor  # (D,)
+
+
+@dataclass(frozen=True)
+class ExactHead:
+    """The blocks of a head that was solved exactly."""
+
+    settings: HeadSettings
+    blocks: tuple[Block, ...]
+    intercept: float
+    penalty: float  # that was given, or chosen on the training patients
+
+    @property
+    def chosen(self) -> str:
+        """The penalty, unless it was given."""
+        return "" if self.settings.penalty else f"penalty {self.penalty:.2g}"
+
+    def patient_logits(self, sets: Sequence[tuple[Tensor, Bags]]) -> Tensor:
+        """Score patients from each set's instances (M, C) and bags: (B,), float64."""
+        parts = [
+            block.statistic.score(*sets[block.features], block.weight) for block in self.blocks
+        ]
+        return torch.stack(parts).sum(0) + self.intercept
+
+    def shares(self, sets: Sequence[tuple[Tensor, Bags]]) -> Tensor:
+        """Return each image's share of its patient's logit: (N,), float64.
+
+        The shares of a patient and what belongs to no image (the intercept and the standardising
+        constants, the same for all patients whose bags are not small) add up to the logit where
+        the statistics' shares do.
+        """
+        parts = []
+        for block in self.blocks:
+            instances, bags = sets[block.features]
+            parts.append(block.statistic.shares(instances, bags, block.weight))
+        return torch.stack(parts).sum(0)
+
+    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
+        """Score the pooled images (N, C) of patients: each one's share times their number, (N,)."""
+        return self.shares([(images, bags)]) * bags.spread(bags.sizes[:, None])[:, 0]
+
+    @property
+    def scorer(self) -> tuple[Tensor, Tensor] | None:
+        """The weight (C,) and bias (1,) of a linear scorer of single instances, if it is one."""
+        first, *others = self.blocks
+        if others or not isinstance(first.statistic.statistic, Mean):
+            return None
+        weight = first.weight * first.statistic.scale
+        return weight, self.intercept - (weight @ first.statistic.mean)[None]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that the head has learnt, by name; a mean's is folded into a scorer."""
+        if self.scorer is not None:
+            weight, bias = self.scorer
+            return {"weight": weight.float(), "bias": bias.float()}
+        state = {
+            "intercept": torch.tensor([self.intercept]),
+            "penalty": torch.tensor([self.penalty]),
+        }
+        for number, block in enumerate(self.blocks):
+            own = block.statistic
+            tensors = {"weight": block.weight, "mean": own.mean, "scale": own.scale}
+            tensors |= {"typical": own.typical, **own.statistic.learnt()}
+            state |= {f"{number}.{name}": tensor.float() for name, tensor in tensors.items()}
+        return state
