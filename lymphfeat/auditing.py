@@ -123,6 +123,8 @@ def audit(cohort: Cohort, *, crop: int = 112, progress: Progress = silent) -> Au
     """Decode every image of a cohort and report counts, faults, copies and shortcuts (METHOD §6).
 
     crop: images with a side below it, in pixels, are reported as too small.
+
+    >>> lf.audit(lf.Cohort.load("cohort")).findings
     """
     if crop < 1:
         raise SettingsError(f"crop (={crop}) must be at least 1 pixel.")

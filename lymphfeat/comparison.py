@@ -83,6 +83,9 @@ def compare(
     that it isn't chosen by its result), or with `all_pairs` with every other. Raises SettingsError
     for runs of different protocols, splits or patients, and where nothing is left to compare, and
     LeakageError for a run measured on patients whose labels its features come from.
+
+    >>> run = lf.fit_heads("cache/features.h5", agg=["std", "gini"], out="runs/spread")
+    >>> lf.compare([run.folder], metric="auc").pairs
     """
     if isinstance(folders, str | os.PathLike):
         raise SettingsError(

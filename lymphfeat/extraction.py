@@ -67,6 +67,9 @@ def extract(
 
     Raises StoreError when `out` holds a store of another recipe and `force` is not set, and
     CohortError for an image that cannot be read.
+
+    >>> settings = lf.ExtractSettings(backbone=lf.BackboneSettings(crop=64))
+    >>> lf.extract(lf.Cohort.load("cohort"), "features.h5", settings).shape
     """
     out, settings = Path(out), settings or ExtractSettings()
     if out.is_dir():

@@ -116,6 +116,8 @@ def fit_heads(
     Raises SettingsError if `out` may not be written (it holds a run and `force` is not set, or it
     holds anything else), CohortError for a truth of other images, and LeakageError if a split would
     be measured on patients whose labels or images were trained on.
+
+    >>> lf.fit_heads("cache/features.h5", agg="mean+std").summary
     """
     if save and out is None:
         raise SettingsError("save (=True) must go with out, the run folder that keeps the weights.")

@@ -101,6 +101,9 @@ def train(
     the threshold `best-ba` without folds; ModelError when an unfinished training of other settings
     exists and `force` is not set; CohortError unless patients of both classes are labelled;
     LeakageError when a training and a held-out patient share an image.
+
+    >>> settings = lf.EndToEndSettings(backbone=lf.BackboneSettings(crop=64), epochs=1)
+    >>> lf.train(lf.Cohort.load("cohort"), "model", settings).threshold
     """
     out, settings = Path(out), settings or EndToEndSettings()
     if folds is None:

@@ -9,11 +9,13 @@ import re
 import shlex
 import shutil
 from dataclasses import dataclass
+from doctest import DocTestParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import lymphfeat as lf
 from lymphfeat.runtime import devices
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_text
@@ -152,6 +154,29 @@ def test_runs_as_shown(
         exec(block.text, {})
     else:
         run_shell(block.text)
+
+
+def examples() -> dict[str, str]:
+    """Return the example in the docstring of each public function and of what opens a folder."""
+    public = {name: getattr(lf, name) for name in lf.__all__ if name[0].islower()}
+    public |= {"Cohort.load": lf.Cohort.load, "FeatureStore.open": lf.FeatureStore.open}
+    found = {name: DocTestParser().get_examples(doc.__doc__ or "") for name, doc in public.items()}
+    return {name: "".join(each.source for each in lines) for name, lines in found.items()}
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("name", examples())
+def test_examples_of_docstrings_run(
+    name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_place(tmp_path)
+    shutil.copytree(finished / "models", place / "models")
+    shutil.copytree(finished / "cache", place / "cache")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
+    example = examples()[name]
+    assert f"lf.{name}(" in example
+    exec(example, {"lf": lf})
 
 
 def test_readme_python_is_ten_lines() -> None:

@@ -70,6 +70,8 @@ class Cohort:
         reference_date: the day on which a date of birth becomes an age in years.
 
         Raises CohortError, naming file, row and remedy, for anything that would need guessing.
+
+        >>> lf.Cohort.load("cohort").n_images
         """
         root = Path(root)
         files = walk_folder(root)

@@ -129,6 +129,8 @@ def explain(
     The unflipped images are explained; where the model predicts the mean over four flips,
     `predicted` holds that mean. `truth` is used only for scoring. Raises SettingsError for an
     ensemble: its members are explained one at a time.
+
+    >>> lf.explain(lf.load_model("models/endtoend"), lf.Cohort.load("cohort")).images
     """
     if isinstance(model, Ensemble):
         raise SettingsError(

@@ -131,7 +131,10 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "FeatureStore":
-        """Open a complete store; raises StoreError, saying what to do, for anything else."""
+        """Open a complete store; raises StoreError, saying what to do, for anything else.
+
+        >>> lf.FeatureStore.open("cache/features.h5").pooled().shape  # (N, V, C)
+        """
         path = Path(path)
         with _open_hdf5(path) as file:
             _check_format(file, path)

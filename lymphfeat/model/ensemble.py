@@ -142,6 +142,9 @@ def load_model(folder: str | os.PathLike[str], *others: str | os.PathLike[str]) 
     """Read a model folder: a `Model`, or for k-fold members and several folders an `Ensemble`.
 
     Both `predict` cohorts. Raises ModelError, saying what to do, if a folder is incomplete.
+
+    >>> model = lf.load_model("models/endtoend")
+    >>> model.predict(lf.Cohort.load("cohort")).patients
     """
     if others:
         return Ensemble.of([load_model(each) for each in (folder, *others)])
