@@ -8,6 +8,7 @@ outer or inner, chooses its own, from its own patients.
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ from lymphfeat.heads.exact_head import Block, ExactHead
 from lymphfeat.heads.stack import class_weights
 from lymphfeat.settings import HeadSettings
 
-_TOGETHER = 32  # training sets held at a time
+_TOGETHER = 25  # training sets held at a time
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,19 @@ class ExactHeadTrainer(HeadTrainer):
         self._heads: dict[int, ExactHead] = {}
         self._losses = np.zeros(len(self._fits), np.float32)
         self._logits = torch.zeros(len(self._fits), len(features.labels), dtype=torch.float64)
-        chunks: dict[Hashable, list[int]] = defaultdict(list)
+        alike: dict[tuple[HeadSettings, int], list[int]] = defaultdict(list)
         for place, fit in enumerate(self._fits):
-            chunks[fit.head, len(fit.split.train)].append(place)
-        for chunk in chunks.values():
-            for start in range(0, len(chunk), _TOGETHER):
-                self._solve(chunk[start : start + _TOGETHER])
+            alike[fit.head, len(fit.split.train)].append(place)
+        for head, _ in alike:
+            self._descriptions.of(head)  # made once, before threads ask for them
+        chunks = (
+            places[start : start + _TOGETHER]
+            for places in alike.values()
+            for start in range(0, len(places), _TOGETHER)
+        )
+        # A small factorisation uses one thread; several at a time use all.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(self._solve, chunks))
 
     @classmethod
     def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
