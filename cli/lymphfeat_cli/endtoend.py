@@ -56,7 +56,10 @@ Run the same command again to resume an interrupted training.""",
     show_default=True,
     help="Model folder to write.",
 )
-@settings_options(EndToEndSettings(), omit=("class_weights",))
+@settings_options(
+    EndToEndSettings(),
+    omit=("class_weights", "solver", "penalty", "quantiles", "prototypes", "width", "layers"),
+)
 @click.option(
     "--folds",
     type=click.IntRange(2),
