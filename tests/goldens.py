@@ -5,6 +5,7 @@ A version's folder has a cohort and what the commands made of it: `weights.safet
 Neither it nor the folders may ever change; a version that writes another format adds a folder.
 """
 
+import shutil
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image
 from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.synthetic.cohort import MANIFEST
 from lymphfeat_cli.main import cli
 
 DATA = Path(__file__).parent / "data"
@@ -45,6 +48,7 @@ def write_goldens(folder: Path) -> None:
     folder.mkdir()
     with chdir(folder):  # so that no path of this machine is in them
         run("synth --patients 10 --test-patients 2 --images 2 --seed 3 --out cohort -q")
+        _simplify(Path("cohort"))
         for path in Path("cohort").rglob("*.jpg"):
             _crop(path)
         few = "--epochs 2 --batch-size 8 --field 112"
@@ -60,6 +64,22 @@ def write_goldens(folder: Path) -> None:
         Path("features.h5").unlink()
         for path in Path().rglob("*.png"):
             Image.new("L", (1, 1)).save(path)
+
+
+def _simplify(cohort: Path) -> None:
+    """Turn a synthetic cohort into one table and an image folder per patient.
+
+    Nothing kept here should look like tables or dates of real patients.
+    """
+    table = Cohort.load(cohort).table
+    columns = ["label", "gender", "age", "lymph_count"]
+    table[columns].to_csv(cohort / "patients.csv", float_format="%.4g", lineterminator="\n")
+    for folder in ("trainset", "testset"):
+        for images in sorted(path for path in (cohort / folder).iterdir() if path.is_dir()):
+            images.rename(cohort / images.name)
+        shutil.rmtree(cohort / folder)
+    for name in ("clinical_annotation.csv", "sample_submission.csv", "truth.csv", MANIFEST):
+        (cohort / name).unlink()
 
 
 def _crop(path: Path) -> None:
