@@ -166,6 +166,18 @@ def test_names_say_what_was_chosen() -> None:
     assert set(fitted.tensors(0)) >= {"intercept", "penalty", "0.weight", "0.mean", "0.scale"}
 
 
+def test_an_exact_mean_is_a_scorer_unless_it_names_its_store() -> None:
+    features = make_features()
+    fitted = fit(features, [head_of("mean"), head_of("mean@1")])
+    tensors = fitted.tensors(0)
+    assert set(tensors) == {"weight", "bias"}
+    bags = features.of_unit("image").bags
+    logits = bags.mean(features.images @ torch.from_numpy(tensors["weight"])[:, None])[:, 0]
+    probability = (logits + torch.from_numpy(tensors["bias"])).sigmoid()
+    np.testing.assert_allclose(probability.numpy(), fitted.curves[0, 0], rtol=1e-4)
+    assert "0.weight" in fitted.tensors(len(SPLITS))
+
+
 @pytest.mark.parametrize(
     ("agg", "message"),
     [

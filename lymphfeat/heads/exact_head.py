@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lymphfeat.heads.aggregators.distribution import Mean, Standardised
+from lymphfeat.heads.aggregators.distribution import Standardised
 from lymphfeat.heads.bags import Bags
 from lymphfeat.settings import HeadSettings
 
@@ -60,18 +60,21 @@ class ExactHead:
 
     @property
     def scorer(self) -> tuple[Tensor, Tensor] | None:
-        """The weight (C,) and bias (1,) of a linear scorer of single instances, if it is one."""
+        """The weight (C,) and bias (1,) of the scorer that `mean` is; None of other heads.
+
+        `mean@2` is none: an end-to-end training starts from the first store's weights.
+        """
         first, *others = self.blocks
-        if others or not isinstance(first.statistic.statistic, Mean):
+        if others or self.settings.agg != "mean":
             return None
         weight = first.weight * first.statistic.scale
         return weight, self.intercept - (weight @ first.statistic.mean)[None]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that the head has learnt, by name; a mean's is folded into a scorer."""
-        if self.scorer is not None:
-            weight, bias = self.scorer
-            return {"weight": weight.float(), "bias": bias.float()}
+        scorer = self.scorer
+        if scorer is not None:
+            return {"weight": scorer[0].float(), "bias": scorer[1].float()}
         state = {
             "intercept": torch.tensor([self.intercept]),
             "penalty": torch.tensor([self.penalty]),
