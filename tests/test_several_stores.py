@@ -1,6 +1,7 @@
 """Heads that read several stores of the same images."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +22,16 @@ SETTINGS = FitSettings(seeds=1, folds=3, epochs=1, device="cpu", threads=1)
 COUNTS = [3 + number % 4 for number in range(48)]
 
 
-def write(path: Path, channels: int, seed: int, cohort: Cohort | None = None) -> FeatureStore:
-    """Write a store of one backbone, whose features lean towards the label a little."""
+def write(
+    path: Path, channels: int, seed: int, cohort: Cohort | None = None, lean: float = 0.3
+) -> FeatureStore:
+    """Write a store of one backbone, whose features lean towards the label."""
     cohort = cohort or made_up_cohort(COUNTS)
     rng = np.random.default_rng(seed)
     n = int(cohort.offsets[-1])
     labels = np.repeat(cohort.labels, cohort.n_images)[:, None, None, None, None]
     maps: NDArray[np.float32] = rng.normal(size=(n, 1, channels, 2, 1)).astype(np.float32)
-    maps = maps * (1 + 0.5 * labels) + 0.3 * labels
+    maps = maps * (1 + 0.5 * labels) + lean * labels
     shape = MapShape(views=1, channels=channels, height=2, width=1)
     with open_writer(path, cohort, shape=shape) as writer:
         writer.write(0, {"frozen": maps}, np.arange(n, dtype=np.uint32))
@@ -68,6 +71,15 @@ def test_a_store_twice_is_the_store_once(stores: list[FeatureStore]) -> None:
     once = fit_heads(stores[:1], agg="std", settings=SETTINGS)
     twice = fit_heads([stores[0], stores[0]], agg="std", settings=SETTINGS)
     np.testing.assert_allclose(probabilities(once, "std"), probabilities(twice, "std"), rtol=1e-5)
+
+
+def test_a_penalty_at_an_end_of_its_path_is_a_warning(tmp_path: Path) -> None:
+    apart = write(tmp_path / "apart.h5", 3, 0, lean=9.0)
+    alike = write(tmp_path / "alike.h5", 3, 2, lean=0.0)
+    for store, end in ((apart, "1e-05, the smallest"), (alike, "10, the largest")):
+        run = fit_heads(store, agg="mean", settings=SETTINGS)
+        (line,) = (each for each in run.outcome.warnings if "penalty" in each)
+        assert re.match(rf"mean exact in \d of 3 splits: chose the penalty {end}: ", line)
 
 
 @pytest.mark.parametrize("agg", ["topk", "bnsigmoid", "attention"])

@@ -146,18 +146,24 @@ def _find_gaps(plan: Plan, settings: FitSettings) -> tuple[str, ...]:
 
 
 def _find_edges(fitted: FittedHeads) -> tuple[str, ...]:
-    """Warn of penalties chosen at the end of their path: a better one may lie beyond."""
-    ends = {f"penalty {penalty:.2g}" for penalty in (PENALTIES[0], PENALTIES[-1])}
+    """Warn of penalties chosen at an end of their path: a better one may lie beyond."""
     names = [head_name(fit.head) for fit in fitted.fits]
-    at_end = Counter(name for position, name in enumerate(names) if fitted.chosen(position) in ends)
-    if not at_end:
-        return ()
-    counts = Counter(names)
-    listed = ", ".join(f"{name} in {n} of {counts[name]} splits" for name, n in at_end.items())
-    return (
-        f"{listed}: chose a penalty at the end of its path ({PENALTIES[0]:g} to "
-        f"{PENALTIES[-1]:g}); at the upper end the images say little about the label.",
-    )
+    found = []
+    for penalty, meaning in (
+        (PENALTIES[0], "the smallest: usual where the classes are far apart, else try --penalty"),
+        (PENALTIES[-1], "the largest: their features say little about the label"),
+    ):
+        counts = Counter(
+            name
+            for position, name in enumerate(names)
+            if fitted.chosen(position) == f"penalty {penalty:.2g}"
+        )
+        if counts:
+            heads = ", ".join(
+                f"{name} in {n} of {names.count(name)} splits" for name, n in counts.items()
+            )
+            found.append(f"{heads}: chose the penalty {penalty:g}, {meaning}.")
+    return tuple(found)
 
 
 def _threshold_rule(plan: Plan, settings: FitSettings) -> str:
