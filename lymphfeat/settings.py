@@ -26,6 +26,7 @@ Solver = Literal["", "exact", "adam"]  # "": exact on cached maps, adam through 
 Reduction = Literal["mean", "max"]
 RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected logits
 ClassWeights = Literal["none", "balanced"]
+BlockWeights = Literal["equal", "chosen"]  # chosen: inside each training set
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Fusion = Literal["late", "sum", "experts", "all"]  # METHOD §5
@@ -263,6 +264,11 @@ class HeadSettings(Settings):
         above=0,
         unset="chosen inside each training set",
     )
+    block_weights: BlockWeights = setting(
+        "equal",
+        "How much the statistics of a head, and the stores, weigh in it: equal, or chosen inside "
+        "each training set.",
+    )
     quantiles: str = setting(
         "", "Quantile range that quantiles measures, in percent.", unset="90-50"
     )
@@ -297,6 +303,7 @@ class HeadGrid:
     momentum: tuple[float, ...] = ()
     solver: tuple[Solver, ...] = ()
     penalty: tuple[float, ...] = ()
+    block_weights: tuple[BlockWeights, ...] = ()
     quantiles: tuple[str, ...] = ()
     prototypes: tuple[int, ...] = ()
     width: tuple[int, ...] = ()

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from lymphfeat.heads.aggregators.distribution import (
     Deviation,
@@ -26,8 +29,9 @@ from lymphfeat.heads.engine.descriptions import (
     LogDeviations,
     Prototypes,
 )
-from lymphfeat.heads.engine.exact import TrainingSet, solve_heads
+from lymphfeat.heads.engine.exact import Mixture, TrainingSet, mixtures, solve_heads
 from lymphfeat.heads.engine.instances import Features, Instances
+from lymphfeat.heads.engine.logistic import solve_paths
 
 CHANNELS = 6
 SIZES = np.array([3, 20, 16, 7, 30, 18, 16, 25, 40, 17, 22, 19])
@@ -253,3 +257,53 @@ def auc_of_bag_size(name: str, seed: int) -> float:
     logits = found.logits[24:].numpy()
     tumoral, reactive = logits[labels[24:] == 1], logits[labels[24:] == 0]
     return float((tumoral[:, None] > reactive[None]).mean())
+
+
+@given(st.integers(1, 7))
+def test_mixtures_start_with_equal_weights_and_have_each_block_alone(blocks: int) -> None:
+    found = mixtures(blocks)
+    assert len(set(found)) == len(found)
+    assert found[0] == (1 / blocks,) * blocks
+    for mixture in found:
+        assert min(mixture) >= 0
+        assert sum(mixture) == pytest.approx(1)
+    alone = {tuple(float(each == block) for each in range(blocks)) for block in range(blocks)}
+    assert alone <= set(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chosen_weights_are_those_that_a_search_one_by_one_finds(seed: int) -> None:
+    patients, rng = 40, np.random.default_rng(seed)
+    labels = rng.integers(0, 2, patients)
+    x = rng.normal(size=(patients * 16, CHANNELS)) * np.repeat(1 - 0.25 * labels, 16)[:, None]
+    instances = image_features(x, np.full(patients, 16), labels)
+    own = learn(instances, ("mean", "std"), torch.arange(30))
+    penalties = [0.03, 0.3, 3.0]
+    (found,) = solve_heads([own], torch.from_numpy(labels), penalties, mix=True)
+
+    def left_out_loss(mixture: Mixture, penalty: float) -> float:
+        z = torch.cat([v * w**0.5 for v, w in zip(own.values, mixture, strict=True)], 1)[:30]
+        known = torch.from_numpy(labels[:30])[None].double()
+        (solution,) = solve_paths((z @ z.T)[None], known, penalties=[penalty])
+        return float((softplus(solution.left_out) - known * solution.left_out).mean())
+
+    choices = [(mixture, penalty) for mixture in mixtures(2) for penalty in penalties]
+    best = min(choices, key=lambda choice: left_out_loss(*choice))
+    assert (found.mixture, found.penalty) == best
+    scale = np.repeat(np.sqrt(found.mixture), CHANNELS)
+    z = torch.cat(own.values, 1).numpy() * scale
+    model = LogisticRegression(C=1 / (30 * found.penalty), tol=1e-10, max_iter=10_000)
+    model.fit(z[:30], labels[:30])
+    np.testing.assert_allclose(found.logits, model.decision_function(z), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_of_noise_gets_little_weight() -> None:
+    patients, rng = 60, np.random.default_rng(0)
+    labels = np.tile([0, 1], patients // 2)
+    x = rng.normal(size=(patients * 16, CHANNELS)) * np.repeat(1 - 0.4 * labels, 16)[:, None]
+    instances = image_features(x, np.full(patients, 16), labels)
+    sets = [
+        learn(instances, ("mean", "std"), torch.arange(start, start + 40)) for start in range(20)
+    ]
+    found = solve_heads(sets, torch.from_numpy(labels), mix=True)
+    assert np.mean([each.mixture[1] for each in found]) > 0.7

@@ -58,7 +58,10 @@ Run the same command again to resume an interrupted training.""",
 )
 @settings_options(
     EndToEndSettings(),
-    omit=("class_weights", "solver", "penalty", "quantiles", "prototypes", "width", "layers"),
+    omit=(
+        *("class_weights", "solver", "penalty", "block_weights", "quantiles", "prototypes"),
+        *("width", "layers"),
+    ),
 )
 @click.option(
     "--folds",

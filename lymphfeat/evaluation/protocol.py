@@ -156,7 +156,7 @@ def _find_edges(fitted: FittedHeads) -> tuple[str, ...]:
         counts = Counter(
             name
             for position, name in enumerate(names)
-            if fitted.chosen(position) == f"penalty {penalty:.2g}"
+            if fitted.chosen(position).split(",")[0] == f"penalty {penalty:.2g}"
         )
         if counts:
             heads = ", ".join(

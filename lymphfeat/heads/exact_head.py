@@ -28,11 +28,15 @@ class ExactHead:
     blocks: tuple[Block, ...]
     intercept: float
     penalty: float  # that was given, or chosen on the training patients
+    mixture: tuple[float, ...] = ()  # of each block its weight, given or chosen; for the record
 
     @property
     def chosen(self) -> str:
-        """The penalty, unless it was given."""
-        return "" if self.settings.penalty else f"penalty {self.penalty:.2g}"
+        """The penalty, unless it was given, and the weights of the blocks, if they were chosen."""
+        parts = [] if self.settings.penalty else [f"penalty {self.penalty:.2g}"]
+        if self.settings.block_weights == "chosen":
+            parts.append("weights " + " ".join(f"{each:.2g}" for each in self.mixture))
+        return ", ".join(parts)
 
     def patient_logits(self, sets: Sequence[tuple[Tensor, Bags]]) -> Tensor:
         """Score patients from each set's instances (M, C) and bags: (B,), float64."""

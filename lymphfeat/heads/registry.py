@@ -128,7 +128,7 @@ class DistributionAggregator(Aggregator):
     """A linear score of statistics of a patient's instances; solved exactly (METHOD §2 C)."""
 
     family: ClassVar[str] = "distribution"
-    fitted_by: ClassVar[tuple[str, ...]] = ("class_weights", "penalty")
+    fitted_by: ClassVar[tuple[str, ...]] = ("class_weights", "penalty", "block_weights")
     statistics: tuple[str, ...]  # each of every store, or with @N of the N-th, counted from 1
     _: KW_ONLY
     reads: tuple[str, ...] = ("unit",)

@@ -2,14 +2,16 @@
 
 A head is an L2 logistic regression on blocks of statistics (METHOD §2 C). Each block is
 standardised over its training patients and divided by the square root of its length, so blocks
-weigh alike. The penalty is chosen by the training patients' left-out log loss: every training set,
-outer or inner, chooses its own, from its own patients.
+weigh alike, unless their weights are chosen, too. Penalty and weights are chosen by the training
+patients' left-out log loss: every training set, outer or inner, chooses its own, from its own
+patients.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from lymphfeat.heads.stack import class_weights
 from lymphfeat.settings import HeadSettings
 
 _TOGETHER = 25  # training sets held at a time
+_PARTS = {1: 1, 2: 4, 3: 3}  # by number of blocks: weights are multiples of 1 / parts; of more, 1/2
+Mixture = tuple[float, ...]  # of each block its weight, at least 0; they add up to 1
 
 
 @dataclass(frozen=True)
@@ -61,59 +65,105 @@ class TrainingSet:
         return cls(patients, importance, tuple(places), tuple(statistics), tuple(standardised))
 
     @property
-    def gram(self) -> Tensor:
-        """The Gram matrix (n, n) of the training patients, the mean over blocks."""
-        parts = [values[self.patients] @ values[self.patients].T for values in self.values]
-        return torch.stack(parts).mean(0)
+    def grams(self) -> Tensor:
+        """The Gram matrices (blocks, n, n) of the training patients."""
+        known = [values[self.patients] for values in self.values]
+        return torch.stack([values @ values.T for values in known])
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A training set's regression under one penalty."""
+    """A training set's regression under one penalty and mixture of its blocks."""
 
     penalty: float
+    mixture: Mixture
     weights: tuple[Tensor, ...]  # of each block, (D,)
     intercept: float
     logits: Tensor  # (P,) of all patients
 
 
+def mixtures(blocks: int) -> list[Mixture]:
+    """List the weights to choose from: equal ones first, then a lattice that has each block alone.
+
+    >>> mixtures(2)
+    [(0.5, 0.5), (1.0, 0.0), (0.75, 0.25), (0.25, 0.75), (0.0, 1.0)]
+    """
+    parts = _PARTS.get(blocks, 2)
+    shared_out = combinations_with_replacement(range(blocks), parts)
+    lattice = [tuple(each.count(block) / parts for block in range(blocks)) for each in shared_out]
+    return list(dict.fromkeys([equal_weights(blocks), *lattice]))
+
+
+def equal_weights(blocks: int) -> Mixture:
+    """Return the mixture in which all blocks weigh alike."""
+    return (1 / blocks,) * blocks
+
+
 def solve_heads(
-    sets: Sequence[TrainingSet], labels: Tensor, penalties: Sequence[float] = PENALTIES
+    sets: Sequence[TrainingSet],
+    labels: Tensor,
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    mix: bool = False,
 ) -> list[Solved]:
-    """Solve one head for every training set, under the penalty it chooses; labels (P,)."""
-    by_size: dict[int, list[int]] = defaultdict(list)
+    """Solve one head for every training set, under the penalty it chooses; labels (P,).
+
+    With `mix` it also chooses the weights of its blocks.
+    """
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, each in enumerate(sets):
-        by_size[len(each.patients)].append(place)
+        alike[len(each.patients), len(each.values)].append(place)
     found: dict[int, Solved] = {}
-    for places in by_size.values():
-        solved = _solve([sets[place] for place in places], labels, penalties)
+    for (_, blocks), places in alike.items():
+        offered = mixtures(blocks) if mix else [equal_weights(blocks)]
+        solved = _solve([sets[place] for place in places], labels, penalties, offered)
         found |= dict(zip(places, solved, strict=True))
     return [found[place] for place in range(len(sets))]
 
 
-def _solve(sets: Sequence[TrainingSet], labels: Tensor, penalties: Sequence[float]) -> list[Solved]:
-    """Solve training sets of one size."""
+def _solve(
+    sets: Sequence[TrainingSet],
+    labels: Tensor,
+    penalties: Sequence[float],
+    offered: Sequence[Mixture],
+) -> list[Solved]:
+    """Solve training sets of one size, under the best of the penalties and mixtures offered."""
     known = torch.stack([labels[each.patients] for each in sets]).double()  # (B, n)
     importance = torch.stack([each.importance for each in sets])  # (B, n)
-    path = solve_paths(torch.stack([each.gram for each in sets]), known, importance, penalties)
-    losses = [_log_loss(solution.left_out, known, importance) for solution in path]
-    best = torch.stack(losses).argmin(0).tolist()  # (B,)
-    return [
-        _fold(each, penalties[chosen], path[chosen].alpha[b], float(path[chosen].intercept[b]))
-        for b, (each, chosen) in enumerate(zip(sets, best, strict=True))
-    ]
+    grams = torch.stack([each.grams for each in sets])  # (B, blocks, n, n)
+    best: list[Solved | None] = [None] * len(sets)
+    lowest = torch.full((len(sets),), torch.inf, dtype=torch.float64)
+    for mixture in offered:
+        path = solve_paths(_mixed(grams, mixture), known, importance, penalties)
+        losses = torch.stack([_log_loss(one.left_out, known, importance) for one in path])  # (L, B)
+        loss, chosen = losses.cpu().min(0)  # (B,)
+        for b in (loss < lowest).nonzero()[:, 0].tolist():
+            solution, penalty = path[int(chosen[b])], penalties[int(chosen[b])]
+            intercept = float(solution.intercept[b])
+            best[b] = _fold(sets[b], penalty, mixture, solution.alpha[b], intercept)
+        lowest = torch.minimum(lowest, loss)
+    return [solved for solved in best if solved is not None]
+
+
+def _mixed(grams: Tensor, mixture: Mixture) -> Tensor:
+    """Return the weighted sum of blocks' Gram matrices: (B, blocks, n, n) -> (B, n, n)."""
+    return torch.einsum("bkij,k->bij", grams, grams.new_tensor(mixture))
 
 
 def _log_loss(logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
     return (importance * (softplus(logits) - labels * logits)).mean(1)  # (B,)
 
 
-def _fold(own: TrainingSet, penalty: float, alpha: Tensor, intercept: float) -> Solved:
+def _fold(
+    own: TrainingSet, penalty: float, mixture: Mixture, alpha: Tensor, intercept: float
+) -> Solved:
     """Turn dual weights alpha (n,) into weights of the statistics."""
-    blocks = len(own.values)
-    weights = tuple(alpha @ values[own.patients] / blocks for values in own.values)
+    weights = tuple(
+        part * (alpha @ values[own.patients])
+        for part, values in zip(mixture, own.values, strict=True)
+    )
     parts = [values @ weight for values, weight in zip(own.values, weights, strict=True)]
-    return Solved(penalty, weights, intercept, torch.stack(parts).sum(0) + intercept)
+    return Solved(penalty, mixture, weights, intercept, torch.stack(parts).sum(0) + intercept)
 
 
 class ExactHeadTrainer(HeadTrainer):
@@ -151,7 +201,8 @@ class ExactHeadTrainer(HeadTrainer):
         sets = [self._training_set(self._fits[place]) for place in places]
         penalties = PENALTIES if head.penalty is None else (head.penalty,)
         labels = self._features.labels
-        found = solve_heads(sets, labels, penalties)
+        mix = head.block_weights == "chosen"
+        found = solve_heads(sets, labels, penalties, mix=mix)
         for place, own, solved in zip(places, sets, found, strict=True):
             blocks = zip(own.places, own.statistics, solved.weights, strict=True)
             self._heads[place] = ExactHead(
@@ -159,6 +210,7 @@ class ExactHeadTrainer(HeadTrainer):
                 tuple(Block(*block) for block in blocks),
                 solved.intercept,
                 solved.penalty,
+                solved.mixture,
             )
             self._logits[place] = solved.logits
             known = labels[own.patients][None].double()
