@@ -133,7 +133,7 @@ def test_the_loss_in_bfloat16_is_as_near_as_its_roundings_allow(
     labels = torch.tensor(labelled.labels).float()
 
     def loss_of(maps: torch.Tensor) -> torch.Tensor:
-        logits = head.logits(maps.flatten(2).mT)[:, :, 0].mean(1, keepdim=True)  # (N, 1)
+        logits = head.keep(maps.flatten(2).mT)[:, :, 0].mean(1, keepdim=True)  # (N, 1)
         patients = Bags.of(labelled.n_images).mean(logits)[:, 0]  # (P,)
         return binary_cross_entropy_with_logits(patients, labels)[None]
 
@@ -547,7 +547,7 @@ def test_lower_stages_learn_more_slowly() -> None:
             assert rates[parameter] == pytest.approx(lr * 0.5 ** (5 - stage)), name
         else:
             assert parameter not in rates
-    assert rates[tuner.head.weight] == 0.7
+    assert {rates[parameter] for parameter in tuner.head.parameters()} == {0.7}
 
 
 @pytest.mark.seconds

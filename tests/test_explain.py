@@ -19,7 +19,6 @@ from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.report import worst_first, write_cell, write_report
 from lymphfeat.explanation.scores import probability_without, ranks
 from lymphfeat.heads.bags import Bags
-from lymphfeat.model.scoring import read_out
 from lymphfeat.settings import ExplainSettings, Precision, PredictSettings, Unit
 from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_synthetic_cohort
 from lymphfeat.synthetic.rendering import render_cell
@@ -63,7 +62,7 @@ def test_shares_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Coho
 @pytest.mark.parametrize("agg", AGGS)
 def test_logits_beyond_what_exp_holds(agg: str, cohort: Cohort, tmp_path: Path) -> None:
     model = make_model(agg)
-    torch.nn.init.constant_(model.head.bias, -1000)
+    torch.nn.init.constant_(model.head.get_parameter("bias"), -1000)
     found = explain(model, cohort, ON_CPU)
     assert (found.images["probability"] == 0).all()
     images = model.predict(cohort, PredictSettings(device="cpu", precision="float32")).images
@@ -109,7 +108,7 @@ def test_deleting_against_a_loop(agg: str, cohort: Cohort) -> None:
         pixels = torch.from_numpy(own).flatten(1)
         unit = found.model.head_settings.unit
         logits = pixels if unit == "pixel" else pixels.mean(1, keepdim=True)
-        alone = read_out(found.model.head, Bags.of([len(own)]), logits).probability
+        alone = found.model.head.read_out(logits[:, :, None], Bags.of([len(own)])).probability
         assert value == pytest.approx(float(alone[0]), abs=1e-5)
 
 

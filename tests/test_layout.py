@@ -54,7 +54,10 @@ INSIDE = {
         *("comparison", "run_provenance", "leakage", "hidden_truth", "shortcuts", "decision"),
         *("calibration", "intervals", "metrics"),
     ),
-    "heads": ("engine", "grid", "stack", "exact_head", "registry", "aggregators", "bags"),
+    "heads": (
+        *("engine", "grid", "stack", "distribution_head", "head", "exact_head", "registry"),
+        *("aggregators", "bags"),
+    ),
     "heads.engine": (
         *("engine", "weighted", "ranking", "networks", "exact", "trainer", "descriptions"),
         *("logistic", "sharing", "scorers", "results", "sampling", "instances"),

@@ -404,12 +404,14 @@ def test_training_begins_with_the_mean_head_of_the_splits(run: Path, cohort: Coh
     split = repeat.outer[1]
     everyone = replace(split, train=(*split.train, *split.validation), validation=())
     job = prepare(cohort, everyone, settings)
-    torch.testing.assert_close(job.model.head.weight[0], torch.stack(by_split).mean(0))
+    torch.testing.assert_close(
+        job.model.head.get_parameter("weight")[0], torch.stack(by_split).mean(0)
+    )
     assert job.model.head_settings.agg == "bnsigmoid"
     assert job.settings.head.lr == settings.head.lr
     # With patients held out only the split that did not train on them counts.
     job = prepare(cohort, split, settings)
-    torch.testing.assert_close(job.model.head.weight[0], by_split[1])
+    torch.testing.assert_close(job.model.head.get_parameter("weight")[0], by_split[1])
     weight = prepare(cohort, split, tiny_settings()).model.facts.initial_weights_sha256
     assert read_initial_head(run, (), weight).name == "bnsigmoid lr=0.05"
     with pytest.raises(LeakageError, match="all of its splits did"):

@@ -25,7 +25,7 @@ from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.ensemble import load_model
 from lymphfeat.model.model import Model, TrainingFacts
 from lymphfeat.model.predictions import Predictions
-from lymphfeat.model.scoring import ModelRecipe, read_out
+from lymphfeat.model.scoring import ModelRecipe
 from lymphfeat.runtime.files import unfinished_folder
 from lymphfeat.settings import HeadSettings, PredictSettings, Unit
 from tests.folders import contents, interrupt_swap, names_in
@@ -80,6 +80,7 @@ def pixels_of(model: Model, paths: Sequence[Path]) -> torch.Tensor:
 
 def logits_of(model: Model, maps: torch.Tensor) -> torch.Tensor:
     """Score the pixels (n, h, w) of maps (n, C, h, w)."""
+    assert isinstance(model.head, HeadStack)
     scorer = model.head.weight[0].view(-1, 1, 1)
     logits: torch.Tensor = (maps * scorer).sum(1) + model.head.bias[0]
     return logits
@@ -158,8 +159,8 @@ def test_bfloat16_is_as_near_as_its_roundings_allow(agg: str, cohort: Cohort) ->
     assert (moved <= tolerance).all()
     assert moved.max() > MORE_THAN_FLOAT32 * tolerance.max()
     # The patients are read out in float32, of whatever logits there are.
-    logits = torch.tensor(rough.images["logit"].to_numpy())[:, None]
-    expected = read_out(model.head, Bags.of(cohort.n_images), logits).probability
+    logits = torch.tensor(rough.images["logit"].to_numpy())[:, None, None]
+    expected = model.head.read_out(logits, Bags.of(cohort.n_images)).probability
     np.testing.assert_allclose(rough.patients["probability"], expected, rtol=1e-5)
     if agg != "bnsigmoid":  # whose weights move, too; else no more than the logit that moves most
         changed = (rough.patients["probability"] - exact.patients["probability"]).abs()
@@ -350,6 +351,7 @@ def test_a_model_is_found_whose_writer_was_killed_between_the_renames(tmp_path: 
 
 def test_a_diverged_model_names_the_image(cohort: Cohort) -> None:
     model = make_model()
+    assert isinstance(model.head, HeadStack)
     model.head.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"P0/0.png: the model's score must be a finite number"):
         model.predict(cohort)

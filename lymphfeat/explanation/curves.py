@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from lymphfeat.heads.aggregators.weighted import EPSILON
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 
@@ -61,7 +62,7 @@ class WeightCurve:
     @classmethod
     def of(cls, model: Model) -> "WeightCurve | None":
         """Return a model's curve, or None when its weights depend on more than the logit."""
-        if model.head_settings.agg != "bnsigmoid":
+        if model.head_settings.agg != "bnsigmoid" or not isinstance(model.head, HeadStack):
             return None
         state = model.head.state
         return cls(

@@ -15,9 +15,8 @@ from lymphfeat.cohort.images import VIEWS
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator, aggregator_of
-from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
-from lymphfeat.model.scoring import CohortScorer, read_out
+from lymphfeat.model.scoring import CohortScorer
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.progress import Progress, silent
@@ -54,7 +53,7 @@ def score_maps(
         scorer = CohortScorer(
             model.backbone, model.head, model.recipe, settings, views=VIEWS[:1], unit="pixel"
         )
-        logits = scorer.score(cohort, progress)[0]  # (N, h · w)
+        logits = scorer.score(cohort, progress)[0, :, :, 0]  # (N, h · w)
     side = math.isqrt(logits.shape[1])  # crops are square, so are the maps
     return logits.reshape(len(logits), side, side).numpy()
 
@@ -69,21 +68,18 @@ def score_image(model: Model, path: Path, settings: PredictSettings) -> Float32s
 
 def decide(model: Model, maps: Float32s, sizes: NDArray[np.int64]) -> Decisions:
     """Read out patients of `sizes` (P,) images from the images' maps (N, h, w)."""
-    head, settings = model.head, model.head_settings
-    images = Bags.of(sizes)
+    settings, images = model.head_settings, Bags.of(sizes)
     logits = _instances(maps, settings.unit)  # (N, U)
-    read = read_out(head, images, logits)
+    read = model.head.read_out(logits[:, :, None], images)
     ranked = AGGREGATORS[settings.agg].family == "ranking"
-    share = _shares(head, images, logits, ranked)
-    total = read.probability if ranked else _patient_logits(head, images, logits)
     mark = _marks(settings, images, logits) if ranked else torch.zeros(len(maps), dtype=torch.int8)
     return Decisions(
         additive="probability" if ranked else "logit",
         probability=read.probability.numpy(),
-        total=total.numpy(),
-        rest=(total - images.sum(share[:, None])[:, 0]).numpy(),
+        total=read.total.numpy(),
+        rest=(read.total - images.sum(read.contribution[:, None])[:, 0]).numpy(),
         weight=read.weight.numpy(),
-        share=share.numpy(),
+        share=read.contribution.numpy(),
         mark=mark.numpy(),
         without_top=_without_top(model, maps, sizes),
     )
@@ -97,8 +93,9 @@ def probability_without(
     left = np.bincount(patient[~left_out], minlength=len(sizes))
     result = np.full(len(sizes), np.nan, np.float32)
     if (left > 0).any():
-        logits = _instances(maps[~left_out], model.head_settings.unit)
-        result[left > 0] = read_out(model.head, Bags.of(left[left > 0]), logits).probability.numpy()
+        logits = _instances(maps[~left_out], model.head_settings.unit)[:, :, None]
+        read = model.head.read_out(logits, Bags.of(left[left > 0]))
+        result[left > 0] = read.probability.numpy()
     return result
 
 
@@ -115,20 +112,6 @@ def ranks(logit: Float32s, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _instances(maps: Float32s, unit: str) -> Tensor:
     pixels = torch.from_numpy(maps).flatten(1)  # (N, h · w)
     return pixels if unit == "pixel" else pixels.mean(1, keepdim=True)
-
-
-@torch.no_grad()
-def _patient_logits(head: HeadStack, images: Bags, logits: Tensor) -> Tensor:
-    return head.patient_logit(logits.reshape(-1, 1), images.times(logits.shape[1]))[:, 0]
-
-
-@torch.no_grad()
-def _shares(head: HeadStack, images: Bags, logits: Tensor, ranked: bool) -> Tensor:
-    """Return Σ α ℓ, or Σ α σ(ℓ) for the ranking family, over each image's instances: (N,)."""
-    bags = images.times(logits.shape[1])
-    flat = logits.reshape(-1, 1)
-    weight = head.instance_weights(flat, bags)
-    return (weight * (flat.sigmoid() if ranked else flat)).reshape(logits.shape).sum(1)
 
 
 def _marks(settings: HeadSettings, images: Bags, logits: Tensor) -> Tensor:

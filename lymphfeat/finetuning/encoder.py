@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lymphfeat.features.backbones import Backbone
 from lymphfeat.finetuning.augmentation import flip_each
 from lymphfeat.finetuning.pixels import ImageBatch, PixelCache
-from lymphfeat.heads.stack import HeadStack
+from lymphfeat.heads.head import Head
 from lymphfeat.model.scoring import instances_of
 from lymphfeat.runtime import processes
 from lymphfeat.runtime.devices import autocast, to_device
@@ -51,15 +51,15 @@ class Encoder:
         return self._together(batch, self._encode)
 
     @torch.no_grad()
-    def score(self, head: HeadStack, batch: ImageBatch, chunk_size: int) -> Tensor:
-        """Return the logits (n, U) of a batch, the backbone in eval mode."""
+    def score(self, head: Head, batch: ImageBatch, chunk_size: int) -> Tensor:
+        """Return what the head keeps of a batch (n, U, D), the backbone in eval mode."""
         self.backbone.eval()
 
-        def logits(part: ImageBatch) -> Tensor:
-            return head.logits(self._encode(part))[:, :, 0]
+        def kept(part: ImageBatch) -> Tensor:
+            return head.keep(self._encode(part))
 
         parts = batch.chunks(chunk_size * processes.count())
-        return torch.cat([self._together(part, logits) for part in parts])
+        return torch.cat([self._together(part, kept) for part in parts])
 
     def _together(self, batch: ImageBatch, encode: Callable[[ImageBatch], Tensor]) -> Tensor:
         """Encode a batch, divided among the processes."""

@@ -23,8 +23,7 @@ from lymphfeat.finetuning.gradients import LossOf, backpropagate
 from lymphfeat.finetuning.pixels import ImageBatch, Roster, as_they_are
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.stack import HeadStack
-from lymphfeat.model.scoring import read_out
+from lymphfeat.heads.head import Head
 from lymphfeat.runtime import processes
 from lymphfeat.runtime.devices import to_device
 from lymphfeat.runtime.progress import Progress, silent
@@ -55,7 +54,7 @@ class FineTuner:
     def __init__(
         self,
         encoder: Encoder,
-        head: HeadStack,
+        head: Head,
         roster: Roster,
         settings: EndToEndSettings,
         generator: torch.Generator,
@@ -123,9 +122,7 @@ class FineTuner:
         self.generator.set_state(state["generator"])
 
 
-def _make_optimizer(
-    backbone: Backbone, head: HeadStack, settings: EndToEndSettings
-) -> torch.optim.Adam:
+def _make_optimizer(backbone: Backbone, head: Head, settings: EndToEndSettings) -> torch.optim.Adam:
     lr = settings.head.lr
     groups: list[dict[str, Any]] = [
         *_backbone_groups(backbone, settings),
@@ -201,7 +198,7 @@ class PatientLoss:
     """The patients' cross-entropy from instances in the order of a batch."""
 
     def __init__(
-        self, head: HeadStack, bag: Bag, order: Tensor, labels: Tensor, device: torch.device
+        self, head: Head, bag: Bag, order: Tensor, labels: Tensor, device: torch.device
     ) -> None:
         """Take the batch's order: its i-th image is the bag's order[i]-th."""
         self._head = head
@@ -212,9 +209,8 @@ class PatientLoss:
 
     def __call__(self, instances: Tensor) -> Tensor:
         """Return the loss of instances (n, U, C)."""
-        logits = self._head.logits(instances).index_select(0, self._place)  # (n, U, 1)
-        bags = self._bags.times(logits.shape[1])
-        patient = self._head.patient_logit(logits.flatten(0, 1), bags)[:, 0]  # (B,)
+        kept = self._head.keep(instances).index_select(0, self._place)  # (n, U, D)
+        patient = self._head.patient_logits(kept, self._bags)  # (B,)
         self.patient_logit = patient.detach()
         return binary_cross_entropy_with_logits(patient, self._labels)
 
@@ -229,9 +225,10 @@ class RankingFineTuner(FineTuner):
         """Rank with the backbone in eval mode, then learn from each patient's highest instances."""
         bag = self.draw(torch.arange(len(self.roster)))
         images = as_they_are(bag.rows)
-        logits = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U)
+        kept = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U, 1)
         bags = Bags.of(bag.sizes, self.device)
-        probability = read_out(self.head, bags, logits).probability
+        probability = self.head.read_out(kept, bags).probability
+        logits = kept[:, :, 0]
         selected = self._select(logits, bags)
         losses, seen = self._learn(selected, bag.rows, logits.shape[1], progress)
         return EpochResult(
@@ -295,7 +292,7 @@ class SelectedLoss:
 
     def __init__(
         self,
-        head: HeadStack,
+        head: Head,
         bag: Bag,
         order: Tensor,
         pixels: Tensor,
@@ -311,7 +308,7 @@ class SelectedLoss:
 
     def __call__(self, instances: Tensor) -> Tensor:
         """Return the loss of instances (n, U, C)."""
-        logits = self._head.logits(instances)[:, :, 0]  # (n, U)
+        logits = self._head.keep(instances)[:, :, 0]  # (n, U)
         chosen = logits.gather(1, self._pixels[:, None])  # (n, 1)
         mean = self._bags.mean(chosen.index_select(0, self._place))[:, 0]  # (B,)
         return binary_cross_entropy_with_logits(mean, self._labels)
@@ -326,10 +323,8 @@ FINE_TUNERS: dict[str, type[FineTuner]] = {
 # --- without training ----------------------------------------------------------------------------
 
 
-def evaluate(
-    encoder: Encoder, head: HeadStack, roster: Roster, chunk_size: int
-) -> NDArray[np.float32]:
+def evaluate(encoder: Encoder, head: Head, roster: Roster, chunk_size: int) -> NDArray[np.float32]:
     """Return the probabilities (P,) of patients, everything in eval mode."""
-    logits = encoder.score(head, roster.images(), chunk_size)  # (N, U)
-    bags = Bags.of(roster.sizes, logits.device)
-    return read_out(head, bags, logits).probability.cpu().numpy()
+    kept = encoder.score(head, roster.images(), chunk_size)  # (N, U, D)
+    bags = Bags.of(roster.sizes, kept.device)
+    return head.read_out(kept, bags).probability.cpu().numpy()

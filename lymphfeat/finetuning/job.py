@@ -20,6 +20,7 @@ from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.finetuning.initial_head import read_initial_head
+from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import HeadStack, initial_scorer
 from lymphfeat.model.model import Model, TrainingFacts
 from lymphfeat.model.scoring import ModelRecipe
@@ -135,7 +136,7 @@ def _initial_head(
     generator: torch.Generator,
     weights_sha256: str,
     held_out: Sequence[PatientKey],
-) -> tuple[HeadStack, Provenance]:
+) -> tuple[Head, Provenance]:
     """Make the head that training starts from, and say whose labels went into it."""
     weight, bias = initial_scorer(channels, generator)
     if settings.init_head is None:

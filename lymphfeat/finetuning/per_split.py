@@ -59,6 +59,7 @@ class SplitTraining:
             state.check(force=self._force)  # before images are decoded
         curves = fit(job, self._decoded, state, self._progress_of(job.split))
         job.model.backbone.to("cpu")  # makes room for the next one
+        job.model.head.to("cpu")
         return curves
 
     @cached_property

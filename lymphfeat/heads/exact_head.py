@@ -26,7 +26,7 @@ class ExactHead:
 
     settings: HeadSettings
     blocks: tuple[Block, ...]
-    intercept: float
+    intercept: Tensor  # ()
     penalty: float  # that was given, or chosen on the training patients
     mixture: tuple[float, ...] = ()  # of each block its weight, given or chosen; for the record
 
@@ -80,7 +80,7 @@ class ExactHead:
         if scorer is not None:
             return {"weight": scorer[0].float(), "bias": scorer[1].float()}
         state = {
-            "intercept": torch.tensor([self.intercept]),
+            "intercept": self.intercept[None],
             "penalty": torch.tensor([self.penalty]),
         }
         for number, block in enumerate(self.blocks):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.heads.registry import (
     LinearAggregator,
     NetworkAggregator,
@@ -18,7 +19,7 @@ from lymphfeat.heads.registry import (
 from lymphfeat.settings import HeadSettings
 
 
-class HeadStack(nn.Module):
+class HeadStack(Head):
     """H heads of one aggregator side by side: scorers (H, C) and what their aggregators learn."""
 
     running_mean: Tensor
@@ -55,6 +56,30 @@ class HeadStack(nn.Module):
         """Aggregate instance logits (M, H) to patient logits (B, H); the weighted family only."""
         aggregator = aggregator_of(self.settings[0], WeightedAggregator)
         return aggregator.patient_logit(self.state, logits, bags)
+
+    def keep(self, instances: Tensor) -> Tensor:
+        """Return the logits (n, U, 1) of instances, of one head."""
+        return self.logits(instances)
+
+    def patient_logits(self, kept: Tensor, images: Bags) -> Tensor:
+        return self.patient_logit(kept.flatten(0, 1), images.times(kept.shape[1]))[:, 0]
+
+    @torch.no_grad()
+    def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
+        state, settings = replace(self.state, training=False), self.settings[0]
+        logits, bags = kept.flatten(0, 1), images.times(kept.shape[1])  # (N · U, 1)
+        probability = self.aggregator.probability(settings, state, logits, bags)
+        weight = self.aggregator.weights(settings, state, logits, bags)
+        total, values = probability, logits.sigmoid()
+        if isinstance(self.aggregator, WeightedAggregator):
+            total, values = self.aggregator.patient_logit(state, logits, bags), logits
+        return ReadOut(
+            probability=probability[:, 0],
+            total=total[:, 0],
+            score=kept.mean((1, 2)),
+            weight=weight.view(kept.shape).sum((1, 2)),
+            contribution=(weight * values).view(kept.shape).sum((1, 2)),
+        )
 
     def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
         """Return the weight of each instance for its patient: (M, H), adding up to 1 per bag."""

@@ -125,7 +125,7 @@ class Ensemble:
             seen=_most_seen([member.patients["seen"] for member in members]),
         )
         images = members[0].images.copy()
-        for name in ("logit", "probability", "weight"):
+        for name in ("logit", "probability", "weight", "contribution"):
             images[name] = np.mean([member.images[name] for member in members], axis=0)
         return Predictions(patients=patients, images=images)
 

@@ -1,6 +1,6 @@
 """The portable model: backbone, head and everything needed to apply them to new patients.
 
-A model folder holds `model.safetensors` (tensors, float32) and `model.json` (everything else); no
+A model folder holds `model.safetensors` (tensors) and `model.json` (everything else); no
 pickle. `model.json` carries the hash of the tensors.
 """
 
@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -26,9 +28,12 @@ from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.head import Head
+from lymphfeat.heads.registry import DistributionAggregator, find_aggregator
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
-from lymphfeat.model.scoring import CohortScorer, ModelRecipe, read_out
+from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import find_checkpoints, recover, replace_file
 from lymphfeat.runtime.progress import Progress, silent
@@ -65,7 +70,7 @@ class Model:
     def __init__(
         self,
         backbone: Backbone,
-        head: HeadStack,
+        head: Head,
         *,
         recipe: ModelRecipe,
         facts: TrainingFacts,
@@ -162,9 +167,9 @@ class Model:
         """Predict every patient and image of a cohort, each only from its own images.
 
         With `settings.tta` everything is the mean over the four flips. Images are decoded and
-        scored in batches; only their logits are kept. Only float32 gives the same probabilities on
-        every machine, up to the order of summation. Raises ModelError for a score that is not
-        finite.
+        scored in batches; only what the head needs of them is kept. Only float32 gives the same
+        probabilities on every machine, up to the order of summation. Raises ModelError for a score
+        that is not finite.
         """
         settings = settings or PredictSettings()
         tta = self.tta if settings.tta is None else settings.tta
@@ -194,21 +199,22 @@ class Model:
 
         return [seen_of(patient) for patient in patients]
 
-    def _read_out(self, cohort: Cohort, logits: Tensor) -> Predictions:
+    def _read_out(self, cohort: Cohort, kept: Tensor) -> Predictions:
         images = Bags.of(cohort.n_images)
-        read = [read_out(self.head, images, view) for view in logits]
-        probability = torch.stack([view.probability for view in read]).mean(0).numpy()  # (P,)
-        weight = torch.stack([view.weight for view in read]).mean(0).numpy()  # (N,)
-        logit = logits.mean((0, 2)).numpy()  # (N,)
+        read = [self.head.read_out(view, images) for view in kept]
+
+        def mean(name: str) -> NDArray[np.float32]:
+            return np.asarray(torch.stack([getattr(view, name) for view in read]).mean(0).numpy())
+
         return Predictions(
             patients=patient_table(
-                cohort, self.seen(patient_keys(cohort)), probability, self.decision
+                cohort, self.seen(patient_keys(cohort)), mean("probability"), self.decision
             ),
-            images=image_table(cohort, logit, weight),
+            images=image_table(cohort, *map(mean, ("score", "weight", "contribution"))),
         )
 
 
-def _network(backbone: Backbone, head: HeadStack) -> nn.ModuleDict:
+def _network(backbone: Backbone, head: Head) -> nn.ModuleDict:
     """Name the tensors of a model file: backbone.<timm's key>, head.<key>."""
     return nn.ModuleDict({"backbone": backbone.model, "head": head})
 
@@ -244,12 +250,10 @@ def _build(facts: Mapping[str, Any]) -> Model:
     backbone = make_backbone(
         recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
     )
-    settings = HeadSettings(**facts["head"])
-    zeros = torch.zeros(1, backbone.channels)
     training = facts["training"]
     return Model(
         backbone,
-        HeadStack([settings], zeros, torch.zeros(1)),
+        _empty_head(HeadSettings(**facts["head"]), backbone.channels),
         recipe=recipe,
         facts=TrainingFacts(
             **training
@@ -262,6 +266,12 @@ def _build(facts: Mapping[str, Any]) -> Model:
         decision=Decision.from_json(facts),
         tta=bool(facts["tta"]),
     )
+
+
+def _empty_head(settings: HeadSettings, channels: int) -> Head:
+    if isinstance(find_aggregator(settings), DistributionAggregator):
+        return DistributionHead.empty(settings, channels)
+    return HeadStack([settings], torch.zeros(1, channels), torch.zeros(1))
 
 
 def _provenance_of(training: Mapping[str, Any]) -> Provenance:

@@ -31,8 +31,12 @@ class Predictions:
         probability is above the threshold). For several models the probability is already
         calibrated, and there is a column spread, the standard deviation of the members'
         calibrated probabilities.
-    images: patient, image (file name), logit (the mean of its instances' logits), probability (its
-        logistic), weight: the image's share in its patient's decision, adding up to 1 per patient.
+    images: patient, image (file name), logit, probability (its logistic), weight (how much the
+        image counts, at least 0, adding up to 1 per patient), contribution (its share of the
+        patient's logit, with its sign; of the ranking family of the probability). The logit is the
+        mean of its instances' logits; for heads of the family `distribution` the contribution times
+        the number of the patient's images, and the weight the contribution's size relative to the
+        others'.
     """
 
     patients: pd.DataFrame
@@ -102,7 +106,10 @@ def patient_table(
 
 
 def image_table(
-    cohort: Cohort, logit: NDArray[np.float32], weight: NDArray[np.float32]
+    cohort: Cohort,
+    logit: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    contribution: NDArray[np.float32],
 ) -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -111,6 +118,7 @@ def image_table(
             "logit": logit,
             "probability": expit(logit),
             "weight": weight,
+            "contribution": contribution,
         }
     )
 

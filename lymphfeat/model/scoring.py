@@ -15,8 +15,7 @@ from lymphfeat.cohort.images import Crop, Normalization, stream_crops
 from lymphfeat.errors import ModelError
 from lymphfeat.features.backbones import Backbone
 from lymphfeat.features.views import flip_view, normalize
-from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.stack import HeadStack
+from lymphfeat.heads.head import Head
 from lymphfeat.runtime.devices import autocast, choose_device, choose_precision
 from lymphfeat.runtime.progress import Progress, RateMeter
 from lymphfeat.settings import PredictSettings
@@ -43,7 +42,7 @@ class CohortScorer:
     def __init__(
         self,
         backbone: Backbone,
-        head: HeadStack,
+        head: Head,
         recipe: ModelRecipe,
         settings: PredictSettings,
         *,
@@ -60,15 +59,15 @@ class CohortScorer:
         self._dtype = choose_precision(settings.precision, device)
 
     def score(self, cohort: Cohort, progress: Progress) -> Tensor:
-        """Return the logits of all instances of all images in every view: (V, N, U) on the CPU."""
+        """Return what the head keeps of all images in every view: (V, N, U, D) on the CPU."""
         paths = [path for images in cohort.images for path in images]
         meter = RateMeter(progress, len(paths))
         crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
-        logits = []
+        kept = []
         for batch in _batches(crops, self._batch_size):
-            logits.append(self._score_batch(np.stack([crop.pixels for crop in batch])))
+            kept.append(self._score_batch(np.stack([crop.pixels for crop in batch])))
             meter.add(len(batch))
-        return _finite(torch.cat(logits, dim=1), paths)
+        return _finite(torch.cat(kept, dim=1), paths)
 
     @torch.inference_mode()
     def _score_batch(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -80,7 +79,7 @@ class CohortScorer:
         with autocast(self._device, self._dtype):
             maps = self._backbone(images)  # (n, C, h, w)
         instances = instances_of(maps.float(), self._unit)  # (n, U, C)
-        return self._head.logits(instances)[:, :, 0].cpu()  # (n, U)
+        return self._head.keep(instances).cpu()  # (n, U, D)
 
 
 def _batches(crops: Iterator[Crop], size: int) -> Iterator[list[Crop]]:
@@ -94,30 +93,12 @@ def _batches(crops: Iterator[Crop], size: int) -> Iterator[list[Crop]]:
         yield batch
 
 
-def _finite(logits: Tensor, paths: Sequence[Path]) -> Tensor:
-    bad = (~logits.isfinite()).any(2).any(0).nonzero()
+def _finite(kept: Tensor, paths: Sequence[Path]) -> Tensor:
+    bad = (~kept.isfinite()).flatten(2).any(2).any(0).nonzero()
     if len(bad):
         raise ModelError(
             f"{paths[int(bad[0])]}: the model's score must be a finite number; got NaN or "
             f"infinity for {len(bad)} images. Training has diverged: train again with a smaller "
             "--lr."
         )
-    return logits
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOut:
-    """What a head computes from instance logits."""
-
-    probability: Tensor  # (P,) of patients
-    weight: Tensor  # (N,) an image's share in its patient's decision
-
-
-@torch.no_grad()
-def read_out(head: HeadStack, images: Bags, logits: Tensor) -> ReadOut:
-    """Aggregate the instance logits (N, U) of whole patients, with the head in eval mode."""
-    head = copy.deepcopy(head).eval().to(logits.device)
-    bags = images.times(logits.shape[1])
-    flat = logits.reshape(-1, 1)  # (N · U, 1)
-    weight = head.instance_weights(flat, bags).reshape(logits.shape).sum(1)
-    return ReadOut(probability=head.probability(flat, bags)[:, 0], weight=weight)
+    return kept

@@ -294,7 +294,7 @@ class KernelMean:
 
     directions: Tensor  # (C, D), standard normal
     phases: Tensor  # (D,), uniform in [0, 2π)
-    bandwidth: float
+    bandwidth: Tensor  # ()
     spread: bool = False
 
     @classmethod
@@ -303,19 +303,20 @@ class KernelMean:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(channels, _COSINES, generator=generator)
         phases = 2 * math.pi * torch.rand(_COSINES, generator=generator)
-        return cls(directions, phases, bandwidth)
+        return cls(directions, phases, torch.tensor(bandwidth))
 
-    def with_bandwidth(self, bandwidth: float) -> "KernelMean":
-        """Return the same directions and phases with another bandwidth."""
+    def with_bandwidth(self, bandwidth: Tensor) -> "KernelMean":
+        """Return the same directions and phases with another bandwidth ()."""
         return replace(self, bandwidth=bandwidth)
 
     def project(self, instances: Tensor) -> Tensor:
         """Return instances @ directions: (M, C) -> (M, D)."""
-        return instances.float() @ self.directions.to(instances.device)
+        return instances.to(self.directions.dtype) @ self.directions.to(instances.device)
 
     def embed(self, projected: Tensor) -> Tensor:
         """Return cosines (M, D) of projected instances (M, D)."""
-        return (projected / self.bandwidth + self.phases.to(projected.device)).cos()
+        bandwidth, phases = (each.to(projected.device) for each in (self.bandwidth, self.phases))
+        return (projected / bandwidth + phases).cos()
 
     def describe(self, instances: Tensor, bags: Bags) -> Tensor:
         return bags.mean(self.embed(self.project(instances))).double()
@@ -325,7 +326,7 @@ class KernelMean:
         return cosines / bags.spread(bags.sizes[:, None])[:, 0]
 
     def learnt(self) -> Mapping[str, Tensor]:
-        return {"bandwidth": torch.tensor([self.bandwidth])}
+        return {"bandwidth": self.bandwidth[None]}
 
 
 @dataclass(frozen=True)

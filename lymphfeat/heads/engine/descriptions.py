@@ -95,7 +95,7 @@ class KernelMeans:
 
     def learn(self, train: Tensor) -> list[tuple[Statistic, Tensor]]:
         known = torch.isin(self._patients, train).all(0) & (self._patients[0] != self._patients[1])
-        learnt = self._kernel.with_bandwidth(float(self._distances[known].median()))
+        learnt = self._kernel.with_bandwidth(self._distances[known].median())
         values = [bags.mean(learnt.embed(projected)) for projected, bags in self._chunks]
         return [(learnt, torch.cat(values).double())]
 

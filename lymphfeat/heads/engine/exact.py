@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 from lymphfeat.heads.aggregators.distribution import Standardised
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.descriptions import Description, Descriptions
-from lymphfeat.heads.engine.instances import Features, Instances
+from lymphfeat.heads.engine.instances import Features, Instances, Resident
 from lymphfeat.heads.engine.logistic import PENALTIES, solve_paths
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
@@ -78,8 +78,19 @@ class Solved:
     penalty: float
     mixture: Mixture
     weights: tuple[Tensor, ...]  # of each block, (D,)
-    intercept: float
+    intercept: Tensor  # ()
     logits: Tensor  # (P,) of all patients
+
+    def head(self, settings: HeadSettings, own: TrainingSet) -> ExactHead:
+        """Return the head that this regression is, on the training set's statistics."""
+        blocks = zip(own.places, own.statistics, self.weights, strict=True)
+        return ExactHead(
+            settings,
+            tuple(Block(*block) for block in blocks),
+            self.intercept,
+            self.penalty,
+            self.mixture,
+        )
 
 
 def mixtures(blocks: int) -> list[Mixture]:
@@ -139,8 +150,8 @@ def _solve(
         loss, chosen = losses.cpu().min(0)  # (B,)
         for b in (loss < lowest).nonzero()[:, 0].tolist():
             solution, penalty = path[int(chosen[b])], penalties[int(chosen[b])]
-            intercept = float(solution.intercept[b])
-            best[b] = _fold(sets[b], penalty, mixture, solution.alpha[b], intercept)
+            alpha, intercept = solution.alpha[b], solution.intercept[b]
+            best[b] = _fold(sets[b], penalty, mixture, alpha, intercept)
         lowest = torch.minimum(lowest, loss)
     return [solved for solved in best if solved is not None]
 
@@ -155,7 +166,7 @@ def _log_loss(logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
 
 
 def _fold(
-    own: TrainingSet, penalty: float, mixture: Mixture, alpha: Tensor, intercept: float
+    own: TrainingSet, penalty: float, mixture: Mixture, alpha: Tensor, intercept: Tensor
 ) -> Solved:
     """Turn dual weights alpha (n,) into weights of the statistics."""
     weights = tuple(
@@ -164,6 +175,41 @@ def _fold(
     )
     parts = [values @ weight for values, weight in zip(own.values, weights, strict=True)]
     return Solved(penalty, mixture, weights, intercept, torch.stack(parts).sum(0) + intercept)
+
+
+def solve_head(
+    settings: HeadSettings, instances: Tensor, sizes: NDArray[np.int64], labels: Tensor
+) -> ExactHead:
+    """Solve one head on patients with `sizes` (P,) images, all of them for training.
+
+    Takes the instances (N, U, C) of their images, patient after patient, and labels (P,) int64.
+    """
+    per_image, device = instances.shape[1], instances.device
+    source = Resident(instances.flatten(0, 1)[None], per_image)
+    images = np.concatenate([[0], np.cumsum(sizes)])
+    descriptions = Descriptions([Instances(source, per_image, images, device)])
+    own = _training_set(settings, descriptions, torch.arange(len(sizes), device=device), labels)
+    (solved,) = _solve_as(settings, [own], labels)
+    return solved.head(settings, own)
+
+
+def _training_set(
+    settings: HeadSettings, descriptions: Descriptions, patients: Tensor, labels: Tensor
+) -> TrainingSet:
+    """Make a head's training set of patients (n,), out of those described, with labels (P,)."""
+    known = labels[patients]
+    return TrainingSet.of(
+        descriptions.of(settings),
+        patients,
+        class_weights(settings, known)[known].double(),
+        [own.bags.sizes for own in descriptions.sets],
+    )
+
+
+def _solve_as(settings: HeadSettings, sets: Sequence[TrainingSet], labels: Tensor) -> list[Solved]:
+    """Solve a head's training sets under the penalty and block weights given, or chosen."""
+    penalties = PENALTIES if settings.penalty is None else (settings.penalty,)
+    return solve_heads(sets, labels, penalties, mix=settings.block_weights == "chosen")
 
 
 class ExactHeadTrainer(HeadTrainer):
@@ -199,19 +245,9 @@ class ExactHeadTrainer(HeadTrainer):
         """Solve one head on some splits with training sets of one size."""
         head = self._fits[places[0]].head
         sets = [self._training_set(self._fits[place]) for place in places]
-        penalties = PENALTIES if head.penalty is None else (head.penalty,)
         labels = self._features.labels
-        mix = head.block_weights == "chosen"
-        found = solve_heads(sets, labels, penalties, mix=mix)
-        for place, own, solved in zip(places, sets, found, strict=True):
-            blocks = zip(own.places, own.statistics, solved.weights, strict=True)
-            self._heads[place] = ExactHead(
-                head,
-                tuple(Block(*block) for block in blocks),
-                solved.intercept,
-                solved.penalty,
-                solved.mixture,
-            )
+        for place, own, solved in zip(places, sets, _solve_as(head, sets, labels), strict=True):
+            self._heads[place] = solved.head(head, own)
             self._logits[place] = solved.logits
             known = labels[own.patients][None].double()
             fitted = solved.logits[own.patients][None]
@@ -220,13 +256,7 @@ class ExactHeadTrainer(HeadTrainer):
     def _training_set(self, fit: Fit) -> TrainingSet:
         features = self._features
         patients = torch.from_numpy(features.rows_of(fit.split.train)).to(features.device)
-        labels = features.labels[patients]
-        return TrainingSet.of(
-            self._descriptions.of(fit.head),
-            patients,
-            class_weights(fit.head, labels)[labels].double(),
-            [own.bags.sizes for own in self._descriptions.sets],
-        )
+        return _training_set(fit.head, self._descriptions, patients, features.labels)
 
     def keep(self, result: FittedHeads) -> None:
         """Write the heads into the result."""

@@ -1,0 +1,151 @@
+"""The head of a model that scores statistics of a patient's instances (METHOD §2 C)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from lymphfeat.heads.aggregators.distribution import (
+    Deviation,
+    KernelMean,
+    LogDeviation,
+    Mean,
+    OrderStatistic,
+    PrototypeMeans,
+    PrototypeShares,
+    QuantileRange,
+    Standardised,
+    Statistic,
+    gini_weights,
+)
+from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.exact_head import Block, ExactHead
+from lymphfeat.heads.head import Head, ReadOut
+from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
+from lymphfeat.settings import HeadSettings
+
+
+class DistributionHead(Head):
+    """An `ExactHead` as a module, float64: weights and intercept are trained, the rest stays."""
+
+    intercept: Tensor
+    penalty: Tensor
+    mixture: Tensor
+
+    def __init__(self, exact: ExactHead) -> None:
+        """Take a head of a single set of features, whose tensors are copied."""
+        super().__init__()
+        self.settings = (exact.settings,)
+        self.blocks = nn.ModuleList(_BlockTensors(block) for block in exact.blocks)
+        self.intercept = nn.Parameter(exact.intercept.clone())  # ()
+        self.register_buffer("penalty", _float64(exact.penalty))  # ()
+        self.register_buffer("mixture", _float64(exact.mixture))  # (blocks,)
+
+    @classmethod
+    def empty(cls, settings: HeadSettings, channels: int) -> "DistributionHead":
+        """Make a head with room for what a head of these settings has learnt."""
+        names = aggregator_of(settings, DistributionAggregator).statistics
+        blocks = tuple(
+            _empty_block(statistic, channels)
+            for name in names
+            for statistic in _BLANK[name.partition("@")[0]](channels, settings)
+        )
+        return cls(ExactHead(settings, blocks, _float64(0), 0.0, (0.0,) * len(blocks)))
+
+    @property
+    def exact(self) -> ExactHead:
+        """The head as its formulas take it; it shares the tensors, gradients pass through."""
+        blocks = tuple(part.block for part in self.blocks if isinstance(part, _BlockTensors))
+        penalty, mixture = float(self.penalty), tuple(self.mixture.tolist())
+        return ExactHead(self.settings[0], blocks, self.intercept, penalty, mixture)
+
+    def keep(self, instances: Tensor) -> Tensor:
+        return instances
+
+    def patient_logits(self, kept: Tensor, images: Bags) -> Tensor:
+        return self.exact.patient_logits([_flat(kept, images)]).to(kept.dtype)
+
+    @torch.no_grad()
+    def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
+        total = self.patient_logits(kept, images)  # (P,)
+        shares = self.exact.shares([_flat(kept, images)]).to(kept.dtype)  # (N · U,)
+        contribution = shares.view(kept.shape[:2]).sum(1)  # (N,)
+        return ReadOut(
+            probability=total.sigmoid(),
+            total=total,
+            score=contribution * images.spread(images.sizes[:, None])[:, 0],
+            weight=_relative_size(contribution, images),
+            contribution=contribution,
+        )
+
+
+def _flat(kept: Tensor, images: Bags) -> tuple[Tensor, Bags]:
+    """Return instances (N · U, C), and the patients they are of."""
+    return kept.flatten(0, 1), images.times(kept.shape[1])
+
+
+def _relative_size(contribution: Tensor, images: Bags) -> Tensor:
+    """Return each image's part of its patient's absolute contributions; equal if all are 0."""
+    size = contribution.abs()[:, None]  # (N, 1)
+    total = images.spread(images.sum(size))
+    equal = 1 / images.spread(images.sizes[:, None]).to(size.dtype)
+    return torch.where(total > 0, size / total, equal)[:, 0]
+
+
+class _BlockTensors(nn.Module):
+    """The tensors of a block."""
+
+    weight: Tensor
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self._statistic = block.statistic.statistic
+        self.weight = nn.Parameter(block.weight.clone())  # (D,)
+        for name, value in _constants(block.statistic).items():
+            self.register_buffer(name, value.clone())
+
+    @property
+    def block(self) -> Block:
+        """The block that has these tensors."""
+        constants = dict(self.named_buffers())
+        known = {name: constants.pop(name) for name in ("typical", "mean", "scale")}
+        statistic: Statistic = replace(self._statistic, **constants)  # type: ignore[type-var]
+        return Block(0, Standardised(statistic, **known), self.weight)
+
+
+def _constants(standardised: Standardised) -> dict[str, Tensor]:
+    """Return the tensors of a statistic and of its standardising, by the names of their fields."""
+    return {
+        field.name: getattr(part, field.name)
+        for part in (standardised, standardised.statistic)
+        for field in fields(part)  # type: ignore[arg-type]
+        if isinstance(getattr(part, field.name), Tensor)
+    }
+
+
+# Statistics with room for what they learn, by name: (channels, settings) -> one for each block.
+_BLANK: Mapping[str, Callable[[int, HeadSettings], Sequence[Statistic]]] = {
+    "mean": lambda channels, settings: [Mean()],
+    "std": lambda channels, settings: [Deviation()],
+    "logstd": lambda channels, settings: [LogDeviation(_float64([0.0] * channels))],
+    "gini": lambda channels, settings: [OrderStatistic(gini_weights)],
+    "quantiles": lambda channels, settings: [
+        OrderStatistic(QuantileRange.parse(settings.quantiles))
+    ],
+    "kernel-mean": lambda channels, settings: [KernelMean.draw(channels)],
+    "prototypes": lambda channels, settings: [
+        make(torch.zeros(settings.prototypes, channels))
+        for make in (PrototypeShares, PrototypeMeans)
+    ],
+}
+
+
+def _empty_block(statistic: Statistic, channels: int) -> Block:
+    described = statistic.describe(torch.zeros(1, channels), Bags.of([1]))  # (1, D)
+    zeros = torch.zeros_like(described[0], dtype=torch.float64)
+    return Block(0, Standardised(statistic, zeros, zeros, zeros), zeros)
+
+
+def _float64(values: float | Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
