@@ -454,7 +454,7 @@ def test_ranking_learns_from_the_highest(
 ) -> None:
     head = HeadSettings(agg="topk", k_train=2, loss=loss)
     tuner = make_fine_tuner(tiny_settings(head=head, batch_size=16))
-    logits = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 5)[:, 0].tolist()
+    logits = tuner.encoder.score(tuner.head, as_they_are(torch.arange(13)), 5)[:, 0, 0].tolist()
     expected = []
     for start, stop in ((0, 1), (1, 5), (5, 8), (8, 13)):
         ranked = sorted(range(start, stop), key=lambda row: -logits[row])

@@ -49,7 +49,9 @@ def test_writes_tables_and_submission(root: Path) -> None:
     ]
     assert list(patients["id"]) == [f"P{n}" for n in range(7)]
     images = pd.read_csv("i.csv")
-    assert list(images.columns) == ["patient", "image", "logit", "probability", "weight"]
+    assert list(images.columns) == [
+        *("patient", "image", "logit", "probability", "weight", "contribution")
+    ]
     assert len(images) == patients["n_images"].sum()
     last = patients["predicted"].tolist()[5:]
     assert Path("s.csv").read_text() == f"Id,Predicted\nP5,{last[0]}\nP6,{last[1]}\n"
