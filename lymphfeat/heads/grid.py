@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -124,6 +125,7 @@ def _refuse_unread(grid: HeadGrid, heads: Sequence[HeadSettings]) -> None:
             )
 
 
+@lru_cache(maxsize=4096)  # a run of thousands of fits asks for the names of its few heads
 def head_name(settings: HeadSettings) -> str:
     """Name a head as tables and plots do: its aggregator, k, and non-default settings."""
     default = resolve(HeadSettings(agg=settings.agg, solver=settings.solver))

@@ -9,7 +9,8 @@ minimises
 with a free intercept. In scikit-learn's terms C = 1 / (n · penalty). METHOD §2 C.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,19 +41,80 @@ def solve_paths(
     """Solve B training sets of n patients under every penalty; one solution per penalty, in order.
 
     `grams` (B, n, n), `labels` (B, n) of 0 and 1, `importance` (B, n) multiplies a patient's loss
-    (None: 1). From the largest penalty down, each starts from the one before. The logit of a
+    (None: 1). From the largest penalty down, each starts where the path leads. The logit of a
     patient left out is that of its weighted least-squares problem at the optimum, solved without it
     in closed form (Rad & Maleki 2020), so no fit is repeated.
     """
     n = grams.shape[1]
     importance = torch.ones_like(grams[:, 0]) if importance is None else importance
     found: dict[float, Solution] = {}
-    alpha, intercept = grams.new_zeros(grams.shape[:2]), grams.new_zeros(len(grams))
     for penalty in sorted(set(penalties), reverse=True):
         problem = _Problem(grams, labels.to(grams.dtype), importance, n * penalty)
-        alpha, intercept = problem.solve(alpha, intercept)
-        found[penalty] = Solution(alpha, intercept, problem.left_out(alpha, intercept))
+        found[penalty] = problem.solve(*_expected(found, penalty, importance))
     return [found[penalty] for penalty in penalties]
+
+
+def _expected(
+    found: Mapping[float, Solution], penalty: float, importance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Continue a path of solutions to the next penalty, linearly in its logarithm."""
+    if not found:
+        return torch.zeros_like(importance), torch.zeros_like(importance[:, 0])
+    *_, last = found
+    alpha, intercept = found[last].alpha, found[last].intercept
+    if len(found) > 1:
+        *_, before, _ = found
+        further = math.log(penalty / last) / math.log(last / before)
+        alpha = alpha + further * (alpha - found[before].alpha)
+        intercept = intercept + further * (intercept - found[before].intercept)
+    return alpha, intercept
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Dual weights and intercepts, and what they give."""
+
+    alpha: Tensor  # (B, n)
+    intercept: Tensor  # (B,)
+    fitted: Tensor  # (B, n) K alpha
+
+    @property
+    def logits(self) -> Tensor:
+        return self.fitted + self.intercept[:, None]
+
+    def towards(self, step: "_Point", size: Tensor) -> "_Point":
+        """Go a step of the sizes (B,)."""
+        return _Point(
+            self.alpha + size[:, None] * step.alpha,
+            self.intercept + size * step.intercept,
+            self.fitted + size[:, None] * step.fitted,
+        )
+
+
+@dataclass(frozen=True)
+class _LeastSquares:
+    """The weighted least-squares problems whose solution is a Newton step's end."""
+
+    curvature: Tensor  # (B, n)
+    response: Tensor  # (B, n)
+    root: Tensor  # (B, n) of the curvature
+    factor: Tensor  # (B, n, n) Cholesky factor of ridge · I + R K R, R the roots
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Solve (K + ridge / curvature) alpha + intercept = response, the alphas adding up to 0."""
+        sides = torch.stack([self.root * self.response, self.root], dim=2)  # (B, n, 2)
+        solved = self.root[..., None] * torch.cholesky_solve(sides, self.factor)
+        of_response, of_one = solved.unbind(2)  # (B, n) each
+        intercept = of_response.sum(1) / of_one.sum(1)
+        return of_response - intercept[:, None] * of_one, intercept
+
+    def left_out(self, alpha: Tensor) -> Tensor:
+        """Return each patient's logit by the problem without it; alpha (B, n) its solution."""
+        inverse = torch.cholesky_inverse(self.factor)  # (B, n, n)
+        of_one = self.root * (inverse @ self.root[..., None])[..., 0]  # (B, n)
+        diagonal = self.curvature * inverse.diagonal(dim1=1, dim2=2)
+        diagonal = diagonal - of_one**2 / of_one.sum(1, keepdim=True)
+        return self.response - alpha / diagonal
 
 
 @dataclass(frozen=True)
@@ -64,80 +126,52 @@ class _Problem:
     importance: Tensor  # (B, n)
     ridge: float
 
-    def solve(self, alpha: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-        """Take Newton steps until no logit of any training set moves."""
-        value = self.value(alpha, intercept)
+    def solve(self, alpha: Tensor, intercept: Tensor) -> Solution:
+        """Take Newton steps until no logit of any training set moves.
+
+        The last step starts where the next would, to the tolerance: its least-squares problem is
+        that of the optimum, which gives the patients left out.
+        """
+        point = _Point(alpha, intercept, self._fitted(alpha))
+        value = self.value(point)
         for _ in range(_STEPS):
-            to_alpha, to_intercept = self._newton(alpha, intercept)
-            alpha_step, intercept_step = to_alpha - alpha, to_intercept - intercept
-            size, value = self._step_size(alpha, intercept, alpha_step, intercept_step, value)
-            alpha = alpha + size[:, None] * alpha_step
-            intercept = intercept + size * intercept_step
-            moved = size[:, None] * self._logits(alpha_step, intercept_step)  # (B, n)
-            if float(moved.abs().max()) < _TOLERANCE:
+            squares = self._least_squares(point.logits)
+            to_alpha, to_intercept = squares.solve()
+            change = to_alpha - point.alpha
+            step = _Point(change, to_intercept - point.intercept, self._fitted(change))
+            point, value, moved = self._go(point, step, value)
+            if moved < _TOLERANCE:
                 break
-        return alpha, intercept
+        return Solution(point.alpha, point.intercept, squares.left_out(to_alpha))
 
-    def value(self, alpha: Tensor, intercept: Tensor) -> Tensor:
+    def value(self, point: _Point) -> Tensor:
         """Return what is minimised: (B,)."""
-        fitted = (self.gram @ alpha[..., None])[..., 0]  # (B, n)
-        logits = fitted + intercept[:, None]
+        logits = point.logits
         loss = self.importance * (softplus(logits) - self.labels * logits)
-        return loss.sum(1) + self.ridge / 2 * (alpha * fitted).sum(1)
+        return loss.sum(1) + self.ridge / 2 * (point.alpha * point.fitted).sum(1)
 
-    def _logits(self, alpha: Tensor, intercept: Tensor) -> Tensor:
-        return (self.gram @ alpha[..., None])[..., 0] + intercept[:, None]
+    def _fitted(self, alpha: Tensor) -> Tensor:
+        return (self.gram @ alpha[..., None])[..., 0]
 
-    def _step_size(
-        self,
-        alpha: Tensor,
-        intercept: Tensor,
-        alpha_step: Tensor,
-        intercept_step: Tensor,
-        value: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Halve the steps that would go up; return the steps' sizes and the values there, (B,)."""
-        size = torch.ones_like(intercept)
+    def _go(self, point: _Point, step: _Point, value: Tensor) -> tuple[_Point, Tensor, float]:
+        """Go a step, halved where it would go up; return where to, values, the largest move."""
+        size = torch.ones_like(value)
         for _ in range(30):
-            after = self.value(
-                alpha + size[:, None] * alpha_step, intercept + size * intercept_step
-            )
+            there = point.towards(step, size)
+            after = self.value(there)
             worse = after > value + 1e-10 * value.abs()
             if not worse.any():
                 break
             size = torch.where(worse, size / 2, size)
-        return size, after
+        return there, after, float((size[:, None] * step.logits).abs().max())
 
-    def _working(self, alpha: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted least-squares problem at a point: curvatures, responses (B, n)."""
-        logits = self._logits(alpha, intercept)
+    def _least_squares(self, logits: Tensor) -> _LeastSquares:
+        """Return the weighted least-squares problem at logits (B, n)."""
         p = logits.sigmoid()
         curvature = (p * (1 - p)).clamp(min=_LEAST_CURVATURE)
-        return self.importance * curvature, logits + (self.labels - p) / curvature
-
-    def _factor(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Cholesky factor of ridge · I + R K R and R, the root of the curvatures."""
+        response = logits + (self.labels - p) / curvature
+        curvature = self.importance * curvature
         root = curvature.sqrt()
         matrix = root[:, :, None] * self.gram * root[:, None, :]
         matrix.diagonal(dim1=1, dim2=2).add_(self.ridge)
-        return torch.linalg.cholesky(matrix), root
-
-    def _newton(self, alpha: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
-        """Solve (K + ridge / curvature) alpha + intercept = response, the alphas adding up to 0."""
-        curvature, response = self._working(alpha, intercept)
-        factor, root = self._factor(curvature)
-        sides = torch.stack([root * response, root], dim=2)  # (B, n, 2)
-        solved = root[..., None] * torch.cholesky_solve(sides, factor)
-        of_response, of_one = solved.unbind(2)  # (B, n) each
-        intercept = of_response.sum(1) / of_one.sum(1)
-        return of_response - intercept[:, None] * of_one, intercept
-
-    def left_out(self, alpha: Tensor, intercept: Tensor) -> Tensor:
-        """Return each patient's logit by the least-squares problem without it: (B, n)."""
-        curvature, response = self._working(alpha, intercept)
-        factor, root = self._factor(curvature)
-        inverse = torch.cholesky_inverse(factor)  # (B, n, n)
-        of_one = root * (inverse @ root[..., None])[..., 0]  # (B, n)
-        diagonal = curvature * inverse.diagonal(dim1=1, dim2=2)
-        diagonal = diagonal - of_one**2 / of_one.sum(1, keepdim=True)
-        return response - alpha / diagonal
+        return _LeastSquares(curvature, response, root, torch.linalg.cholesky(matrix))
