@@ -114,6 +114,18 @@ def test_what_is_learnt_describes_a_new_patient_as_it_does_the_known_ones(name: 
             )
 
 
+def test_logarithms_are_those_of_patients_described_alone() -> None:
+    """Outliers take most of some patients' spread: their changes are large."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([1, 2, 16, 17, 18, 40, 150, 90])
+    x = rng.standard_t(1.5, size=(sizes.sum(), 6)) * 10.0 ** rng.integers(-3, 4, 6)
+    x[sizes[:6].sum() : sizes[:7].sum(), 1] = 0.5  # no spread
+    instances = image_features(x, sizes, np.tile([0, 1], 4))
+    ((statistic, values),) = describe(instances, "logstd").learn(torch.arange(5))
+    (_, own, bags), *_ = instances.chunks(1)
+    torch.testing.assert_close(values, statistic.describe(own, bags), rtol=1e-9, atol=1e-8)
+
+
 def replace_images(instances: Instances, patient: int) -> Instances:
     """Return one patient alone."""
     first, last = instances.images[patient : patient + 2]

@@ -214,8 +214,7 @@ class LogDeviation:
     def of(self, measured: "Deviations") -> Tensor:
         """Return the statistic of one bag whose deviations are known: (C,)."""
         raised = measured.whole + self.epsilon
-        change = torch.log1p(measured.change / raised.to(measured.change.dtype))  # (n, C)
-        return measured.extrapolated(raised.log(), change)
+        return measured.extrapolated(raised.log(), torch.log1p(measured.change / raised))
 
     def shares(self, instances: Tensor, bags: Bags, weight: Tensor) -> Tensor:
         measured = [Deviations.of(part) for part in _parts(instances, bags)]
@@ -251,7 +250,7 @@ class Deviations:
 
         With bias a / n the mean change is a / (n (n − 1)), and 1 / n is to become 1 / 16.
         """
-        return whole + _jackknife(len(change)) * change.mean(0).double()
+        return whole + jackknife(len(change)) * change.mean(0)
 
     def shares(self, slope: Callable[[Tensor], Tensor]) -> Tensor:
         """Return each instance's share of Σ_c slope_c s_c, brought to bags of 16: (n,).
@@ -261,7 +260,7 @@ class Deviations:
         deviations without one instance, whose mean lies distance / (n − 1) further on.
         """
         n, d = len(self.distance), self.distance
-        factor = _jackknife(n)
+        factor = jackknife(n)
         own = (1 - factor) * d**2 * _per_square(self.whole, slope, n - 1)
         if factor:
             each = _per_square(self.whole + self.change, slope, n - 2) * factor / n  # (n, C)
@@ -271,7 +270,7 @@ class Deviations:
         return own.sum(1)
 
 
-def _jackknife(n: int) -> float:
+def jackknife(n: int) -> float:
     """Return what the mean change is multiplied by: n (n − 1) (1 / 16 − 1 / n)."""
     return (n - 1) * (n - SUBSET) / SUBSET if n > SUBSET else 0.0
 
