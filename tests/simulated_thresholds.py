@@ -9,7 +9,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from lymphfeat.cohort.splits import Plan, Split, kfold_splits
-from lymphfeat.evaluation.baselines import folds_of, learn_logistic
+from lymphfeat.evaluation.baselines import folds_of
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import (
     PREVALENCE,
@@ -20,6 +20,7 @@ from lymphfeat.evaluation.decision import (
     cross_fit_decisions,
 )
 from lymphfeat.evaluation.metrics import balanced_accuracy, fold_auc, roc_auc
+from lymphfeat.evaluation.regression import learn_logistic
 from lymphfeat.evaluation.scores import PlannedPatients, Scores, measure
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features

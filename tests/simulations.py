@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from lymphfeat.cohort.splits import Split
-from lymphfeat.evaluation.baselines import learn_logistic
 from lymphfeat.evaluation.decision import HALF, Decision
 from lymphfeat.evaluation.intervals import Estimate, estimate, t_half_width
 from lymphfeat.evaluation.metrics import balanced_accuracy
 from lymphfeat.evaluation.optimism import Calls, mean_accuracy, optimism_interval
 from lymphfeat.evaluation.providers import plan_splits
+from lymphfeat.evaluation.regression import learn_logistic
 from lymphfeat.evaluation.scores import (
     Learner,
     PlannedPatients,

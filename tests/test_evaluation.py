@@ -10,15 +10,16 @@ from scipy.optimize import check_grad
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes, standardise
+from lymphfeat.cohort.attributes import Scaling, attribute_matrix, choose_attributes
 from lymphfeat.cohort.splits import Plan, kfold_splits, report_splits
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.baselines import fit_baselines, learn_logistic
+from lymphfeat.evaluation.baselines import fit_baselines
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import RULES, Decision
 from lymphfeat.evaluation.fusion import FUSIONS, _experts_loss, choose_fusions, fit_fusions
 from lymphfeat.evaluation.intervals import estimate
 from lymphfeat.evaluation.metrics import METRICS, roc_auc
+from lymphfeat.evaluation.regression import learn_logistic
 from lymphfeat.evaluation.scores import (
     PlannedPatients,
     Scores,
@@ -94,7 +95,7 @@ def test_attributes_as_numbers() -> None:
 
 def test_missing_values_are_the_training_mean_and_constants_nothing() -> None:
     matrix = np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 5.0], [100.0, 9.0]])
-    found = standardise(matrix, np.array([0, 1, 2]))
+    found = Scaling.of(matrix[:3]).apply(matrix)
     np.testing.assert_allclose(found, [[-1, 0], [1, 0], [0, 0], [98, 0]])
 
 
@@ -105,7 +106,7 @@ def test_logistic_regression_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, 3)) * [1, 10, 100] + LABELS[:, None]
     ours = learn_logistic(x[:60], LABELS[:60])(x[60:])
-    scaled = standardise(x, np.arange(60))
+    scaled = Scaling.of(x[:60]).apply(x)
     theirs = LogisticRegression(tol=1e-8).fit(scaled[:60], LABELS[:60])
     np.testing.assert_allclose(ours, theirs.predict_proba(scaled[60:])[:, 1], atol=1e-5)
 
@@ -370,9 +371,9 @@ def test_nothing_is_learnt_from_a_splits_validation_patients() -> None:
 def test_the_guard_above_sees_a_leak_when_there_is_one() -> None:
     attributes = signal(1, 1)[:, None]
     changed = make_patients(seeds=1).validation[0]
-    everyone = standardise(attributes, np.arange(N))  # a scaler fitted on all patients
+    everyone = Scaling.of(attributes).apply(attributes)  # a scaler fitted on all patients
     before = logit(learn_logistic(everyone[:60], LABELS[:60])(everyone[:60]))
     attributes[changed] = 1e6
-    leaked = standardise(attributes, np.arange(N))
+    leaked = Scaling.of(attributes).apply(attributes)
     after = logit(learn_logistic(leaked[:60], LABELS[:60])(leaked[:60]))
     assert not np.allclose(before, after)

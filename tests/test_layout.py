@@ -49,6 +49,7 @@ INSIDE = {
             "averaging",
             "fusion",
             "baselines",
+            "regression",
             "scores",
         ),
         *("comparison", "run_provenance", "leakage", "hidden_truth", "shortcuts", "decision"),

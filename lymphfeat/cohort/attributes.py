@@ -1,16 +1,17 @@
 """Clinical attributes as numbers: age, gender, lymphocyte count, or any other columns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.runtime.arrays import Floats
 
 LOGARITHMIC = ("lymph_count",)  # spans 2 to 300 (METHOD §5)
 _NOT_ATTRIBUTES = ("label", "split")
+_LEAST_DEVIATION = 1e-9  # a column that varies less is constant
 
 
 def choose_attributes(table: pd.DataFrame, names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -58,17 +59,27 @@ def _columns(column: "pd.Series[float]", logarithmic: bool) -> Floats:
     return np.asarray(numbers[:, None], dtype=np.float64)
 
 
-def standardise(matrix: Floats, rows: NDArray[np.int64]) -> Floats:
-    """Scale columns (P, D) to mean 0, deviation 1 over `rows` only; missing values become 0.
+@dataclass(frozen=True)
+class Scaling:
+    """Scales columns to mean 0 and deviation 1 over the patients it was learnt from.
 
-    A missing value thus becomes the training patients' mean. A column that is constant over
-    `rows` becomes 0.
+    A missing value becomes 0, the mean of those patients; so does a column that is constant there.
     """
-    given = ~np.isnan(matrix[rows])
-    count = np.maximum(given.sum(0), 1)
-    filled = np.where(given, matrix[rows], 0)
-    mean = filled.sum(0) / count
-    deviation = np.sqrt((np.where(given, matrix[rows] - mean, 0) ** 2).sum(0) / count)
-    varies = deviation > 1e-9
-    scaled = (matrix - mean) / np.where(varies, deviation, 1)
-    return np.asarray(np.where(np.isnan(scaled) | ~varies, 0.0, scaled))
+
+    mean: Floats  # (D,)
+    scale: Floats  # (D,) 1 / standard deviation; 0 of constant columns
+
+    @classmethod
+    def of(cls, matrix: Floats) -> "Scaling":
+        """Learn from patients (n, D), NaN where missing."""
+        given = ~np.isnan(matrix)
+        count = np.maximum(given.sum(0), 1)
+        mean = np.where(given, matrix, 0).sum(0) / count
+        deviation = np.sqrt((np.where(given, matrix - mean, 0) ** 2).sum(0) / count)
+        varies = deviation > _LEAST_DEVIATION
+        return cls(mean, np.where(varies, 1 / np.where(varies, deviation, 1), 0))
+
+    def apply(self, matrix: Floats) -> Floats:
+        """Scale patients (m, D), NaN where missing."""
+        scaled = (matrix - self.mean) * self.scale
+        return np.asarray(np.where(np.isnan(scaled), 0.0, scaled))

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import expit
 
-from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes, standardise
+from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split
 from lymphfeat.evaluation.decision import HALF, cross_fit_decisions
 from lymphfeat.evaluation.intervals import bootstrap_auc_gain
+from lymphfeat.evaluation.regression import learn_logistic
 from lymphfeat.evaluation.scores import (
     BAG_SIZE,
     CLINICAL,
@@ -55,7 +55,10 @@ def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
     """
     attributes = attribute_matrix(known.table, choose_attributes(known.table))
     sizes = np.log(known.n_images.astype(float))[:, None]  # (P, 1)
-    ways = {MAJORITY: (learn_majority, sizes), BAG_SIZE: (learn_logistic, sizes)}
+    ways: dict[str, tuple[Learner, Floats]] = {
+        MAJORITY: (learn_majority, sizes),
+        BAG_SIZE: (learn_logistic, sizes),
+    }
     if attributes.shape[1]:
         ways[CLINICAL] = (learn_logistic, attributes)
     place = {id: row for row, id in enumerate(known.ids)}
@@ -76,42 +79,6 @@ def learn_majority(inputs: Floats, labels: Labels) -> PredictFunction:
     """Predict the share of tumoral training patients for every patient."""
     share = float(labels.mean())
     return lambda others: np.full(len(others), share)
-
-
-def learn_logistic(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Fit a logistic regression (L2, C 1) on inputs (n, D), standardised over these patients.
-
-    By Newton steps, as scikit-learn's newton-cholesky: a plan takes hundreds of these small fits.
-    """
-    rows = np.arange(len(inputs))
-    weights = _newton_logistic(_with_ones(standardise(inputs, rows)), labels)
-
-    def predict(others: Floats) -> Floats:
-        scaled = standardise(np.concatenate([inputs, others]), rows)[len(inputs) :]
-        probability: Floats = expit(_with_ones(scaled) @ weights)
-        return probability
-
-    return predict
-
-
-def _with_ones(x: Floats) -> Floats:
-    return np.column_stack([x, np.ones(len(x))])
-
-
-def _newton_logistic(x: Floats, labels: Labels) -> Floats:
-    """Minimise log loss + |w|² / 2, the last weight (the intercept) free: (D,)."""
-    penalty = np.ones(x.shape[1])
-    penalty[-1] = 0
-    weights = np.zeros(x.shape[1])
-    for _ in range(50):
-        p = expit(x @ weights)
-        gradient = x.T @ (p - labels) + penalty * weights
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty + 1e-9)
-        step = np.linalg.solve(hessian, gradient)
-        weights -= step * min(1, 2 / max(np.abs(step).max(), 1e-12))  # no leaps
-        if np.abs(step).max() < 1e-8:
-            break
-    return weights
 
 
 Metrics = dict[str, float | None]

@@ -5,22 +5,22 @@ patients it was trained on are far too confident, and would drown out the attrib
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from lymphfeat.cohort.attributes import standardise
+from lymphfeat.cohort.attributes import Scaling
 from lymphfeat.cohort.splits import Plan
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.baselines import learn_logistic
-from lymphfeat.evaluation.calibration import fit_calibrations, logit
+from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logit
+from lymphfeat.evaluation.regression import Logistic, learn_logistic
 from lymphfeat.evaluation.scores import (
     CLINICAL,
     Learner,
     PlannedPatients,
-    PredictFunction,
     Scores,
     cross_fit,
 )
@@ -64,49 +64,62 @@ def _fuse(patients: PlannedPatients, head: Scores, name: str, attributes: Floats
     return cross_fit(patients, FUSIONS[name], inputs, name=named, kind="fusion")
 
 
-def learn_sum(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Add the calibrated image logit and the clinical logit, less the prior, which both count.
+@dataclass(frozen=True)
+class SumFusion:
+    """The calibrated image logit and the clinical logit, less the prior, which both count."""
 
-    inputs: (n, 1 + D), the image logit first; labels: (n,).
-    """
+    calibration: Calibration
+    clinical: Logistic
+    prior: float  # logit of the share of tumoral patients
+
+    def __call__(self, inputs: Floats) -> Floats:
+        """Return probabilities: (m, 1 + D) -> (m,)."""
+        image = self.calibration.apply(expit(inputs[:, 0]))
+        clinical = self.clinical(inputs[:, 1:])
+        return np.asarray(expit(logit(image) + logit(clinical) - self.prior))
+
+
+def learn_sum(inputs: Floats, labels: Labels) -> SumFusion:
+    """Fit a `SumFusion`: inputs (n, 1 + D), the image logit first; labels (n,)."""
     (calibration,) = fit_calibrations(expit(inputs[None, :, 0]), labels)
     clinical = learn_logistic(inputs[:, 1:], labels)
-    share = np.array(labels.mean())
-
-    def predict(others: Floats) -> Floats:
-        image = calibration.apply(expit(others[:, 0]))
-        total = logit(image) + logit(clinical(others[:, 1:])) - logit(share)
-        probability: Floats = expit(total)
-        return probability
-
-    return predict
+    return SumFusion(calibration, clinical, float(logit(np.array(labels.mean()))))
 
 
-def learn_experts(inputs: Floats, labels: Labels) -> PredictFunction:
-    """Fit p = π σ(s_img) + (1 − π) σ(s_clin), the gate π from both (Sahasrabudhe et al. 2021).
+@dataclass(frozen=True)
+class ExpertsFusion:
+    """p = π σ(s_img) + (1 − π) σ(s_clin), the gate π from both (Sahasrabudhe et al. 2021).
 
     s_img is the image logit scaled and shifted, s_clin is linear in the attributes, the gate's
-    logit is linear in both. They are fitted together by maximum likelihood, with weights shrunk
-    towards 0 (the scale of s_img towards 1). inputs: (n, 1 + D), the image logit first.
+    logit is linear in both.
     """
-    rows = np.arange(len(inputs))
-    x = standardise(inputs, rows)  # (n, 1 + D)
+
+    scaling: Scaling
+    parameters: Floats  # (2 · (2 + D) + 1,), see `_experts`
+
+    def __call__(self, inputs: Floats) -> Floats:
+        """Return probabilities: (m, 1 + D) -> (m,)."""
+        image, clinical, gate = _experts(self.parameters, self.scaling.apply(inputs))
+        return gate * image + (1 - gate) * clinical
+
+
+def learn_experts(inputs: Floats, labels: Labels) -> ExpertsFusion:
+    """Fit `ExpertsFusion` by maximum likelihood, all parts together.
+
+    Weights are shrunk towards 0, the scale of s_img towards 1. inputs: (n, 1 + D), the image logit
+    first.
+    """
+    scaling = Scaling.of(inputs)
     spread = float(np.std(inputs[:, 0])) or 1.0  # a stretch of 1 in raw logits
-    start = np.zeros(2 * (1 + x.shape[1]) + 1)
+    start = np.zeros(2 * (1 + inputs.shape[1]) + 1)
     start[0] = spread
     found = minimize(
-        partial(_experts_loss, x=x, labels=labels, anchor=start.copy()),
+        partial(_experts_loss, x=scaling.apply(inputs), labels=labels, anchor=start.copy()),
         start,
         jac=True,
         method="L-BFGS-B",
     ).x
-
-    def predict(others: Floats) -> Floats:
-        scaled = standardise(np.concatenate([inputs, others]), rows)[len(inputs) :]
-        image, clinical, gate = _experts(found, scaled)
-        return gate * image + (1 - gate) * clinical
-
-    return predict
+    return ExpertsFusion(scaling, found)
 
 
 def _experts(parameters: Floats, x: Floats) -> tuple[Floats, Floats, Floats]:
