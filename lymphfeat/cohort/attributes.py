@@ -1,12 +1,13 @@
 """Clinical attributes as numbers: age, gender, lymphocyte count, or any other columns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lymphfeat.errors import SettingsError
+from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.runtime.arrays import Floats
 
 LOGARITHMIC = ("lymph_count",)  # spans 2 to 300 (METHOD §5)
@@ -36,27 +37,165 @@ def attribute_matrix(
 
     The columns `logarithmic`, which must be above 0, are replaced by their logarithm.
     """
-    parts = [_columns(table[name], name in logarithmic) for name in names]
-    return np.concatenate(parts, axis=1) if parts else np.empty((len(table), 0))
+    return AttributeRecipe.of(table, names, logarithmic).matrix(table)
 
 
-def _columns(column: "pd.Series[float]", logarithmic: bool) -> Floats:
-    if not pd.api.types.is_numeric_dtype(column):
-        text = column.astype(object)
-        values = sorted({str(value) for value in text.dropna()})
-        coded = np.array([(text == value).to_numpy(float) for value in values]).T
-        coded = coded.reshape(len(text), len(values))
-        coded[text.isna().to_numpy()] = np.nan
-        return coded
-    numbers = column.to_numpy(float)
-    if logarithmic:
-        if (numbers <= 0).any():
-            raise SettingsError(
-                f"attribute {column.name} must be above 0 for its logarithm; got "
-                f"{np.nanmin(numbers):g} for {column.index[int(np.nanargmin(numbers))]}."
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """One attribute: how it becomes numbers, and what was seen of it in training."""
+
+    name: str
+    categories: tuple[str, ...] | None = None  # of a text: a 0/1 column for each; None: a number
+    logarithmic: bool = False
+    low: float = np.nan  # least and greatest number in training
+    high: float = np.nan
+
+    @classmethod
+    def of(cls, column: "pd.Series[Any]", *, logarithmic: bool) -> "Attribute":
+        """Learn from a column of training patients."""
+        name = str(column.name)
+        if not pd.api.types.is_numeric_dtype(column):
+            return cls(name=name, categories=tuple(sorted(set(map(str, column.dropna())))))
+        numbers = column.to_numpy(float)
+        known = numbers[~np.isnan(numbers)]
+        low, high = (known.min(), known.max()) if len(known) else (np.nan, np.nan)
+        return cls(name=name, logarithmic=logarithmic, low=float(low), high=float(high))
+
+    @property
+    def width(self) -> int:
+        """The number of columns of its matrix."""
+        return 1 if self.categories is None else len(self.categories)
+
+    def numbers(self, column: "pd.Series[Any]") -> Floats:
+        """Return the attribute of patients as numbers: (P, width), NaN where missing or unknown.
+
+        Raises SettingsError for a number without a logarithm, CohortError for a text that should be
+        a number.
+        """
+        if self.categories is not None:
+            text = column.astype(object)
+            coded = np.array([text == value for value in self.categories], float)
+            coded = coded.reshape(self.width, len(text)).T  # (P, width)
+            return np.asarray(np.where(coded.sum(1, keepdims=True) > 0, coded, np.nan))
+        self._refuse_text(column)
+        numbers = column.to_numpy(float)
+        if self.logarithmic:
+            if (numbers <= 0).any():
+                raise SettingsError(
+                    f"attribute {self.name} must be above 0 for its logarithm; got "
+                    f"{np.nanmin(numbers):g} for {column.index[int(np.nanargmin(numbers))]}."
+                )
+            numbers = np.log(numbers)
+        return np.asarray(numbers[:, None], dtype=np.float64)
+
+    def _refuse_text(self, column: "pd.Series[Any]") -> None:
+        if pd.api.types.is_numeric_dtype(column) or not column.notna().any():
+            return
+        given = column.dropna()
+        bad = given[pd.to_numeric(given, errors="coerce").isna()]
+        patient, value = next(iter((bad if len(bad) else given).items()))
+        raise CohortError(f"attribute {self.name} must be a number; got {value!r} for {patient}.")
+
+    def notes(self, column: "pd.Series[Any]") -> Iterator[tuple[str, str]]:
+        """Yield (patient, what is unusual) for values that training had nothing like."""
+        stands_in = "the mean of the training patients stands in"
+        for patient, value in column.items():
+            if pd.isna(value):
+                yield str(patient), f"{self.name} is missing; {stands_in}"
+            elif self.categories is not None and str(value) not in self.categories:
+                known = ", ".join(self.categories) or "none"
+                yield str(patient), f"{self.name} {value} is not one of {known}; {stands_in}"
+            elif self.categories is None and np.isnan(self.low):
+                yield str(patient), f"{self.name} is not used: no training patient had one"
+            elif self.categories is None and not self.low <= float(value) <= self.high:
+                side = "below" if float(value) < self.low else "above"
+                yield (
+                    str(patient),
+                    f"{self.name} {value:g} is {side} the training patients' {self.low:g} to "
+                    f"{self.high:g}",
+                )
+
+
+@dataclass(frozen=True)
+class AttributeRecipe:
+    """How the clinical attributes of new patients become the numbers of training."""
+
+    attributes: tuple[Attribute, ...]
+
+    @classmethod
+    def of(
+        cls, table: pd.DataFrame, names: Sequence[str], logarithmic: Sequence[str] = LOGARITHMIC
+    ) -> "AttributeRecipe":
+        """Learn from the table of training patients."""
+        return cls(
+            tuple(Attribute.of(table[name], logarithmic=name in logarithmic) for name in names)
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the attributes."""
+        return tuple(attribute.name for attribute in self.attributes)
+
+    def matrix(self, table: pd.DataFrame) -> Floats:
+        """Return patients' attributes as numbers: (P, D), NaN where missing or unknown.
+
+        Raises CohortError for a missing column.
+        """
+        self._check_columns(table)
+        parts = [attribute.numbers(table[attribute.name]) for attribute in self.attributes]
+        return np.concatenate(parts, axis=1) if parts else np.empty((len(table), 0))
+
+    def notes(self, table: pd.DataFrame) -> dict[str, list[str]]:
+        """Return for each patient what is missing, unknown or outside the range of training."""
+        found: dict[str, list[str]] = {}
+        for attribute in self.attributes:
+            for patient, note in attribute.notes(table[attribute.name]):
+                found.setdefault(patient, []).append(note)
+        return found
+
+    def by_attribute(self, parts: Floats) -> dict[str, Floats]:
+        """Add up what the columns of the matrix contribute, (P, D), attribute by attribute."""
+        ends = np.cumsum([attribute.width for attribute in self.attributes])
+        starts = ends - [attribute.width for attribute in self.attributes]
+        return {
+            attribute.name: parts[:, start:end].sum(1)
+            for attribute, start, end in zip(self.attributes, starts, ends, strict=True)
+        }
+
+    def _check_columns(self, table: pd.DataFrame) -> None:
+        missing = [name for name in self.names if name not in table.columns]
+        if missing:
+            raise CohortError(
+                f"the cohort's table must have the columns {', '.join(self.names)}, which this "
+                f"model reads; got none named {', '.join(missing)}. Add them, or predict from the "
+                "images only with --without-attributes."
             )
-        numbers = np.log(numbers)
-    return np.asarray(numbers[:, None], dtype=np.float64)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the content for a model file."""
+        return [asdict(attribute) for attribute in self.attributes]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Mapping[str, Any]]) -> "AttributeRecipe":
+        """Read what `to_json` returned."""
+        return cls(
+            tuple(
+                Attribute(
+                    name=str(each["name"]),
+                    categories=None
+                    if each["categories"] is None
+                    else tuple(map(str, each["categories"])),
+                    logarithmic=bool(each["logarithmic"]),
+                    low=_number(each["low"]),
+                    high=_number(each["high"]),
+                )
+                for each in content
+            )
+        )
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)  # JSON has no NaN
 
 
 @dataclass(frozen=True)
