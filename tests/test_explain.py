@@ -1,4 +1,4 @@
-"""Scores, shares, deletions, overlap and the page of an explanation, against the obvious way."""
+"""Scores, contributions, deletions, overlap and the page, each against the obvious way."""
 
 import json
 import re
@@ -41,14 +41,14 @@ def explained(cohort: Cohort, agg: str, unit: Unit = "") -> Explanation:
 @pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
-def test_shares_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Cohort) -> None:
+def test_contributions_add_up_and_agree_with_predict(agg: str, unit: Unit, cohort: Cohort) -> None:
     found = explained(cohort, agg, unit)
     predictions = found.model.predict(cohort, PredictSettings(device="cpu", precision="float32"))
     patients, images = predictions.patients, predictions.images
     assert found.predicted == pytest.approx(patients["probability"].to_numpy(), abs=1e-5)
     assert found.logit == pytest.approx(images["logit"].to_numpy(), abs=1e-4)
     assert found.decisions.weight == pytest.approx(images["weight"].to_numpy(), abs=1e-5)
-    sums = found.images.groupby("patient", sort=False)["share"].sum().to_numpy()
+    sums = found.images.groupby("patient", sort=False)["contribution"].sum().to_numpy()
     total = found.decisions.total
     assert sums + found.decisions.rest == pytest.approx(total, abs=1e-4)
     if agg != "lse":

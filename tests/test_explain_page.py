@@ -102,7 +102,7 @@ def test_a_patient_opens_and_its_maps_toggle(cohort: Page) -> None:
     )
     assert grey[0] == grey[1] == grey[2]
     assert grey[3] == 255
-    assert "sum" in cohort.inner_text(".shares")
+    assert "sum" in cohort.inner_text(".contributions")
     assert "object" not in cohort.inner_text("#view-patient")
     cohort.click("#plate-mode :text-is('Cells')")
     assert cohort.locator("#plate canvas").count() == 0

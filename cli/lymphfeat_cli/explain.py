@@ -69,7 +69,7 @@ def command(
     settings: ExplainSettings,
     output: Output,
 ) -> None:
-    """Show what a model looked at: cell scores, maps, and each cell's share of the decision.
+    """Show what a model looked at: cell scores, maps, and what each cell contributes.
 
     Writes an HTML report and figures, and prints how faithful they are: whether deleting the
     highest-scored cells changes probabilities more than deleting random cells.

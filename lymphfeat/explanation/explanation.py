@@ -60,7 +60,7 @@ class Explanation:
 
     @cached_property
     def images(self) -> pd.DataFrame:
-        """Tabulate the images: patient, image, rank, logit, probability, weight, share, mark."""
+        """Tabulate the images: patient, image, rank, logit, probability, weight, …"""
         paths = [path for paths in self.cohort.images for path in paths]
         return pd.DataFrame(
             {
@@ -70,7 +70,7 @@ class Explanation:
                 "logit": self.logit,
                 "probability": expit(self.logit),
                 "weight": self.decisions.weight,
-                "share": self.decisions.share,
+                "contribution": self.decisions.contribution,
                 "mark": self.decisions.mark,
             }
         )

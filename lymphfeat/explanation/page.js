@@ -34,7 +34,7 @@ function imagesOf(index) {
     const values = new DataView(bytes.buffer);
     const area = model.grid * model.grid;
     block.cells = block.names.map((name, i) => ({
-      name, patient: index, i, logit: block.logit[i], weight: block.weight[i], share: block.share[i],
+      name, patient: index, i, logit: block.logit[i], weight: block.weight[i], contribution: block.contribution[i],
       mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
       map: Float32Array.from({ length: area }, (_, k) => values.getInt16(2 * (i * area + k), true) / 100),
     }));
@@ -239,7 +239,7 @@ function showExtremes() {
 
 // --- one patient ------------------------------------------------------------------------------
 
-const CELL_ORDERS = { score: (a, b) => a.rank - b.rank, weight: (a, b) => b.weight - a.weight || a.rank - b.rank, share: (a, b) => Math.abs(b.share) - Math.abs(a.share) || a.rank - b.rank, "file name": (a, b) => a.i - b.i };
+const CELL_ORDERS = { score: (a, b) => a.rank - b.rank, weight: (a, b) => b.weight - a.weight || a.rank - b.rank, contribution: (a, b) => Math.abs(b.contribution) - Math.abs(a.contribution) || a.rank - b.rank, "file name": (a, b) => a.i - b.i };
 let cellOrder = "score";
 function showPatient(index) {
   const p = patients[index], block = imagesOf(index), view = $("view-patient");
@@ -252,7 +252,7 @@ function showPatient(index) {
     el("div", { class: `patient-head c${classOf(p)}` }, el("h1", {}, p.id), el("span", { class: `chip c${classOf(p)}` }, p.label === null ? "label unknown" : `label: ${nameOf(p.label)}`),
       el("span", { class: p.error ? "verdict-error" : "" }, `called ${CLASSES[p.called]}${p.error === null ? "" : p.error ? " ✗ error" : " ✓ correct"}`),
       el("div", { class: "pager" }, pager("← Previous", go(-1)), pager("Next →", go(1)), pager("All patients", "#cohort"))),
-    el("div", { class: "panels" }, decisionPanel(p), sharesPanel(p, block), distributionPanel(p, block)),
+    el("div", { class: "panels" }, decisionPanel(p), contributionsPanel(p, block), distributionPanel(p, block)),
     el("h2", {}, `Plate: ${p.n} cells`),
     el("div", { class: "controls" }, modeSwitch("plate-mode", draw),
       el("label", {}, "ordered by", el("select", { id: "order", onchange: event => { cellOrder = event.target.value; draw(); } }, Object.keys(CELL_ORDERS).map(name => el("option", { selected: name === cellOrder }, name)))), scale),
@@ -273,17 +273,17 @@ function decisionPanel(p) {
     el("div", { class: "scale", role: "img", "aria-label": `probability ${fixed(p.p)}, threshold ${fixed(model.threshold)}` }, el("span", { class: "at", style: `left:${100 * p.p}%` }), el("span", { class: "cut", style: `left:${100 * model.threshold}%` }, `threshold ${fixed(model.threshold)}`)),
     el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
 }
-function sharesPanel(p, block) {
-  const top = [...block.cells].sort(CELL_ORDERS.share).filter(c => c.share !== 0).slice(0, 8), inTop = new Set(top);
-  const others = block.cells.filter(c => !inTop.has(c)), sum = others.reduce((s, c) => s + c.share, 0);
-  const rows = top.map(c => [el("button", { type: "button", onclick: () => openCell(c.patient, c.name) }, `cell ${c.rank}`), c.share]);
+function contributionsPanel(p, block) {
+  const top = [...block.cells].sort(CELL_ORDERS.contribution).filter(c => c.contribution !== 0).slice(0, 8), inTop = new Set(top);
+  const others = block.cells.filter(c => !inTop.has(c)), sum = others.reduce((s, c) => s + c.contribution, 0);
+  const rows = top.map(c => [el("button", { type: "button", onclick: () => openCell(c.patient, c.name) }, `cell ${c.rank}`), c.contribution]);
   if (others.length) rows.push([`${others.length} other cell${others.length > 1 ? "s" : ""}`, sum]);
   if (Math.abs(p.rest) > 1e-4) rows.push([model.rest, p.rest]);
   const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
-  const bar = share => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${share < 0 ? "reactive" : "tumoral"});${share < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(share) / scale}%` })));
+  const bar = value => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${value < 0 ? "reactive" : "tumoral"});${value < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(value) / scale}%` })));
   const end = model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
-  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), el("table", { class: "shares" }, el("tbody", {}, rows.map(([name, share]) => el("tr", {}, el("td", {}, name), bar(share), el("td", {}, signed(share, digits)))),
-    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end)))), el("p", { class: "note" }, model.shares));
+  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), el("table", { class: "contributions" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("td", {}, name), bar(value), el("td", {}, signed(value, digits)))),
+    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end)))), el("p", { class: "note" }, model.contributions));
 }
 function distributionPanel(p, block) {
   const { edges, weight, instances } = data.distribution, counts = block.counts, total = counts.reduce((a, b) => a + b, 0);
@@ -301,7 +301,7 @@ function openCell(patient, name) {
   const side = el("div"), put = () => side.replaceChildren(picture(cell), mapMode === "off" ? "" : legend());
   const step = (title, to) => el("button", { type: "button", disabled: !cells[to], onclick: () => { openCell(patient, cells[to].name); } }, title);
   put();
-  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Share of the patient's ${model.additive}`, fixed(cell.share, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.marked ? "no" : "according to its weight"]];
+  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Contribution to the patient's ${model.additive}`, signed(cell.contribution, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.unmarked]];
   const n = model.grid, grid = el("table", { class: "grid", "aria-label": "score of each field of the map" }, el("tbody", {}, Array.from({ length: n }, (_, y) => el("tr", {}, Array.from({ length: n }, (_, x) => {
     const score = sigmoid(cell.map[y * n + x]), grey = Math.round(255 * score);
     return el("td", { style: `background:rgb(${grey},${grey},${grey});color:${grey > 130 ? "#000" : "#fff"}` }, n > 8 ? "" : score.toFixed(2));

@@ -19,15 +19,13 @@ from lymphfeat.explanation.explanation import ROLES, Explanation
 from lymphfeat.explanation.text import (
     about,
     describe_deletion,
-    describe_marks,
-    describe_shares,
     describe_truth,
     model_facts,
     summary,
 )
 from lymphfeat.explanation.text import notices as told_notices
 from lymphfeat.explanation.thumbnails import Thumbnails, make_thumbnails
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.explanation.wording import Wording
 from lymphfeat.runtime.progress import Progress, silent
 
 BUDGET = 60_000_000  # bytes of the file
@@ -132,17 +130,16 @@ def _page_data(
 
 
 def _model(explanation: Explanation) -> dict[str, Any]:
-    model = explanation.model
-    marked = AGGREGATORS[model.head_settings.agg].family == "ranking"
+    wording = Wording.of(explanation.model.head_settings)
     return {
-        "threshold": model.threshold,
+        "threshold": explanation.model.threshold,
         "additive": explanation.decisions.additive,
         "grid": explanation.maps.shape[1],
         "limit": colour_limit(explanation.maps),
-        "marked": marked,
-        "marks": describe_marks(model),
-        "shares": describe_shares(model),
-        "rest": "smoothing (belongs to no cell)",
+        "unmarked": wording.unmarked,
+        "marks": wording.marks,
+        "contributions": wording.contributions,
+        "rest": wording.rest,
     }
 
 
@@ -192,7 +189,7 @@ def _patient_blocks(explanation: Explanation, distribution: Distribution) -> lis
             "names": images["image"][begin:end].tolist(),
             "logit": _round(images["logit"][begin:end], 4),
             "weight": _round(images["weight"][begin:end], 6),
-            "share": _round(images["share"][begin:end], 6),
+            "contribution": _round(images["contribution"][begin:end], 6),
             "mark": images["mark"][begin:end].tolist(),
             "rank": images["rank"][begin:end].tolist(),
             "maps": base64.b64encode(maps[begin:end].tobytes()).decode("ascii"),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import VIEWS
+from lymphfeat.explanation.wording import Wording
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator, aggregator_of
+from lymphfeat.heads.registry import RankingAggregator, find_aggregator
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import CohortScorer
 from lymphfeat.runtime.arrays import Float32s
@@ -28,16 +29,16 @@ class Decisions:
     """How patients' probabilities are computed.
 
     A patient's total is its logit for the weighted family, its probability for the ranking family;
-    the shares of its images and `rest` add up to it exactly. `rest` is what belongs to no image: 0
-    except for `lse`, where it is the smoothing term.
+    the contributions of its images and `rest` add up to it exactly. `rest` is what belongs to no
+    image: 0 except for `lse`, where it is the smoothing term.
     """
 
-    additive: str  # "logit" or "probability": what the shares add up to
+    additive: str  # "logit" or "probability": what contributions add up to
     probability: Float32s  # (P,)
     total: Float32s  # (P,)
     rest: Float32s  # (P,)
     weight: Float32s  # (N,) adding up to 1 over a patient
-    share: Float32s  # (N,)
+    contribution: Float32s  # (N,) signed
     mark: NDArray[np.int8]  # (N,) 1 counted as a highest, -1 as a lowest, 0 neither
     without_top: Float32s  # (P,) probability without the highest-scored image; NaN with one image
 
@@ -71,16 +72,14 @@ def decide(model: Model, maps: Float32s, sizes: NDArray[np.int64]) -> Decisions:
     settings, images = model.head_settings, Bags.of(sizes)
     logits = _instances(maps, settings.unit)  # (N, U)
     read = model.head.read_out(logits[:, :, None], images)
-    ranked = AGGREGATORS[settings.agg].family == "ranking"
-    mark = _marks(settings, images, logits) if ranked else torch.zeros(len(maps), dtype=torch.int8)
     return Decisions(
-        additive="probability" if ranked else "logit",
+        additive=Wording.of(settings).additive,
         probability=read.probability.numpy(),
         total=read.total.numpy(),
         rest=(read.total - images.sum(read.contribution[:, None])[:, 0]).numpy(),
         weight=read.weight.numpy(),
-        share=read.contribution.numpy(),
-        mark=mark.numpy(),
+        contribution=read.contribution.numpy(),
+        mark=_marks(settings, images, logits).numpy(),
         without_top=_without_top(model, maps, sizes),
     )
 
@@ -115,13 +114,16 @@ def _instances(maps: Float32s, unit: str) -> Tensor:
 
 
 def _marks(settings: HeadSettings, images: Bags, logits: Tensor) -> Tensor:
-    """Mark images with an instance among the patient's k highest 1, else among the lowest -1."""
+    """Mark images with an instance among the k highest that count 1, else among the lowest -1."""
+    aggregator = find_aggregator(settings)
+    if not isinstance(aggregator, RankingAggregator):
+        return torch.zeros(len(logits), dtype=torch.int8)
     bags = images.times(logits.shape[1])
     flat = logits.reshape(-1, 1)
     k = effective_k(bags.sizes, settings.k_agg, settings.k_percent, settings.k_min)
     highest = selected_mask(Ranking.of(flat, bags), k).reshape(logits.shape).any(1)
     mark = highest.to(torch.int8)
-    if aggregator_of(settings, RankingAggregator).bottom:
+    if aggregator.bottom:
         lowest = selected_mask(Ranking.of(flat, bags), k, bottom=True).reshape(logits.shape).any(1)
         mark[lowest & ~highest] = -1
     return mark

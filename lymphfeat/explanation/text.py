@@ -6,7 +6,7 @@ from lymphfeat.explanation.explanation import Explanation
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.thumbnails import Thumbnails
 from lymphfeat.heads.grid import head_name
-from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
+from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.model.model import Model
 
 DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose."
@@ -37,8 +37,8 @@ def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
         )
     if explanation.model.tta:
         found.append(
-            "The model averages its predictions over four flips of every image; shares, weights "
-            "and maps are those of the unflipped image, so their sum may differ slightly."
+            "The model averages its predictions over four flips of every image; contributions, "
+            "weights and maps are those of the unflipped image, so their sum may differ slightly."
         )
     if thumbnails.left_out:
         found.append(
@@ -47,36 +47,6 @@ def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
             "maps of all images are included."
         )
     return found
-
-
-def describe_marks(model: Model) -> str:
-    """Explain the frames and bars on a plate."""
-    settings = model.head_settings
-    aggregator = AGGREGATORS[settings.agg]
-    bar = (
-        "Below each cell are its score and its weight in the decision; the bar shows that weight "
-        "relative to the patient's largest."
-    )
-    if not isinstance(aggregator, RankingAggregator):
-        return f"Cells run from the highest score to the lowest; every cell counts. {bar}"
-    k = f"{settings.k_agg}" if settings.k_percent is None else f"{settings.k_percent:g} %"
-    what = "cells" if settings.unit == "image" else "pixels (cells that contain one are framed)"
-    lowest = f", ▼ among the {k} lowest" if aggregator.bottom else ""
-    return f"▲ among the {k} highest {what}{lowest}; the others were not used. {bar}"
-
-
-def describe_shares(model: Model) -> str:
-    """Explain what a cell's share is."""
-    settings = model.head_settings
-    if AGGREGATORS[settings.agg].family == "ranking":
-        how = (
-            "The patient's probability is the highest score."
-            if settings.reduce == "max"
-            else "A cell's share is its score divided by the number of instances used."
-        )
-        return f"Only cells that were used have a share. {how} Shares add up exactly."
-    share = "A cell's share is the sum of weight × logit over its instances. Shares add up exactly"
-    return share + (", together with the smoothing term." if settings.agg == "lse" else ".")
 
 
 def describe_deletion(deletion: Deletion) -> str:
@@ -134,7 +104,7 @@ def model_facts(model: Model) -> list[tuple[str, str]]:
     """List what a reader would ask about the model, as (name, value)."""
     facts, recipe = model.facts, model.recipe
     return [
-        ("Head", f"{head_name(model.head_settings)}: {AGGREGATORS[model.head_settings.agg].about}"),
+        ("Head", f"{head_name(model.head_settings)}: {find_aggregator(model.head_settings).about}"),
         ("Unit", model.head_settings.unit),
         ("Backbone", f"{recipe.backbone}, centre crop of {recipe.crop} px"),
         ("Initial weights", facts.initial_weights),
@@ -172,10 +142,10 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
         (
             "What this page cannot tell",
             [
-                "Shares show how the model computed its result, not what is biologically true. A "
-                "model that learnt a shortcut (the stain, the bag size, the file format) explains "
-                "its shortcut just as readily. Check the plot of score against bag size, and run "
-                "lymphfeat audit on the cohort.",
+                "Contributions show how the model computed its result, not what is biologically "
+                "true. A model that learnt a shortcut (the stain, the bag size, the file format) "
+                "explains its shortcut just as readily. Check the plot of score against bag size, "
+                "and run lymphfeat audit on the cohort.",
                 "This model uses images only, so there are no clinical attributes to leave out.",
             ],
         ),
