@@ -62,10 +62,12 @@ def test_a_module_is_the_head_it_was_made_of(agg: str, unit: Unit) -> None:
     assert expected.std() > 0.01
     torch.testing.assert_close(read.total, expected)
     torch.testing.assert_close(read.probability, expected.sigmoid())
+    assert torch.equal(head.patient_probability(kept, images), read.probability)
     shares = solved.shares([(flat, bags)]).float().view(kept.shape[:2]).sum(1)
     torch.testing.assert_close(read.contribution, shares)
-    sizes = images.sizes.repeat_interleave(images.sizes)
-    torch.testing.assert_close(read.score, shares * sizes)
+    torch.testing.assert_close(images.mean(read.score[:, None])[:, 0], expected)
+    for score, share in torch.split(torch.stack([read.score, shares]), SIZES, dim=1):
+        torch.testing.assert_close(score - score[0], len(share) * (share - share[0]))
     assert (read.weight >= 0).all()
     torch.testing.assert_close(images.sum(read.weight[:, None])[:, 0], torch.ones(len(SIZES)))
     for patient in torch.split(torch.stack([read.weight, shares.abs()]), SIZES, dim=1):

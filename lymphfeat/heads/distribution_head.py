@@ -67,22 +67,38 @@ class DistributionHead(Head):
         return self.exact.patient_logits([_flat(kept, images)]).to(kept.dtype)
 
     @torch.no_grad()
+    def patient_probability(self, kept: Tensor, images: Bags) -> Tensor:
+        return self.exact.patient_logits([_flat(kept, images)]).sigmoid().to(kept.dtype)
+
+    @torch.no_grad()
     def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
-        total = self.patient_logits(kept, images)  # (P,)
-        shares = self.exact.shares([_flat(kept, images)]).to(kept.dtype)  # (N · U,)
-        contribution = shares.view(kept.shape[:2]).sum(1)  # (N,)
+        sets, exact = [_flat(kept, images)], self.exact
+        total = exact.patient_logits(sets)  # (P,)
+        contribution = exact.shares(sets).view(kept.shape[:2]).sum(1)  # (N,)
+        score = _centred(contribution * images.spread(images.sizes[:, None])[:, 0], total, images)
         return ReadOut(
-            probability=total.sigmoid(),
-            total=total,
-            score=contribution * images.spread(images.sizes[:, None])[:, 0],
-            weight=_relative_size(contribution, images),
-            contribution=contribution,
+            probability=total.sigmoid().to(kept.dtype),
+            total=total.to(kept.dtype),
+            score=score.to(kept.dtype),
+            weight=_relative_size(contribution, images).to(kept.dtype),
+            contribution=contribution.to(kept.dtype),
         )
 
 
 def _flat(kept: Tensor, images: Bags) -> tuple[Tensor, Bags]:
     """Return instances (N · U, C), and the patients they are of."""
     return kept.flatten(0, 1), images.times(kept.shape[1])
+
+
+def _centred(score: Tensor, total: Tensor, images: Bags) -> Tensor:
+    """Shift the scores (N,) of each patient's images so that their mean is its logit (P,).
+
+    A share is what an image adds to the statistics themselves, not to how far they are from the
+    average training patient's: without the constants all spread that counts as reactive would look
+    reactive, in tumoral patients, too.
+    """
+    shift = total[:, None] - images.mean(score[:, None])  # (P, 1)
+    return score + images.spread(shift)[:, 0]
 
 
 def _relative_size(contribution: Tensor, images: Bags) -> Tensor:

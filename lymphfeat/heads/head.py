@@ -35,6 +35,10 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def patient_probability(self, kept: Tensor, images: Bags) -> Tensor:
+        """Return the probabilities (P,) of a `read_out`, without what it says of images."""
+        return self.read_out(kept, images).probability
+
     def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
         """Read out whole patients from what was kept of their images (N, U, D), in eval mode."""
         raise NotImplementedError

@@ -35,8 +35,8 @@ class Predictions:
         image counts, at least 0, adding up to 1 per patient), contribution (its share of the
         patient's logit, with its sign; of the ranking family of the probability). The logit is the
         mean of its instances' logits; for heads of the family `distribution` the contribution times
-        the number of the patient's images, and the weight the contribution's size relative to the
-        others'.
+        the number of the patient's images, shifted so that the mean of a patient's logits is the
+        patient's logit, and the weight is the contribution's size relative to the others'.
     """
 
     patients: pd.DataFrame
