@@ -1,16 +1,28 @@
 """Averages of heads: learnt from out-of-fold logits of training patients."""
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from lymphfeat.cohort.splits import Plan, kfold_splits
-from lymphfeat.evaluation.averaging import average_heads, learn_average, learn_stack
+from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.averaging import combine_heads, learn_average, learn_stack
 from lymphfeat.evaluation.calibration import fit_calibrations, logit
+from lymphfeat.evaluation.rows import find_row, image_rows
 from lymphfeat.evaluation.scores import PlannedPatients, Scores
+from lymphfeat.heads.grid import resolve
+from lymphfeat.settings import HeadSettings
 
 LABELS = np.tile([0, 1], 40)
 IDS = [f"P{i}" for i in range(len(LABELS))]
+
+
+HEADS = [
+    *(resolve(HeadSettings(agg="topk", k_agg=k)) for k in (5, 10)),
+    resolve(HeadSettings(agg="std")),
+]
+JOINT = [row for row in image_rows(HEADS, nested=True) if row.joint in ("average", "stack")]
 
 
 def draw_logits(seed: int = 0) -> NDArray[np.float64]:
@@ -68,7 +80,7 @@ def test_validation_labels_are_never_read() -> None:
             patients.labels = LABELS.copy()
             patients.labels[patients.validation[0]] = 1 - LABELS[patients.validation[0]]
         heads = [scores_of(logits[:, i], patients, str(i)) for i in range(3)]
-        found.append(average_heads(patients, heads))
+        found.append([combine_heads(patients, heads, row) for row in JOINT])
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one.outer[0], other.outer[0])
         np.testing.assert_array_equal(one.inner[0], other.inner[0])
@@ -77,5 +89,17 @@ def test_validation_labels_are_never_read() -> None:
 
 
 def test_fewer_than_two_heads_have_no_average() -> None:
-    patients = plan(LABELS)
-    assert average_heads(patients, [scores_of(draw_logits()[:, 0], patients, "one")]) == []
+    assert [row.name for row in image_rows([HEADS[0]], nested=True)] == ["top5"]
+    assert [row.name for row in image_rows(HEADS, nested=False)] == ["top5", "top10", "std"]
+
+
+def test_a_row_is_found_by_its_name() -> None:
+    names = [
+        *("top5", "top10", "std", "topk, best of 2 chosen inside"),
+        *("any head, best of 3 chosen inside", "average of 3 heads", "stack of 3 heads"),
+    ]
+    assert [row.name for row in image_rows(HEADS, nested=True)] == names
+    for name in [*names, *(f"{name} + clinical (late)" for name in names)]:
+        assert find_row(name, HEADS, ["late", "sum"]).name == name
+    with pytest.raises(SettingsError, match=r"row \(=top7\) must be .*; got none of top5; top10; "):
+        find_row("top7", HEADS, [])

@@ -4,59 +4,76 @@ Both are learnt from the training patients' OUT-OF-FOLD logits, as the fusions a
 only memorises its patients gets no weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logit
+from lymphfeat.evaluation.rows import Row
 from lymphfeat.evaluation.scores import (
     Learner,
     PlannedPatients,
-    PredictFunction,
     Scores,
     cross_fit,
 )
 from lymphfeat.runtime.arrays import Floats, Labels
 
 
-def average_heads(patients: PlannedPatients, heads: Sequence[Scores]) -> list[Scores]:
-    """Average and stack heads that have out-of-fold probabilities; none of fewer than two."""
-    if len(heads) < 2:
-        return []
-    return [
-        _combine(patients, heads, f"{name} of {len(heads)} heads", learner)
-        for name, learner in LEARNERS.items()
+def combine_heads(patients: PlannedPatients, heads: Sequence[Scores], row: Row) -> Scores:
+    """Average or stack heads that have out-of-fold probabilities, as the row says."""
+    return cross_fit(
+        patients,
+        LEARNERS[row.joint],
+        lambda place: judged_logits(heads, place),
+        name=row.name,
+        kind="average",
+    )
+
+
+def judged_logits(heads: Sequence[Scores], place: int) -> Floats:
+    """Return the heads' logits for patients by what was not trained on them, in a split: (P, H)."""
+    judged = [
+        np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
+        for head in heads
     ]
+    return np.column_stack([logit(probability) for probability in judged])
 
 
-def _combine(
-    patients: PlannedPatients, heads: Sequence[Scores], name: str, learner: Learner
-) -> Scores:
-    def inputs(place: int) -> Floats:
-        judged = [
-            np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
-            for head in heads
-        ]
-        return np.column_stack([logit(probability) for probability in judged])  # (P, H)
+@dataclass(frozen=True)
+class Mixture:
+    """σ(weighted sum of the calibrated logits of heads + intercept)."""
 
-    return cross_fit(patients, learner, inputs, name=name, kind="average")
+    calibrations: tuple[Calibration, ...]  # of each head
+    weights: Floats  # (H,)
+    intercept: float = 0.0
+
+    def logits(self, inputs: Floats) -> Floats:
+        """Return logits of patients from the heads' logits: (n, H) -> (n,)."""
+        return (
+            np.asarray(calibrated_logits(self.calibrations, inputs) @ self.weights) + self.intercept
+        )
+
+    def __call__(self, inputs: Floats) -> Floats:
+        """Return probabilities of patients from the heads' logits: (n, H) -> (n,)."""
+        return np.asarray(expit(self.logits(inputs)))
 
 
-def learn_average(inputs: Floats, labels: Labels) -> PredictFunction:
+def learn_average(inputs: Floats, labels: Labels) -> Mixture:
     """Average the calibrated logits of heads (n, H)."""
-    calibrated = _calibrate(inputs, labels)
-    return lambda others: np.asarray(expit(calibrated(others).mean(1)))
+    calibrations = fit_calibrations(expit(inputs.T), labels)
+    return Mixture(tuple(calibrations), np.full(len(calibrations), 1 / len(calibrations)))
 
 
-def learn_stack(inputs: Floats, labels: Labels) -> PredictFunction:
+def learn_stack(inputs: Floats, labels: Labels) -> Mixture:
     """Weight the calibrated logits of heads (n, H): none below 0, shrunk towards equal weights.
 
     Minimises the log loss + H / 2 · Σ (weight − 1 / H)², with a free intercept.
     """
-    calibrated = _calibrate(inputs, labels)
-    x = calibrated(inputs)  # (n, H)
+    calibrations = tuple(fit_calibrations(expit(inputs.T), labels))
+    x = calibrated_logits(calibrations, inputs)  # (n, H)
     heads = x.shape[1]
     equal = np.append(np.full(heads, 1 / heads), 0.0)
 
@@ -70,22 +87,14 @@ def learn_stack(inputs: Floats, labels: Labels) -> PredictFunction:
 
     bounds = [(0, None)] * heads + [(None, None)]
     found = minimize(loss, equal, jac=True, method="L-BFGS-B", bounds=bounds).x
-    return lambda others: np.asarray(expit(calibrated(others) @ found[:-1] + found[-1]))
+    return Mixture(calibrations, found[:-1], float(found[-1]))
 
 
-def _calibrate(inputs: Floats, labels: Labels) -> Callable[[Floats], Floats]:
-    """Fit a calibration to each head's logits (n, H); return what calibrates logits (m, H)."""
-    calibrations = fit_calibrations(expit(inputs.T), labels)
-
-    def calibrated(others: Floats) -> Floats:
-        columns = zip(calibrations, others.T, strict=True)
-        return np.column_stack([_apply(calibration, column) for calibration, column in columns])
-
-    return calibrated
-
-
-def _apply(calibration: Calibration, logits: Floats) -> Floats:
-    return calibration.slope * logits + calibration.intercept
+def calibrated_logits(calibrations: Sequence[Calibration], logits: Floats) -> Floats:
+    """Calibrate the logits of heads, each by its own: (n, H) -> (n, H)."""
+    slopes = np.array([each.slope for each in calibrations])
+    intercepts = np.array([each.intercept for each in calibrations])
+    return np.asarray(logits * slopes + intercepts)
 
 
 LEARNERS: Mapping[str, Learner] = {"average": learn_average, "stack": learn_stack}

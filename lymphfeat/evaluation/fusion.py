@@ -15,10 +15,11 @@ from scipy.special import expit
 from lymphfeat.cohort.attributes import Scaling
 from lymphfeat.cohort.splits import Plan
 from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.averaging import judged_logits
 from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logit
 from lymphfeat.evaluation.regression import Logistic, learn_logistic
+from lymphfeat.evaluation.rows import fused_name
 from lymphfeat.evaluation.scores import (
-    CLINICAL,
     Learner,
     PlannedPatients,
     Scores,
@@ -57,10 +58,9 @@ def fit_fusions(
 
 def _fuse(patients: PlannedPatients, head: Scores, name: str, attributes: Floats) -> Scores:
     def inputs(place: int) -> Floats:
-        judged = np.where(np.isnan(head.outer[place]), head.inner[place], head.outer[place])
-        return np.column_stack([logit(judged), attributes])  # (P, 1 + D)
+        return np.column_stack([judged_logits([head], place), attributes])  # (P, 1 + D)
 
-    named = f"{head.name} + {CLINICAL} ({name})"
+    named = fused_name(head.name, name)
     return cross_fit(patients, FUSIONS[name], inputs, name=named, kind="fusion")
 
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
 from lymphfeat.cohort.splits import Plan, Split
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.averaging import average_heads
+from lymphfeat.evaluation.averaging import combine_heads
 from lymphfeat.evaluation.baselines import fit_baselines
 from lymphfeat.evaluation.decision import BEST_BA, HALF
 from lymphfeat.evaluation.fusion import choose_fusions, fit_fusions
 from lymphfeat.evaluation.metrics import all_metrics, log_loss, roc_auc
 from lymphfeat.evaluation.providers import FeatureProvider
+from lymphfeat.evaluation.rows import image_rows
 from lymphfeat.evaluation.scores import (
     Measured,
     PlannedPatients,
@@ -92,8 +93,7 @@ def run_protocol(
     patients = PlannedPatients(features.ids, features.labels, plan)
     fitted = _fit(features, plan, heads, settings, progress)
     scores = [_head_scores(patients, fitted, head, settings) for head in heads]
-    if plan.is_nested:
-        scores += [*_select(patients, heads, scores), *average_heads(patients, scores)]
+    scores += _join(patients, heads, scores)
     fused = fit_fusions(patients, scores, fusions, attributes)
     baselines = fit_baselines(patients, features.n_images, attributes)
     scores = [*scores, *fused, *baselines]
@@ -283,22 +283,19 @@ def _head_scores(
     )
 
 
-def _select(
+def _join(
     patients: PlannedPatients, heads: Sequence[HeadSettings], scores: Sequence[Scores]
 ) -> list[Scores]:
-    """Select inside each training set: a setting of each aggregator, and one of all heads."""
-    groups: dict[str, list[Scores]] = {}
-    for head, found in zip(heads, scores, strict=True):
-        groups.setdefault(head.agg, []).append(found)
-    selected = [
-        select_inside(patients, group, f"{agg}, best of {len(group)} chosen inside")
-        for agg, group in groups.items()
-        if len(group) > 1
-    ]
-    if len(groups) > 1:
-        name = f"any head, best of {len(scores)} chosen inside"
-        selected.append(select_inside(patients, scores, name))
-    return selected
+    """Choose, average and stack heads inside each training set, as the rows of a summary do."""
+    of_head = dict(zip(heads, scores, strict=True))
+    found = []
+    for row in image_rows(heads, nested=patients.plan.is_nested):
+        own = [of_head[head] for head in row.heads]
+        if row.joint == "selected":
+            found.append(select_inside(patients, own, row.name))
+        elif row.joint:
+            found.append(combine_heads(patients, own, row))
+    return found
 
 
 def _curves(
