@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from playwright.sync_api import sync_playwright
 
 from lymphfeat.cohort.cohort import Cohort
@@ -64,7 +65,7 @@ def deal_out(model_folder: Path, root: Path, patients: int, images: int) -> Expl
     model = Model.load(model_folder)
     rng = np.random.default_rng(0)
     maps = rng.normal(0, 2, (patients * images, 4, 4)).astype(np.float32)
-    decisions = decide(model, maps, cohort.n_images)
+    decisions = decide(model, torch.from_numpy(maps.mean((1, 2)))[:, None, None], cohort.n_images)
     return Explanation(
         model=model,
         cohort=cohort,

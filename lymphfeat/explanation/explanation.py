@@ -13,7 +13,9 @@ from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
-from lymphfeat.explanation.scores import Decisions, decide, ranks, score_maps
+from lymphfeat.explanation.findings import Findings
+from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
+from lymphfeat.explanation.wording import Wording
 from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import ROLE_OF
@@ -39,14 +41,19 @@ class Explanation:
         Float32s  # (P,) probability as `Model.predict` gives it; with TTA not the explained one
     )
     deletion: Deletion | None  # None where no patient has enough images
+    findings: Findings | None = None  # of heads of the family `distribution` alone
     truth: Truth | None = None
     overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
 
     @cached_property
     def logit(self) -> Float32s:
-        """Return the images' logits, (N,)."""
-        mean: Float32s = self.maps.mean((1, 2))
-        return mean
+        """Return the images' logits, (N,): the means of their maps."""
+        return self.decisions.score
+
+    @property
+    def distance(self) -> NDArray[np.float64] | None:
+        """Return how far each image is from its patient's average cell, (N,); see `Findings`."""
+        return None if self.findings is None else self.findings.distance
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
@@ -60,7 +67,11 @@ class Explanation:
 
     @cached_property
     def images(self) -> pd.DataFrame:
-        """Tabulate the images: patient, image, rank, logit, probability, weight, …"""
+        """Tabulate the images: patient, image, rank, logit, probability, weight, contribution, …
+
+        `distance` from the patient's average cell, in units of its mean, is missing where the head
+        does not read how much cells differ.
+        """
         paths = [path for paths in self.cohort.images for path in paths]
         return pd.DataFrame(
             {
@@ -72,6 +83,7 @@ class Explanation:
                 "weight": self.decisions.weight,
                 "contribution": self.decisions.contribution,
                 "mark": self.decisions.mark,
+                "distance": np.nan if self.distance is None else self.distance,
             }
         )
 
@@ -138,19 +150,22 @@ def explain(
             "such as model.models[0]."
         )
     settings = settings or ExplainSettings()
-    maps = score_maps(model, cohort, settings.scoring, progress=progress)
-    decisions = decide(model, maps, cohort.n_images)
+    scored = score_cohort(model, cohort, settings.scoring, progress=progress)
+    decisions = decide(model, scored.kept, cohort.n_images)
     predicted = decisions.probability
     if model.tta:
         flipped = model.predict(cohort, settings.scoring, progress=progress)
         predicted = flipped.patients["probability"].to_numpy(np.float32)
+    mapped = Wording.of(model.head_settings).mapped
+    overlap = measure_overlap(cohort, scored.maps, model.recipe.crop, truth) if mapped else None
     return Explanation(
         model=model,
         cohort=cohort,
-        maps=maps,
+        maps=scored.maps,
         decisions=decisions,
         predicted=predicted,
-        deletion=delete_images(model, maps, cohort.n_images, seed=settings.seed),
+        deletion=delete_images(model, scored.kept, cohort.n_images, seed=settings.seed),
+        findings=Findings.of(model, scored.kept, cohort.n_images),
         truth=truth,
-        overlap=measure_overlap(cohort, maps, model.recipe.crop, truth),
+        overlap=overlap,
     )

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.metrics import roc_auc
-from lymphfeat.explanation.scores import decide, probability_without, ranks
+from lymphfeat.explanation.scores import probability_without, ranks
+from lymphfeat.heads.bags import Bags
 from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.synthetic.cohort import cell_extents, is_synthetic_cohort
@@ -53,25 +56,27 @@ class Deletion:
 
 
 def delete_images(
-    model: Model, maps: Float32s, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
+    model: Model, kept: Tensor, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
 ) -> Deletion | None:
     """Delete the k highest-scored, or k random, images of every patient and read out the rest.
 
+    kept (N, U, D) is what the head keeps of the images of patients of `sizes` (P,) images.
     k goes up to 10, or half the median number of images. None where no patient has two images.
     """
     most = int(min(MOST_DELETED, np.median(sizes) // 2))
-    kept = sizes > most
-    if most < 1 or not kept.any():
+    enough = sizes > most
+    if most < 1 or not enough.any():
         return None
-    maps, sizes = maps[np.repeat(kept, sizes)], sizes[kept]
-    whole = decide(model, maps, sizes).probability
+    kept, sizes = kept[torch.from_numpy(np.repeat(enough, sizes))], sizes[enough]
+    read = model.head.read_out(kept, Bags.of(sizes))
+    whole = read.probability.numpy()
     rng = np.random.default_rng(seed)
-    orders = [ranks(maps.mean((1, 2)), sizes)]
-    orders += [ranks(rng.random(len(maps), np.float32), sizes) for _ in range(draws)]
+    orders = [ranks(read.score.numpy(), sizes)]
+    orders += [ranks(rng.random(len(kept), np.float32), sizes) for _ in range(draws)]
     moved = np.array(
         [
             [
-                np.abs(probability_without(model, maps, sizes, order < k) - whole).mean()
+                np.abs(probability_without(model, kept, sizes, order < k) - whole).mean()
                 for k in range(1, most + 1)
             ]
             for order in orders

@@ -65,7 +65,7 @@ def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> 
     begin, end = explanation.cohort.offsets[index : index + 2]
     order = begin + np.argsort(explanation.rank[begin:end])
     rows = -(-len(order) // columns)
-    figure = Figure(figsize=(1.15 * columns, 1.5 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns, 1.33 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     paths = explanation.cohort.images[index]
     for axes in grid:
@@ -80,6 +80,33 @@ def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> 
     figure.suptitle(
         f"{patient}, {_NAMES[int(explanation.cohort.labels[index])]}: probability "
         f"{told['probability']:.2f}. Score and weight of each cell.",
+        fontsize=10,
+        color=COLORS[int(explanation.cohort.labels[index])],
+    )
+    return figure
+
+
+def draw_differences(explanation: Explanation, patient: str, n: int = 10) -> Figure:
+    """Draw the cells farthest from the patient's average cell, and the nearest ones below.
+
+    Each with its distance in units of the patient's mean distance. For heads that read how much
+    cells differ, and patients with two images or more.
+    """
+    distance = explanation.images["distance"].to_numpy()
+    index = explanation.cohort.ids.index(patient)
+    begin, end = explanation.cohort.offsets[index : index + 2]
+    order = begin + np.argsort(-distance[begin:end], kind="stable")
+    n = min(n, len(order) // 2)
+    figure = Figure(figsize=(1.15 * n + 1.2, 3.3), layout="constrained")
+    grid = figure.subplots(2, n, squeeze=False)
+    lines = {"most\ndifferent": order[:n], "most\ntypical": order[::-1][:n]}
+    for line, (told, rows) in zip(grid, lines.items(), strict=True):
+        for axes, row in zip(line, rows.tolist(), strict=True):
+            _draw_picture(axes, explanation, row, f"{distance[row]:.1f} ×")
+        _draw_heading(line[0], told, "black")
+    figure.suptitle(
+        f"{patient}, {_NAMES[int(explanation.cohort.labels[index])]}: distance from its average "
+        "cell, × the mean distance.",
         fontsize=10,
         color=COLORS[int(explanation.cohort.labels[index])],
     )
@@ -158,28 +185,37 @@ def draw_extremes(explanation: Explanation, n: int = 10) -> Figure:
     """Draw the cohort's highest and lowest cells of each class, one per patient."""
     figure = Figure(figsize=(1.05 * n + 1.2, 5.2), layout="constrained")
     grid = figure.subplots(4, n, squeeze=False)
-    paths = [path for paths in explanation.cohort.images for path in paths]
     for axes in grid.ravel():
         axes.set_axis_off()
     for half, label in enumerate((1, 0)):
         for line, (end, rows) in enumerate(extreme_images(explanation, label).items()):
             for axes, row in zip(grid[2 * half + line], rows, strict=False):
-                pixels = decode_crop(paths[row], explanation.model.recipe.crop).pixels
-                axes.imshow(pixels.transpose(1, 2, 0))
-                axes.set_title(f"{explanation.images['probability'][row]:.2f}", fontsize=7, pad=2)
-            first = grid[2 * half + line, 0]
-            told = f"{_NAMES[label]}\n{end}"
-            first.text(
-                -0.15,
-                0.5,
-                told,
-                transform=first.transAxes,
-                ha="right",
-                va="center",
-                fontsize=9,
-                color=COLORS[label],
-            )
+                score = explanation.images["probability"][row]
+                _draw_picture(axes, explanation, row, f"{score:.2f}")
+            _draw_heading(grid[2 * half + line, 0], f"{_NAMES[label]}\n{end}", COLORS[label])
     return figure
+
+
+def _draw_picture(axes: Axes, explanation: Explanation, row: int, caption: str) -> None:
+    patient = int(explanation.patient[row])
+    path = explanation.cohort.images[patient][row - explanation.cohort.offsets[patient]]
+    axes.imshow(decode_crop(path, explanation.model.recipe.crop).pixels.transpose(1, 2, 0))
+    axes.set_title(caption, fontsize=7, pad=2)
+    axes.set_axis_off()
+
+
+def _draw_heading(axes: Axes, text: str, color: str) -> None:
+    """Write a line's heading to the left of its first picture."""
+    axes.text(
+        -0.15,
+        0.5,
+        text,
+        transform=axes.transAxes,
+        ha="right",
+        va="center",
+        fontsize=9,
+        color=color,
+    )
 
 
 def _draw_grid(axes: Axes, grid: Float32s, numbers: bool) -> None:

@@ -35,7 +35,7 @@ function imagesOf(index) {
     const area = model.grid * model.grid;
     block.cells = block.names.map((name, i) => ({
       name, patient: index, i, logit: block.logit[i], weight: block.weight[i], contribution: block.contribution[i],
-      mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
+      distance: block.distance && block.distance[i], mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
       map: Float32Array.from({ length: area }, (_, k) => values.getInt16(2 * (i * area + k), true) / 100),
     }));
     block.cells.sort((a, b) => a.rank - b.rank);
@@ -72,10 +72,10 @@ function between(map, n, x, y) {  // smooth between the middles of the grid's fi
   const u = ease(x - x0), v = ease(y - y0);
   return (map[y0 * n + x0] * (1 - u) + map[y0 * n + x1] * u) * (1 - v) + (map[y1 * n + x0] * (1 - u) + map[y1 * n + x1] * u) * v;
 }
-let mapMode = "off";
+let mapMode = "off";  // remains so where the head has no maps
 const MODES = { off: "Cells", smooth: "Score map", raw: "Raw grid" };
 function modeSwitch(name, onchange) {
-  return el("fieldset", { id: name }, el("legend", {}, "Show"), el("div", { class: "seg" }, Object.entries(MODES).map(([mode, title]) =>
+  return !model.maps ? null : el("fieldset", { id: name }, el("legend", {}, "Show"), el("div", { class: "seg" }, Object.entries(MODES).map(([mode, title]) =>
     el("label", {}, el("input", { type: "radio", name, value: mode, checked: mode === mapMode, onchange: () => { mapMode = mode; onchange(); } }), el("span", {}, title)))));
 }
 function legend() {
@@ -240,6 +240,7 @@ function showExtremes() {
 // --- one patient ------------------------------------------------------------------------------
 
 const CELL_ORDERS = { score: (a, b) => a.rank - b.rank, weight: (a, b) => b.weight - a.weight || a.rank - b.rank, contribution: (a, b) => Math.abs(b.contribution) - Math.abs(a.contribution) || a.rank - b.rank, "file name": (a, b) => a.i - b.i };
+if (model.distances) CELL_ORDERS["distance from the average cell"] = (a, b) => b.distance - a.distance || a.rank - b.rank;
 let cellOrder = "score";
 function showPatient(index) {
   const p = patients[index], block = imagesOf(index), view = $("view-patient");
@@ -248,15 +249,17 @@ function showPatient(index) {
   const pager = (title, to) => el("button", { type: "button", disabled: !to, onclick: () => { location.hash = to; } }, title);
   const plate = el("div", { class: "plate", id: "plate" }), scale = el("span");
   const draw = () => { scale.replaceChildren(...(mapMode === "off" ? [] : [legend()])); plate.replaceChildren(...[...block.cells].sort(CELL_ORDERS[cellOrder]).map(tile)); };
-  view.replaceChildren(
+  view.replaceChildren(...[
     el("div", { class: `patient-head c${classOf(p)}` }, el("h1", {}, p.id), el("span", { class: `chip c${classOf(p)}` }, p.label === null ? "label unknown" : `label: ${nameOf(p.label)}`),
       el("span", { class: p.error ? "verdict-error" : "" }, `called ${CLASSES[p.called]}${p.error === null ? "" : p.error ? " ✗ error" : " ✓ correct"}`),
       el("div", { class: "pager" }, pager("← Previous", go(-1)), pager("Next →", go(1)), pager("All patients", "#cohort"))),
     el("div", { class: "panels" }, decisionPanel(p), contributionsPanel(p, block), distributionPanel(p, block)),
+    findingsPanel(p, block), differences(p, block),
     el("h2", {}, `Plate: ${p.n} cells`),
     el("div", { class: "controls" }, modeSwitch("plate-mode", draw),
       el("label", {}, "ordered by", el("select", { id: "order", onchange: event => { cellOrder = event.target.value; draw(); } }, Object.keys(CELL_ORDERS).map(name => el("option", { selected: name === cellOrder }, name)))), scale),
-    el("p", { class: "note" }, model.marks), plate);
+    el("p", { class: "note" }, model.marks), plate,
+  ].flat().filter(Boolean));
   draw();
 }
 const most = cells => Math.max(...cells.map(c => c.weight), 1e-9);
@@ -279,11 +282,29 @@ function contributionsPanel(p, block) {
   const rows = top.map(c => [el("button", { type: "button", onclick: () => openCell(c.patient, c.name) }, `cell ${c.rank}`), c.contribution]);
   if (others.length) rows.push([`${others.length} other cell${others.length > 1 ? "s" : ""}`, sum]);
   if (Math.abs(p.rest) > 1e-4) rows.push([model.rest, p.rest]);
+  const end = digits => model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
+  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), sumTable(rows, end), el("p", { class: "note" }, model.contributions));
+}
+function sumTable(rows, end) {  // rows of a name and a signed value, with bars, and what they add up to
   const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
   const bar = value => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${value < 0 ? "reactive" : "tumoral"});${value < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(value) / scale}%` })));
-  const end = model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
-  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), el("table", { class: "contributions" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("td", {}, name), bar(value), el("td", {}, signed(value, digits)))),
-    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end)))), el("p", { class: "note" }, model.contributions));
+  return el("table", { class: "contributions" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("td", {}, name), bar(value), el("td", {}, signed(value, digits)))),
+    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end(digits)))));
+}
+function findingsPanel(p, block) {
+  if (!block.findings.length) return null;
+  const rows = [["the average training patient", model.intercept], ...block.findings.map(([about, value]) => [about, value])];
+  return el("div", { class: "card findings" }, el("div", {}, el("h3", {}, "What the head found"), el("p", { class: "note" }, model.found), block.findings.map(([, , told]) => el("p", {}, told))),
+    sumTable(rows, () => `logit ${fixed(p.total)}`));
+}
+function differences(p, block) {  // the cells farthest from the patient's average cell, and the nearest
+  const n = Math.min(data.strip, Math.floor(p.n / 2));
+  if (!model.distances || n < 2) return null;
+  const cells = [...block.cells].sort((a, b) => b.distance - a.distance || a.rank - b.rank);
+  const strip = (title, own) => el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: "strip" }, own.map(cell =>
+    el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, `${fixed(cell.distance, 1)} ×`), el("span", { class: "who" }, `cell ${cell.rank}`))))));
+  return [el("h2", {}, "How the cells differ"), el("p", { class: "note" }, model.differing),
+    el("div", { class: "extremes" }, strip("Most different cells", cells.slice(0, n)), strip("Most typical cells", cells.slice(-n).reverse()))];
 }
 function distributionPanel(p, block) {
   const { edges, weight, instances } = data.distribution, counts = block.counts, total = counts.reduce((a, b) => a + b, 0);
@@ -302,13 +323,14 @@ function openCell(patient, name) {
   const step = (title, to) => el("button", { type: "button", disabled: !cells[to], onclick: () => { openCell(patient, cells[to].name); } }, title);
   put();
   const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Contribution to the patient's ${model.additive}`, signed(cell.contribution, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.unmarked]];
+  if (model.distances) rows.push(["Distance from the patient's average cell", `${fixed(cell.distance)} × the mean`]);
   const n = model.grid, grid = el("table", { class: "grid", "aria-label": "score of each field of the map" }, el("tbody", {}, Array.from({ length: n }, (_, y) => el("tr", {}, Array.from({ length: n }, (_, x) => {
     const score = sigmoid(cell.map[y * n + x]), grey = Math.round(255 * score);
     return el("td", { style: `background:rgb(${grey},${grey},${grey});color:${grey > 130 ? "#000" : "#fff"}` }, n > 8 ? "" : score.toFixed(2));
   })))));
   dialog.replaceChildren(el("header", {}, el("h2", { id: "cell-title" }, `${patients[patient].id} · ${cell.name}`), step("←", at - 1), step("→", at + 1), el("button", { type: "button", onclick: () => dialog.close() }, "Close")),
     el("div", { class: "two" }, el("div", {}, side, el("p", {}, modeSwitch("cell-mode", put))), el("div", {}, el("dl", {}, rows.map(([a, b]) => [el("dt", {}, a), el("dd", {}, b)])),
-      el("h3", { style: "margin-top:16px" }, `Raw ${n} × ${n} scores`), grid, el("p", { class: "note" }, "White is 1, black is 0. A field's score depends on pixels far beyond its borders: the map shows roughly where the model looks, never which organelle."),
+      model.maps ? [el("h3", { style: "margin-top:16px" }, `Raw ${n} × ${n} scores`), grid, el("p", { class: "note" }, "White is 1, black is 0. A field's score depends on pixels far beyond its borders: the map shows roughly where the model looks, never which organelle.")] : null,
       el("a", { href: `#patient=${patient}`, onclick: () => dialog.close() }, `All cells of ${patients[patient].id}`))));
   if (!dialog.open) dialog.showModal();
 }

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 from lymphfeat.explanation.curves import Distribution, calibration_curve, roc_curve
 from lymphfeat.explanation.explanation import ROLES, Explanation
+from lymphfeat.explanation.scores import ranks
 from lymphfeat.explanation.text import (
+    DIFFERING,
+    FOUND,
     about,
     describe_deletion,
+    describe_finding,
     describe_truth,
     model_facts,
     summary,
@@ -74,6 +78,7 @@ def _render(
         summary=summary(explanation),
         notices=told_notices(explanation, thumbnails),
         about=about(explanation),
+        extremes=Wording.of(explanation.model.head_settings).extremes,
         facts=model_facts(explanation.model),
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
@@ -93,9 +98,13 @@ def _json(content: Any) -> Markup:
 
 
 def _worth(explanation: Explanation) -> NDArray[np.float64]:
-    """Value a picture by how near its image is to the top or bottom of its patient's ranking."""
-    sizes = explanation.cohort.n_images[explanation.patient]
-    from_end = np.minimum(explanation.rank, sizes - 1 - explanation.rank)
+    """Value a picture by how near its image is to an end of its patient's rankings."""
+    sizes = explanation.cohort.n_images
+    rankings = [explanation.rank]
+    if explanation.distance is not None:
+        rankings.append(ranks(explanation.distance, sizes))
+    last = sizes[explanation.patient] - 1
+    from_end = np.min([[rank, last - rank] for rank in rankings], axis=(0, 1))
     worth: NDArray[np.float64] = -from_end.astype(np.float64)
     return worth
 
@@ -123,6 +132,7 @@ def _page_data(
             "weight": None if distribution.weight is None else _round(distribution.weight, 4),
             "instances": distribution.instances,
         },
+        "strip": STRIP,
         "extremes": _extremes(explanation, thumbnails),
         "deletion": _deletion(explanation),
         "truth": describe_truth(explanation),
@@ -140,6 +150,11 @@ def _model(explanation: Explanation) -> dict[str, Any]:
         "marks": wording.marks,
         "contributions": wording.contributions,
         "rest": wording.rest,
+        "maps": wording.mapped,
+        "distances": explanation.distance is not None,
+        "found": FOUND,
+        "differing": DIFFERING,
+        "intercept": None if explanation.findings is None else explanation.findings.intercept,
     }
 
 
@@ -183,7 +198,7 @@ def _patient_blocks(explanation: Explanation, distribution: Distribution) -> lis
     images = explanation.images
     hundredths = (explanation.maps.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT) * 100).round()
     maps = hundredths.astype("<i2")  # (N, h, w)
-    offsets = explanation.cohort.offsets
+    offsets, distance = explanation.cohort.offsets, explanation.distance
     return [
         {
             "names": images["image"][begin:end].tolist(),
@@ -193,9 +208,21 @@ def _patient_blocks(explanation: Explanation, distribution: Distribution) -> lis
             "mark": images["mark"][begin:end].tolist(),
             "rank": images["rank"][begin:end].tolist(),
             "maps": base64.b64encode(maps[begin:end].tobytes()).decode("ascii"),
+            "findings": _findings(explanation, index),
+            "distance": None if distance is None else _round(distance[begin:end], 3),
             "counts": distribution.counts[index].tolist(),
         }
         for index, (begin, end) in enumerate(pairwise(offsets))
+    ]
+
+
+def _findings(explanation: Explanation, patient: int) -> list[tuple[str, float | None, str]]:
+    """Return what each statistic is about, its part of the logit, and both in a sentence."""
+    if explanation.findings is None:
+        return []
+    return [
+        (each.about, _number(each.score[patient], 5), describe_finding(each, patient))
+        for each in explanation.findings.statistics
     ]
 
 

@@ -15,6 +15,7 @@ from lymphfeat.explanation.figures import (
     draw_cell,
     draw_cohort,
     draw_deletion,
+    draw_differences,
     draw_extremes,
     draw_grids,
     draw_plate,
@@ -22,6 +23,8 @@ from lymphfeat.explanation.figures import (
 )
 from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.scores import score_image
+from lymphfeat.explanation.wording import Wording
+from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.files import (
@@ -36,7 +39,7 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import ExplainSettings
 
 _FORMATS = {"png": ("png",), "pdf": ("pdf",), "both": ("png", "pdf"), "none": ()}
-_FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "weights-*")
+_FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "differences-*", "weights-*")
 FIGURES = ResultKind(
     name="set of figures",
     marks=("cohort.png", "cohort.pdf"),
@@ -87,11 +90,15 @@ def figures_folder(out: Path) -> Path:
 def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figure]]:
     yield "cohort", draw_cohort(explanation)
     yield "extremes", draw_extremes(explanation)
-    yield "grids", draw_grids(explanation)
+    if Wording.of(explanation.model.head_settings).mapped:
+        yield "grids", draw_grids(explanation)
     if explanation.deletion is not None:
         yield "deletion", draw_deletion(explanation.deletion)
+    n_images = dict(zip(explanation.cohort.ids, explanation.cohort.n_images, strict=True))
     for number, patient in enumerate(worst_first(explanation)[:plates], start=1):
         yield f"plate-{number}-{_safe(patient)}", draw_plate(explanation, patient)
+        if explanation.distance is not None and n_images[patient] > 1:
+            yield f"differences-{number}-{_safe(patient)}", draw_differences(explanation, patient)
         yield f"weights-{number}-{_safe(patient)}", draw_weights(explanation, patient)
 
 
@@ -121,10 +128,18 @@ class Cell:
 def write_cell(
     model: Model, image: Path, out: Path, settings: ExplainSettings | None = None
 ) -> Cell:
-    """Score one image and draw it with its map to `out`; SettingsError for an unknown suffix."""
+    """Score one image and draw it with its map to `out`.
+
+    Raises SettingsError for an unknown suffix, and for heads that do not score single cells.
+    """
     suffixes = (".png", ".pdf", ".svg")
     if out.suffix not in suffixes:
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
+    if isinstance(model.head, DistributionHead):
+        raise SettingsError(
+            f"model (head {model.head_settings.agg}) must score single cells to explain one image; "
+            "this head scores a patient's cells together. Explain the patient's cohort: --cohort."
+        )
     grid = score_image(model, image, (settings or ExplainSettings()).scoring)
     logit = float(grid.mean())
     probability = float(expit(logit))

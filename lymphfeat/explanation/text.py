@@ -4,11 +4,22 @@ from collections.abc import Sequence
 
 from lymphfeat.explanation.explanation import Explanation
 from lymphfeat.explanation.faithfulness import Deletion
+from lymphfeat.explanation.findings import Finding, Findings
 from lymphfeat.explanation.thumbnails import Thumbnails
+from lymphfeat.explanation.wording import Wording
+from lymphfeat.heads.aggregators.distribution import SUBSET
 from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.model.model import Model
 
+FOUND = (
+    "What each statistic of the patient's cells adds to the logit, compared with the average "
+    "training patient."
+)
+DIFFERING = (
+    "Cells by their distance from the patient's average cell, × its mean: the differences of all "
+    "features, each weighed by how strongly the head reads the spread of that feature."
+)
 DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose."
 
 
@@ -116,16 +127,15 @@ def model_facts(model: Model) -> list[tuple[str, str]]:
 def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
     """Explain the page to a first-time reader: (heading, paragraphs) in order."""
     side = explanation.maps.shape[1]
-    kind = "logit" if explanation.decisions.additive == "logit" else "probability"
+    wording = Wording.of(explanation.model.head_settings)
     return [
         (
             "Scores",
             [
                 "Every cell image gets a score between 0 (evidence for reactive) and 1 (evidence "
                 "for tumoral); its logit is the same score on an unbounded scale centred on 0. "
-                f"The scores of a patient's cells are combined into its {kind}. A score is the "
-                "model's opinion of a cell, not a diagnosis of the cell: in training only "
-                "patients had labels.",
+                f"{wording.scores} A score is the model's opinion of a cell, not a diagnosis of "
+                "the cell: in training only patients had labels.",
             ],
         ),
         (
@@ -133,12 +143,14 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
             [
                 f"The score map shows the scores of {side} × {side} fields of the picture, "
                 "smoothed: orange is evidence for tumoral, blue for reactive. The raw grid shows "
-                "the unsmoothed scores, white for 1 and black for 0. A cell's logit is the mean "
-                "of its fields' logits.",
+                f"the unsmoothed scores, white for 1 and black for 0. {wording.maps}",
                 "A field's score depends on pixels far beyond its borders. A map shows roughly "
                 "where the model looks, not what it recognises there.",
-            ],
+            ]
+            if wording.mapped
+            else [wording.maps],
         ),
+        *_about_head(explanation.findings),
         (
             "What this page cannot tell",
             [
@@ -158,3 +170,77 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
             ],
         ),
     ]
+
+
+def _about_head(findings: Findings | None) -> list[tuple[str, Sequence[str]]]:
+    """Explain what a head of the family `distribution` looks at."""
+    if findings is None:
+        return []
+    told = [
+        "The head adds up what it finds in each statistic of a patient's cells, compared with the "
+        "average training patient. That is a weighted sum over all features, so it can go against "
+        "the overall tendency.",
+        *(_tendency(finding) for finding in findings.statistics),
+    ]
+    return [("What the head looks at", told)]
+
+
+def _tendency(finding: Finding) -> str:
+    if not finding.spread:
+        return f"{_capitalised(finding.about)}."
+    return (
+        f"{_capitalised(finding.about)}. If the cells differed more in all features, by a standard "
+        f"deviation of the training patients, the logit would change by {_signed(finding.slope)}: "
+        f"on the whole, cells that differ more are {_evidence(finding.slope)}."
+    )
+
+
+def describe_finding(finding: Finding, patient: int) -> str:
+    """Say what a statistic found in a patient, with the figures it is based on."""
+    score, certain = float(finding.score[patient]), float(finding.certain[patient])
+    found = f"{_capitalised(finding.about)} is {_evidence(score)} ({_signed(score)})."
+    if not finding.spread:
+        return found
+    if certain == 0:
+        return (
+            f"{found} A single image does not show how much cells differ; the median training "
+            "patient's differences are assumed."
+        )
+    return f"{found} {_comparison(finding.differing[patient])}{_doubt(certain)}"
+
+
+def _comparison(differing: float) -> str:
+    """Compare the cells' differences with those of the median training patient."""
+    if 0.45 < differing < 0.55:
+        return (
+            "They differ from each other about as much as the median training patient's (more in "
+            f"{differing:.0%} of the features)."
+        )
+    amount, share = ("more", differing) if differing > 0.5 else ("less", 1 - differing)
+    return (
+        f"They differ {amount} from each other than the median training patient's, in {share:.0%} "
+        "of the features."
+    )
+
+
+def _doubt(certain: float) -> str:
+    if certain == 1:
+        return ""
+    return (
+        f" Fewer than {SUBSET} images show this imprecisely: it counts {certain:.0%}, the median "
+        "training patient's differences make up the rest."
+    )
+
+
+def _evidence(score: float) -> str:
+    if abs(score) < 0.05:
+        return "hardly evidence for either class"
+    return f"evidence for {'tumoral' if score > 0 else 'reactive'}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no −0.00
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]

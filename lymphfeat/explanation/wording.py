@@ -2,13 +2,27 @@
 
 from dataclasses import dataclass
 
-from lymphfeat.heads.registry import RankingAggregator, find_aggregator
+from lymphfeat.heads.registry import (
+    DistributionAggregator,
+    RankingAggregator,
+    find_aggregator,
+)
 from lymphfeat.settings import HeadSettings
 
 _BAR = (
     "Below each cell are its score and its weight in the decision; the bar shows that weight "
     "relative to the patient's largest."
 )
+_EXTREMES = (
+    "One cell per patient. If the model looks at the disease, the highest-scored cells of tumoral "
+    "patients look abnormal, and those of reactive patients are its false alarms."
+)
+_MEAN_OF_FIELDS = "A cell's logit is the mean of its fields' logits."
+# Statistics whose score cannot be attributed to fields of a picture, in words (see `maps.py`).
+_UNMAPPED = {
+    "kernel-mean": "how the cells' appearances are distributed",
+    "prototypes": "how common each kind of cell is",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +30,12 @@ class Wording:
     """What the contributions of a head's cells are, in words."""
 
     additive: str  # "logit" or "probability": what contributions add up to
+    mapped: bool  # whether fields of a picture have scores of their own
+    scores: str  # how cells' scores make a patient's
+    maps: str  # what a map's fields are to its cell
     contributions: str  # what one is
     marks: str  # the frames and bars on a plate
+    extremes: str  # what the highest- and lowest-scored cells show
     unmarked: str  # whether a cell without a frame was used
     rest: str  # what belongs to no cell
 
@@ -27,6 +45,8 @@ class Wording:
         match find_aggregator(settings):
             case RankingAggregator(bottom=bottom):
                 return _of_ranking(settings, bottom=bottom)
+            case DistributionAggregator(statistics=names):
+                return _of_distribution({name.partition("@")[0] for name in names})
             case _:
                 return _of_weighted(settings)
 
@@ -42,8 +62,12 @@ def _of_ranking(settings: HeadSettings, *, bottom: bool) -> Wording:
     lowest = f", ▼ among the {k} lowest" if bottom else ""
     return Wording(
         additive="probability",
+        scores="The scores of a patient's cells are combined into its probability.",
+        mapped=True,
+        maps=_MEAN_OF_FIELDS,
         contributions=f"Only cells that were used contribute. {how} Contributions add up exactly.",
         marks=f"▲ among the {k} highest {what}{lowest}; the others were not used. {_BAR}",
+        extremes=_EXTREMES,
         unmarked="no",
         rest="",
     )
@@ -53,9 +77,57 @@ def _of_weighted(settings: HeadSettings) -> Wording:
     smoothed = settings.agg == "lse"
     return Wording(
         additive="logit",
+        scores="The scores of a patient's cells are combined into its logit.",
+        mapped=True,
+        maps=_MEAN_OF_FIELDS,
         contributions="A cell's contribution is the sum of weight × logit over its instances. "
         "Contributions add up exactly" + (", together with the smoothing term." * smoothed or "."),
         marks=f"Cells run from the highest score to the lowest; every cell counts. {_BAR}",
+        extremes=_EXTREMES,
         unmarked="according to its weight",
         rest="smoothing (belongs to no cell)",
     )
+
+
+def _of_distribution(names: set[str]) -> Wording:
+    approximate = (
+        " For the logarithms this split is approximate; the remainder belongs to no cell."
+        if "logstd" in names
+        else ""
+    )
+    return Wording(
+        additive="logit",
+        scores="This head scores a patient's cells together, not one by one. A cell's logit is its "
+        "contribution times the number of cells, plus what belongs to no cell; the mean of a "
+        "patient's logits is the patient's logit.",
+        mapped=bool(names - {"kernel-mean"}),  # one part of `prototypes` has a map
+        maps=_of_maps(names),
+        contributions="A cell's contribution is its part in the statistics that the head reads, "
+        "times their weights. Contributions add up to the logit, together with what belongs to no "
+        f"cell: the intercept, less the average training patient's statistics.{approximate} A "
+        "cell's contribution depends on the patient's other cells: removing one changes theirs.",
+        marks=f"Cells run from the highest score to the lowest; every cell counts. {_BAR} The "
+        "weight is the size of the cell's contribution compared with all the patient's.",
+        extremes="One cell per patient. A cell is scored together with the patient's other cells; "
+        "among those of another patient it would have another score.",
+        unmarked="according to its contribution",
+        rest="intercept, less the average patient",
+    )
+
+
+def _of_maps(names: set[str]) -> str:
+    if names == {"kernel-mean"}:
+        return (
+            f"This head has no maps: {_UNMAPPED['kernel-mean']} is said of whole cells, not of "
+            "parts of a picture."
+        )
+    told = (
+        f"{_MEAN_OF_FIELDS} Their differences are a first approximation: how the patient's logit "
+        "would change if the cell looked more like that field."
+    )
+    for name in sorted(names & set(_UNMAPPED)):
+        told += (
+            f" Not shown is {_UNMAPPED[name]}: that belongs to whole cells and is spread evenly "
+            "over the fields."
+        )
+    return told

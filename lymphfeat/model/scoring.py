@@ -61,13 +61,24 @@ class CohortScorer:
     def score(self, cohort: Cohort, progress: Progress) -> Tensor:
         """Return what the head keeps of all images in every view: (V, N, U, D) on the CPU."""
         paths = [path for images in cohort.images for path in images]
+        return _finite(torch.cat(list(self._score_batches(paths, progress)), dim=1), paths)
+
+    def score_patients(self, cohort: Cohort, progress: Progress) -> Iterator[Tensor]:
+        """Yield the same of one patient after another, without holding the others: (V, n, U, D)."""
+        batches = self._score_batches([path for own in cohort.images for path in own], progress)
+        held = next(batches)
+        for paths in cohort.images:
+            while held.shape[1] < len(paths):
+                held = torch.cat([held, next(batches)], dim=1)
+            yield _finite(held[:, : len(paths)], paths)
+            held = held[:, len(paths) :]
+
+    def _score_batches(self, paths: Sequence[Path], progress: Progress) -> Iterator[Tensor]:
         meter = RateMeter(progress, len(paths))
         crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
-        kept = []
         for batch in _batches(crops, self._batch_size):
-            kept.append(self._score_batch(np.stack([crop.pixels for crop in batch])))
+            yield self._score_batch(np.stack([crop.pixels for crop in batch]))
             meter.add(len(batch))
-        return _finite(torch.cat(kept, dim=1), paths)
 
     @torch.inference_mode()
     def _score_batch(self, pixels: NDArray[np.uint8]) -> Tensor:

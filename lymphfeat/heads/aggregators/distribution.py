@@ -239,11 +239,11 @@ class Deviations:
         values = bag.double()
         distance = values - values.mean(0)
         squares = (distance**2).sum(0)  # (C,)
-        whole = (squares / max(n - 1, 1)).sqrt()
+        whole = _root(squares / max(n - 1, 1))
         if n <= SUBSET:
             return cls(distance, whole, torch.zeros_like(distance))
         without = (squares - distance**2 * (n / (n - 1))).clamp(min=0) / (n - 2)
-        return cls(distance, whole, without.sqrt() - whole)
+        return cls(distance, whole, _root(without) - whole)
 
     def extrapolated(self, whole: Tensor, change: Tensor) -> Tensor:
         """Bring a function of the deviations (C,), and its changes (n, C), to bags of 16: (C,).
@@ -268,6 +268,14 @@ class Deviations:
             others = [(each * moved**p).sum(0) - each * moved**p for p in range(3)]
             own = own + d**2 * others[0] + 2 * d * others[1] + others[2]
         return own.sum(1)
+
+
+def _root(variance: Tensor) -> Tensor:
+    """Return square roots; their gradient is 0 at 0, that is, of channels that do not vary."""
+    if not variance.requires_grad:
+        return variance.sqrt()
+    varies = variance > 0
+    return torch.where(varies, torch.where(varies, variance, 1).sqrt(), 0)
 
 
 def jackknife(n: int) -> float:
