@@ -1,5 +1,9 @@
 """Averages of heads: learnt from out-of-fold logits of training patients."""
 
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -7,11 +11,20 @@ from scipy.special import expit
 
 from lymphfeat.cohort.splits import Plan, kfold_splits
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.averaging import combine_heads, learn_average, learn_stack
+from lymphfeat.evaluation.averaging import (
+    Mixture,
+    combine_heads,
+    learn_average,
+    learn_stack,
+    read_mixture,
+)
 from lymphfeat.evaluation.calibration import fit_calibrations, logit
+from lymphfeat.evaluation.fusion import FUSIONS, read_fusion
 from lymphfeat.evaluation.rows import find_row, image_rows
 from lymphfeat.evaluation.scores import PlannedPatients, Scores
 from lymphfeat.heads.grid import resolve
+from lymphfeat.runtime.arrays import Floats, Labels
+from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import HeadSettings
 
 LABELS = np.tile([0, 1], 40)
@@ -103,3 +116,18 @@ def test_a_row_is_found_by_its_name() -> None:
         assert find_row(name, HEADS, ["late", "sum"]).name == name
     with pytest.raises(SettingsError, match=r"row \(=top7\) must be .*; got none of top5; top10; "):
         find_row("top7", HEADS, [])
+
+
+@pytest.mark.parametrize("learn", [learn_average, learn_stack])
+def test_a_mixture_is_read_back(learn: Callable[[Floats, Labels], Mixture]) -> None:
+    mixture = learn(draw_logits(), LABELS)
+    read = read_mixture(json.loads(json_text(asdict(mixture))))
+    np.testing.assert_array_equal(read(draw_logits()), mixture(draw_logits()))
+
+
+@pytest.mark.parametrize("way", FUSIONS)
+def test_a_fusion_is_read_back(way: str) -> None:
+    inputs = draw_logits()
+    fusion = FUSIONS[way](inputs, LABELS)
+    read = read_fusion(json.loads(json_text(asdict(fusion))))
+    np.testing.assert_array_equal(read(inputs), fusion(inputs))

@@ -39,7 +39,10 @@ INSIDE = {
         *("backbones", "per_split", "loop", "fine_tuners", "gradients", "encoder", "job"),
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
-    "model": ("ensemble", "model", "scoring", "submission", "predictions"),
+    "model": (
+        *("ensemble", "model", "facts", "folder", "scoring"),
+        *("submission", "predictions"),
+    ),
     "evaluation": (
         *(
             "optimism",
@@ -57,8 +60,8 @@ INSIDE = {
         *("calibration", "intervals", "metrics"),
     ),
     "heads": (
-        *("engine", "grid", "stack", "distribution_head", "head", "exact_head", "registry"),
-        *("aggregators", "bags"),
+        *("engine", "grid", "blank", "stack", "distribution_head", "head", "exact_head"),
+        *("registry", "aggregators", "bags"),
     ),
     "heads.engine": (
         *("engine", "weighted", "ranking", "networks", "exact", "trainer", "descriptions"),

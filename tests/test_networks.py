@@ -13,6 +13,7 @@ from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
@@ -204,3 +205,36 @@ def test_training_through_a_backbone_refuses_networks() -> None:
     with pytest.raises(SettingsError, match=r"class_weights \(=balanced\) must be none here"):
         require_linear(settings_of("topk", class_weights="balanced"))
     require_linear(settings_of("topk"))
+
+
+@pytest.mark.parametrize("agg", NETWORKS)
+def test_a_network_reads_out_as_it_predicts(agg: str) -> None:
+    head = head_of(resolve(HeadSettings(agg=agg, width=8)))
+    generator = torch.Generator().manual_seed(1)
+    bags = Bags.of([3, 1, 5])
+    pixels = torch.randn(9, 4, CHANNELS, generator=generator)
+    read = head.read_out(head.keep(pixels), bags)
+    with torch.no_grad():
+        expected = head(pixels.mean(1), bags)
+    torch.testing.assert_close(read.total, expected)
+    torch.testing.assert_close(read.probability, expected.sigmoid())
+    torch.testing.assert_close(bags.sum(read.weight[:, None])[:, 0], torch.ones(3))
+    if "attention" in agg:
+        torch.testing.assert_close(bags.sum(read.contribution[:, None])[:, 0], expected)
+
+
+@pytest.mark.parametrize("agg", [*NETWORKS, "topk", "mean", "std", "mean+std@1"])
+def test_a_blank_head_is_filled_by_what_another_has_learnt(agg: str) -> None:
+    settings = resolve(HeadSettings(agg=agg, width=8))
+    full, other = empty_head(settings, CHANNELS), empty_head(settings, CHANNELS)
+    generator = torch.Generator().manual_seed(0)
+    learnt = {
+        name: 0.5 + torch.rand(value.shape, generator=generator).to(value.dtype)
+        for name, value in full.state_dict().items()
+    }
+    full.load_state_dict(learnt)
+    instances, bags = torch.randn(4, 1, CHANNELS, generator=generator), Bags.of([4])
+    expected = full.read_out(full.keep(instances), bags).total
+    assert float(other.read_out(other.keep(instances), bags).total) != float(expected)
+    other.load_state_dict(full.state_dict())
+    torch.testing.assert_close(other.read_out(other.keep(instances), bags).total, expected)

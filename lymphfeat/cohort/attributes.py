@@ -153,14 +153,14 @@ class AttributeRecipe:
                 found.setdefault(patient, []).append(note)
         return found
 
-    def by_attribute(self, parts: Floats) -> dict[str, Floats]:
-        """Add up what the columns of the matrix contribute, (P, D), attribute by attribute."""
-        ends = np.cumsum([attribute.width for attribute in self.attributes])
-        starts = ends - [attribute.width for attribute in self.attributes]
-        return {
-            attribute.name: parts[:, start:end].sum(1)
-            for attribute, start, end in zip(self.attributes, starts, ends, strict=True)
-        }
+    @property
+    def groups(self) -> list[slice]:
+        """The columns of the matrix that belong to each attribute."""
+        ends = np.cumsum([attribute.width for attribute in self.attributes]).tolist()
+        return [
+            slice(end - attribute.width, end)
+            for attribute, end in zip(self.attributes, ends, strict=True)
+        ]
 
     def _check_columns(self, table: pd.DataFrame) -> None:
         missing = [name for name in self.names if name not in table.columns]

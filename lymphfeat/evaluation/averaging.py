@@ -4,8 +4,9 @@ Both are learnt from the training patients' OUT-OF-FOLD logits, as the fusions a
 only memorises its patients gets no weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -14,7 +15,6 @@ from scipy.special import expit
 from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logit
 from lymphfeat.evaluation.rows import Row
 from lymphfeat.evaluation.scores import (
-    Learner,
     PlannedPatients,
     Scores,
     cross_fit,
@@ -61,6 +61,15 @@ class Mixture:
         return np.asarray(expit(self.logits(inputs)))
 
 
+def read_mixture(content: Mapping[str, Any]) -> Mixture:
+    """Read what `dataclasses.asdict` makes of a mixture, from JSON. Raises KeyError, TypeError."""
+    return Mixture(
+        tuple(Calibration(**each) for each in content["calibrations"]),
+        np.array(content["weights"], np.float64),
+        float(content["intercept"]),
+    )
+
+
 def learn_average(inputs: Floats, labels: Labels) -> Mixture:
     """Average the calibrated logits of heads (n, H)."""
     calibrations = fit_calibrations(expit(inputs.T), labels)
@@ -97,4 +106,7 @@ def calibrated_logits(calibrations: Sequence[Calibration], logits: Floats) -> Fl
     return np.asarray(logits * slopes + intercepts)
 
 
-LEARNERS: Mapping[str, Learner] = {"average": learn_average, "stack": learn_stack}
+LEARNERS: Mapping[str, Callable[[Floats, Labels], Mixture]] = {
+    "average": learn_average,
+    "stack": learn_stack,
+}

@@ -4,9 +4,10 @@ All fusions are learnt from OUT-OF-FOLD image logits of the training patients: a
 patients it was trained on are far too confident, and would drown out the attributes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -20,7 +21,6 @@ from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logi
 from lymphfeat.evaluation.regression import Logistic, learn_logistic
 from lymphfeat.evaluation.rows import fused_name
 from lymphfeat.evaluation.scores import (
-    Learner,
     PlannedPatients,
     Scores,
     cross_fit,
@@ -158,8 +158,28 @@ def _experts_loss(
     return loss + _SHRINKAGE * float(away @ away) / 2, gradient + _SHRINKAGE * away
 
 
-FUSIONS: Mapping[str, Learner] = {
+Fusion = Logistic | SumFusion | ExpertsFusion
+FUSIONS: Mapping[str, Callable[[Floats, Labels], Fusion]] = {
     "late": learn_logistic,
     "sum": learn_sum,
     "experts": learn_experts,
 }
+
+
+def read_fusion(content: Mapping[str, Any]) -> Fusion:
+    """Read what `dataclasses.asdict` makes of a fusion, from JSON. Raises KeyError, ValueError."""
+    if "parameters" in content:
+        return ExpertsFusion(_read_scaling(content["scaling"]), np.array(content["parameters"]))
+    if "calibration" in content:
+        clinical = _read_logistic(content["clinical"])
+        return SumFusion(Calibration(**content["calibration"]), clinical, float(content["prior"]))
+    return _read_logistic(content)
+
+
+def _read_logistic(content: Mapping[str, Any]) -> Logistic:
+    weights = np.array(content["weights"], np.float64)
+    return Logistic(_read_scaling(content["scaling"]), weights, float(content["intercept"]))
+
+
+def _read_scaling(content: Mapping[str, Any]) -> Scaling:
+    return Scaling(*(np.array(content[name], np.float64) for name in ("mean", "scale")))

@@ -22,7 +22,8 @@ from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import HeadStack, initial_scorer
-from lymphfeat.model.model import Model, TrainingFacts
+from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import ModelRecipe
 from lymphfeat.runtime.devices import choose_device, choose_precision, precision_name
 from lymphfeat.settings import EndToEndSettings

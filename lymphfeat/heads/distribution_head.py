@@ -22,7 +22,7 @@ from lymphfeat.heads.aggregators.distribution import (
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.exact_head import Block, ExactHead
 from lymphfeat.heads.head import Head, ReadOut
-from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
+from lymphfeat.heads.registry import DistributionAggregator, aggregator_of, places_of
 from lymphfeat.settings import HeadSettings
 
 
@@ -33,25 +33,30 @@ class DistributionHead(Head):
     penalty: Tensor
     mixture: Tensor
 
-    def __init__(self, exact: ExactHead) -> None:
-        """Take a head of a single set of features, whose tensors are copied."""
+    def __init__(self, exact: ExactHead, channels: Sequence[int] = ()) -> None:
+        """Take a head, whose tensors are copied.
+
+        Instances of several sets of features come side by side, each with its number of `channels`.
+        """
         super().__init__()
-        self.settings = (exact.settings,)
+        self.settings, self._channels = (exact.settings,), list(channels)
         self.blocks = nn.ModuleList(_BlockTensors(block) for block in exact.blocks)
         self.intercept = nn.Parameter(exact.intercept.clone())  # ()
         self.register_buffer("penalty", _float64(exact.penalty))  # ()
         self.register_buffer("mixture", _float64(exact.mixture))  # (blocks,)
 
     @classmethod
-    def empty(cls, settings: HeadSettings, channels: int) -> "DistributionHead":
-        """Make a head with room for what a head of these settings has learnt."""
+    def empty(cls, settings: HeadSettings, *channels: int) -> "DistributionHead":
+        """Make a head with room for what a head of these settings has learnt, on these channels."""
         names = aggregator_of(settings, DistributionAggregator).statistics
         blocks = tuple(
-            _empty_block(statistic, channels)
+            _empty_block(place, statistic, channels[place])
             for name in names
-            for statistic in _BLANK[name.partition("@")[0]](channels, settings)
+            for place in places_of(name, len(channels))
+            for statistic in _BLANK[name.partition("@")[0]](channels[place], settings)
         )
-        return cls(ExactHead(settings, blocks, _float64(0), 0.0, (0.0,) * len(blocks)))
+        exact = ExactHead(settings, blocks, _float64(0), 0.0, (0.0,) * len(blocks))
+        return cls(exact, channels)
 
     @property
     def exact(self) -> ExactHead:
@@ -64,15 +69,15 @@ class DistributionHead(Head):
         return instances
 
     def patient_logits(self, kept: Tensor, images: Bags) -> Tensor:
-        return self.exact.patient_logits([_flat(kept, images)]).to(kept.dtype)
+        return self.exact.patient_logits(self._sets(kept, images)).to(kept.dtype)
 
     @torch.no_grad()
     def patient_probability(self, kept: Tensor, images: Bags) -> Tensor:
-        return self.exact.patient_logits([_flat(kept, images)]).sigmoid().to(kept.dtype)
+        return self.exact.patient_logits(self._sets(kept, images)).sigmoid().to(kept.dtype)
 
     @torch.no_grad()
     def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
-        sets, exact = [_flat(kept, images)], self.exact
+        sets, exact = self._sets(kept, images), self.exact
         total = exact.patient_logits(sets)  # (P,)
         contribution = exact.shares(sets).view(kept.shape[:2]).sum(1)  # (N,)
         score = _centred(contribution * images.spread(images.sizes[:, None])[:, 0], total, images)
@@ -84,10 +89,12 @@ class DistributionHead(Head):
             contribution=contribution.to(kept.dtype),
         )
 
-
-def _flat(kept: Tensor, images: Bags) -> tuple[Tensor, Bags]:
-    """Return instances (N · U, C), and the patients they are of."""
-    return kept.flatten(0, 1), images.times(kept.shape[1])
+    def _sets(self, kept: Tensor, images: Bags) -> list[tuple[Tensor, Bags]]:
+        """Return each set's instances (N · U, C), and the patients they are of."""
+        bags = images.times(kept.shape[1])
+        flat = kept.flatten(0, 1)
+        parts = torch.split(flat, self._channels, dim=1) if self._channels else (flat,)
+        return [(part, bags) for part in parts]
 
 
 def _centred(score: Tensor, total: Tensor, images: Bags) -> Tensor:
@@ -116,7 +123,7 @@ class _BlockTensors(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self._statistic = block.statistic.statistic
+        self._place, self._statistic = block.features, block.statistic.statistic
         self.weight = nn.Parameter(block.weight.clone())  # (D,)
         for name, value in _constants(block.statistic).items():
             self.register_buffer(name, value.clone())
@@ -127,7 +134,7 @@ class _BlockTensors(nn.Module):
         constants = dict(self.named_buffers())
         known = {name: constants.pop(name) for name in ("typical", "mean", "scale")}
         statistic: Statistic = replace(self._statistic, **constants)  # type: ignore[type-var]
-        return Block(0, Standardised(statistic, **known), self.weight)
+        return Block(self._place, Standardised(statistic, **known), self.weight)
 
 
 def _constants(standardised: Standardised) -> dict[str, Tensor]:
@@ -157,10 +164,10 @@ _BLANK: Mapping[str, Callable[[int, HeadSettings], Sequence[Statistic]]] = {
 }
 
 
-def _empty_block(statistic: Statistic, channels: int) -> Block:
+def _empty_block(place: int, statistic: Statistic, channels: int) -> Block:
     described = statistic.describe(torch.zeros(1, channels), Bags.of([1]))  # (1, D)
     zeros = torch.zeros_like(described[0], dtype=torch.float64)
-    return Block(0, Standardised(statistic, zeros, zeros, zeros), zeros)
+    return Block(place, Standardised(statistic, zeros, zeros, zeros), zeros)
 
 
 def _float64(values: float | Sequence[float]) -> Tensor:

@@ -23,6 +23,7 @@ class Head(nn.Module):
     """Says what to keep of every instance, and makes patients of what was kept."""
 
     settings: tuple[HeadSettings, ...]  # of each head side by side; one in a model
+    of_logits = True  # whether contributions are shares of a logit, not of a probability
 
     def keep(self, instances: Tensor) -> Tensor:
         """Return all that counts of instances: (n, U, C) -> (n, U, D)."""

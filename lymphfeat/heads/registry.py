@@ -3,7 +3,7 @@
 Adding an aggregator is one function in `aggregators/` and one row in `AGGREGATORS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -217,6 +217,22 @@ def find_aggregator(settings: HeadSettings) -> Aggregator:
         tuple(names),
         reads=("unit", *(name for part in parts for name in part.reads if name != "unit")),
     )
+
+
+def places_of(name: str, stores: int) -> Sequence[int]:
+    """Return which stores a statistic of a composition reads: all, or the one after @.
+
+    Raises SettingsError for a store that does not exist.
+    """
+    _, marked, number = name.partition("@")
+    if not marked:
+        return range(stores)
+    require(
+        number.isdecimal() and 1 <= int(number) <= stores,
+        f"agg (={name}) must name one of the {stores} stores after @, counted from 1; got "
+        f"{number or 'none'}.",
+    )
+    return [int(number) - 1]
 
 
 def _statistic_of(name: str, agg: str) -> DistributionAggregator:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.head import Head, ReadOut
@@ -29,6 +30,7 @@ class HeadStack(Head):
         super().__init__()
         self.settings = tuple(settings)
         self.aggregator = aggregator_of(settings[0], LinearAggregator)
+        self.of_logits = isinstance(self.aggregator, WeightedAggregator)
         self.weight = nn.Parameter(weight)  # (H, C)
         self.bias = nn.Parameter(bias)  # (H,)
         state = AggregatorState.fresh(settings, weight.device)
@@ -90,7 +92,7 @@ class HeadStack(Head):
         return self.aggregator.probability(self.settings[0], self.state, logits, bags)
 
 
-class NetworkHead(nn.Module):
+class NetworkHead(Head):
     """A network on raw pooled images, which it standardises as in training."""
 
     mean: Tensor
@@ -100,7 +102,7 @@ class NetworkHead(nn.Module):
     def __init__(self, settings: HeadSettings, network: nn.Module, mean: Tensor, scale: Tensor):
         """Take the mean and 1 / standard deviation (C,) of training images."""
         super().__init__()
-        self.settings, self.network = settings, network
+        self.settings, self.network = (settings,), network
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
 
@@ -120,6 +122,40 @@ class NetworkHead(nn.Module):
         """Return the patients' logits: images (m, C) -> (B,)."""
         logits: Tensor = self.network((images - self.mean) * self.scale, bags)
         return logits
+
+    def keep(self, instances: Tensor) -> Tensor:
+        """Return the pooled images (n, 1, C) of instances (n, U, C)."""
+        return instances.mean(1, keepdim=True)
+
+    def patient_logits(self, kept: Tensor, images: Bags) -> Tensor:
+        logits: Tensor = self(kept[:, 0], images)
+        return logits
+
+    @torch.no_grad()
+    def patient_probability(self, kept: Tensor, images: Bags) -> Tensor:
+        return self.patient_logits(kept, images).sigmoid()
+
+    @torch.no_grad()
+    def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
+        """Read out patients. Only attention weighs images; the others' weights are equal.
+
+        Then the contributions need not add up to the total, for images act on each other.
+        """
+        total = self.patient_logits(kept, images)  # (P,)
+        score = self.image_logits(kept[:, 0], images)  # (N,)
+        weight = self._weights(kept[:, 0], images)
+        return ReadOut(
+            probability=total.sigmoid(),
+            total=total,
+            score=score,
+            weight=weight,
+            contribution=weight * score,
+        )
+
+    def _weights(self, images: Tensor, bags: Bags) -> Tensor:
+        if isinstance(self.network, Attention):
+            return self.network.weights((images - self.mean) * self.scale, bags)[:, 0]
+        return 1 / bags.spread(bags.sizes[:, None].to(images.dtype))[:, 0]
 
     @torch.no_grad()
     def image_logits(self, images: Tensor, bags: Bags) -> Tensor:

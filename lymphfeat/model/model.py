@@ -5,10 +5,9 @@ pickle. `model.json` carries the hash of the tensors.
 """
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
-from lymphfeat.cohort.images import VIEWS, Normalization
-from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
+from lymphfeat.cohort.images import VIEWS
+from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
 from lymphfeat.heads.bags import Bags
-from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head
-from lymphfeat.heads.registry import DistributionAggregator, find_aggregator
-from lymphfeat.heads.stack import HeadStack
+from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.folder import load_tensors, read_facts
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
@@ -44,24 +42,6 @@ FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 _UNDECIDED = Decision()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingFacts:
-    """The origin of a model."""
-
-    trained_on: tuple[str, ...]  # ids of its own training patients
-    validated_on: tuple[PatientKey, ...] = ()
-    provenance: Provenance = NOBODY  # of everything in it, including its initial weights
-    cohort: Mapping[str, Any] = field(default_factory=dict)  # its fingerprint
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 0
-    seed: int = 0
-    initial_weights: str = "none"
-    initial_weights_sha256: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    # "train", "validation" -> the metrics of those patients, as predicted by the final model
-    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 class Model:
@@ -134,11 +114,7 @@ class Model:
             **self.decision.to_json(),
             "tta": self.tta,
             "weights_sha256": weights_sha256(_network(self.backbone, self.head)),
-            "training": asdict(self.facts)
-            | {
-                "validated_on": keys_to_json(self.facts.validated_on),
-                "provenance": self.facts.provenance.to_json(),
-            },
+            "training": self.facts.to_json(),
         }
 
     @classmethod
@@ -154,7 +130,8 @@ class Model:
                 f"{folder / FACTS_FILE}: is damaged ({type(error).__name__}: {error}); "
                 "copy the model folder again or retrain the model."
             ) from None
-        _load_tensors(model, folder, str(facts.get("weights_sha256")))
+        network = _network(model.backbone, model.head)
+        load_tensors(network, folder / WEIGHTS_FILE, str(facts.get("weights_sha256")))
         return model
 
     def predict(
@@ -188,16 +165,7 @@ class Model:
 
     def seen(self, patients: Sequence[PatientKey]) -> list[str]:
         """Return what the model has seen of each patient, as one of `SEEN`."""
-        validated = Provenance(labels=self.facts.validated_on)
-
-        def seen_of(patient: PatientKey) -> str:
-            if self.facts.provenance.has_label_of(patient):
-                return "label"
-            if validated.has_label_of(patient):
-                return "validation"
-            return "images" if self.facts.provenance.has_images_of(patient) else "no"
-
-        return [seen_of(patient) for patient in patients]
+        return self.facts.seen(patients)
 
     def _read_out(self, cohort: Cohort, kept: Tensor) -> Predictions:
         images = Bags.of(cohort.n_images)
@@ -220,86 +188,24 @@ def _network(backbone: Backbone, head: Head) -> nn.ModuleDict:
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS_FILE
-    if not path.is_file():
-        hint = "make one with `lymphfeat endtoend`"
-        if find_checkpoints(folder):
-            hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
-        elif models := sorted(folder.glob(f"*/{FACTS_FILE}")):
-            hint = f"it holds several models: choose one of them, such as {models[0].parent}"
-        raise ModelError(f"model (={folder}) must be a folder with {FACTS_FILE}; got none; {hint}.")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path}: is not valid JSON ({error}); copy the model folder again."
-        ) from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ModelError(f"{path}: is JSON but not a lymphfeat model.")
-    version = facts.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ModelError(
-            f"{path}: format_version (={version}) must be at most {FORMAT_VERSION}; "
-            "update lymphfeat to read it."
-        )
-    return facts
+    hint = "make one with `lymphfeat endtoend`"
+    if find_checkpoints(folder):
+        hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
+    elif models := sorted(folder.glob(f"*/{FACTS_FILE}")):
+        hint = f"it holds several models: choose one of them, such as {models[0].parent}"
+    return read_facts(folder / FACTS_FILE, FORMAT, FORMAT_VERSION, hint=hint)
 
 
 def _build(facts: Mapping[str, Any]) -> Model:
-    recipe = _parse_recipe(facts["recipe"])
+    recipe = ModelRecipe.from_json(facts["recipe"])
     backbone = make_backbone(
         recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
     )
-    training = facts["training"]
     return Model(
         backbone,
-        _empty_head(HeadSettings(**facts["head"]), backbone.channels),
+        empty_head(HeadSettings(**facts["head"]), backbone.channels),
         recipe=recipe,
-        facts=TrainingFacts(
-            **training
-            | {
-                "trained_on": tuple(training["trained_on"]),
-                "validated_on": keys_from_json(training["validated_on"]),
-                "provenance": _provenance_of(training),
-            }
-        ),
+        facts=TrainingFacts.from_json(facts["training"]),
         decision=Decision.from_json(facts),
         tta=bool(facts["tta"]),
     )
-
-
-def _empty_head(settings: HeadSettings, channels: int) -> Head:
-    if isinstance(find_aggregator(settings), DistributionAggregator):
-        return DistributionHead.empty(settings, channels)
-    return HeadStack([settings], torch.zeros(1, channels), torch.zeros(1))
-
-
-def _provenance_of(training: Mapping[str, Any]) -> Provenance:
-    if "provenance" in training:
-        return Provenance.from_json(training["provenance"])
-    return Provenance.of_ids(labels=training["trained_on"])  # models of earlier versions
-
-
-def _parse_recipe(content: Mapping[str, Any]) -> ModelRecipe:
-    constants = content["normalization"]
-    normalization = Normalization(
-        name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
-    )
-    return ModelRecipe(**{**content, "normalization": normalization})
-
-
-def _load_tensors(model: Model, folder: Path, sha256: str) -> None:
-    path = folder / WEIGHTS_FILE
-    network = _network(model.backbone, model.head)
-    try:
-        network.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as this model's tensors ({str(error).splitlines()[0]}); "
-            "copy the model folder again or retrain the model."
-        ) from None
-    if weights_sha256(network) != sha256:
-        raise ModelError(
-            f"{path}: tensors must be those that {FACTS_FILE} was written with; got others. "
-            "Copy both files of the model together."
-        )

@@ -1,9 +1,10 @@
 """Scoring images with a frozen backbone and head, and reading out patients."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,15 @@ class ModelRecipe:
     output_stride: int | None
     crop: int  # pixels, about the image's centre
     normalization: Normalization
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "ModelRecipe":
+        """Read what `dataclasses.asdict` makes of a recipe, from JSON."""
+        constants = content["normalization"]
+        normalization = Normalization(
+            name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
+        )
+        return cls(**{**content, "normalization": normalization})
 
 
 def instances_of(maps: Tensor, unit: str) -> Tensor:

@@ -26,8 +26,8 @@ from lymphfeat.heads.aggregators.distribution import (
     jackknife,
 )
 from lymphfeat.heads.engine.instances import Instances
-from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
-from lymphfeat.settings import HeadSettings, require
+from lymphfeat.heads.registry import DistributionAggregator, aggregator_of, places_of
+from lymphfeat.settings import HeadSettings
 
 _PAIRS = 1 << 14  # of instances, whose median distance is the kernel's bandwidth
 _CLUSTERED = 1 << 12  # instances, at most, whose clusters are the prototypes
@@ -191,19 +191,8 @@ class Descriptions:
         return [
             (place, self._make(name.partition("@")[0], place, head))
             for name in statistics
-            for place in self._places(name, head)
+            for place in places_of(name, len(self.sets))
         ]
-
-    def _places(self, name: str, head: HeadSettings) -> Sequence[int]:
-        _, marked, number = name.partition("@")
-        if not marked:
-            return range(len(self.sets))
-        require(
-            number.isdecimal() and 1 <= int(number) <= len(self.sets),
-            f"agg (={head.agg}) must name one of the {len(self.sets)} stores after @, counted from "
-            f"1; got {number or 'none'}.",
-        )
-        return [int(number) - 1]
 
     def _make(self, name: str, place: int, head: HeadSettings) -> Description:
         key = (name, place, head.quantiles, head.prototypes)

@@ -1,0 +1,54 @@
+"""Reading the two files of a model folder: facts in JSON, and tensors whose hash they carry."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from lymphfeat.errors import ModelError
+from lymphfeat.features.backbones import weights_sha256
+
+
+def read_facts(path: Path, format: str, version: int, *, hint: str) -> dict[str, Any]:
+    """Read the facts of a model; `hint` says what to do where there are none.
+
+    Raises ModelError for a missing or damaged file, one of another format, or of a later version.
+    """
+    if not path.is_file():
+        raise ModelError(
+            f"model (={path.parent}) must be a folder with {path.name}; got none; {hint}."
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: is not valid JSON ({error}); copy the model folder again."
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != format:
+        raise ModelError(f"{path}: is JSON but not a lymphfeat model.")
+    found = facts.get("format_version")
+    if not isinstance(found, int) or found > version:
+        raise ModelError(
+            f"{path}: format_version (={found}) must be at most {version}; "
+            "update lymphfeat to read it."
+        )
+    return facts
+
+
+def load_tensors(network: nn.Module, path: Path, sha256: str) -> None:
+    """Load a network's tensors from a file and check their hash. Raises ModelError."""
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as this model's tensors ({str(error).splitlines()[0]}); "
+            "copy the model folder again or retrain the model."
+        ) from None
+    if weights_sha256(network) != sha256:
+        raise ModelError(
+            f"{path}: tensors must be those that the .json file beside it was written with; got "
+            "others. Copy both files of the model together."
+        )
