@@ -38,8 +38,11 @@ def read_facts(path: Path, format: str, version: int, *, hint: str) -> dict[str,
     return facts
 
 
-def load_tensors(network: nn.Module, path: Path, sha256: str) -> None:
-    """Load a network's tensors from a file and check their hash. Raises ModelError."""
+def load_tensors(network: nn.Module, path: Path, sha256: str, *, facts: str) -> None:
+    """Load a network's tensors and check them by the hash in the file of `facts` beside them.
+
+    Raises ModelError.
+    """
     try:
         network.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -49,6 +52,6 @@ def load_tensors(network: nn.Module, path: Path, sha256: str) -> None:
         ) from None
     if weights_sha256(network) != sha256:
         raise ModelError(
-            f"{path}: tensors must be those that the .json file beside it was written with; got "
-            "others. Copy both files of the model together."
+            f"{path}: tensors must be those that {facts} was written with; got others. "
+            "Copy both files of the model together."
         )

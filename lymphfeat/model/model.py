@@ -131,7 +131,8 @@ class Model:
                 "copy the model folder again or retrain the model."
             ) from None
         network = _network(model.backbone, model.head)
-        load_tensors(network, folder / WEIGHTS_FILE, str(facts.get("weights_sha256")))
+        sha256 = str(facts.get("weights_sha256"))
+        load_tensors(network, folder / WEIGHTS_FILE, sha256, facts=FACTS_FILE)
         return model
 
     def predict(
