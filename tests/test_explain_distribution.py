@@ -277,6 +277,17 @@ def test_heads_that_read_no_differences_measure_none() -> None:
         assert Findings.of_head(HEADS[agg], draw([3], 0), Bags.of([3])).distance is None
 
 
+@pytest.mark.parametrize(
+    ("unit", "name", "per_image"), [("image", "cell", 1), ("pixel", "pixel", 4)]
+)
+def test_every_statistic_has_words_of_its_own(unit: Unit, name: str, per_image: int) -> None:
+    head = solve("mean+std+logstd+gini+quantiles+kernel-mean+prototypes", CHANNELS, unit)
+    found = Findings.of_head(head, draw([20], 0, per_image), Bags.of([20]))
+    told = [each.about for each in found.statistics]
+    assert len(set(told)) == len(told) == 8
+    assert all(name in about for about in told)
+
+
 # --- in words -------------------------------------------------------------------------------------
 
 

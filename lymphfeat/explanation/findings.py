@@ -82,7 +82,7 @@ def _find(head: ExactHead, block: Block, instances: Tensor, bags: Bags) -> Findi
     varies = own.scale > 0  # (D,)
     slope = block.weight[varies].sum() / varies.sum().clamp(min=1).sqrt()
     return Finding(
-        about=_about(own.statistic, "cells" if head.settings.unit == "image" else "cells' pixels"),
+        about=_about(own.statistic, "cell" if head.settings.unit == "image" else "pixel"),
         spread=own.statistic.spread,
         score=(own.apply(described, bags.sizes) @ block.weight).numpy(),
         certain=(
@@ -100,25 +100,25 @@ def _differing(own: Standardised, described: Tensor, typical: Tensor, bags: Bags
     return torch.where(known, above.mean(1), torch.nan).numpy()
 
 
-def _about(statistic: Statistic, cells: str) -> str:
+def _about(statistic: Statistic, instance: str) -> str:
     match statistic:
         case Mean():
-            return f"the average appearance of the {cells}"
+            return f"the average appearance of the {instance}s"
         case Deviation():
-            return f"how much the {cells} differ from their average"
+            return f"how much the {instance}s differ from their average"
         case LogDeviation():
-            return f"how much the {cells} differ from their average, on a logarithmic scale"
+            return f"how much the {instance}s differ from their average, on a logarithmic scale"
         case OrderStatistic(weights=QuantileRange(high=high, low=low)):
             levels = f"{100 * high:g} % and {100 * low:g} %"
-            return f"how far the {levels} quantiles of the {cells} lie apart"
+            return f"the distance between the {levels} quantiles of the {instance}s"
         case OrderStatistic():
-            return f"how much two of the {cells} differ on average"
+            return f"the average difference of two {instance}s"
         case KernelMean():
-            return f"how the appearances of the {cells} are distributed"
+            return f"the distribution of the {instance}s' appearances"
         case PrototypeMeans():
-            return f"the average appearance of each kind of the {cells}"
+            return f"the average appearance of each kind of {instance}"
         case _:
-            return f"how common each kind of the {cells} is"
+            return f"the share of each kind of {instance}"
 
 
 # --- how far a cell is from the patient's average cell --------------------------------------------

@@ -20,8 +20,8 @@ _EXTREMES = (
 _MEAN_OF_FIELDS = "A cell's logit is the mean of its fields' logits."
 # Statistics whose score cannot be attributed to fields of a picture, in words (see `maps.py`).
 _UNMAPPED = {
-    "kernel-mean": "how the cells' appearances are distributed",
-    "prototypes": "how common each kind of cell is",
+    "kernel-mean": "the distribution of the cells' appearances",
+    "prototypes": "the share of each kind of cell",
 }
 
 
@@ -118,7 +118,7 @@ def _of_distribution(names: set[str]) -> Wording:
 def _of_maps(names: set[str]) -> str:
     if names == {"kernel-mean"}:
         return (
-            f"This head has no maps: {_UNMAPPED['kernel-mean']} is said of whole cells, not of "
+            f"This head has no maps: {_UNMAPPED['kernel-mean']} belongs to whole cells, not of "
             "parts of a picture."
         )
     told = (
