@@ -336,6 +336,7 @@ def test_page_and_figures(agg: str, cohort: Cohort, tmp_path: Path) -> None:
     assert kinds == plates | ({"differences", "grids"} if agg == "mean+std" else set())
     page = render_page(found)
     assert "What the head looks at" in page
+    assert "The head looks at the" in page
     assert "removing one changes theirs" in page
     assert ("This head has no maps" in page) is (agg == "kernel-mean")
 

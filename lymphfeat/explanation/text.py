@@ -24,7 +24,7 @@ DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose
 
 
 def summary(explanation: Explanation) -> str:
-    """Summarise what was explained in one or two sentences."""
+    """Summarise what was explained in a few sentences."""
     patients = explanation.patients
     called, errors = int(patients["predicted"].sum()), int(patients["error"].fillna(False).sum())
     labelled = int(patients["label"].notna().sum())
@@ -34,7 +34,14 @@ def summary(explanation: Explanation) -> str:
         f"tumoral (probability above {threshold})."
     )
     wrong = f" Of the {labelled} with a label, {errors} are misclassified." if labelled else ""
-    return counts + wrong
+    return counts + wrong + _looks_at(explanation.findings)
+
+
+def _looks_at(findings: Findings | None) -> str:
+    if findings is None:
+        return ""
+    *others, last = (each.about for each in findings.statistics)
+    return f" The head looks at {', '.join(others)}{' and ' if others else ''}{last}."
 
 
 def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
