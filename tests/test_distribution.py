@@ -1,5 +1,6 @@
 """Statistics of a patient's instances beside slow references, and the laws they obey."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -173,6 +174,43 @@ def test_deviations_of_sparse_values_do_not_grow_with_the_bag() -> None:
     # Plain standard deviations: .217, .230, .255.
     assert means[1] == pytest.approx(means[0], abs=0.006)
     assert means[2] == pytest.approx(means[0], abs=0.006)
+
+
+def precise(statistic: Statistic) -> Statistic:
+    """Return a statistic that computes in float64."""
+    if not isinstance(statistic, KernelMean):
+        return statistic
+    return replace(
+        statistic,
+        directions=statistic.directions.double(),
+        phases=statistic.phases.double(),
+        bandwidth=statistic.bandwidth.double(),
+    )
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_gradients_are_the_slopes(name: str) -> None:
+    """Those of prototypes within a cell, those of order statistics within an order."""
+    instances, bags = draw([1, 2, 15, 16, 17])
+    statistic = precise(STATISTICS[name])
+    leaf = instances[:, :2].double().requires_grad_()
+    rest = instances[:, 2:].double()
+    assert torch.autograd.gradcheck(
+        lambda varied: statistic.describe(torch.cat([varied, rest], 1), bags), leaf
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(STATISTICS) - {"prototype shares"}))  # has none
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_constant_channel_does_no_harm_to_gradients(value: float, name: str) -> None:
+    sizes = [1, 2, 15, 16, 17]
+    instances, bags = draw(sizes)
+    instances[:, 1] = value  # such as a dead unit of the backbone's last ReLU
+    instances[-1, 2], instances[-17:-1, 2] = 3.0, value  # constant without one instance
+    leaf = instances.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(STATISTICS[name].describe(leaf, bags).sum(), leaf)
+    assert gradient.isfinite().all()
+    assert float(gradient.abs().max()) < 10
 
 
 @pytest.mark.parametrize("name", [name for name, s in STATISTICS.items() if s.spread])

@@ -260,7 +260,11 @@ def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int
 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
-    ("agg", "precision"), [("bnsigmoid", "float32"), ("topk", "float32"), ("topk", "bfloat16")]
+    ("agg", "precision"),
+    [
+        *(("bnsigmoid", "float32"), ("topk", "float32"), ("topk", "bfloat16")),
+        *(("mean+std", "float32"), ("mean+std", "bfloat16")),
+    ],
 )
 def test_interrupted_training_ends_with_the_same_bits(
     agg: str, precision: str, cohort: Cohort, tmp_path: Path

@@ -25,8 +25,16 @@ from lymphfeat.finetuning.fine_tuners import Bag, PatientLoss, SelectedLoss
 from lymphfeat.finetuning.gradients import backpropagate, exact_gradient, subset_gradient
 from lymphfeat.finetuning.pixels import ImageBatch, PixelCache, as_they_are
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.engine.exact import solve_head
 from lymphfeat.heads.grid import resolve
-from lymphfeat.heads.registry import AGGREGATORS, WeightedAggregator
+from lymphfeat.heads.head import Head
+from lymphfeat.heads.registry import (
+    AGGREGATORS,
+    DistributionAggregator,
+    WeightedAggregator,
+    find_aggregator,
+)
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import EndToEndSettings, Gradient, HeadSettings, Unit
 
@@ -37,6 +45,9 @@ SIZES = torch.tensor([1, 7, 4])
 N = 12
 LABELS = torch.tensor([1.0, 0.0, 1.0])
 WEIGHTED = [name for name, row in AGGREGATORS.items() if isinstance(row, WeightedAggregator)]
+DISTRIBUTION = [
+    name for name, row in AGGREGATORS.items() if isinstance(row, DistributionAggregator)
+]
 
 
 class Setting:
@@ -53,13 +64,21 @@ class Setting:
             Encoder(self.backbone, cache, unit=unit)(
                 as_they_are(torch.arange(N))
             )  # statistics worth freezing
-        settings = resolve(HeadSettings(agg=agg, unit=unit))
-        weight = torch.randn(1, self.backbone.channels, generator=generator)
-        self.head = HeadStack([settings], weight, torch.zeros(1)).train()
+        settings = resolve(HeadSettings(agg=agg, unit=unit, prototypes=2))
+        self.head = self._make_head(settings, generator).train()
         self.order = torch.randperm(N, generator=generator)
         self.batch = ImageBatch(rows=self.order, views=draw_views(N, ALTERED, generator))
         bag = Bag(rows=torch.arange(N), sizes=SIZES)
         self.loss_of = PatientLoss(self.head, bag, self.order, LABELS, CPU)
+
+    def _make_head(self, settings: HeadSettings, generator: torch.Generator) -> Head:
+        if isinstance(find_aggregator(settings), DistributionAggregator):
+            images = as_they_are(torch.arange(N))
+            empty = DistributionHead.empty(settings, self.backbone.channels)
+            instances = self.encoder.score(empty, images, N)
+            return DistributionHead(solve_head(settings, instances, SIZES.numpy(), LABELS.long()))
+        weight = torch.randn(1, self.backbone.channels, generator=generator)
+        return HeadStack([settings], weight, torch.zeros(1))
 
     def gradients(self) -> dict[str, Tensor]:
         """Return and clear the gradients of all parameters that have one."""
@@ -83,19 +102,20 @@ def one_shot(setting: Setting, detached: slice | None = None) -> tuple[Tensor, d
     by_image: list[Tensor] = [torch.empty(0)] * N
     for place, image in enumerate(setting.order.tolist()):
         by_image[image] = instances[place]
-    bags = Bags.of(SIZES * instances.shape[1])
-    logit = setting.head.patient_logit(setting.head.logits(torch.cat(by_image)), bags)[:, 0]
+    logit = setting.head.patient_logits(setting.head.keep(torch.stack(by_image)), Bags.of(SIZES))
     terms = [-torch.log(p if y else 1 - p) for p, y in zip(logit.sigmoid(), LABELS, strict=True)]
     loss = torch.stack(terms).mean()
     torch.autograd.backward(loss)
     return loss.detach(), setting.gradients()
 
 
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(
+    got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5
+) -> None:
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
+        atol = tolerance * max(float(gradient.abs().max()), 1e-3)
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=atol)
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -133,7 +153,7 @@ def test_the_loss_of_a_step_waits_for_no_device(agg: str, unit: Unit) -> None:
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("unit", ["pixel", "image"])
-@pytest.mark.parametrize("agg", WEIGHTED)
+@pytest.mark.parametrize("agg", [*WEIGHTED, *DISTRIBUTION])
 def test_exact_is_the_one_shot_gradient(agg: str, unit: Unit) -> None:
     setting = Setting(agg, unit)
     loss = exact_gradient(setting.encoder, setting.batch, setting.loss_of, chunk_size=5)
@@ -141,7 +161,8 @@ def test_exact_is_the_one_shot_gradient(agg: str, unit: Unit) -> None:
     expected_loss, expected = one_shot(setting)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
-    assert_close(got, expected)
+    # Standardising by the spread over three patients enlarges the rounding of features.
+    assert_close(got, expected, 1e-3 if agg in DISTRIBUTION else 1e-5)
 
 
 def test_exact_with_batchnorm_by_chunks() -> None:
@@ -235,7 +256,7 @@ def test_selected_instances_reference(unit: Unit) -> None:
     instances = torch.randn(5, per_image, setting.backbone.channels, generator=generator)
     pixels = torch.tensor([3, 0, 1, 2, 0]) % per_image
     loss = SelectedLoss(setting.head, bag, order, pixels, LABELS, CPU)(instances).detach()
-    logits = setting.head.logits(instances).detach()[:, :, 0].tolist()
+    logits = setting.head.keep(instances).detach()[:, :, 0].tolist()
     of_image = {
         image: logits[place][pixel]
         for place, (image, pixel) in enumerate(zip(order.tolist(), pixels.tolist(), strict=True))

@@ -18,7 +18,7 @@ from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
-from lymphfeat.heads.grid import require_linear, resolve
+from lymphfeat.heads.grid import require_trainable, resolve
 from lymphfeat.heads.registry import AGGREGATORS, NetworkAggregator
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.settings import HeadSettings
@@ -200,11 +200,14 @@ def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -
 
 
 def test_training_through_a_backbone_refuses_networks() -> None:
-    with pytest.raises(SettingsError, match=r"agg \(=lstm\) must be one of top1, .* by fit-head"):
-        require_linear(settings_of("lstm"))
+    with pytest.raises(SettingsError, match=r"agg \(=lstm\) must not be a network here"):
+        require_trainable(settings_of("lstm"))
     with pytest.raises(SettingsError, match=r"class_weights \(=balanced\) must be none here"):
-        require_linear(settings_of("topk", class_weights="balanced"))
-    require_linear(settings_of("topk"))
+        require_trainable(settings_of("topk", class_weights="balanced"))
+    with pytest.raises(SettingsError, match=r"agg \(=mean@2\+std\) must not name a store after @"):
+        require_trainable(settings_of("mean@2+std"))
+    for agg in ("topk", "mean+std"):
+        require_trainable(settings_of(agg))
 
 
 @pytest.mark.parametrize("agg", NETWORKS)

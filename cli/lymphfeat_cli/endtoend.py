@@ -44,6 +44,7 @@ Examples:
   lymphfeat endtoend
   lymphfeat endtoend --cohort DIR --weights resnet18.safetensors --validation 0.2
   lymphfeat endtoend --cohort DIR --agg topk --k-train 5 --epochs 20 --out models/top5
+  lymphfeat endtoend --cohort DIR --agg mean+std --out models/spread
   torchrun --nproc-per-node 8 -m lymphfeat_cli endtoend --cohort DIR
   lymphfeat endtoend --cohort DIR --folds 5 --tta --init-head runs/best
 Run the same command again to resume an interrupted training.""",
@@ -58,10 +59,7 @@ Run the same command again to resume an interrupted training.""",
 )
 @settings_options(
     EndToEndSettings(),
-    omit=(
-        *("class_weights", "solver", "penalty", "block_weights", "quantiles", "prototypes"),
-        *("width", "layers"),
-    ),
+    omit=("class_weights", "solver", "width", "layers"),
 )
 @click.option(
     "--folds",

@@ -4,6 +4,7 @@ Under torchrun every process encodes its part of a batch and gets the instances 
 the backbone, including the statistics of bnsigmoid, sees the whole batch in every process.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -60,6 +61,12 @@ class Encoder:
 
         parts = batch.chunks(chunk_size * processes.count())
         return torch.cat([self._together(part, kept) for part in parts])
+
+    def in_float32(self) -> "Encoder":
+        """Return an encoder by the same backbone and images, whatever the precision of this one."""
+        encoder = copy.copy(self)
+        encoder._dtype = torch.float32
+        return encoder
 
     def _together(self, batch: ImageBatch, encode: Callable[[ImageBatch], Tensor]) -> Tensor:
         """Encode a batch, divided among the processes."""

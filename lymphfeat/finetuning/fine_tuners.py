@@ -1,8 +1,9 @@
-"""The training loops: an epoch of the weighted family, an epoch of the ranking family (METHOD §3).
+"""The training loops: an epoch of whole patients, an epoch of the ranking family (METHOD §3).
 
 - All randomness comes from one CPU generator, so that a run on a GPU sees what a run on a CPU sees
   and a checkpoint holds the complete state.
-- Within an epoch nothing is read back from the device (the ranking family reads the ranking once).
+- Within an epoch nothing is read back from the device (the ranking family reads the ranking once,
+  the family `distribution` a few numbers per step).
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.backbones import Backbone, stages
 from lymphfeat.finetuning.augmentation import Views, draw_views
-from lymphfeat.finetuning.encoder import Encoder
+from lymphfeat.finetuning.encoder import Encoder, statistics_kept
 from lymphfeat.finetuning.gradients import LossOf, backpropagate
 from lymphfeat.finetuning.pixels import ImageBatch, Roster, as_they_are
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.engine.exact import solve_head
 from lymphfeat.heads.head import Head
 from lymphfeat.runtime import processes
 from lymphfeat.runtime.devices import to_device
@@ -69,6 +72,9 @@ class FineTuner:
         self.device = encoder.pixels.device
         freeze(self.backbone, settings.freeze_stages)
         self.optimizer = _make_optimizer(self.backbone, head, settings)
+
+    def solve_head(self, *, batchnorm_training: bool) -> None:
+        """Solve a head that can be solved, before the first epoch and after the last."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train for one epoch; progress counts its steps."""
@@ -167,10 +173,10 @@ def full_batches(order: Tensor, size: int) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-# --- the weighted family -------------------------------------------------------------------------
+# --- whole patients: the weighted family and the family distribution ----------------------------
 
 
-class WeightedFineTuner(FineTuner):
+class PatientFineTuner(FineTuner):
     """Trains on batches of whole patients."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
@@ -215,6 +221,35 @@ class PatientLoss:
         return binary_cross_entropy_with_logits(patient, self._labels)
 
 
+class DistributionFineTuner(PatientFineTuner):
+    """Trains as `PatientFineTuner`, on what the head's statistics learnt before the first epoch."""
+
+    def solve_head(self, *, batchnorm_training: bool) -> None:
+        """Solve the head on unaltered images of the training patients, in float32.
+
+        Batch-norm is in the mode that training starts with, or that predictions are made in.
+        """
+        encoder, most = self.encoder.in_float32(), self.settings.max_forward_size
+        if batchnorm_training:
+            instances = self._as_in_training(encoder, most)  # (N, U, C)
+        else:
+            instances = encoder.score(self.head, self.roster.images(), most)
+        labels = to_device(self.roster.labels.long(), self.device)
+        solved = solve_head(self.settings.head, instances, self.roster.sizes.numpy(), labels)
+        # In place, so that the optimiser goes on with the same parameters.
+        self.head.load_state_dict(DistributionHead(solved).state_dict())
+
+    @torch.no_grad()
+    def _as_in_training(self, encoder: Encoder, most: int) -> Tensor:
+        """Encode all images in chunks of a random order, as the images of a step are."""
+        rows = self.roster.images().rows
+        order = self.shuffled(len(rows))
+        chunks = as_they_are(rows[order]).chunks(most * processes.count())
+        with statistics_kept(self.backbone):
+            instances = torch.cat([encoder(chunk) for chunk in chunks])
+        return instances[to_device(order.argsort(), self.device)]
+
+
 # --- the ranking family --------------------------------------------------------------------------
 
 
@@ -227,7 +262,7 @@ class RankingFineTuner(FineTuner):
         images = as_they_are(bag.rows)
         kept = self.encoder.score(self.head, images, self.settings.max_forward_size)  # (n, U, 1)
         bags = Bags.of(bag.sizes, self.device)
-        probability = self.head.read_out(kept, bags).probability
+        probability = self.head.patient_probability(kept, bags)
         logits = kept[:, :, 0]
         selected = self._select(logits, bags)
         losses, seen = self._learn(selected, bag.rows, logits.shape[1], progress)
@@ -315,7 +350,8 @@ class SelectedLoss:
 
 
 FINE_TUNERS: dict[str, type[FineTuner]] = {
-    "weighted": WeightedFineTuner,
+    "weighted": PatientFineTuner,
+    "distribution": DistributionFineTuner,
     "ranking": RankingFineTuner,
 }
 
@@ -327,4 +363,4 @@ def evaluate(encoder: Encoder, head: Head, roster: Roster, chunk_size: int) -> N
     """Return the probabilities (P,) of patients, everything in eval mode."""
     kept = encoder.score(head, roster.images(), chunk_size)  # (N, U, D)
     bags = Bags.of(roster.sizes, kept.device)
-    return head.read_out(kept, bags).probability.cpu().numpy()
+    return head.patient_probability(kept, bags).cpu().numpy()

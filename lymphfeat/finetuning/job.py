@@ -20,13 +20,15 @@ from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.finetuning.initial_head import read_initial_head
+from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.head import Head
+from lymphfeat.heads.registry import DistributionAggregator, find_aggregator
 from lymphfeat.heads.stack import HeadStack, initial_scorer
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import ModelRecipe
 from lymphfeat.runtime.devices import choose_device, choose_precision, precision_name
-from lymphfeat.settings import EndToEndSettings
+from lymphfeat.settings import EndToEndSettings, require
 
 
 def hold_out(cohort: Cohort, settings: EndToEndSettings) -> Split:
@@ -139,6 +141,13 @@ def _initial_head(
     held_out: Sequence[PatientKey],
 ) -> tuple[Head, Provenance]:
     """Make the head that training starts from, and say whose labels went into it."""
+    if isinstance(find_aggregator(settings.head), DistributionAggregator):
+        require(
+            settings.init_head is None,
+            f"init_head (={settings.init_head}) must not go with agg (={settings.head.agg}): its "
+            "head is solved on the features that training starts from.",
+        )
+        return DistributionHead.empty(settings.head, channels), NOBODY
     weight, bias = initial_scorer(channels, generator)
     if settings.init_head is None:
         return HeadStack([settings.head], weight[None], bias[None]), NOBODY

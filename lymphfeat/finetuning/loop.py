@@ -15,7 +15,7 @@ from lymphfeat.finetuning.encoder import Encoder
 from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, EpochResult, FineTuner, evaluate
 from lymphfeat.finetuning.job import Job
 from lymphfeat.finetuning.pixels import DecodedCohort, PixelCache, Roster
-from lymphfeat.heads.registry import AGGREGATORS
+from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.runtime.checkpoint import Checkpoint
 from lymphfeat.runtime.devices import choose_device, peak_memory
 from lymphfeat.runtime.processes import from_first, is_first
@@ -53,7 +53,7 @@ def make_fine_tuner(job: Job, decoded: DecodedCohort) -> FineTuner:
         dtype=job.dtype,
         frozen_batchnorm=settings.frozen_batchnorm,
     )
-    make = FINE_TUNERS[AGGREGATORS[settings.head.agg].family]
+    make = FINE_TUNERS[find_aggregator(settings.head).family]
     return make(encoder, model.head, decoded.roster(job.train), settings, job.generator)
 
 
@@ -66,7 +66,9 @@ def fit(
     held_out = None if job.validation is None else decoded.roster(job.validation)
     history: list[EpochRow] = []
     state = from_first(checkpoint.read() if is_first() else None)
-    if state is not None:
+    if state is None:
+        tuner.solve_head(batchnorm_training=True)
+    else:
         tuner.load_state(state["trainer"])
         history = state["history"]
     while len(history) < job.settings.epochs:
@@ -75,6 +77,7 @@ def fit(
         last = len(history) == job.settings.epochs
         if is_first():
             checkpoint.write({"trainer": tuner.state(), "history": history}, last=last)
+    tuner.solve_head(batchnorm_training=False)
     model.backbone.eval()
     model.head.eval()
     return history

@@ -12,7 +12,7 @@ from lymphfeat.finetuning.curves import EpochRow
 from lymphfeat.finetuning.job import Job, prepare
 from lymphfeat.finetuning.loop import decode, fit
 from lymphfeat.finetuning.pixels import DecodedCohort
-from lymphfeat.heads.grid import require_linear, resolve
+from lymphfeat.heads.grid import require_trainable, resolve
 from lymphfeat.runtime.checkpoint import Checkpoint
 from lymphfeat.runtime.processes import is_first
 from lymphfeat.runtime.progress import Progress, part_of, silent
@@ -39,7 +39,7 @@ class SplitTraining:
         `force` starts over where a checkpoint is of another training.
         """
         head = resolve(settings.head)
-        require_linear(head)
+        require_trainable(head)
         self.splits = tuple(splits)
         self._settings = replace(settings, head=head)
         self._cohort, self._force, self._progress = cohort, force, progress

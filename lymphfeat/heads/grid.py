@@ -12,11 +12,10 @@ from lymphfeat.heads.registry import (
     AGGREGATORS,
     COUNTED_K,
     PERCENT_K,
-    LinearAggregator,
-    aggregator_of,
+    NetworkAggregator,
     find_aggregator,
 )
-from lymphfeat.settings import HeadGrid, HeadSettings, Solver
+from lymphfeat.settings import HeadGrid, HeadSettings, Solver, require
 
 DEFAULT_K = (5, 10)  # of `--agg all`
 DEFAULT_QUANTILES = "90-50"
@@ -27,7 +26,8 @@ _DEFAULTS = HeadSettings()
 def resolve(settings: HeadSettings, *, solver: Solver = "adam") -> HeadSettings:
     """Fill in what the aggregator's name decides, and reset settings it does not use.
 
-    `solver` is that of heads that name none and have a choice.
+    `solver` is that of heads that name none and have a choice. Adam, which trains through a
+    backbone, trains every head there, also those that the exact solver starts and finishes.
 
     Equivalent heads thus compare equal. Raises SettingsError for an unknown aggregator.
     """
@@ -35,6 +35,7 @@ def resolve(settings: HeadSettings, *, solver: Solver = "adam") -> HeadSettings:
         settings = replace(settings, agg="top1")
     aggregator = find_aggregator(replace(settings, solver=settings.solver or solver))
     read = {"agg", *_read(settings), *aggregator.fitted_by}
+    read |= {"lr", "weight_decay"} if solver == "adam" else set()
     unread = {
         field.name: getattr(_DEFAULTS, field.name)
         for field in fields(settings)
@@ -50,9 +51,21 @@ def resolve(settings: HeadSettings, *, solver: Solver = "adam") -> HeadSettings:
     return replace(resolved, k_agg=1) if settings.agg == "top1" else resolved
 
 
-def require_linear(settings: HeadSettings) -> None:
-    """Raise SettingsError for what only heads on cached maps support: networks, class weights."""
-    aggregator_of(settings, LinearAggregator)
+def require_trainable(settings: HeadSettings) -> None:
+    """Raise SettingsError for what no training through a backbone supports.
+
+    These are networks, class weights and, as there is a single backbone, statistics of the N-th
+    store.
+    """
+    if isinstance(find_aggregator(settings), NetworkAggregator):
+        raise SettingsError(
+            f"agg (={settings.agg}) must not be a network here; networks are trained on cached "
+            "maps, by fit-head."
+        )
+    require(
+        "@" not in settings.agg,
+        f"agg (={settings.agg}) must not name a store after @ here, where there is one backbone.",
+    )
     if settings.class_weights != "none":
         raise SettingsError(
             f"class_weights (={settings.class_weights}) must be none here; only fit-head, which "

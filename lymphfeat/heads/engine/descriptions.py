@@ -27,7 +27,7 @@ from lymphfeat.heads.aggregators.distribution import (
 )
 from lymphfeat.heads.engine.instances import Instances
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of, places_of
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, require
 
 _PAIRS = 1 << 14  # of instances, whose median distance is the kernel's bandwidth
 _CLUSTERED = 1 << 12  # instances, at most, whose clusters are the prototypes
@@ -158,7 +158,12 @@ class Prototypes:
             generator = torch.Generator().manual_seed(0)
             rows = rows[torch.randperm(len(rows), generator=generator)[:_CLUSTERED]]
         values = self.instances.pick(rows, None).float().cpu().numpy()
-        found = KMeans(min(self.count, len(values)), n_init=1, random_state=0).fit(values)
+        require(
+            self.count <= len(values),
+            f"prototypes (={self.count}) must be at most the number of training instances; got "
+            f"{len(values)}.",
+        )
+        found = KMeans(self.count, n_init=1, random_state=0).fit(values)
         centres = torch.from_numpy(found.cluster_centers_).to(self.instances.device)
         learnt: list[Statistic] = [PrototypeShares(centres), PrototypeMeans(centres)]
         return [(statistic, _describe(self.instances, statistic)) for statistic in learnt]
