@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from lymphfeat_cli.main import cli
 from tests.folders import contents
 from tests.test_model import make_model
-from tests.tiny import write_red_cohort
+from tests.tiny import SIDE, write_red_cohort
 
 
 @pytest.fixture
@@ -117,3 +117,28 @@ def test_one_image(root: Path) -> None:
     assert Path("cell.png").stat().st_size > 1000
     wrong = run("--image", image, "--out", "cell.doc")
     assert (wrong.exit_code, "must end in one of .png" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.seconds
+def test_a_head_on_how_cells_differ_from_training_to_page(root: Path) -> None:
+    trained = CliRunner().invoke(
+        cli,
+        [
+            *("endtoend", "--agg", "mean+std", "--cohort", str(root), "--out", "m"),
+            *("--backbone", "test_efficientnet", "--crop", str(SIDE), "--epochs", "1"),
+            *("--batch-size", "4", "--precision", "float32", "--threads", "1", "--device", "cpu"),
+        ],
+    )
+    assert trained.exit_code == 0, trained.output
+    result = run("--model", "m", "--cohort", str(root), "--plates", "5")
+    assert result.exit_code == 0, result.output
+    assert "The head looks at the average appearance of the cells and how much" in result.stdout
+    assert list(Path("report-figures").glob("differences-*.png"))
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "differ from their average is evidence for" in page
+    assert "NaN" not in page.split("<script>")[0]
+    one = run("--model", "m", "--image", str(root / "P1" / "0.png"))
+    assert (one.exit_code, "must score single cells to explain one image" in one.stderr) == (
+        2,
+        True,
+    )
