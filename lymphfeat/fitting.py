@@ -1,11 +1,12 @@
 """fit-head: heads fitted on a feature store under a protocol, and the run folder."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,11 @@ from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_images
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
-from lymphfeat.evaluation.protocol import Outcome, run_protocol, witness_aucs
+from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
 from lymphfeat.features.store import FeatureStore
+from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
 from lymphfeat.plots.optimism import draw_optimism
@@ -35,8 +37,15 @@ from lymphfeat.runtime.devices import (
     precision_name,
     whole_float32,
 )
-from lymphfeat.runtime.files import ResultKind, files_in, replace_file, result_folder
-from lymphfeat.runtime.processes import is_first, join_processes
+from lymphfeat.runtime.files import (
+    KEPT_FOLDER,
+    ResultKind,
+    files_in,
+    replace_file,
+    result_folder,
+    unfinished_folder,
+)
+from lymphfeat.runtime.processes import count, is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
@@ -98,6 +107,7 @@ def fit_heads(
     truth: str | os.PathLike[str] | None = None,
     save: bool = False,
     force: bool = False,
+    tell: Tell = untold,
     progress: Progress = silent,
 ) -> Run:
     """Fit heads on a store under a protocol; with `out` write that run folder.
@@ -111,39 +121,137 @@ def fit_heads(
     `splits` replace the protocol's own, for example those of another run's splits.json. `truth` is
     a CSV of witness images: the summary then also says how well each head finds them. `save` keeps
     the heads' weights. Under torchrun the processes share the fits, and the first one writes. The
-    folder is replaced as a whole, at the end.
+    folder is replaced as a whole, at the end. Until then finished heads are kept beside it: an
+    interrupted call continues with them when it is made again (not under torchrun). `tell` is
+    called with each `FinishedHead`.
 
     Raises SettingsError if `out` may not be written (it holds a run and `force` is not set, or it
-    holds anything else), CohortError for a truth of other images, and LeakageError if a split would
-    be measured on patients whose labels or images were trained on.
+    holds anything else) or belongs to an unfinished run of other settings, CohortError for a truth
+    of other images, and LeakageError if a split would be measured on patients whose labels or
+    images were trained on.
 
     >>> lf.fit_heads("cache/features.h5", agg="mean+std").summary
     """
     if save and out is None:
         raise SettingsError("save (=True) must go with out, the run folder that keeps the weights.")
     heads = _choose_heads(heads, agg)
-    settings = settings or FitSettings()
-    device = choose_device(settings.device)
-    dtype = choose_precision(settings.precision, device)
-    settings = replace(settings, precision=precision_name(dtype))
-    stores = _open_stores(store, heads)
-    witness = None if truth is None else _witnesses(stores[0], Path(truth))
+    request = _Request.of(store, heads, settings or FitSettings(), splits, truth, save=save)
     join_processes()
-    with _run_folder(out, force=force) as folder, cpu_threads(settings.threads), whole_float32():
-        provenance = RunProvenance.of(stores)
-        features = load_features(stores, dtype, device, views=settings.views)
-        plan = features.plan(settings, splits)
-        _refuse_leaks(plan.outer, stores[0], provenance, settings)
-        table = stores[0].table
-        outcome = run_protocol(features, plan, heads, settings, table=table, progress=progress)
-        _add_columns(outcome, features, settings, witness)
-        run = Run(folder=None if out is None else Path(out), settings=settings, outcome=outcome)
-        if folder:
-            _write(run, stores, provenance, folder)
-        if folder and save:
-            tensors = _tensors(outcome)
-            replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
-    return run
+    with _run_folder(out, force=force) as folder:
+        kept = (
+            None
+            if out is None
+            else request.kept_in(Path(out), request.settings.protocol, force=force)
+        )
+        run = request.run(folder, kept, tell, progress)
+    return replace(run, folder=None if out is None else Path(out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What is to be fitted, on what."""
+
+    stores: Sequence[FeatureStore]
+    heads: Sequence[HeadSettings]
+    settings: FitSettings
+    splits: Sequence[Split] | None
+    witness: NDArray[np.bool_] | None
+    save: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        store: Store | Sequence[Store],
+        heads: Sequence[HeadSettings],
+        settings: FitSettings,
+        splits: Sequence[Split] | None,
+        truth: str | os.PathLike[str] | None,
+        *,
+        save: bool,
+    ) -> "_Request":
+        """Open stores and choose where to compute, and how precisely."""
+        device = choose_device(settings.device)
+        dtype = choose_precision(settings.precision, device)
+        stores = _open_stores(store, heads)
+        return cls(
+            stores=stores,
+            heads=heads,
+            settings=replace(settings, precision=precision_name(dtype)),
+            splits=splits,
+            witness=None if truth is None else _witnesses(stores[0], Path(truth)),
+            save=save,
+            device=device,
+            dtype=dtype,
+        )
+
+    def kept_in(self, out: Path, protocol: str, *, force: bool) -> KeptFits | None:
+        """Find what an interrupted run of the same request kept; under torchrun nothing is."""
+        if count() > 1:
+            return None
+        folder = unfinished_folder(out) / KEPT_FOLDER
+        return KeptFits(folder, {"protocol": protocol, **self._identity()}, force=force)
+
+    def run(
+        self, folder: Path | None, kept: KeptFits | None, tell: Tell, progress: Progress
+    ) -> Run:
+        """Fit, measure and, in a process that writes, write to a folder."""
+        settings = self.settings
+        with cpu_threads(settings.threads), whole_float32():
+            provenance = RunProvenance.of(self.stores)
+            features = load_features(self.stores, self.dtype, self.device, views=settings.views)
+            plan = features.plan(settings, self.splits)
+            _refuse_leaks(plan.outer, self.stores[0], provenance, settings)
+            outcome = run_protocol(
+                features,
+                plan,
+                self.heads,
+                settings,
+                table=self.stores[0].table,
+                kept=kept,
+                tell=tell,
+                progress=progress,
+            )
+            _add_columns(outcome, features, settings, self.witness)
+            run = Run(folder=folder, settings=settings, outcome=outcome)
+            if folder:
+                _write(run, self.stores, provenance, folder)
+            if folder and self.save:
+                tensors = _tensors(outcome)
+                replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
+        return run
+
+    def under(self, protocol: str) -> "_Request":
+        """Return the same under a protocol, without what only the other one has."""
+        settings = replace(self.settings, protocol="honest")
+        if protocol == "report":
+            settings = replace(self.settings, protocol="report", epoch="last", fusions=())
+        return replace(self, settings=settings)
+
+    def _identity(self) -> dict[str, Any]:
+        """Collect what the fits depend on; where they are computed may change."""
+        incidental = ("protocol", "device", "threads", "allow_shared_images")
+        fields = {k: v for k, v in asdict(self.settings).items() if k not in incidental}
+        return {
+            "settings": fields,
+            "heads": {head_name(head): asdict(head) for head in self.heads},
+            "splits": None if self.splits is None else _hash_of(map(asdict, self.splits)),
+            "stores": {str(n): _identity_of(store) for n, store in enumerate(self.stores, 1)},
+            "versions": {"lymphfeat": __version__, "torch": torch.__version__},
+        }
+
+
+def _identity_of(store: FeatureStore) -> dict[str, str]:
+    """Return the recipe and a hash of the patients and of the averages of all maps."""
+    digest = hashlib.blake2b(_hash_of([store.ids, store.labels.tolist()]).encode(), digest_size=16)
+    for name in sorted(store.feature_sets):
+        digest.update(np.ascontiguousarray(store.pooled(name)).data)
+    return {"recipe": store.recipe_sha256, "content": digest.hexdigest()}
+
+
+def _hash_of(values: Iterable[object]) -> str:
+    return hashlib.blake2b(json_text(list(values)).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -152,7 +260,9 @@ def _run_folder(out: str | os.PathLike[str] | None, *, force: bool) -> Iterator[
     if out is None:
         yield None
         return
-    with result_folder(Path(out), RUN, force=force, writes=is_first()) as folder:
+    with result_folder(
+        Path(out), RUN, force=force, resumes=(KEPT_FOLDER,), writes=is_first()
+    ) as folder:
         yield folder if is_first() else None
 
 
@@ -203,7 +313,7 @@ def _choose_heads(
     if isinstance(heads, HeadGrid):
         return expand(heads)
     if heads:
-        return [resolve(head, solver="exact") for head in heads]
+        return list(dict.fromkeys(resolve(head, solver="exact") for head in heads))
     names = (agg,) if isinstance(agg, str) else tuple(agg)
     return expand(HeadGrid(agg=names) if names else HeadGrid())
 
@@ -308,6 +418,7 @@ class FitOptions(TypedDict, total=False):
     splits: Sequence[Split] | None
     truth: str | os.PathLike[str] | None
     save: bool
+    tell: Tell
     progress: Progress
 
 
@@ -326,15 +437,25 @@ def fit_both(
     honest run has them. Also writes optimism.csv and optimism.png. The folder is replaced as a
     whole, at the end; raises the errors of `fit_heads`.
     """
-    folder, settings = Path(out), settings or FitSettings()
+    folder, heads = Path(out), _choose_heads(heads, ())
+    tell, progress = options.get("tell", untold), options.get("progress", silent)
+    request = _Request.of(
+        store,
+        heads,
+        settings or FitSettings(),
+        options.get("splits"),
+        options.get("truth"),
+        save=options.get("save", False),
+    )
     join_processes()
-    with result_folder(folder, RUN, force=force, writes=is_first()) as new:
+    with _run_folder(folder, force=force) as new:
+        kept = request.kept_in(folder, "both", force=force)
         honest, report = (  # the honest one first: it refuses more
-            fit_heads(store, heads, _under(settings, name), new / name, **options)
+            request.under(name).run(_subfolder(new, name), kept, tell, progress)
             for name in ("honest", "report")
         )
         table = set_off(report, honest)
-        if is_first():
+        if new:
             csv, png = (new / name for name in OPTIMISM_FILES)
             table.to_csv(csv, index=False, float_format="%.6g")
             draw_optimism(table, png)
@@ -345,10 +466,10 @@ def fit_both(
     )
 
 
-def _under(settings: FitSettings, protocol: str) -> FitSettings:
-    if protocol == "report":
-        return replace(settings, protocol="report", epoch="last", fusions=())
-    return replace(settings, protocol="honest")
+def _subfolder(folder: Path | None, name: str) -> Path | None:
+    if folder:
+        (folder / name).mkdir()
+    return folder and folder / name
 
 
 def set_off(report: Run, honest: Run) -> pd.DataFrame:

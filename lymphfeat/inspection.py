@@ -19,7 +19,7 @@ from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN_FILES
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
 from lymphfeat.model.model import FACTS_FILE, Model
-from lymphfeat.runtime.files import find_checkpoints, recover, unfinished_folder
+from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 
@@ -105,7 +105,7 @@ def _describe_unfinished(out: Path) -> dict[str, Any]:
         "whole": False,
         "path": str(unfinished_folder(out)),
         "of": str(out),
-        "checkpoints": [path.name for path in find_checkpoints(out)],
+        "checkpoints": [path.name for path in (*find_checkpoints(out), *find_kept(out))],
         "to finish it": "run the same command again",
     }
 

@@ -64,8 +64,8 @@ INSIDE = {
         *("registry", "aggregators", "bags"),
     ),
     "heads.engine": (
-        *("engine", "weighted", "ranking", "networks", "exact", "trainer", "descriptions"),
-        *("logistic", "sharing", "scorers", "results", "sampling", "instances"),
+        *("engine", "kept", "weighted", "ranking", "networks", "exact", "trainer"),
+        *("descriptions", "logistic", "sharing", "scorers", "results", "sampling", "instances"),
     ),
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features": ("store_writer", "map_encoder", "store", "backbones", "views", "augmentation"),

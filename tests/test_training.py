@@ -328,7 +328,7 @@ def test_blocks_are_the_whole(features: Features) -> None:
     np.testing.assert_allclose(whole.weight, cut.weight, atol=1e-5)
     assert sorted(cut.modules) == sorted(whole.modules) == [len(fits) - 2, len(fits) - 1]
     assert seen[-1][:2] == (2 * len(fits), 2 * len(fits))
-    assert "epoch 2 of 2, block" in seen[-1][2]
+    assert seen[-1][2] == "attention width=4, epoch 2 of 2"
 
 
 def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:

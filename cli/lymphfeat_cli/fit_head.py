@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lymphfeat.cohort.splits import Split
-    from lymphfeat.evaluation.protocol import Outcome
+    from lymphfeat.evaluation.protocol import FinishedHead, Outcome
     from lymphfeat.fitting import Run
 
 
@@ -61,7 +61,8 @@ Examples:
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
   torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
-Options with several values form a grid: each combination is one head; all are fitted at once.""",
+Options with several values form a grid: each combination is one head; all are fitted together.
+Run the same command again to resume an interrupted one: finished heads are kept.""",
 )
 @click.option(
     "--store",
@@ -105,7 +106,7 @@ def command(
     """Fit MIL heads on cached feature maps, over all seeds and splits at once.
 
     Prints one row per head, best first, and writes a run folder with the table, all epochs,
-    predictions and splits, and a figure.
+    predictions and splits, and a figure. Each head is shown on stderr as soon as it is finished.
     """
     from lymphfeat.features.store import FeatureStore
     from lymphfeat.fitting import Run, fit_both, fit_heads
@@ -120,12 +121,24 @@ def command(
             settings if protocol == "both" else replace(settings, protocol=protocol),
             folder,
             force=output.force,
+            tell=lambda head: progress.say(_finished(head, named=protocol == "both")),
             progress=progress,
             **given,  # splits, truth, save
         )
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     optimism = None if isinstance(found, Run) else found.table
     output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
+
+
+def _finished(head: "FinishedHead", *, named: bool) -> str:
+    """Describe a finished head in a line; `named` adds its protocol."""
+    parts = [
+        f"BA {with_interval(head.ba, head.ba_low, head.ba_high)}",
+        f"AUC {number(head.auc)}",
+        "kept from before" if head.seconds is None else f"{head.seconds:.1f} s",
+    ]
+    name = f"{head.protocol}, {head.name}" if named else head.name
+    return f"{name}: {', '.join(parts)}"
 
 
 def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:

@@ -17,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -24,9 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lymphfeat.runtime.files import check_file
-from lymphfeat.runtime.progress import Progress as ProgressCall
-from lymphfeat.runtime.progress import silent
-from lymphfeat_cli.progress_lines import progress_lines
+from lymphfeat_cli.progress_lines import Display, Nothing, progress_lines
 
 if TYPE_CHECKING:
     from lymphfeat.cohort.cohort import Cohort
@@ -149,7 +148,7 @@ class Output:
     quiet: bool
     force: bool = False
 
-    def progress(self, title: str) -> AbstractContextManager[ProgressCall]:
+    def progress(self, title: str) -> AbstractContextManager[Display]:
         """Show the progress of work on stderr."""
         return progress_bar(title, self.quiet)
 
@@ -191,13 +190,14 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
+def progress_bar(title: str, quiet: bool = False) -> Iterator[Display]:
     """Show progress on stderr: a bar on a terminal, else a line about every 30 seconds.
 
-    Nothing with -q. Of several processes (torchrun) only the first shows its progress.
+    What it is told to say stays: above the bar, or as a line. Nothing with -q. Of several processes
+    (torchrun) only the first shows its progress.
     """
     if quiet or not is_first():
-        yield silent
+        yield Nothing()
         return
     if not sys.stderr.isatty():
         with progress_lines(title) as line:
@@ -213,12 +213,21 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[ProgressCall]:
         console=Console(stderr=True),
     )
     with bar:
-        task = bar.add_task(title, total=None, text="")
+        yield _Bar(bar, bar.add_task(title, total=None, text=""))
 
-        def call(done: int, total: int, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, text=text)
 
-        yield call
+@dataclass(frozen=True)
+class _Bar:
+    """A bar on a terminal."""
+
+    bar: Progress
+    task: TaskID
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        self.bar.update(self.task, completed=done, total=total, text=text)
+
+    def say(self, text: str) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def is_first() -> bool:

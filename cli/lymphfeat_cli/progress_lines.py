@@ -1,14 +1,34 @@
-"""Progress for a log: one line now and then, where there is no terminal to draw a bar on."""
+"""Progress on stderr: a bar on a terminal, one line now and then in a log."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import click
 
+from lymphfeat.runtime.progress import Progress
+
 FIRST_SECONDS = 5.0  # until the first line
 EVERY_SECONDS = 30.0  # between lines
+
+
+class Display(Progress, Protocol):
+    """Shows progress, and lines that stay."""
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+
+
+class Nothing:
+    """Shows nothing."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 class ProgressLine:
@@ -24,6 +44,11 @@ class ProgressLine:
         if total != self._total or done < self._done:  # other work: its pace is its own
             self._first, self._begin = done, self._clock()
         self._done, self._total, self._text = done, total, text
+
+    def say(self, text: str) -> None:
+        """Write a line at once."""
+        with suppress(OSError):  # nobody reads stderr any more: the work goes on
+            click.echo(text, err=True)
 
     def __str__(self) -> str:
         """Return e.g. `extracting: 120 of 1345 (9 %), 84 images/s, about 15 s left`."""
@@ -60,10 +85,7 @@ def progress_lines(title: str) -> Iterator[ProgressLine]:
     def write() -> None:
         seconds = FIRST_SECONDS
         while not ended.wait(seconds):
-            try:
-                click.echo(str(line), err=True)
-            except OSError:  # nobody reads stderr any more: the work goes on
-                return
+            line.say(str(line))
             seconds = EVERY_SECONDS
 
     thread = threading.Thread(target=write, daemon=True)

@@ -8,7 +8,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,8 @@ from lymphfeat.evaluation.scores import (
     select_inside,
 )
 from lymphfeat.evaluation.summary import find_warnings, summarise
-from lymphfeat.heads.engine.engine import fit_stacked
+from lymphfeat.heads.engine.engine import Finished, fit_stacked
+from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.engine.logistic import PENALTIES
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
@@ -70,6 +71,27 @@ class Outcome:
         return _curves(self.patients, self.fitted, scores, every)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishedHead:
+    """A head that is fitted on all splits, measured while others are fitted."""
+
+    name: str
+    protocol: str
+    ba: float
+    ba_low: float  # of its corrected 95 % interval
+    ba_high: float
+    auc: float
+    # of fitting it: its share of the time of what was fitted together; None: it was kept
+    seconds: float | None
+
+
+Tell = Callable[[FinishedHead], None]
+
+
+def untold(head: FinishedHead) -> None:
+    """Ignore that a head is finished: the default."""
+
+
 def run_protocol(
     features: FeatureProvider,
     plan: Plan,
@@ -77,28 +99,34 @@ def run_protocol(
     settings: FitSettings,
     *,
     table: pd.DataFrame | None = None,
+    kept: KeptFits | None = None,
+    tell: Tell = untold,
     progress: Progress = silent,
 ) -> Outcome:
     """Fit every head on every split of a plan, and measure it next to the baselines.
 
     `plan` is the provider's, made with the same settings; whether its splits leak labels or images
     is for the caller to check (`refuse_leaks`). `table` has one row of clinical attributes per
-    patient, in the provider's order. Raises SettingsError, before anything is fitted, for a
-    threshold, epoch or fusion that cannot be learnt without inner splits or attributes.
+    patient, in the provider's order. Fits that were `kept` are not repeated. `tell` is called with
+    every head: as soon as it is finished where all splits share one set of features and one process
+    fits them, else in the end. Raises SettingsError, before anything is fitted, for a threshold,
+    epoch or fusion that cannot be learnt without inner splits or attributes.
     """
     rule = _threshold_rule(plan, settings)
     _check_epoch(plan, settings)
     attributes = _attributes(table, len(features.ids), settings)
     fusions = choose_fusions(settings.fusions, plan, attributes)
     patients = PlannedPatients(features.ids, features.labels, plan)
-    fitted = _fit(features, plan, heads, settings, progress)
-    scores = [_head_scores(patients, fitted, head, settings) for head in heads]
+    finishing = _Finishing(patients, heads, settings, rule, tell)
+    fitted = _fit(features, plan, heads, settings, kept, finishing.note, progress)
+    scores, measured = finishing.all_of(fitted)
     scores += _join(patients, heads, scores)
     fused = fit_fusions(patients, scores, fusions, attributes)
     baselines = fit_baselines(patients, features.n_images, attributes)
     scores = [*scores, *fused, *baselines]
     fitted = fitted.take(range(len(heads) * len(plan.outer)))  # the fits on measured splits
-    measured = [_measure(patients, fitted, each, settings, rule) for each in scores]
+    others = scores[len(heads) :]
+    measured += [_measure(patients, fitted, each, settings, rule) for each in others]
     runs = pd.concat([each.runs for each in measured], ignore_index=True)
     predictions = pd.concat([each.predictions for each in measured], ignore_index=True)
     return Outcome(
@@ -118,6 +146,65 @@ def run_protocol(
         patients=patients,
         scores=tuple(scores),
     )
+
+
+class _Finishing:
+    """Measures every head when the last of its fits is finished, and tells of it."""
+
+    def __init__(
+        self,
+        patients: PlannedPatients,
+        heads: Sequence[HeadSettings],
+        settings: FitSettings,
+        rule: str,
+        tell: Tell,
+    ) -> None:
+        self._patients, self._settings, self._rule, self._tell = patients, settings, rule, tell
+        plan = patients.plan
+        self._of_each = len(plan.outer) + len(plan.inner_once)  # fits
+        self._left = dict.fromkeys(heads, self._of_each)
+        self._seconds: dict[HeadSettings, float] = {}
+        self._finished: dict[HeadSettings, tuple[Scores, Measured]] = {}
+
+    def note(self, positions: Sequence[int], fitted: FittedHeads, seconds: float | None) -> None:
+        """Note that some of the fits are finished; those of other sets of features are not here."""
+        here = Counter(fit.head for fit in fitted.fits)
+        for head, n in Counter(fitted.fits[position].head for position in positions).items():
+            self._left[head] -= n
+            if seconds is not None:
+                own = seconds * n / len(positions)
+                self._seconds[head] = self._seconds.get(head, 0.0) + own
+            if not self._left[head] and here[head] == self._of_each:
+                self._finish(head, fitted)
+
+    def all_of(self, fitted: FittedHeads) -> tuple[list[Scores], list[Measured]]:
+        """Return what was measured of all heads, in their order."""
+        for head in self._left:
+            if head not in self._finished:
+                self._finish(head, fitted)
+        scores, measured = zip(*(self._finished[head] for head in self._left), strict=True)
+        return list(scores), list(measured)
+
+    def _finish(self, head: HeadSettings, fitted: FittedHeads) -> None:
+        scores = _head_scores(self._patients, fitted, head, self._settings)
+        measured = _measure(self._patients, fitted, scores, self._settings, self._rule)
+        self._finished[head] = scores, measured
+        if self._tell is untold:
+            return
+        table = summarise(measured.runs, measured.predictions, self._patients.plan)
+        values = (float(table[name].iloc[0]) for name in ("ba", "ba_low", "ba_high", "auc"))
+        ba, ba_low, ba_high, auc = values
+        self._tell(
+            FinishedHead(
+                name=scores.name,
+                protocol=self._settings.protocol,
+                ba=ba,
+                ba_low=ba_low,
+                ba_high=ba_high,
+                auc=auc,
+                seconds=self._seconds.get(head),
+            )
+        )
 
 
 def _measure(
@@ -207,6 +294,8 @@ def _fit(
     plan: Plan,
     heads: Sequence[HeadSettings],
     settings: FitSettings,
+    kept: KeptFits | None,
+    finished: Finished,
     progress: Progress,
 ) -> FittedHeads:
     """Fit heads x measured splits, then heads x inner splits, one set of features at a time."""
@@ -220,17 +309,23 @@ def _fit(
     for position, fit in enumerate(fits):
         groups.setdefault(features.set_of(fit.split), []).append(position)
     if len(groups) == 1:
-        return _fit_together(features, fits, settings, progress)
+        return _fit_together(features, fits, settings, kept, finished, progress)
     parts = []
     for done, (name, group) in enumerate(groups.items()):
-        parts.append(_fit_together(features, [fits[i] for i in group], settings, silent))
+        own = [fits[i] for i in group]
+        parts.append(_fit_together(features, own, settings, kept, finished, silent))
         progress(done + 1, len(groups), name)
     order = np.argsort(np.concatenate([*groups.values()]), kind="stable")
     return FittedHeads.joined(parts).take(order.tolist())
 
 
 def _fit_together(
-    features: FeatureProvider, fits: Sequence[Fit], settings: FitSettings, progress: Progress
+    features: FeatureProvider,
+    fits: Sequence[Fit],
+    settings: FitSettings,
+    kept: KeptFits | None,
+    finished: Finished,
+    progress: Progress,
 ) -> FittedHeads:
     """Fit heads on splits that share one set of features."""
     own = features.for_split(fits[0].split)
@@ -245,6 +340,8 @@ def _fit_together(
         epochs=settings.epochs,
         sampling=sampling,
         tta=settings.tta,
+        kept=kept,
+        finished=finished,
         progress=progress,
     )
 

@@ -9,8 +9,8 @@ the same file system, and then swapped in:
 
 A process that ends before step 1 leaves the old result as it was. Step 2 takes two renames, between
 which neither result is in its place; both are in `<name>.partial`, and `recover`, which the next
-writer or reader calls, continues from there. Checkpoints of an unfinished training are in
-`<name>.partial`.
+writer or reader calls, continues from there. Checkpoints of an unfinished training, and the kept
+parts of an unfinished run, are in `<name>.partial`.
 """
 
 import json
@@ -29,6 +29,7 @@ from lymphfeat.runtime.strict_json import json_text
 
 _NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
 _CHECKPOINT_SUFFIX = ".pt"
+KEPT_FOLDER = "kept"  # of the finished parts of an unfinished result
 _LITTER = (".DS_Store", "Thumbs.db")  # left by file managers
 
 
@@ -80,6 +81,11 @@ def unfinished_folder(out: Path) -> Path:
 def find_checkpoints(out: Path) -> tuple[Path, ...]:
     """Return the checkpoints of an unfinished training that is to become `out`."""
     return tuple(sorted(unfinished_folder(out).glob(f"*{_CHECKPOINT_SUFFIX}")))
+
+
+def find_kept(out: Path) -> tuple[Path, ...]:
+    """Return the kept parts of an unfinished run that is to become `out`."""
+    return tuple(sorted((unfinished_folder(out) / KEPT_FOLDER).glob("*.safetensors")))
 
 
 # --- locks and disks ------------------------------------------------------------------------------
@@ -157,13 +163,25 @@ def _check_unfinished(folder: Path, resumes: Collection[str], *, force: bool) ->
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name in ours:
             continue
-        if _CHECKPOINT_SUFFIX not in path.suffixes:
+        if not _is_checkpoint(path):
             raise SettingsError(f"{path} is in the way; move it away or choose another --out.")
         if not force:
             raise SettingsError(
                 f"{path} belongs to an unfinished training of another kind; choose another --out, "
                 "or start over with --force."
             )
+        _remove(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _CHECKPOINT_SUFFIX in path.suffixes or path.name == KEPT_FOLDER
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
         path.unlink()
 
 
@@ -181,10 +199,10 @@ def result_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder to write to, and replace `out` with it at the end.
 
-    An exception inside leaves `out` as it was. `resumes` names the checkpoints in
-    `unfinished_folder(out)` that are resumed; they are removed at the end. Of several
-    processes only the one that `writes` does anything. Raises SettingsError at once if `out` may
-    not be overwritten (see `check_folder`).
+    An exception inside leaves `out` as it was. `resumes` names the checkpoints, or the folder of
+    kept parts, in `unfinished_folder(out)` that are resumed; they are removed at the end. Of
+    several processes only the one that `writes` does anything. Raises SettingsError at once if
+    `out` may not be overwritten (see `check_folder`).
     """
     kinds = {out.name: kind}
     with _staged(out, kinds, force=force, resumes=resumes, writes=writes) as new:
@@ -326,6 +344,6 @@ def _go_on(out: Path) -> None:
             new.rename(place)
     for name in (_NEW, _OLD):
         shutil.rmtree(unfinished / name, ignore_errors=True)
-    for checkpoint in unfinished.glob(f"*{_CHECKPOINT_SUFFIX}*"):
-        checkpoint.unlink()
+    for path in filter(_is_checkpoint, list(unfinished.iterdir())):
+        _remove(path)
     swap.unlink()  # last: checkpoints without it are an unfinished training

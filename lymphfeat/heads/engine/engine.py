@@ -1,38 +1,49 @@
 """The head engine: fits many heads together on cached feature maps.
 
 A *fit* is one head's settings on one split. Fits of one family, unit and way of learning are
-stacked along one head axis H (`ranking`, `weighted`); `networks` share what they read. Every fit
-draws its own initialisation and order from a generator seeded only by its split, so fitting many
-together gives the same as fitting one alone, and a grid can be cut into blocks that fit in memory.
+stacked along one head axis H (`ranking`, `weighted`). Every fit draws its own initialisation and
+order from a generator seeded only by its split, so fitting many together gives the same as fitting
+one alone. Stacks are fitted one after another, the fastest family first, and a stack that is large
+in pieces: what is finished can be shown, and kept in case the rest is interrupted. A piece shares
+no reads with another one; each reads the features in its own order.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lymphfeat.heads.engine.exact import ExactHeadTrainer
 from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.engine.networks import NetworkHeadTrainer
 from lymphfeat.heads.engine.ranking import RankingHeadTrainer
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
-from lymphfeat.heads.engine.sharing import by_split, exchange, own_share
+from lymphfeat.heads.engine.sharing import exchange, own_share
 from lymphfeat.heads.engine.trainer import HeadTrainer
 from lymphfeat.heads.engine.weighted import WeightedHeadTrainer
+from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.runtime.devices import available_memory
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
 
-TRAINERS: dict[str, type[HeadTrainer]] = {
+TRAINERS: dict[str, type[HeadTrainer]] = {  # in the order of fitting
+    "distribution": ExactHeadTrainer,
     "ranking": RankingHeadTrainer,
     "weighted": WeightedHeadTrainer,
     "network": NetworkHeadTrainer,
-    "distribution": ExactHeadTrainer,
 }
+# (positions, results, seconds): some of the fits are finished; None seconds: they were kept.
+Finished = Callable[[Sequence[int], FittedHeads, float | None], None]
+
+
+def _unwatched(positions: Sequence[int], results: FittedHeads, seconds: float | None) -> None:
+    """Ignore that fits are finished."""
 
 
 def _trainer_of(head: HeadSettings) -> type[HeadTrainer]:
@@ -47,15 +58,18 @@ def fit_stacked(
     sampling: Sampling,
     tta: bool = False,
     memory: int | None = None,
+    kept: KeptFits | None = None,
+    finished: Finished = _unwatched,
     progress: Progress = silent,
 ) -> FittedHeads:
     """Fit all heads together; keep every patient's probability after every epoch.
 
     Evaluation uses the identity view, or with `tta` the mean over the views of `sampling`. Heads
-    that need more than `memory` bytes (None: a quarter of the free memory) are fitted block after
-    block. Under torchrun every process fits its share and returns all. With bfloat16 features the
-    last probabilities are compared with the same weights' in float32. Progress counts heads ×
-    epochs.
+    that need more than `memory` bytes (None: a quarter of the free memory) are fitted piece after
+    piece. Pieces that were `kept` are not fitted again; those that are fitted are kept. Under
+    torchrun every process fits its share and returns all. With bfloat16 features the last
+    probabilities are compared with the same weights' in float32. Progress counts heads × epochs,
+    heads without epochs once.
     """
     share = own_share(fits)
     own = FittedHeads.empty(
@@ -65,92 +79,135 @@ def fit_stacked(
         channels=features.channels,
     )
     memory = available_memory(features.device) // 4 if memory is None else memory
-    blocks = _blocks(own.fits, features.channels, sampling.batch_size, memory)
-    count = _Count(progress, len(own.fits) * epochs, epochs, len(blocks))
-    for number, block in enumerate(blocks):
-        _fit_block(features, own, block, sampling, tta=tta, count=partial(count, number))
+    pieces = _pieces(own.fits, features.channels, sampling, memory)
+    count = _Count(progress, sum(piece.work(epochs) for piece in pieces))
+    for piece in _not_kept(pieces, features, own, kept, count, finished):
+        begin = time.perf_counter()
+        _fit_piece(features, own, piece, sampling, tta=tta, count=count)
+        if kept is not None:
+            kept.write(own.take(piece.positions), features)
+        finished(piece.positions, own, time.perf_counter() - begin)
     return exchange(fits, share, own)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Fits that one trainer fits together."""
+
+    trainer: type[HeadTrainer]
+    positions: Sequence[int]
+    name: str
+
+    def work(self, epochs: int) -> int:
+        """Return what the piece counts as progress."""
+        return len(self.positions) * self.trainer.work_of(epochs)
+
+
 class _Count:
-    """Turns heads × epochs into progress."""
+    """Adds up progress."""
 
-    def __init__(self, progress: Progress, total: int, epochs: int, blocks: int) -> None:
-        self._progress, self._total, self._epochs, self._blocks = progress, total, epochs, blocks
-        self._done = 0
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
 
-    def __call__(self, block: int, heads: int, epoch: int) -> None:
-        """Report that some heads of a block have finished an epoch."""
-        self._done += heads
-        of_block = f", block {block + 1} of {self._blocks}" if self._blocks > 1 else ""
-        text = f"epoch {epoch + 1} of {self._epochs}{of_block}"
-        self._progress(self._done, self._total, text)
+    def add(self, done: int, *texts: str) -> None:
+        self._done += done
+        self._progress(self._done, self._total, ", ".join(text for text in texts if text))
 
 
-def _fit_block(
+def _not_kept(
+    pieces: Sequence[_Piece],
     features: Features,
     result: FittedHeads,
-    positions: Sequence[int],
+    kept: KeptFits | None,
+    count: _Count,
+    finished: Finished,
+) -> list[_Piece]:
+    """Take the pieces that were kept into a result; return the others."""
+    waiting = []
+    for piece in pieces:
+        if kept is None or not kept.read(result, piece.positions, features):
+            waiting.append(piece)
+            continue
+        count.add(piece.work(result.losses.shape[1]), piece.name)
+        finished(piece.positions, result, None)
+    return waiting
+
+
+def _fit_piece(
+    features: Features,
+    result: FittedHeads,
+    piece: _Piece,
     sampling: Sampling,
     *,
     tta: bool,
-    count: Callable[[int, int], None],
+    count: _Count,
 ) -> None:
-    """Fit some of the fits of a result together, and write their results into it."""
-    own = {position: result.fits[position] for position in positions}
-    trainers = [
-        trainer(features, stack, sampling, tta=tta) for trainer, stack in _stacks(own, sampling)
-    ]
-    for epoch in range(result.losses.shape[1]):
-        for trainer in trainers:
-            trainer.run_epoch(epoch, result)
-            count(len(trainer), epoch)
+    """Fit a piece of a result, and write its results into it."""
+    own = {position: result.fits[position] for position in piece.positions}
+    trainer = piece.trainer(features, own, sampling, tta=tta)
+    count.add(0, piece.name)
+    trainer.fit(result, lambda fits, text: count.add(fits, piece.name, text))
     if features.dtype != torch.float32:
-        _compare_with_float32(features, result, positions, trainers)
-    for trainer in trainers:
-        trainer.keep(result)
+        _compare_with_float32(features, result, piece.positions, trainer)
+    trainer.keep(result)
 
 
 def _compare_with_float32(
-    features: Features,
-    result: FittedHeads,
-    positions: Sequence[int],
-    trainers: Sequence[HeadTrainer],
+    features: Features, result: FittedHeads, positions: Sequence[int], trainer: HeadTrainer
 ) -> None:
     exact = FittedHeads.empty(
         result.fits, epochs=1, patients=len(features.labels), channels=features.channels
     )
-    in_float32 = features.in_float32()
-    for trainer in trainers:
-        trainer.evaluate_on(in_float32, exact)
+    trainer.evaluate_on(features.once("float32", features.in_float32), exact)
     own = list(positions)
     difference = np.abs(exact.curves[own, 0] - result.curves[own, -1])  # (fits, P)
     result.rounding[own] = difference.max(1)
 
 
-def _blocks(fits: Sequence[Fit], channels: int, batch_size: int, memory: int) -> list[list[int]]:
-    """Cut fits into blocks whose weights, optimisers and batches fit in memory."""
-    sizes: dict[HeadSettings, int] = {}
-    blocks: list[list[int]] = [[]]
-    held = 0
-    for position in by_split(fits):
-        fit = fits[position]
-        if fit.head not in sizes:
-            sizes[fit.head] = _trainer_of(fit.head).bytes_of(fit.head, channels, batch_size)
-        if blocks[-1] and held + sizes[fit.head] > memory:
-            blocks.append([])
-            held = 0
-        blocks[-1].append(position)
-        held += sizes[fit.head]
-    return blocks
-
-
-def _stacks(
-    fits: Mapping[int, Fit], sampling: Sampling
-) -> list[tuple[type[HeadTrainer], dict[int, Fit]]]:
-    """Group fits that one trainer can train together."""
-    stacks: dict[tuple[type[HeadTrainer], Hashable], dict[int, Fit]] = defaultdict(dict)
-    for position, fit in fits.items():
+def _pieces(fits: Sequence[Fit], channels: int, sampling: Sampling, memory: int) -> list[_Piece]:
+    """Group fits that one trainer can fit together, in the order in which they are fitted."""
+    stacks: dict[tuple[type[HeadTrainer], Hashable], list[int]] = defaultdict(list)
+    for position, fit in enumerate(fits):
         trainer = _trainer_of(fit.head)
-        stacks[trainer, trainer.stack_key(fit.head, sampling)][position] = fit
-    return [(trainer, stack) for (trainer, _), stack in stacks.items()]
+        stacks[trainer, trainer.stack_key(fit.head, sampling)].append(position)
+    order = list(TRAINERS.values())
+    found = []
+    for (trainer, _), stack in sorted(stacks.items(), key=lambda each: order.index(each[0][0])):
+        sizes = {
+            position: trainer.bytes_of(fits[position].head, channels, sampling.batch_size)
+            for position in _by_learner(fits, stack, trainer)
+        }
+        for piece in _cut(sizes, memory, trainer.most):
+            found.append(_Piece(trainer, piece, _name([fits[each].head for each in piece])))
+    return found
+
+
+def _by_learner(fits: Sequence[Fit], stack: Sequence[int], trainer: type[HeadTrainer]) -> list[int]:
+    """Order a stack head after head, and heads that learn the same split after split."""
+    learners = {trainer.learner_of(fits[position].head): None for position in stack}
+    place = {learner: number for number, learner in enumerate(learners)}
+
+    def key(position: int) -> tuple[int, str]:
+        fit = fits[position]
+        return place[trainer.learner_of(fit.head)], fit.split.id
+
+    return sorted(stack, key=key)
+
+
+def _cut(sizes: Mapping[int, int], memory: int, most: int) -> Iterator[list[int]]:
+    """Cut fits, by their bytes, into pieces whose weights, optimisers and batches fit in memory."""
+    piece: list[int] = []
+    held = 0
+    for position, size in sizes.items():
+        if piece and (held + size > memory or len(piece) == most):
+            yield piece
+            piece, held = [], 0
+        piece.append(position)
+        held += size
+    yield piece
+
+
+def _name(heads: Sequence[HeadSettings]) -> str:
+    """Name a piece by its heads."""
+    first, *others = dict.fromkeys(map(head_name, heads))
+    return f"{first} and {len(others)} more" if others else first

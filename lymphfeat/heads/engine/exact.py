@@ -26,7 +26,7 @@ from lymphfeat.heads.engine.instances import Features, Instances, Resident
 from lymphfeat.heads.engine.logistic import PENALTIES, solve_paths
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
-from lymphfeat.heads.engine.trainer import HeadTrainer
+from lymphfeat.heads.engine.trainer import HeadTrainer, Tick
 from lymphfeat.heads.exact_head import Block, ExactHead
 from lymphfeat.heads.stack import class_weights
 from lymphfeat.settings import HeadSettings
@@ -213,36 +213,52 @@ def _solve_as(settings: HeadSettings, sets: Sequence[TrainingSet], labels: Tenso
 
 
 class ExactHeadTrainer(HeadTrainer):
-    """Solves fits of one unit; there is nothing to learn after the first epoch."""
+    """Solves the fits of one head; there is nothing to learn after the first epoch."""
 
     def __init__(
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:
         super().__init__(features, fits, sampling, tta=tta)
-        self._descriptions = Descriptions([own.of_unit(self._unit) for own in features.sets])
+        self._descriptions = features.once(
+            ("descriptions", self._unit),
+            lambda: Descriptions([own.of_unit(self._unit) for own in features.sets]),
+        )
         self._heads: dict[int, ExactHead] = {}
         self._losses = np.zeros(len(self._fits), np.float32)
         self._logits = torch.zeros(len(self._fits), len(features.labels), dtype=torch.float64)
-        alike: dict[tuple[HeadSettings, int], list[int]] = defaultdict(list)
-        for place, fit in enumerate(self._fits):
-            alike[fit.head, len(fit.split.train)].append(place)
-        for head, _ in alike:
-            self._descriptions.of(head)  # made once, before threads ask for them
-        chunks = (
-            places[start : start + _TOGETHER]
-            for places in alike.values()
-            for start in range(0, len(places), _TOGETHER)
-        )
-        # A small factorisation uses one thread; several at a time use all.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(self._solve, chunks))
 
     @classmethod
     def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
-        return head.unit
+        return head
 
-    def _solve(self, places: Sequence[int]) -> None:
-        """Solve one head on some splits with training sets of one size."""
+    @classmethod
+    def work_of(cls, epochs: int) -> int:
+        return 1
+
+    def fit(self, result: FittedHeads, tick: Tick) -> None:
+        self._descriptions.of(self._fits[0].head)  # made once, before threads ask for them
+        # A small factorisation uses one thread; several at a time use all.
+        threads = ThreadPoolExecutor(torch.get_num_threads())
+        try:
+            for places in threads.map(self._solve, self._chunks()):
+                tick(len(places), "")
+        finally:  # after an interruption the other chunks are not waited for
+            threads.shutdown(cancel_futures=True)
+        super().fit(result, lambda fits, text: None)
+
+    def _chunks(self) -> list[list[int]]:
+        """Cut the fits into chunks with training sets of one size, the largest first."""
+        alike: dict[int, list[int]] = defaultdict(list)
+        for place, fit in enumerate(self._fits):
+            alike[len(fit.split.train)].append(place)
+        return [
+            alike[size][start : start + _TOGETHER]
+            for size in sorted(alike, reverse=True)
+            for start in range(0, len(alike[size]), _TOGETHER)
+        ]
+
+    def _solve(self, places: list[int]) -> list[int]:
+        """Solve the head on some splits with training sets of one size; return them."""
         head = self._fits[places[0]].head
         sets = [self._training_set(self._fits[place]) for place in places]
         labels = self._features.labels
@@ -252,6 +268,7 @@ class ExactHeadTrainer(HeadTrainer):
             known = labels[own.patients][None].double()
             fitted = solved.logits[own.patients][None]
             self._losses[place] = float(_log_loss(fitted, known, own.importance[None]))
+        return places
 
     def _training_set(self, fit: Fit) -> TrainingSet:
         features = self._features

@@ -2,10 +2,10 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lymphfeat.runtime.devices import available_memory
 _CHUNK_BYTES = 64 << 20  # of feature maps laid out as pixels at a time
 _CHUNK_VALUES = 4 << 20  # logits made at a time
 _CHUNK_ROWS = 1 << 15  # instances read at a time
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -179,6 +180,7 @@ class Features:
         self.row = {patient: row for row, patient in enumerate(ids)}
         self._memory = memory
         self.others: tuple[Features, ...] = ()
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def sets(self) -> tuple["Features", ...]:
@@ -188,8 +190,15 @@ class Features:
     def joined_with(self, others: Sequence["Features"]) -> "Features":
         """Return the same features, with others of the same images beside them."""
         joined = copy.copy(self)
-        joined.others = tuple(others)
+        joined.others, joined._made = tuple(others), {}
         return joined
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what is made of these features under a key, made when first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     @property
     def n_views(self) -> int:

@@ -1,7 +1,4 @@
-"""Training of networks on a patient's pooled images, one by one, as stacking gains nothing.
-
-All fits of a split see the same patients in the same order and share what is read.
-"""
+"""Training of networks on a patient's pooled images, one by one, as stacking gains nothing."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +66,8 @@ class _Lane:
 class NetworkHeadTrainer(HeadTrainer):
     """Trains fits whose aggregator is a network."""
 
+    most = 25
+
     def __init__(
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:
@@ -79,7 +78,7 @@ class NetworkHeadTrainer(HeadTrainer):
 
     @classmethod
     def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
-        return None
+        return head
 
     @classmethod
     def bytes_of(cls, head: HeadSettings, channels: int, batch_size: int) -> int:

@@ -89,6 +89,10 @@ class RankingHeadTrainer(HeadTrainer):
         return _aggregation(_learning(head))
 
     @classmethod
+    def learner_of(cls, head: HeadSettings) -> Hashable:
+        return _learning(head)
+
+    @classmethod
     def bytes_of(cls, head: HeadSettings, channels: int, batch_size: int) -> int:
         batch = 3 * batch_size * head.k_train  # copied twice
         return super().bytes_of(head, channels, batch_size) + 4 * channels * batch

@@ -1,8 +1,9 @@
 """What the trainers of all families share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +16,13 @@ from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
 from lymphfeat.settings import HeadSettings
 
+Tick = Callable[[int, str], None]  # so many fits have finished an epoch, or all; live values
+
 
 class HeadTrainer(ABC):
     """Trains the fits of one stack; a subclass for each family says how."""
+
+    most: ClassVar[int] = 1024  # fits at a time: more gain little, and all are finished together
 
     def __init__(
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
@@ -34,6 +39,16 @@ class HeadTrainer(ABC):
     @abstractmethod
     def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
         """Return what the heads of one stack have in common."""
+
+    @classmethod
+    def learner_of(cls, head: HeadSettings) -> Hashable:
+        """Return what heads that learn the same have in common: they stay together."""
+        return head
+
+    @classmethod
+    def work_of(cls, epochs: int) -> int:
+        """Return how often a fit is reported as progress."""
+        return epochs
 
     @classmethod
     def bytes_of(cls, head: HeadSettings, channels: int, batch_size: int) -> int:
@@ -53,6 +68,13 @@ class HeadTrainer(ABC):
 
     def __len__(self) -> int:
         return len(self._fits)
+
+    def fit(self, result: FittedHeads, tick: Tick) -> None:
+        """Train for all epochs of a result; write losses and probabilities."""
+        epochs = result.losses.shape[1]
+        for epoch in range(epochs):
+            self.run_epoch(epoch, result)
+            tick(len(self), f"epoch {epoch + 1} of {epochs}")
 
     def run_epoch(self, epoch: int, result: FittedHeads) -> None:
         """Train for an epoch and evaluate; write losses and probabilities."""
