@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.calibration import Calibration
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.explanation import Explanation, explain
@@ -19,7 +20,10 @@ from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.report import worst_first, write_cell, write_report
 from lymphfeat.explanation.scores import probability_without, ranks
 from lymphfeat.heads.bags import Bags
-from lymphfeat.settings import ExplainSettings, Precision, PredictSettings, Unit
+from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.model.model import Model
+from lymphfeat.settings import ExplainSettings, HeadSettings, Precision, PredictSettings, Unit
 from lymphfeat.synthetic.cohort import SyntheticSettings, cell_extents, write_synthetic_cohort
 from lymphfeat.synthetic.rendering import render_cell
 from tests.test_model import make_model, reference_logits
@@ -74,6 +78,30 @@ def test_logits_beyond_what_exp_holds(agg: str, cohort: Cohort, tmp_path: Path) 
         == 0
     )
     assert np.isfinite(found.patients["probability"]).all()
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("agg", ["attention", "lstm"])
+def test_networks_are_explained_without_maps(agg: str, cohort: Cohort, tmp_path: Path) -> None:
+    linear = make_model("mean")
+    channels = linear.backbone.channels
+    generator = torch.Generator().manual_seed(0)
+    head = NetworkHead.initial(
+        resolve(HeadSettings(agg=agg)), torch.zeros(channels), 50 * torch.ones(channels), generator
+    )
+    model = Model(linear.backbone, head, recipe=linear.recipe, facts=linear.facts)
+    found = explain(model, cohort, ON_CPU)
+    predictions = model.predict(cohort, ON_CPU.scoring)
+    assert found.predicted == pytest.approx(predictions.patients["probability"], abs=1e-5)
+    for name in ("logit", "weight", "contribution"):
+        expected = predictions.images[name].to_numpy()
+        assert found.images[name].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert found.maps.shape[1:] == (1, 1)
+    files = write_report(found, tmp_path / "report.html", replace(ON_CPU, plates=1))
+    assert not any(path.name.startswith("grids") for path in files)
+    assert "This head has no maps" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SettingsError, match="must score single cells"):
+        write_cell(model, cohort.images[0][0], tmp_path / "cell.png")
 
 
 def test_maps_against_image_by_image(cohort: Cohort) -> None:

@@ -24,7 +24,7 @@ from lymphfeat.explanation.figures import (
 from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.scores import score_image
 from lymphfeat.explanation.wording import Wording
-from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.files import (
@@ -135,7 +135,7 @@ def write_cell(
     suffixes = (".png", ".pdf", ".svg")
     if out.suffix not in suffixes:
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
-    if isinstance(model.head, DistributionHead):
+    if not isinstance(model.head, HeadStack):
         raise SettingsError(
             f"model (head {model.head_settings.agg}) must score single cells to explain one image; "
             "this head scores a patient's cells together. Explain the patient's cohort: --cohort."

@@ -14,11 +14,11 @@ from torch import Tensor
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import VIEWS
 from lymphfeat.explanation.maps import map_patient
-from lymphfeat.explanation.wording import Wording
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.registry import RankingAggregator, find_aggregator
+from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import CohortScorer
 from lymphfeat.runtime.arrays import Float32s
@@ -33,8 +33,8 @@ class Decisions:
 
     A patient's total is its logit, or its probability for the ranking family; the contributions of
     its images and `rest` add up to it exactly. `rest` is what belongs to no image: the smoothing
-    term of `lse`, of the family `distribution` the intercept and the standardising constants;
-    otherwise 0.
+    term of `lse`, of the family `distribution` the intercept and the standardising constants, of
+    networks what images do to each other; otherwise 0.
     """
 
     additive: str  # "logit" or "probability": what contributions add up to
@@ -80,11 +80,17 @@ def score_cohort(
 
 
 def _mapping(model: Model) -> Callable[[Tensor], Tensor]:
-    """Return what makes maps of what the head keeps of a patient's pixels: (n, U, D) -> (n, U)."""
-    if isinstance(model.head, DistributionHead):
-        exact = model.head.exact
+    """Return what makes maps of what the head keeps of a patient's pixels: (n, U, D) -> (n, U).
+
+    A network keeps whole images (n, 1, D); its maps have a single field.
+    """
+    head = model.head
+    if isinstance(head, HeadStack):
+        return lambda pixels: pixels[:, :, 0]
+    if isinstance(head, DistributionHead):
+        exact = head.exact
         return lambda pixels: map_patient(exact, pixels)
-    return lambda pixels: pixels[:, :, 0]
+    return lambda images: head.read_out(images, Bags.of([len(images)])).score[:, None]
 
 
 def score_image(model: Model, path: Path, settings: PredictSettings) -> Float32s:
@@ -101,7 +107,7 @@ def decide(model: Model, kept: Tensor, sizes: NDArray[np.int64]) -> Decisions:
     read = model.head.read_out(kept, images)
     highest = ranks(read.score.numpy(), sizes) == 0
     return Decisions(
-        additive=Wording.of(settings).additive,
+        additive="logit" if model.head.of_logits else "probability",
         probability=read.probability.numpy(),
         total=read.total.numpy(),
         rest=(read.total - images.sum(read.contribution[:, None])[:, 0]).numpy(),

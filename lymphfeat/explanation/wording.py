@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from lymphfeat.heads.aggregators.distribution import SUBSET
 from lymphfeat.heads.registry import (
     DistributionAggregator,
+    NetworkAggregator,
     RankingAggregator,
     find_aggregator,
 )
@@ -29,7 +31,6 @@ _UNMAPPED = {
 class Wording:
     """What the contributions of a head's cells are, in words."""
 
-    additive: str  # "logit" or "probability": what contributions add up to
     mapped: bool  # whether fields of a picture have scores of their own
     scores: str  # how cells' scores make a patient's
     maps: str  # what a map's fields are to its cell
@@ -47,6 +48,8 @@ class Wording:
                 return _of_ranking(settings, bottom=bottom)
             case DistributionAggregator(statistics=names):
                 return _of_distribution({name.partition("@")[0] for name in names})
+            case NetworkAggregator():
+                return _of_network(settings)
             case _:
                 return _of_weighted(settings)
 
@@ -61,7 +64,6 @@ def _of_ranking(settings: HeadSettings, *, bottom: bool) -> Wording:
     what = "cells" if settings.unit == "image" else "pixels (cells that contain one are framed)"
     lowest = f", ▼ among the {k} lowest" if bottom else ""
     return Wording(
-        additive="probability",
         scores="The scores of a patient's cells are combined into its probability.",
         mapped=True,
         maps=_MEAN_OF_FIELDS,
@@ -76,7 +78,6 @@ def _of_ranking(settings: HeadSettings, *, bottom: bool) -> Wording:
 def _of_weighted(settings: HeadSettings) -> Wording:
     smoothed = settings.agg == "lse"
     return Wording(
-        additive="logit",
         scores="The scores of a patient's cells are combined into its logit.",
         mapped=True,
         maps=_MEAN_OF_FIELDS,
@@ -89,6 +90,24 @@ def _of_weighted(settings: HeadSettings) -> Wording:
     )
 
 
+def _of_network(settings: HeadSettings) -> Wording:
+    attention = "attention" in settings.agg
+    return Wording(
+        scores="A network reads a patient's cells together. A cell's score is the one that a "
+        "patient with this cell alone would have.",
+        mapped=False,
+        maps="This head has no maps: the network reads whole cells, not parts of a picture.",
+        contributions="A cell's contribution is its weight times its logit. Cells act on each "
+        "other, so contributions need not add up to the patient's logit; the difference belongs to "
+        "no cell.",
+        marks=f"Cells run from the highest score to the lowest; every cell counts. {_BAR}"
+        + ("" if attention else " This head gives no weights, so all are equal."),
+        extremes=_EXTREMES,
+        unmarked="according to its weight" if attention else "yes",
+        rest="cells together (belongs to no cell)",
+    )
+
+
 def _of_distribution(names: set[str]) -> Wording:
     approximate = (
         " For the logarithms this split is approximate; the remainder belongs to no cell."
@@ -96,7 +115,6 @@ def _of_distribution(names: set[str]) -> Wording:
         else ""
     )
     return Wording(
-        additive="logit",
         scores="This head scores a patient's cells together, not one by one. A cell's logit is its "
         "contribution times the number of cells, plus what belongs to no cell; the mean of a "
         "patient's logits is the patient's logit.",
@@ -104,8 +122,9 @@ def _of_distribution(names: set[str]) -> Wording:
         maps=_of_maps(names),
         contributions="A cell's contribution is its part in the statistics that the head reads, "
         "times their weights. Contributions add up to the logit, together with what belongs to no "
-        f"cell: the intercept, less the average training patient's statistics.{approximate} A "
-        "cell's contribution depends on the patient's other cells: removing one changes theirs.",
+        "cell: the intercept, less the average training patient's statistics; with fewer than "
+        f"{SUBSET} images also what is assumed of how they differ.{approximate} A cell's "
+        "contribution depends on the patient's other cells: removing one changes theirs.",
         marks=f"Cells run from the highest score to the lowest; every cell counts. {_BAR} The "
         "weight is the size of the cell's contribution compared with all the patient's.",
         extremes="One cell per patient. A cell is scored together with the patient's other cells; "
