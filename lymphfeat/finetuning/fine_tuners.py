@@ -234,10 +234,16 @@ class DistributionFineTuner(PatientFineTuner):
             instances = self._as_in_training(encoder, most)  # (N, U, C)
         else:
             instances = encoder.score(self.head, self.roster.images(), most)
+        solution = self._solution(instances) if processes.is_first() else {}
+        # In place, so that the optimiser goes on with the same parameters.
+        self.head.load_state_dict(processes.from_first(solution))
+
+    def _solution(self, instances: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of the head on these instances (N, U, C), on the CPU."""
         labels = to_device(self.roster.labels.long(), self.device)
         solved = solve_head(self.settings.head, instances, self.roster.sizes.numpy(), labels)
-        # In place, so that the optimiser goes on with the same parameters.
-        self.head.load_state_dict(DistributionHead(solved).state_dict())
+        state: dict[str, Tensor] = DistributionHead(solved).cpu().state_dict()
+        return state
 
     @torch.no_grad()
     def _as_in_training(self, encoder: Encoder, most: int) -> Tensor:
