@@ -97,7 +97,7 @@ def draw_differences(explanation: Explanation, patient: str, n: int = 10) -> Fig
     begin, end = explanation.cohort.offsets[index : index + 2]
     order = begin + np.argsort(-distance[begin:end], kind="stable")
     n = min(n, len(order) // 2)
-    figure = Figure(figsize=(1.15 * n + 1.2, 3.3), layout="constrained")
+    figure = Figure(figsize=(1.15 * n + 1.2, 3.05), layout="constrained")
     grid = figure.subplots(2, n, squeeze=False)
     lines = {"most\ndifferent": order[:n], "most\ntypical": order[::-1][:n]}
     for line, (told, rows) in zip(grid, lines.items(), strict=True):

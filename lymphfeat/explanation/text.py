@@ -14,7 +14,8 @@ from lymphfeat.model.model import Model
 
 FOUND = (
     "What each statistic of the patient's cells adds to the logit, compared with the average "
-    "training patient."
+    "training patient. It is a weighted sum over all features, so it can go against the tendency "
+    "of most of them."
 )
 DIFFERING = (
     "Cells by their distance from the patient's average cell, × its mean: the differences of all "
@@ -185,8 +186,7 @@ def _about_head(findings: Findings | None) -> list[tuple[str, Sequence[str]]]:
         return []
     told = [
         "The head adds up what it finds in each statistic of a patient's cells, compared with the "
-        "average training patient. That is a weighted sum over all features, so it can go against "
-        "the overall tendency.",
+        "average training patient.",
         *(_tendency(finding) for finding in findings.statistics),
     ]
     return [("What the head looks at", told)]
