@@ -320,3 +320,10 @@ def test_a_block_of_noise_gets_little_weight() -> None:
     ]
     found = solve_heads(sets, torch.from_numpy(labels), mix=True)
     assert np.mean([each.mixture[1] for each in found]) > 0.7
+
+
+def test_a_channel_that_differs_by_rounding_alone_is_dropped() -> None:
+    rng = np.random.default_rng(0)
+    described = torch.from_numpy(rng.normal(size=(20, 3)) * [1.0, 1e-9, 1e-3])
+    own = Standardised.of(Mean(), described, torch.full((20,), 30))
+    assert (own.scale > 0).tolist() == [True, False, True]

@@ -84,7 +84,7 @@ def take_a_step(cohort: Cohort, settings: EndToEndSettings, path: Path) -> None:
     everybody = replace(settings, batch_size=len(cohort.ids))
     job = prepare(cohort, hold_out(cohort, everybody), everybody)
     tuner = make_fine_tuner(job, decode(cohort, everybody))
-    tuner.solve_head(batchnorm_training=True)
+    tuner.solve_first()
     tuner.run_epoch()
     parts = {"backbone": tuner.backbone, "head": tuner.head}
     tensors = {

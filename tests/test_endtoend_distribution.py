@@ -95,7 +95,9 @@ def test_the_head_that_is_kept_is_the_solution_on_the_models_own_features(
     scorer = CohortScorer(model.backbone, model.head, model.recipe, ON_CPU, views=VIEWS[:1])
     (features,) = scorer.score(learnt, silent)  # (N, U, C)
     labels = torch.from_numpy(learnt.labels)
-    solved = solve_head(model.head_settings, features, learnt.n_images, labels)
+    assert isinstance(model.head, DistributionHead)
+    chosen = float(model.head.penalty), tuple(model.head.mixture.tolist())
+    solved = solve_head(model.head_settings, features, learnt.n_images, labels, chosen)
     assert_same_head(model, solved, 1e-3)
     expected = solved.patient_logits([(features.flatten(0, 1), bags_of(learnt, features))])
     patients = model.predict(learnt, ON_CPU).patients
@@ -133,7 +135,9 @@ def test_fit_head_finds_the_head_on_features_of_the_trained_backbone(
     store = extract(cohort, tmp_path / "store.h5", recipe)
     maps, pooled = store.features(FROZEN), store.pooled(FROZEN)
     features = Features(maps, pooled, store.offsets, store.ids, store.labels)
-    fit = Fit(head=model.head_settings, split=hold_out(cohort, tiny_settings()))
+    assert isinstance(model.head, DistributionHead)
+    head = replace(model.head_settings, penalty=float(model.head.penalty))  # the first solution's
+    fit = Fit(head=head, split=hold_out(cohort, tiny_settings()))
     fitted = fit_stacked(features, [fit], epochs=1, sampling=Sampling(batch_size=4))
     solved = fitted.modules[0]
     assert isinstance(solved, ExactHead)
@@ -146,7 +150,7 @@ def test_an_epoch_moves_weights_and_leaves_constants(cohort: Cohort) -> None:
     settings = settings_for("mean+logstd+prototypes", epochs=1)
     job = prepare(cohort, hold_out(cohort, settings), settings)
     tuner = make_fine_tuner(job, decode(cohort.labelled(), settings))
-    tuner.solve_head(batchnorm_training=True)
+    tuner.solve_first()
     before = {name: values.clone() for name, values in tuner.head.state_dict().items()}
     assert all(float(before[f"blocks.{b}.weight"].abs().max()) > 0 for b in range(4))
     tuner.run_epoch()
@@ -164,7 +168,7 @@ def test_training_starts_from_the_solution_on_what_a_step_sees(
     job = prepare(cohort, hold_out(cohort, settings), settings)
     tuner = make_fine_tuner(job, decode(cohort.labelled(), settings))
     kept = [buffer.clone() for buffer in tuner.backbone.buffers()]
-    tuner.solve_head(batchnorm_training=True)
+    tuner.solve_first()
     assert all(map(torch.equal, kept, tuner.backbone.buffers()))
     bags = Bags.of(cohort.labelled().n_images)
     with torch.no_grad():
@@ -174,7 +178,9 @@ def test_training_starts_from_the_solution_on_what_a_step_sees(
         solved = solve_head(settings.head, features, bags.sizes.numpy(), labels)
     expected = solved.patient_logits([(features[:, 0], bags)])
     torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-2)
-    tuner.solve_head(batchnorm_training=False)
+    penalty = float(tuner.head.state_dict()["penalty"])
+    tuner.solve_last()
+    assert float(tuner.head.state_dict()["penalty"]) == penalty
     with torch.no_grad():
         apart = tuner.head.patient_logits(features, bags) - found
     assert (float(apart.abs().max()) < 0.01) == frozen

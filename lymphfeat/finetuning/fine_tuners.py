@@ -25,7 +25,7 @@ from lymphfeat.finetuning.pixels import ImageBatch, Roster, as_they_are
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
-from lymphfeat.heads.engine.exact import solve_head
+from lymphfeat.heads.engine.exact import Mixture, solve_head
 from lymphfeat.heads.head import Head
 from lymphfeat.runtime import processes
 from lymphfeat.runtime.devices import to_device
@@ -73,8 +73,11 @@ class FineTuner:
         freeze(self.backbone, settings.freeze_stages)
         self.optimizer = _make_optimizer(self.backbone, head, settings)
 
-    def solve_head(self, *, batchnorm_training: bool) -> None:
-        """Solve a head that can be solved, before the first epoch and after the last."""
+    def solve_first(self) -> None:
+        """Solve a head that can be solved, before the first epoch."""
+
+    def solve_last(self) -> None:
+        """Solve a head that can be solved, after the last epoch."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train for one epoch; progress counts its steps."""
@@ -224,24 +227,37 @@ class PatientLoss:
 class DistributionFineTuner(PatientFineTuner):
     """Trains as `PatientFineTuner`, on what the head's statistics learnt before the first epoch."""
 
-    def solve_head(self, *, batchnorm_training: bool) -> None:
-        """Solve the head on unaltered images of the training patients, in float32.
+    head: DistributionHead
 
-        Batch-norm is in the mode that training starts with, or that predictions are made in.
+    def solve_first(self) -> None:
+        """Solve the head as training starts, batch-norm in the mode of training."""
+        most = self.settings.max_forward_size
+        self._solve(self._as_in_training(self.encoder.in_float32(), most), None)
+
+    def solve_last(self) -> None:
+        """Solve the head on the features that predictions are made of.
+
+        Its penalty and the weights of its blocks stay those of the first solution: the features
+        have learnt the training patients' labels since, and left-out patients would no longer show
+        how much to shrink.
         """
         encoder, most = self.encoder.in_float32(), self.settings.max_forward_size
-        if batchnorm_training:
-            instances = self._as_in_training(encoder, most)  # (N, U, C)
-        else:
-            instances = encoder.score(self.head, self.roster.images(), most)
-        solution = self._solution(instances) if processes.is_first() else {}
+        chosen = float(self.head.penalty), tuple(self.head.mixture.tolist())
+        self._solve(encoder.score(self.head, self.roster.images(), most), chosen)
+
+    def _solve(self, instances: Tensor, chosen: tuple[float, Mixture] | None) -> None:
+        """Solve the head on instances (N, U, C) of unaltered images of the training patients."""
+        solution = self._solution(instances, chosen) if processes.is_first() else {}
         # In place, so that the optimiser goes on with the same parameters.
         self.head.load_state_dict(processes.from_first(solution))
 
-    def _solution(self, instances: Tensor) -> dict[str, Tensor]:
+    def _solution(
+        self, instances: Tensor, chosen: tuple[float, Mixture] | None
+    ) -> dict[str, Tensor]:
         """Return the tensors of the head on these instances (N, U, C), on the CPU."""
         labels = to_device(self.roster.labels.long(), self.device)
-        solved = solve_head(self.settings.head, instances, self.roster.sizes.numpy(), labels)
+        sizes = self.roster.sizes.numpy()
+        solved = solve_head(self.settings.head, instances, sizes, labels, chosen)
         state: dict[str, Tensor] = DistributionHead(solved).cpu().state_dict()
         return state
 

@@ -28,7 +28,9 @@ from lymphfeat.settings import require
 SUBSET = 16  # instances in a random subset; the smallest bag of the challenge has as many images
 _COSINES = 256  # random features of a kernel mean
 _CONSTANT = 1e-12  # a standard deviation below this is none
-_VARIES = 1e-6  # a channel whose spread over patients, relative to its mean, is less is dropped
+# A channel whose spread over patients, relative to its mean and to the greatest spread of all, is
+# less is dropped: it is the rounding of float32.
+_VARIES = 1e-6
 
 
 class Statistic(Protocol):
@@ -407,7 +409,7 @@ class Standardised:
         typical = described.quantile(0.5, dim=0)
         known = _shrunk(statistic, described, sizes, typical)
         mean, std = known.mean(0), known.std(0, correction=0)
-        varies = std > _VARIES * (_VARIES + mean.abs())
+        varies = std > _VARIES * (_VARIES + mean.abs() + std.max())
         scale = torch.where(varies, 1 / std, 0) / varies.sum().clamp(min=1).sqrt()
         return cls(statistic, typical, mean, scale)
 

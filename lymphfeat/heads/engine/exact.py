@@ -178,18 +178,27 @@ def _fold(
 
 
 def solve_head(
-    settings: HeadSettings, instances: Tensor, sizes: NDArray[np.int64], labels: Tensor
+    settings: HeadSettings,
+    instances: Tensor,
+    sizes: NDArray[np.int64],
+    labels: Tensor,
+    chosen: tuple[float, Mixture] | None = None,
 ) -> ExactHead:
     """Solve one head on patients with `sizes` (P,) images, all of them for training.
 
     Takes the instances (N, U, C) of their images, patient after patient, and labels (P,) int64.
+    `chosen` are a penalty and weights of the blocks, in place of a choice on these instances.
     """
     per_image, device = instances.shape[1], instances.device
     source = Resident(instances.flatten(0, 1)[None], per_image)
     images = np.concatenate([[0], np.cumsum(sizes)])
     descriptions = Descriptions([Instances(source, per_image, images, device)])
     own = _training_set(settings, descriptions, torch.arange(len(sizes), device=device), labels)
-    (solved,) = _solve_as(settings, [own], labels)
+    if chosen is None:
+        (solved,) = _solve_as(settings, [own], labels)
+    else:
+        penalty, mixture = chosen
+        (solved,) = _solve([own], labels, [penalty], [mixture])
     return solved.head(settings, own)
 
 
