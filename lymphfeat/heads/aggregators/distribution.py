@@ -364,15 +364,13 @@ class PrototypeMeans:
     spread: bool = False
 
     def describe(self, instances: Tensor, bags: Bags) -> Tensor:
-        member = _membership(instances, self.centres)  # (M, K)
-        counts = bags.sum(member)  # (B, K)
-        values = instances.double()
-        means = []
-        for k, centre in enumerate(self.centres.double()):
-            total = bags.sum(member[:, k : k + 1] * values)  # (B, C)
-            count = counts[:, k : k + 1]
-            means.append(torch.where(count > 0, total / count.clamp(min=1), centre))
-        return torch.cat(means, 1)  # (B, K · C)
+        count, values = len(self.centres), instances.double()
+        place = bags.index * count + _nearest(instances, self.centres)  # (M,) among all clusters
+        sizes = torch.bincount(place, minlength=bags.n_bags * count)[:, None]  # (B · K, 1)
+        total = values.new_zeros(len(sizes), values.shape[1]).index_add(0, place, values)
+        empty = self.centres.double().repeat(bags.n_bags, 1)  # (B · K, C)
+        means = torch.where(sizes > 0, total / sizes.clamp(min=1), empty)
+        return means.view(bags.n_bags, -1)  # (B, K · C)
 
     def shares(self, instances: Tensor, bags: Bags, weight: Tensor) -> Tensor:
         """Return the shares; the score of prototypes without instances belongs to no instance."""
@@ -387,8 +385,14 @@ class PrototypeMeans:
 
 def _membership(instances: Tensor, centres: Tensor) -> Tensor:
     """Return 1 for each instance's nearest centre and 0 for the others: (M, K), float64."""
-    nearest = torch.cdist(instances.float(), centres.float()).argmin(1)  # (M,)
-    return torch.nn.functional.one_hot(nearest, len(centres)).double()
+    return torch.nn.functional.one_hot(_nearest(instances, centres), len(centres)).double()
+
+
+def _nearest(instances: Tensor, centres: Tensor) -> Tensor:
+    """Return each instance's nearest centre: (M,)."""
+    values, centres = instances.float(), centres.float()
+    # Squared distances but for the squared length of the instance.
+    return torch.addmm((centres**2).sum(1), values, centres.T, alpha=-2).argmin(1)
 
 
 # --- standardising -------------------------------------------------------------------------------
