@@ -163,7 +163,9 @@ class Prototypes:
             f"prototypes (={self.count}) must be at most the number of training instances; got "
             f"{len(values)}.",
         )
-        found = KMeans(self.count, n_init=1, random_state=0).fit(values)
+        # Few iterations predict as well as convergence; centres that are not their clusters' means,
+        # as mini-batches give, would show bag size (docs/heads.md).
+        found = KMeans(self.count, n_init=1, max_iter=5, random_state=0).fit(values)
         centres = torch.from_numpy(found.cluster_centers_).to(self.instances.device)
         learnt: list[Statistic] = [PrototypeShares(centres), PrototypeMeans(centres)]
         return [(statistic, _describe(self.instances, statistic)) for statistic in learnt]
