@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,8 @@ class KeptFits:
         replace_file(self._path_of(part.fits), lambda path: save_file(arrays, path, facts))
 
     def _path_of(self, fits: Sequence[Fit]) -> Path:
-        text = json_text([asdict(fit) for fit in fits])
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        name = hashlib.sha256(repr(list(fits)).encode()).hexdigest()[:32]
+        return self._folder / f"{name}.safetensors"
 
 
 def _read_checked(path: Path) -> dict[str, NDArray[Any]]:
@@ -126,9 +125,10 @@ def _checksum(arrays: Arrays) -> str:
 def _packed(part: FittedHeads, features: Features) -> dict[str, NDArray[Any]]:
     arrays = {name: getattr(part, name) for name in _ARRAYS}
     arrays |= {f"extras/{name}": values for name, values in part.extras.items()}
-    channels = _channels(features)
+    heads = {part.fits[number].head for number in part.modules}
+    blanks = {head: _blank(head, _channels(features)).state_dict() for head in heads}
     for number, module in part.modules.items():
-        state = _learnt(module, _blank(part.fits[number].head, channels))
+        state = _learnt(module, blanks[part.fits[number].head])
         arrays |= {f"{number}/{name}": value.cpu().numpy() for name, value in state.items()}
     return {name: np.asarray(values, order="C") for name, values in arrays.items()}
 
@@ -173,14 +173,13 @@ def _blank(settings: HeadSettings, channels: tuple[int, ...]) -> Head:
         return empty_head(settings, *(channels if several else channels[:1]))
 
 
-def _learnt(module: FittedModule, blank: Head) -> dict[str, Tensor]:
-    """Return all that a head has learnt, as it is; a blank one has the rest."""
+def _learnt(module: FittedModule, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all that a head has learnt, as it is; the state of a blank one has the rest."""
     head = DistributionHead(module) if isinstance(module, ExactHead) else module
-    known = blank.state_dict()
     return {
         name: value
         for name, value in head.state_dict().items()
-        if not torch.equal(value.cpu(), known[name])
+        if not torch.equal(value.cpu(), blank[name])
     }
 
 
