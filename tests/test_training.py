@@ -16,9 +16,11 @@ from lymphfeat.heads.aggregators.ranking import effective_k
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.networks import NetworkHeadTrainer
 from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
 from lymphfeat.heads.engine.scorers import StackedAdam
+from lymphfeat.heads.engine.trainer import HeadTrainer
 from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator, RankingAggregator
 from lymphfeat.heads.stack import NetworkHead, initial_scorer
@@ -329,6 +331,38 @@ def test_blocks_are_the_whole(features: Features) -> None:
     assert sorted(cut.modules) == sorted(whole.modules) == [len(fits) - 2, len(fits) - 1]
     assert seen[-1][:2] == (2 * len(fits), 2 * len(fits))
     assert seen[-1][2] == "attention width=4, epoch 2 of 2"
+
+
+def test_pieces_of_few_fits_are_the_whole(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = [*HEADS, resolve(HeadSettings(agg="attention", width=4))]
+    fits = [Fit(head=head, split=split) for head in heads for split in _splits(3)]
+    finished: list[list[str]] = []
+
+    def fit() -> FittedHeads:
+        finished.clear()
+        return fit_stacked(
+            features,
+            fits,
+            epochs=2,
+            sampling=PLAIN,
+            finished=lambda own, results, seconds: finished.append(
+                [results.fits[position].head.agg for position in own]
+            ),
+        )
+
+    whole = fit()
+    assert len(finished) < len(heads)
+    monkeypatch.setattr(HeadTrainer, "most", 4)
+    monkeypatch.setattr(NetworkHeadTrainer, "most", 2)
+    cut = fit()
+    np.testing.assert_allclose(whole.curves, cut.curves, atol=1e-5)
+    assert sorted(agg for piece in finished for agg in piece) == sorted(
+        fit.head.agg for fit in fits
+    )
+    assert finished[-2:] == [["attention"] * 2, ["attention"]]
+    assert max(map(len, finished)) == 4
 
 
 def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:
