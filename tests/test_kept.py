@@ -202,7 +202,7 @@ def test_another_run_is_refused_unless_forced(stores: list[FeatureStore], tmp_pa
     before = contents(tmp_path)
     for store, agg, settings, message in (
         (stores[0], "std", FitSettings(seeds=1, folds=4, device="cpu"), "settings.folds is 3"),
-        (stores[0], "gini", SETTINGS, "heads.gini is None there"),
+        (stores[0], "gini", SETTINGS, "heads.gini is None there, fitted now"),
         (other, "std", SETTINGS, "stores.1.content is"),
     ):
         with pytest.raises(SettingsError, match=f"unfinished run with other settings: .*{message}"):
