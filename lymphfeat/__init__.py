@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from lymphfeat.explanation.explanation import explain
     from lymphfeat.extraction import extract
     from lymphfeat.features.store import FeatureStore
+    from lymphfeat.finalization import finalize
     from lymphfeat.fitting import fit_heads
-    from lymphfeat.model.ensemble import load_model
+    from lymphfeat.model.loading import load_model
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
@@ -62,6 +63,7 @@ __all__ = [
     "compare",
     "explain",
     "extract",
+    "finalize",
     "fit_heads",
     "load_model",
     "train",
@@ -75,8 +77,9 @@ _MODULES = {
     "compare": "comparison",
     "explain": "explanation.explanation",
     "extract": "extraction",
+    "finalize": "finalization",
     "fit_heads": "fitting",
-    "load_model": "model.ensemble",
+    "load_model": "model.loading",
     "train": "training",
 }
 

@@ -18,6 +18,7 @@ from lymphfeat.features.backbones import (
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN_FILES
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
+from lymphfeat.model.final_model import FINAL_FILE, FinalModel
 from lymphfeat.model.model import FACTS_FILE, Model
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
 
@@ -46,6 +47,8 @@ def inspect(path: Path) -> dict[str, Any]:
         return _describe_unfinished(path.with_suffix(""))
     if (path / FACTS_FILE).is_file():
         return _describe_model(path)
+    if (path / FINAL_FILE).is_file():
+        return _describe_final(path)
     if (path / MEMBERS_FILE).is_file():
         return _describe_members(path)
     if (path / "config.json").is_file():
@@ -54,6 +57,23 @@ def inspect(path: Path) -> dict[str, Any]:
         f"path (={path}) must hold {FACTS_FILE} (a model) or config.json (a run); got neither. "
         "If the command that writes it was interrupted, run it again."
     )
+
+
+def _describe_final(path: Path) -> dict[str, Any]:
+    model = FinalModel.load(path)  # refuses a model that is not whole
+    return {
+        "kind": "final model",
+        "whole": True,
+        "path": str(path),
+        "row": model.row,
+        "reads": ["images", *model.attributes.names],
+        "members": len(model.members),
+        "backbones": [asdict(source.recipe) for source in model.sources],
+        "threshold": model.threshold,
+        "threshold_from": model.threshold_from,
+        "figures": dict(model.figures),
+        **_counted(model.facts.provenance),
+    }
 
 
 def _describe_weights(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.S)
 COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
 RESULTS = {
     "docs/explain.md": ["models/endtoend"],
+    "docs/final.md": ["cache/features.h5"],
     "docs/heads.md": ["cache/features.h5"],
     "docs/protocols.md": ["cache/features.h5"],
     "docs/store.md": ["cache/features.h5"],
@@ -98,8 +99,11 @@ def test_these_blocks_are_not_run() -> None:
 def write_place(place: Path) -> Path:
     """Write the cohorts, of twelve labelled patients and two others, and the configuration."""
     ids = [f"P{number}" for number in range(14)]
-    lines = [f"{id},{number % 2 if number < 12 else ''}" for number, id in enumerate(ids)]
-    write_text(place / "cohort" / "patients.csv", "id,label", *lines)
+    lines = [
+        f"{id},{number % 2 if number < 12 else ''},{50 + 7 * number % 30}"
+        for number, id in enumerate(ids)
+    ]
+    write_text(place / "cohort" / "patients.csv", "id,label,age", *lines)
     bags = {id: 1 + number % 4 for number, id in enumerate(ids)}
     write_bags(place / "cohort", bags, ".jpg", side=112)
     for name in COHORTS[1:]:

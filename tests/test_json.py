@@ -38,6 +38,17 @@ LINES = {
     "endtoend": [*TRAIN, "--validation", "0.4", "--out", "model", *TRUTH],
     "members": [*TRAIN, "--folds", "2", "--out", "members"],
     "predict": ["predict", "--cohort", "red", "--model", "model", *DEVICE, *TRUTH],
+    "finalize": ["finalize", "honest", "--out", "final"],
+    "predict by a final model": [
+        "predict",
+        "--cohort",
+        "red",
+        "--model",
+        "final",
+        *DEVICE,
+        "--force",
+    ],
+    "a final model": ["info", "final"],
     "explain": ["explain", "--cohort", "red", "--model", "model", "--plates", "0", *DEVICE, *TRUTH],
     "one image": ["explain", "--image", "red/P1/0.png", "--model", "model", *DEVICE],
     "a store": ["info", "store.h5"],
@@ -108,7 +119,7 @@ def test_every_json_file_is_strict(printed: dict[str, str]) -> None:
         strict(path.read_text(encoding="utf-8"))
     assert {path.name for path in files} >= {
         *("audit.json", "config.json", "summary.json", "splits.json", "provenance.json"),
-        *("model.json", "members.json"),
+        *("model.json", "members.json", "final.json"),
     }
 
 

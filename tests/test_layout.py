@@ -15,8 +15,8 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 
 # What the commands call. A module or package imports only from those to its right, and from HOUSES.
 COMMANDS = (
-    *("inspection", "explanation", "reproduction", "comparison", "fitting", "extraction"),
-    *("training", "pretraining", "auditing"),
+    *("inspection", "explanation", "reproduction", "comparison", "finalization", "fitting"),
+    *("extraction", "training", "pretraining", "auditing"),
 )
 # What they do it with: a package imports only from those to its right.
 HOUSES = (
@@ -40,8 +40,8 @@ INSIDE = {
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": (
-        *("ensemble", "model", "facts", "folder", "scoring"),
-        *("submission", "predictions"),
+        *("loading", "ensemble", "final_model", "members", "model", "facts", "folder"),
+        *("scoring", "submission", "predictions"),
     ),
     "evaluation": (
         *(

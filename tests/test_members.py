@@ -28,7 +28,8 @@ from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.finetuning.job import prepare
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
-from lymphfeat.model.ensemble import Ensemble, load_model
+from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.loading import load_model
 from lymphfeat.model.model import Model
 from lymphfeat.settings import (
     ExtractSettings,

@@ -22,8 +22,8 @@ from lymphfeat.features.views import normalize
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.model.ensemble import load_model
 from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.loading import load_model
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.scoring import ModelRecipe

@@ -32,7 +32,7 @@ from lymphfeat.features.store import FeatureStore
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
-from lymphfeat.model.ensemble import load_model
+from lymphfeat.model.loading import load_model
 from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
 from lymphfeat.reproduction import ReproductionSettings, reproduce_report

@@ -55,7 +55,7 @@ splits_option = gather(
 Examples:
   lymphfeat fit-head --agg topk
   lymphfeat fit-head --agg all --protocol both --seeds 10
-  lymphfeat fit-head --agg topk --fusion late
+  lymphfeat fit-head --agg topk --fusion late --model-out models/topk
   lymphfeat fit-head --agg distribution --agg mean+std
   lymphfeat fit-head --store a.h5 --store b.h5 --agg mean+std --agg quantiles@1+mean@2
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
@@ -93,6 +93,17 @@ Run the same command again to resume an interrupted one: finished heads are kept
     type=FOLDER,
     help="Run folder. [default: runs/<aggregators>-<protocol>, numbered if it exists]",
 )
+@click.option(
+    "--model-out",
+    type=FOLDER,
+    help="Also make a model for new patients, as `lymphfeat finalize` does, in this folder.",
+)
+@click.option(
+    "--model-row",
+    default="",
+    help="Row of the table that --model-out is made of. [default: the head chosen inside, fused if "
+    "there are fusions]",
+)
 @writing_options
 def command(
     stores: tuple[Path, ...],
@@ -100,6 +111,8 @@ def command(
     protocol: ProtocolName | Literal["both"],
     settings: FitSettings,
     out: Path | None,
+    model_out: Path | None,
+    model_row: str,
     output: Output,
     **given: Any,
 ) -> None:
@@ -109,10 +122,15 @@ def command(
     predictions and splits, and a figure. Each head is shown on stderr as soon as it is finished.
     """
     from lymphfeat.features.store import FeatureStore
+    from lymphfeat.finalization import FINAL_MODEL, finalize
     from lymphfeat.fitting import Run, fit_both, fit_heads
     from lymphfeat.heads.grid import expand
+    from lymphfeat.runtime.files import check_folder
+    from lymphfeat.runtime.processes import is_first
 
     heads = expand(grid)
+    if model_out:
+        check_folder(model_out, FINAL_MODEL, force=output.force)  # before anything is fitted
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with output.progress(f"fitting {len(heads)} heads") as progress:
         found = (fit_both if protocol == "both" else fit_heads)(
@@ -127,6 +145,9 @@ def command(
         )
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     optimism = None if isinstance(found, Run) else found.table
+    if model_out and is_first():
+        honest = folder if isinstance(found, Run) else folder / "honest"
+        finalize(honest, model_out, row=model_row, force=output.force)
     output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
 
 

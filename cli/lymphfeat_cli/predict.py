@@ -29,8 +29,7 @@ from lymphfeat_cli.settings_options import settings_options
 if TYPE_CHECKING:
     from lymphfeat.cohort.cohort import Cohort
     from lymphfeat.evaluation.hidden_truth import Truth
-    from lymphfeat.model.ensemble import Ensemble
-    from lymphfeat.model.model import Model
+    from lymphfeat.model.loading import AnyModel
     from lymphfeat.model.predictions import Predictions
 
 
@@ -106,8 +105,13 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
     type=PATH,
     default=("models/endtoend",),
     show_default=True,
-    help="Model folder written by `lymphfeat endtoend`. Repeatable: several models, or k-fold "
-    "members, are averaged over calibrated logits, and their spread is written.",
+    help="Model folder written by `endtoend` or `finalize`. Repeatable: several models of "
+    "endtoend, or k-fold members, are averaged over calibrated logits; their spread is written.",
+)
+@click.option(
+    "--without-attributes",
+    is_flag=True,
+    help="Predict from the images alone, where the model also reads clinical attributes.",
 )
 @click.option(
     "--sensitivity",
@@ -122,6 +126,7 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
 @writing_options
 def command(
     folders: tuple[Path, ...],
+    without_attributes: bool,
     sensitivity: float | None,
     cohort: CohortChoice,
     files: Files,
@@ -131,13 +136,17 @@ def command(
 ) -> None:
     """Predict patients from their images with a trained model.
 
-    Each patient is predicted from its own images only. Predictions of labelled patients are
-    evaluated, separately for the patients the model was trained on.
+    Each patient is predicted from its own images only; by a model of `finalize`, also from the
+    clinical attributes in the cohort's table. Predictions of labelled patients are evaluated,
+    separately for the patients the model was trained on.
     """
     files.check(output)
-    from lymphfeat.model.ensemble import load_model
+    from lymphfeat.model.final_model import FinalModel
+    from lymphfeat.model.loading import load_model
 
     model = load_model(*folders)
+    if without_attributes and isinstance(model, FinalModel):
+        model = model.without_attributes()
     if sensitivity is not None:
         model = model.at_sensitivity(sensitivity)
     patients = cohort.load(output)
@@ -151,9 +160,7 @@ def command(
     )
 
 
-def _result(
-    model: "Model | Ensemble", predictions: "Predictions", files: list[Path]
-) -> dict[str, object]:
+def _result(model: "AnyModel", predictions: "Predictions", files: list[Path]) -> dict[str, object]:
     return {
         "patients": len(predictions.patients),
         "images": len(predictions.images),
@@ -165,7 +172,7 @@ def _result(
 
 
 def _show(
-    model: "Model | Ensemble",
+    model: "AnyModel",
     predictions: "Predictions",
     files: list[Path],
     scores: dict[str, float],
@@ -179,6 +186,12 @@ def _show(
     if patients["calibrated"].isna().all():
         click.echo(
             "No calibrated probabilities: the model has none because it was trained without folds."
+        )
+    noted = int((patients["notes"] != "").sum()) if "notes" in patients else 0
+    if noted:
+        click.echo(
+            f"{noted} patients have attributes that are missing or unlike those of training: "
+            "see the column notes."
         )
     show_metrics("Labelled patients", model.measure(patients))
     show_truth(scores)

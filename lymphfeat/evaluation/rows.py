@@ -1,7 +1,7 @@
 """The rows of a summary: their names, and what each is made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lymphfeat.errors import SettingsError
@@ -9,6 +9,7 @@ from lymphfeat.evaluation.scores import CLINICAL
 from lymphfeat.heads.grid import head_name
 from lymphfeat.settings import HeadSettings
 
+Way = Literal["late", "sum", "experts"]  # of fusing, as `fusion.FUSIONS`
 Joint = Literal["", "selected", "average", "stack"]  # how several heads make one row
 
 
@@ -19,12 +20,17 @@ class Row:
     heads: tuple[HeadSettings, ...]
     joint: Joint = ""  # empty of a single head
     everything: bool = True  # of selected: out of all heads, not only those of one aggregator
-    fusion: str = ""  # one of `fusion.FUSIONS`; empty: images only
+    fusion: Way | Literal[""] = ""  # empty: images only
 
     @property
     def name(self) -> str:
         """The row's name in tables and plots."""
         return fused_name(self._image_name, self.fusion) if self.fusion else self._image_name
+
+    @property
+    def images_only(self) -> "Row":
+        """The same row without the attributes."""
+        return replace(self, fusion="")
 
     @property
     def _image_name(self) -> str:
@@ -67,14 +73,10 @@ def image_rows(heads: Sequence[HeadSettings], *, nested: bool) -> list[Row]:
     return rows
 
 
-def find_row(name: str, heads: Sequence[HeadSettings], fusions: Sequence[str]) -> Row:
+def find_row(name: str, heads: Sequence[HeadSettings], fusions: Sequence[Way]) -> Row:
     """Find a row of a nested run by its name. Raises SettingsError for an unknown one."""
     images = image_rows(heads, nested=True)
-    fused = [
-        Row(heads=row.heads, joint=row.joint, everything=row.everything, fusion=fusion)
-        for row in images
-        for fusion in fusions
-    ]
+    fused = [replace(row, fusion=fusion) for row in images for fusion in fusions]
     for row in [*images, *fused]:
         if row.name == name:
             return row
@@ -82,3 +84,9 @@ def find_row(name: str, heads: Sequence[HeadSettings], fusions: Sequence[str]) -
         f"row (={name}) must be a head of the run, one chosen inside, or a fusion; got none of "
         f"{'; '.join(row.name for row in [*images, *fused])}."
     )
+
+
+def default_row(heads: Sequence[HeadSettings], fusions: Sequence[Way]) -> Row:
+    """Return the row to use where none is named: chosen inside from all heads, and fused if any."""
+    chosen = [row for row in image_rows(heads, nested=True) if row.joint in ("", "selected")]
+    return replace(chosen[-1], fusion=fusions[0] if fusions else "")

@@ -113,9 +113,7 @@ def select_inside(patients: PlannedPatients, candidates: Sequence[Scores], name:
     best = []
     for place, train in enumerate(patients.train):
         stacked = np.stack([scores.inner[place, train] for scores in candidates])  # (H, n)
-        labels = patients.labels[train]
-        auc, loss = roc_auc(stacked, labels), log_loss(stacked, labels)
-        best.append(candidates[int(np.lexsort((loss.round(9), -auc.round(9)))[0])])
+        best.append(candidates[find_best(stacked, patients.labels[train])])
     return Scores(
         name=name,
         kind="selected",
@@ -124,6 +122,15 @@ def select_inside(patients: PlannedPatients, candidates: Sequence[Scores], name:
         fitted=np.stack([scores.fitted[place] for place, scores in enumerate(best)]),
         chosen=tuple(_described(scores, place) for place, scores in enumerate(best)),
     )
+
+
+def find_best(probabilities: Floats, labels: Labels) -> int:
+    """Return which of H out-of-fold probabilities (H, n) has the highest AUC; see `select_inside`.
+
+    labels: (n,).
+    """
+    auc, loss = roc_auc(probabilities, labels), log_loss(probabilities, labels)
+    return int(np.lexsort((loss.round(9), -auc.round(9)))[0])
 
 
 def _described(scores: Scores, place: int) -> str:

@@ -17,6 +17,7 @@ from lymphfeat.explanation.findings import Findings
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
 from lymphfeat.explanation.wording import Wording
 from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import ROLE_OF
 from lymphfeat.runtime.arrays import Float32s
@@ -129,7 +130,7 @@ class Explanation:
 
 
 def explain(
-    model: Model | Ensemble,
+    model: Model | Ensemble | FinalModel,
     cohort: Cohort,
     settings: ExplainSettings | None = None,
     *,
@@ -140,7 +141,8 @@ def explain(
 
     The unflipped images are explained; where the model predicts the mean over four flips,
     `predicted` holds that mean. `truth` is used only for scoring. Raises SettingsError for an
-    ensemble: its members are explained one at a time.
+    ensemble, whose members are explained one at a time, and for a model of `finalize`, whose
+    predictions say what speaks for them.
 
     >>> lf.explain(lf.load_model("models/endtoend"), lf.Cohort.load("cohort")).images
     """
@@ -148,6 +150,11 @@ def explain(
         raise SettingsError(
             f"model must be a single model; got {len(model.models)} members. Explain one of them, "
             "such as model.models[0]."
+        )
+    if isinstance(model, FinalModel):
+        raise SettingsError(
+            f"model must be one of `endtoend`; got the final model of {model.row}. Its predictions "
+            "already say what images and attributes add: see the columns from_… of `predict`."
         )
     settings = settings or ExplainSettings()
     scored = score_cohort(model, cohort, settings.scoring, progress=progress)

@@ -20,5 +20,5 @@ def empty_head(settings: HeadSettings, *channels: int) -> Head:
     (own,) = channels
     zeros = torch.zeros(own)
     if isinstance(aggregator, NetworkAggregator):
-        return NetworkHead(settings, aggregator.make(own, settings), zeros, zeros)
+        return NetworkHead(settings, aggregator.make(own, settings), zeros, zeros.clone())
     return HeadStack([settings], zeros[None], torch.zeros(1))

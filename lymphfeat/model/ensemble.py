@@ -138,20 +138,6 @@ class Ensemble:
         return _most_seen([model.seen(patients) for model in self.models])
 
 
-def load_model(folder: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Model | Ensemble:
-    """Read a model folder: a `Model`, or for k-fold members and several folders an `Ensemble`.
-
-    Both `predict` cohorts. Raises ModelError, saying what to do, if a folder is incomplete.
-
-    >>> model = lf.load_model("models/endtoend")
-    >>> model.predict(lf.Cohort.load("cohort")).patients
-    """
-    if others:
-        return Ensemble.of([load_model(each) for each in (folder, *others)])
-    recover(Path(folder))
-    return (Ensemble if Path(folder, MEMBERS_FILE).is_file() else Model).load(folder)
-
-
 def member_name(number: int) -> str:
     """Return the name of a member's folder."""
     return f"fold-{number}"

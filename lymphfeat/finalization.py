@@ -1,0 +1,370 @@
+"""From a row of a `fit-head` run to a final model for new patients; the maps are cached already."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from lymphfeat import __version__
+from lymphfeat.cohort.attributes import AttributeRecipe, choose_attributes
+from lymphfeat.cohort.splits import Split, read_splits
+from lymphfeat.errors import ModelError, SettingsError
+from lymphfeat.evaluation.averaging import LEARNERS
+from lymphfeat.evaluation.calibration import logit
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.evaluation.fusion import FUSIONS
+from lymphfeat.evaluation.protocol import Outcome, run_protocol
+from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
+from lymphfeat.evaluation.rows import Row, Way, default_row, find_row
+from lymphfeat.evaluation.run_provenance import RunProvenance
+from lymphfeat.evaluation.scores import Scores, find_best
+from lymphfeat.features.backbones import build_backbone
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.fitting import RUN_FORMAT
+from lymphfeat.heads.blank import empty_head
+from lymphfeat.heads.distribution_head import DistributionHead
+from lymphfeat.heads.engine.engine import fit_stacked
+from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.sampling import Sampling
+from lymphfeat.heads.exact_head import ExactHead
+from lymphfeat.heads.grid import head_name
+from lymphfeat.heads.head import Head
+from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.final_model import FINAL_FILE, TENSORS_FILE, FinalModel, Source
+from lymphfeat.model.members import Member
+from lymphfeat.model.scoring import ModelRecipe
+from lymphfeat.runtime.arrays import Floats, Labels
+from lymphfeat.runtime.devices import cpu_threads, whole_float32
+from lymphfeat.runtime.files import ResultKind, recover, result_folder
+from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import FitSettings, HeadSettings
+
+FINAL_MODEL = ResultKind(name="final model", marks=(FINAL_FILE,), files=(FINAL_FILE, TENSORS_FILE))
+_EVERYBODY = "everybody"
+Ints = NDArray[np.int64]
+
+
+def finalize(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    row: str = "",
+    members: bool = False,
+    stores: Sequence[str | os.PathLike[str]] = (),
+    weights: Sequence[str | os.PathLike[str]] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> FinalModel:
+    """Make the model of a row of an honest run, write it to the folder `out` and return it.
+
+    `row` is a name in the run's summary; by default the head chosen inside, fused if the run has
+    fusions. The head is refit on all labelled patients; with `members` the model is the mean of the
+    heads of the first repeat's folds. Whatever else is learnt (a choice among heads, how they are
+    joined, the fusion, calibration, threshold and operating points) is learnt from the first
+    repeat's out-of-fold probabilities. `stores` say where the run's stores are now, `weights` where
+    the weights files are that their features were made with.
+
+    Raises SettingsError for a row or run that cannot be made a model, StoreError and ModelError for
+    stores or weights other than those of the run.
+
+    >>> lf.fit_heads("cache/features.h5", agg="mean+std", out="runs/spread")
+    >>> lf.finalize("runs/spread", "models/final").predict(lf.Cohort.load("cohort")).patients
+    """
+    recorded = _Recorded.read(Path(run))
+    chosen = recorded.find(row)
+    opened = recorded.open_stores(stores)
+    sources = tuple(_source(store, [Path(each) for each in weights]) for store in opened)
+    settings = recorded.settings
+    with (
+        result_folder(Path(out), FINAL_MODEL, force=force) as folder,
+        cpu_threads(settings.threads),
+        whole_float32(),
+    ):
+        features = load_features(opened, torch.float32, torch.device("cpu"), views=settings.views)
+        if not isinstance(features, SharedFeatures) and len(opened) == 1:
+            raise SettingsError(
+                f"run (={run}) must be on features of frozen weights; its backbones were "
+                "fine-tuned for each split. Use `lymphfeat endtoend --folds`."
+            )
+        fitting = _Fitting.of(chosen, features, opened[0], recorded, progress)
+        model = FinalModel(
+            row=chosen.name,
+            sources=sources,
+            members=fitting.fold_members() if members else (fitting.everybody(),),
+            attributes=fitting.recipe,
+            facts=_facts(fitting, opened, sources),
+            figures=recorded.figures(chosen),
+        )
+        model.save(folder)
+    return model
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """What a run folder says of how it was fitted."""
+
+    folder: Path
+    settings: FitSettings
+    heads: tuple[HeadSettings, ...]
+    splits: tuple[Split, ...]  # of the first repeat
+    stores: tuple[Mapping[str, Any], ...]  # path, recipe_sha256
+    summary: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Recorded":
+        recover(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."
+            ) from None
+        if config.get("format") != RUN_FORMAT or config["settings"]["protocol"] != "honest":
+            raise SettingsError(
+                f"run (={folder}) must be fitted with --protocol honest: a model needs "
+                "out-of-fold probabilities."
+            )
+        splits = read_splits(folder / "splits.json")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in config["settings"].items()
+        }
+        return cls(
+            folder=folder,
+            settings=FitSettings(**values | {"precision": "float32"}),
+            heads=tuple(HeadSettings(**each) for each in config["heads"].values()),
+            splits=tuple(split for split in splits if split.repeat == splits[0].repeat),
+            stores=(config["store"], *config.get("other_stores", ())),
+            summary=tuple(summary),
+        )
+
+    def find(self, row: str) -> Row:
+        if row:
+            return find_row(row, self.heads, self._fusions)
+        return default_row(self.heads, self._fusions)
+
+    @property
+    def _fusions(self) -> list[Way]:
+        asked = self.settings.fusions
+        return [way for way in get_args(Way) if way in asked or "all" in asked]
+
+    def open_stores(self, paths: Sequence[str | os.PathLike[str]]) -> list[FeatureStore]:
+        """Open the run's stores, where they were or at `paths`."""
+        if paths and len(paths) != len(self.stores):
+            raise SettingsError(
+                f"store (={', '.join(map(str, paths))}) must name the {len(self.stores)} stores of "
+                "the run, in its order."
+            )
+        opened = [
+            FeatureStore.open(path)
+            for path in (paths or [recorded["path"] for recorded in self.stores])
+        ]
+        for store, recorded in zip(opened, self.stores, strict=True):
+            if store.recipe_sha256 != recorded["recipe_sha256"]:
+                raise ModelError(
+                    f"{store.path}: must be the store that {self.folder} was fitted on; it has "
+                    "another recipe. Fit the heads again on this store."
+                )
+        return opened
+
+    def figures(self, row: Row) -> dict[str, Mapping[str, Any]]:
+        """Return the row's line of the summary, and that of its images alone."""
+        lines = {str(line["head"]): line for line in self.summary}
+        names = {"row": row.name, "images": row.images_only.name}
+        return {key: lines[name] for key, name in names.items() if name in lines}
+
+
+def _source(store: FeatureStore, weights: Sequence[Path]) -> Source:
+    """Build the backbone that a store's maps were made with."""
+    recipe = store.recipe
+    named = {path.name: str(path) for path in weights}
+    source = str(recipe["weights"])
+    backbone, loaded = build_backbone(
+        recipe["backbone"],
+        weights=named.get(source, source),
+        image_size=recipe["crop"],
+        output_stride=recipe["output_stride"],
+    )
+    if loaded.sha256 != recipe["weights_sha256"]:
+        raise ModelError(
+            f"{store.path}: its maps were made with other weights than {source} has now; name the "
+            "weights file with --weights, or extract again."
+        )
+    fields = ("backbone", "output_stride", "crop", "normalization")
+    return Source(
+        backbone=backbone, recipe=ModelRecipe.from_json({name: recipe[name] for name in fields})
+    )
+
+
+# --- fitting -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fitting:
+    """A row's heads, fitted on the first repeat's folds."""
+
+    row: Row
+    features: FeatureProvider
+    settings: FitSettings
+    outcome: Outcome
+    recipe: AttributeRecipe
+    attributes: Floats  # (P, D)
+    channels: tuple[int, ...]  # of each store
+
+    @classmethod
+    def of(
+        cls,
+        row: Row,
+        features: FeatureProvider,
+        store: FeatureStore,
+        recorded: _Recorded,
+        progress: Progress,
+    ) -> "_Fitting":
+        settings = replace(recorded.settings, fusions=(row.fusion,) if row.fusion else ())
+        plan = features.plan(settings, recorded.splits)
+        outcome = run_protocol(
+            features, plan, row.heads, settings, table=store.table, progress=progress
+        )
+        labelled = store.table[np.asarray(store.labels) >= 0]
+        names = choose_attributes(labelled, settings.attributes) if row.fusion else ()
+        recipe = AttributeRecipe.of(labelled, names, settings.log_attributes)
+        return cls(
+            row=row,
+            features=features,
+            settings=settings,
+            outcome=outcome,
+            recipe=recipe,
+            attributes=recipe.matrix(store.table),
+            channels=tuple(own.channels for own in features.for_split(plan.outer[0]).sets),
+        )
+
+    @property
+    def labels(self) -> Labels:
+        return self.outcome.patients.labels
+
+    def everybody(self) -> Member:
+        """Refit on all labelled patients; learn all else from the folds' validation patients."""
+        known = np.flatnonzero(self.labels >= 0)
+        ids = tuple(self.outcome.patients.ids[known].tolist())
+        split = Split(id=_EVERYBODY, seed=self.settings.seed, repeat=0, train=ids, validation=())
+        own = self.features.for_split(split)
+        fitted = fit_stacked(
+            own,
+            [Fit(head=head, split=split) for head in self.row.heads],
+            epochs=self.settings.epochs,
+            sampling=Sampling(
+                batch_size=self.settings.batch_size,
+                images_per_patient=self.settings.images_per_patient,
+                views=own.n_views,
+            ),
+        )
+        heads = [self._head(fitted, position) for position in range(len(self.row.heads))]
+        return self._member(heads, known, _out_of_fold)
+
+    def fold_members(self) -> tuple[Member, ...]:
+        """Make a member of each fold; all it learns, it learns from its training patients."""
+        return tuple(self._of_fold(place) for place in range(len(self.outcome.splits)))
+
+    def _of_fold(self, place: int) -> Member:
+        fitted, split = self.outcome.fitted, self.outcome.splits[place]
+        at = {
+            head_name(fit.head): position
+            for position, fit in enumerate(fitted.fits)
+            if fit.split.id == split.id
+        }
+        heads = [self._head(fitted, at[head_name(head)]) for head in self.row.heads]
+        train = self.outcome.patients.train[place]
+        return self._member(heads, train, lambda scores: scores.inner[place])
+
+    def _head(self, fitted: FittedHeads, position: int) -> Head:
+        """Return a fitted head as a model keeps it."""
+        module = fitted.modules.get(position)
+        if isinstance(module, ExactHead):
+            return DistributionHead(module, self.channels if len(self.channels) > 1 else ())
+        if isinstance(module, NetworkHead):
+            return module
+        head = empty_head(fitted.fits[position].head, *self.channels)
+        learnt = {
+            name: torch.from_numpy(value.reshape(head.state_dict()[name].shape))
+            for name, value in fitted.tensors(position).items()
+        }
+        head.load_state_dict(head.state_dict() | learnt)
+        return head
+
+    def _member(
+        self, heads: Sequence[Head], rows: Ints, judged: Callable[[Scores], Floats]
+    ) -> Member:
+        """Learn how heads are joined, fused and decided, from patients `rows` (n,).
+
+        `judged` returns the probabilities (P,) of a row of the summary that are not trained on
+        these patients.
+        """
+        named = {scores.name: judged(scores)[rows] for scores in self.outcome.scores}
+        known, labels = self._out_of_fold_logits(named), self.labels[rows]  # (n, heads), (n,)
+        mixture = None
+        if self.row.joint == "selected":
+            best = find_best(expit(known.T), labels)
+            heads, known = [heads[best]], known[:, [best]]
+        elif self.row.joint:
+            mixture = LEARNERS[self.row.joint](known, labels)
+        fusion = None
+        if self.row.fusion:
+            image = logit(named[self.row.images_only.name])  # a mixture's out of fold, too
+            inputs = np.column_stack([image, self.attributes[rows]])
+            fusion = FUSIONS[self.row.fusion](inputs, labels)
+        return Member(
+            heads=tuple(heads),
+            mixture=mixture,
+            fusion=fusion,
+            decision=self._decision(named[self.row.name], labels),
+            image_decision=self._decision(named[self.row.images_only.name], labels),
+        )
+
+    def _out_of_fold_logits(self, named: Mapping[str, Floats]) -> Floats:
+        return np.column_stack([logit(named[head_name(head)]) for head in self.row.heads])
+
+    def _decision(self, probabilities: Floats, labels: Labels) -> Decision:
+        return Decision.learn(
+            probabilities,
+            labels,
+            rule=self.settings.threshold,
+            method=self.settings.calibration,
+            source=f"out-of-fold probabilities of {len(labels)} training patients",
+        )
+
+
+def _out_of_fold(scores: Scores) -> Floats:
+    """Return each patient's probability in the split that holds it out: (P,)."""
+    return np.asarray(np.nanmax(scores.outer, axis=0, initial=-1, where=~np.isnan(scores.outer)))
+
+
+def _facts(
+    fitting: _Fitting, stores: Sequence[FeatureStore], sources: Sequence[Source]
+) -> TrainingFacts:
+    labelled = np.flatnonzero(fitting.labels >= 0)
+    provenance = RunProvenance.of(stores)
+    ids = fitting.outcome.patients.ids[labelled].tolist()
+    split = Split(id=_EVERYBODY, seed=0, repeat=0, train=tuple(ids), validation=())
+    return TrainingFacts(
+        trained_on=tuple(ids),
+        provenance=provenance.of_heads(split),
+        cohort=stores[0].recipe["cohort"],
+        settings=asdict(fitting.settings),
+        epochs=fitting.settings.epochs,
+        seed=fitting.settings.seed,
+        initial_weights=", ".join(str(store.recipe["weights"]) for store in stores),
+        initial_weights_sha256=", ".join(str(store.recipe["weights_sha256"]) for store in stores),
+        versions={"lymphfeat": __version__, "torch": torch.__version__},
+    )

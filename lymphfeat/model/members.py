@@ -1,0 +1,125 @@
+"""A member of a final model: heads, how they are joined, fused with attributes and decided."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from lymphfeat.evaluation.averaging import Mixture, read_mixture
+from lymphfeat.evaluation.calibration import Calibration, logit
+from lymphfeat.evaluation.decision import Decision
+from lymphfeat.evaluation.fusion import ExpertsFusion, Fusion, SumFusion, read_fusion
+from lymphfeat.evaluation.regression import Logistic
+from lymphfeat.heads.head import Head, ReadOut
+from lymphfeat.runtime.arrays import Floats
+
+IMAGES = "images"  # the first of the groups that a logit is shared out to; then the attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """Predicts patients from what its heads read out, and from their attributes."""
+
+    heads: tuple[Head, ...]
+    mixture: Mixture | None = None  # of several heads
+    fusion: Fusion | None = None  # with the attributes
+    decision: Decision
+    image_decision: Decision  # without the attributes
+
+    def image_logits(self, read: Sequence[ReadOut]) -> Floats:
+        """Return the patients' logits by what each head read out: (P,)."""
+        logits = [logit(each.probability.double().numpy()) for each in read]
+        if self.mixture is None:
+            return logits[0]
+        return self.mixture.logits(np.column_stack(logits))
+
+    def image_coefficients(self) -> Floats:
+        """Return what each head's logit counts in the logit of all: (heads,)."""
+        if self.mixture is None:
+            return np.ones(1)
+        return self.mixture.weights * [each.slope for each in self.mixture.calibrations]
+
+    def fused_logits(self, image_logits: Floats, attributes: Floats | None) -> Floats:
+        """Return calibrated logits of patients: (P,); attributes (P, D), or None without them."""
+        if self.fusion is None or attributes is None:
+            return self.image_decision.logits(expit(image_logits))
+        inputs = np.column_stack([image_logits, attributes])
+        return self.decision.logits(self.fusion(inputs))
+
+    def parts(
+        self, image_logits: Floats, attributes: Floats | None, groups: Sequence[slice]
+    ) -> Floats:
+        """Return what images and attributes add to the calibrated logit: (P, 1 + groups).
+
+        `groups` are the columns of each attribute. Where the fusion is linear, these are its terms,
+        each against the average training patient's, so that they and a constant add up to the
+        logit. Of `experts` they are Shapley values, against a patient with average images and
+        attributes.
+        """
+        if self.fusion is None or attributes is None:
+            return _slope(self.image_decision) * image_logits[:, None]
+        if isinstance(self.fusion, ExpertsFusion):
+            return self._shapley(image_logits, attributes, groups)
+        terms = _terms(self.fusion, image_logits, attributes)  # (P, 1 + D)
+        own = [terms[:, 0], *(terms[:, 1:][:, group].sum(1) for group in groups)]
+        return _slope(self.decision) * np.column_stack(own)
+
+    def _shapley(self, image_logits: Floats, attributes: Floats, groups: Sequence[slice]) -> Floats:
+        """Average what each group adds over all orders of the groups: (P, 1 + groups)."""
+        assert isinstance(self.fusion, ExpertsFusion)
+        count = 1 + len(groups)
+        average = self.fusion.scaling.mean
+        values: dict[frozenset[int], Floats] = {}
+        for size in range(count + 1):
+            for given in combinations(range(count), size):
+                known = np.tile(average, (len(image_logits), 1))
+                if 0 in given:
+                    known[:, 0] = image_logits
+                for number, group in enumerate(groups, 1):
+                    if number in given:
+                        known[:, 1:][:, group] = attributes[:, group]
+                values[frozenset(given)] = self.decision.logits(self.fusion(known))
+        parts = np.zeros((len(image_logits), count))
+        for known_ones, value in values.items():
+            for one in set(range(count)) - known_ones:
+                share = 1 / (count * comb(count - 1, len(known_ones)))
+                parts[:, one] += share * (values[known_ones | {one}] - value)
+        return parts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the heads' tensors, for a model file."""
+        return {
+            "heads": [asdict(head.settings[0]) for head in self.heads],
+            "mixture": None if self.mixture is None else asdict(self.mixture),
+            "fusion": None if self.fusion is None else asdict(self.fusion),
+            "decision": self.decision.to_json(),
+            "image_decision": self.image_decision.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], heads: Sequence[Head]) -> "Member":
+        """Read what `to_json` returned; raises KeyError, TypeError or ValueError if damaged."""
+        mixture, fusion = content["mixture"], content["fusion"]
+        return cls(
+            heads=tuple(heads),
+            mixture=None if mixture is None else read_mixture(mixture),
+            fusion=None if fusion is None else read_fusion(fusion),
+            decision=Decision.from_json(content["decision"]),
+            image_decision=Decision.from_json(content["image_decision"]),
+        )
+
+
+def _slope(decision: Decision) -> float:
+    return (decision.calibration or Calibration()).slope
+
+
+def _terms(fusion: Logistic | SumFusion, image_logits: Floats, attributes: Floats) -> Floats:
+    """Return the terms of a linear fusion's logit: (P, 1 + D)."""
+    if isinstance(fusion, Logistic):
+        return fusion.parts(np.column_stack([image_logits, attributes]))
+    image = fusion.calibration.slope * image_logits
+    return np.column_stack([image, fusion.clinical.parts(attributes)])
