@@ -89,6 +89,8 @@ def sync(descriptor):
 
 def refuse(how):
     def act(path, *rest, **more):
+        if sys._getframe(1).f_globals["__name__"].startswith("filelock"):
+            return how(path, *rest, **more)  # it has a way of its own on Windows
         numbers = os.listdir("/proc/self/fd")
         opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in numbers]
         if str(path) in opened or str(path) in Path("/proc/self/maps").read_text():
