@@ -209,3 +209,27 @@ def test_from_the_command_line(home: Path, tmp_path: Path) -> None:
     run("predict", "--model", out, "--without-attributes", *common)
     assert "from_age" not in pd.read_csv(table).columns
     assert "final model" in run("info", out)
+
+
+def test_a_run_and_its_model_in_one_call(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--folds", "3", "--seeds", "1", "--device", "cpu", "--precision", "float32"]
+    line = ["fit-head", "--store", home / "store.h5", "--agg", "mean+std", *few]
+    line += ["--out", tmp_path / "run", "--model-out", tmp_path / "model"]
+
+    def run(*more: str) -> tuple[int, str]:
+        found = CliRunner().invoke(cli, [str(each) for each in [*line, *more]])
+        return found.exit_code, found.output
+
+    assert run("--protocol", "report")[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        code, said = run()
+    assert code == 2
+    assert "run `lymphfeat finalize` on the run afterwards" in said.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+    code, said = run()
+    assert code == 0, said
+    assert f"Model of mean+std: {tmp_path / 'model'}" in said
+    assert isinstance(load_model(tmp_path / "model"), FinalModel)

@@ -1,5 +1,6 @@
 """`lymphfeat fit-head`: feature store -> heads fitted on every split, and a table."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from lymphfeat_cli.options import (
     Output,
     cache_path,
     gather,
+    note,
     number,
     show_table,
     with_interval,
@@ -126,11 +128,11 @@ def command(
     from lymphfeat.fitting import Run, fit_both, fit_heads
     from lymphfeat.heads.grid import expand
     from lymphfeat.runtime.files import check_folder
-    from lymphfeat.runtime.processes import is_first
 
     heads = expand(grid)
-    if model_out:
-        check_folder(model_out, FINAL_MODEL, force=output.force)  # before anything is fitted
+    if model_out:  # refused before anything is fitted
+        _check_final(protocol)
+        check_folder(model_out, FINAL_MODEL, force=output.force)
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with output.progress(f"fitting {len(heads)} heads") as progress:
         found = (fit_both if protocol == "both" else fit_heads)(
@@ -145,10 +147,24 @@ def command(
         )
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     optimism = None if isinstance(found, Run) else found.table
-    if model_out and is_first():
+    if model_out:
         honest = folder if isinstance(found, Run) else folder / "honest"
-        finalize(honest, model_out, row=model_row, force=output.force)
+        model = finalize(honest, model_out, row=model_row, force=output.force)
+        note(f"Model of {model.row}: {model_out}")
     output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
+
+
+def _check_final(protocol: str) -> None:
+    if protocol == "report":
+        raise click.UsageError(
+            "--model-out must go with --protocol honest or both: a model needs out-of-fold "
+            "probabilities."
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise click.UsageError(
+            "--model-out must be used without torchrun; run `lymphfeat finalize` on the run "
+            "afterwards."
+        )
 
 
 def _finished(head: "FinishedHead", *, named: bool) -> str:
