@@ -38,8 +38,9 @@ from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.final_model import FINAL_FILE, TENSORS_FILE, FinalModel, Source
+from lymphfeat.model.final_model import TENSORS_FILE, FinalModel, Source
 from lymphfeat.model.members import Member
+from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.scoring import ModelRecipe
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32

@@ -18,8 +18,8 @@ from lymphfeat.features.backbones import (
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN_FILES
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
-from lymphfeat.model.final_model import FINAL_FILE, FinalModel
-from lymphfeat.model.model import FACTS_FILE, Model
+from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.model import FACTS_FILE, FINAL_FILE, Model
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here

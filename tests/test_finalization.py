@@ -17,6 +17,7 @@ from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import load_model
+from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.settings import (
     ExtractSettings,
@@ -182,6 +183,8 @@ def test_a_damaged_folder_is_named(home: Path, tmp_path: Path) -> None:
     finalize(home / "run", tmp_path / "two", row="top2")
     with pytest.raises(ModelError, match=r"two\) must be used alone|one\) must be used alone"):
         load_model(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ModelError, match="a final model, which only `lymphfeat predict` reads"):
+        Model.load(tmp_path / "one")
     tensors = (tmp_path / "two" / "final.safetensors").read_bytes()
     (tmp_path / "one" / "final.safetensors").write_bytes(tensors)
     with pytest.raises(ModelError, match=r"cannot be read as this model's tensors"):

@@ -189,9 +189,11 @@ def combine(decisions: Sequence[Decision]) -> Decision:
         if all(key in d.operating_points for d in decisions)
     ]
     sources = list(dict.fromkeys(d.threshold_from for d in decisions))
+    if len(decisions) > 1:
+        sources.append(f"{len(decisions)} models, mean of calibrated logits")
     return Decision(
         threshold=_mean_threshold(decisions, [d.threshold for d in decisions]),
-        threshold_from=f"{'; '.join(sources)}; {len(decisions)} models, mean of calibrated logits",
+        threshold_from="; ".join(sources),
         calibration=None if any(d.calibration is None for d in decisions) else Calibration(),
         operating_points={
             key: _mean_threshold(decisions, [d.operating_points[key] for d in decisions])

@@ -33,6 +33,7 @@ from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.folder import load_tensors, read_facts
 from lymphfeat.model.members import IMAGES, Member
+from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.arrays import Floats
@@ -43,7 +44,7 @@ from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import HeadSettings, PredictSettings
 
 FORMAT, FORMAT_VERSION = "lymphfeat-final-model", 1
-FINAL_FILE, TENSORS_FILE = "final.json", "final.safetensors"
+TENSORS_FILE = "final.safetensors"
 _STEP = 1e-3  # of an image logit, to measure what it moves
 
 

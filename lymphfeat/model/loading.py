@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lymphfeat.errors import ModelError
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
-from lymphfeat.model.final_model import FINAL_FILE, FinalModel
-from lymphfeat.model.model import Model
+from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.model import FINAL_FILE, Model
 from lymphfeat.runtime.files import recover
 
 AnyModel = Model | Ensemble | FinalModel

@@ -41,6 +41,7 @@ from lymphfeat.settings import HeadSettings, PredictSettings
 FORMAT = "lymphfeat-model"
 FORMAT_VERSION = 1
 WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
+FINAL_FILE = "final.json"  # of a `FinalModel`
 _UNDECIDED = Decision()
 
 
@@ -192,6 +193,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     hint = "make one with `lymphfeat endtoend`"
     if find_checkpoints(folder):
         hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
+    elif (folder / FINAL_FILE).is_file():
+        hint = "it holds a final model, which only `lymphfeat predict` reads"
     elif models := sorted(folder.glob(f"*/{FACTS_FILE}")):
         hint = f"it holds several models: choose one of them, such as {models[0].parent}"
     return read_facts(folder / FACTS_FILE, FORMAT, FORMAT_VERSION, hint=hint)
