@@ -12,13 +12,14 @@ from lymphfeat.settings import HeadSettings
 def empty_head(settings: HeadSettings, *channels: int) -> Head:
     """Make a head of these settings on sets of features with these numbers of channels.
 
-    Only heads of the family `distribution` read several sets.
+    Only heads of the family `distribution` read several sets; the others read the first.
     """
     aggregator = find_aggregator(settings)
     if isinstance(aggregator, DistributionAggregator):
         return DistributionHead.empty(settings, *channels)
-    (own,) = channels
-    zeros = torch.zeros(own)
+    zeros = torch.zeros(channels[0])
     if isinstance(aggregator, NetworkAggregator):
-        return NetworkHead(settings, aggregator.make(own, settings), zeros, zeros.clone())
+        with torch.random.fork_rng(devices=[]):  # a network is initialised, in vain
+            network = aggregator.make(channels[0], settings)
+        return NetworkHead(settings, network, zeros, zeros.clone())
     return HeadStack([settings], zeros[None], torch.zeros(1))

@@ -1,23 +1,19 @@
 """The head of a model that scores statistics of a patient's instances (METHOD §2 C)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from lymphfeat.heads.aggregators.distribution import (
-    Deviation,
+    FIXED,
     KernelMean,
     LogDeviation,
-    Mean,
-    OrderStatistic,
     PrototypeMeans,
     PrototypeShares,
-    QuantileRange,
     Standardised,
     Statistic,
-    gini_weights,
 )
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.exact_head import Block, ExactHead
@@ -53,7 +49,7 @@ class DistributionHead(Head):
             _empty_block(place, statistic, channels[place])
             for name in names
             for place in places_of(name, len(channels))
-            for statistic in _BLANK[name.partition("@")[0]](channels[place], settings)
+            for statistic in _blank(name.partition("@")[0], channels[place], settings)
         )
         exact = ExactHead(settings, blocks, _float64(0), 0.0, (0.0,) * len(blocks))
         return cls(exact, channels)
@@ -147,21 +143,16 @@ def _constants(standardised: Standardised) -> dict[str, Tensor]:
     }
 
 
-# Statistics with room for what they learn, by name: (channels, settings) -> one for each block.
-_BLANK: Mapping[str, Callable[[int, HeadSettings], Sequence[Statistic]]] = {
-    "mean": lambda channels, settings: [Mean()],
-    "std": lambda channels, settings: [Deviation()],
-    "logstd": lambda channels, settings: [LogDeviation(_float64([0.0] * channels))],
-    "gini": lambda channels, settings: [OrderStatistic(gini_weights)],
-    "quantiles": lambda channels, settings: [
-        OrderStatistic(QuantileRange.parse(settings.quantiles))
-    ],
-    "kernel-mean": lambda channels, settings: [KernelMean.draw(channels)],
-    "prototypes": lambda channels, settings: [
-        make(torch.zeros(settings.prototypes, channels))
-        for make in (PrototypeShares, PrototypeMeans)
-    ],
-}
+def _blank(name: str, channels: int, settings: HeadSettings) -> Sequence[Statistic]:
+    """Return statistics with room for what they learn, one for each block of a name."""
+    if name in FIXED:
+        return [FIXED[name](settings)]
+    if name == "logstd":
+        return [LogDeviation(_float64([0.0] * channels))]
+    if name == "kernel-mean":
+        return [KernelMean.draw(channels)]
+    centres = torch.zeros(settings.prototypes, channels)
+    return [PrototypeShares(centres), PrototypeMeans(centres.clone())]
 
 
 def _empty_block(place: int, statistic: Statistic, channels: int) -> Block:

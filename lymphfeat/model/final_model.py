@@ -4,7 +4,6 @@ The folder holds `final.json` and `final.safetensors`; no pickle, no path to any
 member reads the same backbones, whose features are computed once.
 """
 
-import copy
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save
 from scipy.special import expit
 from torch import Tensor, nn
 
@@ -31,16 +29,15 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.folder import load_tensors, read_facts
+from lymphfeat.model.folder import load_tensors, read_facts, write_model
 from lymphfeat.model.members import IMAGES, Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
-from lymphfeat.runtime.files import recover, replace_file
+from lymphfeat.runtime.files import recover
 from lymphfeat.runtime.progress import Progress, part_of, silent
-from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import HeadSettings, PredictSettings
 
 FORMAT, FORMAT_VERSION = "lymphfeat-final-model", 1
@@ -191,7 +188,7 @@ class FinalModel:
     def _kept(self) -> Head:
         if len(self.sources) > 1:
             return _Pooled()
-        return _Kept([copy.deepcopy(head) for head in self._heads])
+        return _Kept(self._heads)
 
     @property
     def _heads(self) -> list[Head]:
@@ -253,13 +250,7 @@ class FinalModel:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `final.safetensors` and `final.json` to a folder, creating it if needed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         network = self._network()
-        tensors = {
-            key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()
-        }
-        replace_file(folder / TENSORS_FILE, lambda path: path.write_bytes(save(tensors)))
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -272,8 +263,7 @@ class FinalModel:
             "tensors_sha256": weights_sha256(network),
             "training": self.facts.to_json(),
         }
-        text = json_text(content, indent=2)
-        replace_file(folder / FINAL_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_model(network, Path(folder, TENSORS_FILE), content, Path(folder, FINAL_FILE))
 
     def _network(self) -> nn.ModuleDict:
         """Name the tensors: source.<number>.<timm's key>, member.<number>.<head's number>.<key>."""

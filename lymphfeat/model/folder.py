@@ -1,15 +1,29 @@
-"""Reading the two files of a model folder: facts in JSON, and tensors whose hash they carry."""
+"""The two files of a model folder: facts in JSON, and tensors whose hash they carry."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from lymphfeat.errors import ModelError
 from lymphfeat.features.backbones import weights_sha256
+from lymphfeat.runtime.files import replace_file
+from lymphfeat.runtime.strict_json import json_text
+
+
+def write_model(network: nn.Module, tensors: Path, content: Mapping[str, Any], facts: Path) -> None:
+    """Write a network's tensors and the facts of a model to a folder, creating it if needed."""
+    tensors.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
+    replace_file(tensors, lambda path: path.write_bytes(save(state)))
+    text = json_text(content, indent=2)
+    replace_file(facts, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_facts(path: Path, format: str, version: int, *, hint: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lymphfeat.cohort.cohort import Cohort
@@ -29,13 +28,12 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.folder import load_tensors, read_facts
+from lymphfeat.model.folder import load_tensors, read_facts, write_model
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
-from lymphfeat.runtime.files import find_checkpoints, recover, replace_file
+from lymphfeat.runtime.files import find_checkpoints, recover
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import HeadSettings, PredictSettings
 
 FORMAT = "lymphfeat-model"
@@ -96,15 +94,8 @@ class Model:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `model.json` to a folder, creating it if needed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            key: value.detach().cpu().contiguous()
-            for key, value in _network(self.backbone, self.head).state_dict().items()
-        }
-        replace_file(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(tensors)))
-        text = json_text(self._to_json(), indent=2)
-        replace_file(folder / FACTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        network = _network(self.backbone, self.head)
+        write_model(network, Path(folder, WEIGHTS_FILE), self._to_json(), Path(folder, FACTS_FILE))
 
     def _to_json(self) -> dict[str, Any]:
         return {

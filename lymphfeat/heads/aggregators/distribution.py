@@ -23,7 +23,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from lymphfeat.heads.bags import Bags
-from lymphfeat.settings import require
+from lymphfeat.settings import HeadSettings, require
 
 SUBSET = 16  # instances in a random subset; the smallest bag of the challenge has as many images
 _COSINES = 256  # random features of a kernel mean
@@ -448,3 +448,12 @@ def confidence(sizes: Tensor) -> Tensor:
     One instance has no spread; from 16 on it counts wholly.
     """
     return ((sizes - 1) / (SUBSET - 1)).clamp(max=1.0).double()
+
+
+# Statistics that learn nothing from training patients, by name.
+FIXED: Mapping[str, Callable[[HeadSettings], Statistic]] = {
+    "mean": lambda settings: Mean(),
+    "std": lambda settings: Deviation(),
+    "gini": lambda settings: OrderStatistic(gini_weights),
+    "quantiles": lambda settings: OrderStatistic(QuantileRange.parse(settings.quantiles)),
+}

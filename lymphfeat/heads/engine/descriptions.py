@@ -12,17 +12,13 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from lymphfeat.heads.aggregators.distribution import (
-    Deviation,
+    FIXED,
     Deviations,
     KernelMean,
     LogDeviation,
-    Mean,
-    OrderStatistic,
     PrototypeMeans,
     PrototypeShares,
-    QuantileRange,
     Statistic,
-    gini_weights,
     jackknife,
 )
 from lymphfeat.heads.engine.instances import Instances
@@ -204,20 +200,17 @@ class Descriptions:
     def _make(self, name: str, place: int, head: HeadSettings) -> Description:
         key = (name, place, head.quantiles, head.prototypes)
         if key not in self._made:
-            self._made[key] = _MAKERS[name](self.sets[place], head)
+            instances = self.sets[place]
+            self._made[key] = (
+                Fixed.of(instances, FIXED[name](head))
+                if name in FIXED
+                else _LEARNT[name](instances, head)
+            )
         return self._made[key]
 
 
-def _quantiles(instances: Instances, settings: HeadSettings) -> Description:
-    return Fixed.of(instances, OrderStatistic(QuantileRange.parse(settings.quantiles)))
-
-
-_MAKERS: Mapping[str, Callable[[Instances, HeadSettings], Description]] = {
-    "mean": lambda instances, settings: Fixed.of(instances, Mean()),
-    "std": lambda instances, settings: Fixed.of(instances, Deviation()),
+_LEARNT: Mapping[str, Callable[[Instances, HeadSettings], Description]] = {
     "logstd": lambda instances, settings: LogDeviations(instances),
-    "gini": lambda instances, settings: Fixed.of(instances, OrderStatistic(gini_weights)),
-    "quantiles": _quantiles,
     "kernel-mean": lambda instances, settings: KernelMeans(instances),
     "prototypes": lambda instances, settings: Prototypes(instances, settings.prototypes),
 }

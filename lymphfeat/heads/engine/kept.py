@@ -27,12 +27,10 @@ from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads, FittedModule
 from lymphfeat.heads.exact_head import ExactHead
 from lymphfeat.heads.head import Head
-from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.strict_json import json_text, json_value
-from lymphfeat.settings import HeadSettings
 
 Arrays = Mapping[str, NDArray[Any]]
 _IDENTITY_FILE = "identity.json"
@@ -126,7 +124,7 @@ def _packed(part: FittedHeads, features: Features) -> dict[str, NDArray[Any]]:
     arrays = {name: getattr(part, name) for name in _ARRAYS}
     arrays |= {f"extras/{name}": values for name, values in part.extras.items()}
     heads = {part.fits[number].head for number in part.modules}
-    blanks = {head: _blank(head, _channels(features)).state_dict() for head in heads}
+    blanks = {head: empty_head(head, *_channels(features)).state_dict() for head in heads}
     for number, module in part.modules.items():
         state = _learnt(module, blanks[part.fits[number].head])
         arrays |= {f"{number}/{name}": value.cpu().numpy() for name, value in state.items()}
@@ -145,7 +143,7 @@ def _unpacked(fits: Sequence[Fit], arrays: Arrays, features: Features) -> Fitted
         rounding=rounding,
         extras=extras,
         modules={
-            number: _restored(_blank(fit.head, _channels(features)), state)
+            number: _restored(empty_head(fit.head, *_channels(features)), state)
             for number, (fit, state) in enumerate(zip(fits, states, strict=True))
             if state
         },
@@ -164,13 +162,6 @@ def _under(arrays: Arrays, name: str | int) -> dict[str, NDArray[Any]]:
 
 def _channels(features: Features) -> tuple[int, ...]:
     return tuple(own.channels for own in features.sets)
-
-
-def _blank(settings: HeadSettings, channels: tuple[int, ...]) -> Head:
-    """Make a head with room for what heads of these settings learn."""
-    several = find_aggregator(settings).family == "distribution"
-    with torch.random.fork_rng(devices=[]):  # a network is initialised, in vain
-        return empty_head(settings, *(channels if several else channels[:1]))
 
 
 def _learnt(module: FittedModule, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
