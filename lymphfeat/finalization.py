@@ -137,6 +137,11 @@ class _Recorded:
                 f"run (={folder}) must be fitted with --protocol honest: a model needs "
                 "out-of-fold probabilities."
             )
+        if config["settings"]["epoch"] == "nested":
+            raise SettingsError(
+                f"run (={folder}) must be fitted with --choose-epoch last: a model has the weights "
+                "of the last epoch, not of those that were chosen inside."
+            )
         splits = read_splits(folder / "splits.json")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value

@@ -168,6 +168,9 @@ def test_what_cannot_be_made_a_model_is_refused(home: Path, tmp_path: Path) -> N
     )
     assert report.folder is not None
     refused(SettingsError, "must be fitted with --protocol honest", report.folder)
+    nested = replace(SETTINGS, epoch="nested", seeds=1, fusions=())
+    fit_heads(home / "store.h5", agg="bnsigmoid", settings=nested, out=tmp_path / "nested")
+    refused(SettingsError, "must be fitted with --choose-epoch last", tmp_path / "nested")
     other = Cohort.load(home / "cohort")
     extract(
         other,
