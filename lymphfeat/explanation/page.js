@@ -302,7 +302,7 @@ function differences(p, block) {  // the cells farthest from the patient's avera
   if (!model.distances || n < 2) return null;
   const cells = [...block.cells].sort((a, b) => b.distance - a.distance || a.rank - b.rank);
   const strip = (title, own) => el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: "strip" }, own.map(cell =>
-    el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, `${fixed(cell.distance, 1)} ×`), el("span", { class: "who" }, `cell ${cell.rank}`))))));
+    el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, `${fixed(cell.distance, 1)}\u00a0×`), el("span", { class: "who" }, `cell ${cell.rank}`))))));
   return [el("h2", {}, "How the cells differ"), el("p", { class: "note" }, model.differing),
     el("div", { class: "extremes" }, strip("Most different cells", cells.slice(0, n)), strip("Most typical cells", cells.slice(-n).reverse()))];
 }
