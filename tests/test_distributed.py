@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("bnsigmoid", {"gradient": "exact"}),
     "frozen": ("mean", {"gradient": "exact", "frozen_batchnorm": True}),
     "ranking": ("topk", {}),
+    "network": ("gated-attention", {"gradient": "exact", "frozen_batchnorm": True}),
     "solved": ("mean+std", {"gradient": "exact", "frozen_batchnorm": True}),
 }
 
@@ -84,7 +85,7 @@ def take_a_step(cohort: Cohort, settings: EndToEndSettings, path: Path) -> None:
     everybody = replace(settings, batch_size=len(cohort.ids))
     job = prepare(cohort, hold_out(cohort, everybody), everybody)
     tuner = make_fine_tuner(job, decode(cohort, everybody))
-    tuner.solve_first()
+    tuner.prepare_head()
     tuner.run_epoch()
     parts = {"backbone": tuner.backbone, "head": tuner.head}
     tensors = {

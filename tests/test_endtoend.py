@@ -264,6 +264,7 @@ def interrupt(cohort: Cohort, settings: EndToEndSettings, out: Path, epochs: int
     [
         *(("bnsigmoid", "float32"), ("topk", "float32"), ("topk", "bfloat16")),
         *(("mean+std", "float32"), ("mean+std", "bfloat16")),
+        *(("attention", "float32"), ("lstm", "bfloat16")),
     ],
 )
 def test_interrupted_training_ends_with_the_same_bits(

@@ -150,7 +150,7 @@ def test_an_epoch_moves_weights_and_leaves_constants(cohort: Cohort) -> None:
     settings = settings_for("mean+logstd+prototypes", epochs=1)
     job = prepare(cohort, hold_out(cohort, settings), settings)
     tuner = make_fine_tuner(job, decode(cohort.labelled(), settings))
-    tuner.solve_first()
+    tuner.prepare_head()
     before = {name: values.clone() for name, values in tuner.head.state_dict().items()}
     assert all(float(before[f"blocks.{b}.weight"].abs().max()) > 0 for b in range(4))
     tuner.run_epoch()
@@ -168,7 +168,7 @@ def test_training_starts_from_the_solution_on_what_a_step_sees(
     job = prepare(cohort, hold_out(cohort, settings), settings)
     tuner = make_fine_tuner(job, decode(cohort.labelled(), settings))
     kept = [buffer.clone() for buffer in tuner.backbone.buffers()]
-    tuner.solve_first()
+    tuner.prepare_head()
     assert all(map(torch.equal, kept, tuner.backbone.buffers()))
     bags = Bags.of(cohort.labelled().n_images)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_training_starts_from_the_solution_on_what_a_step_sees(
     expected = solved.patient_logits([(features[:, 0], bags)])
     torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-2)
     penalty = float(tuner.head.state_dict()["penalty"])
-    tuner.solve_last()
+    tuner.finish_head()
     assert float(tuner.head.state_dict()["penalty"]) == penalty
     with torch.no_grad():
         apart = tuner.head.patient_logits(features, bags) - found

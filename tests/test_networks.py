@@ -199,14 +199,12 @@ def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -
         np.testing.assert_allclose(probability, fitted.curves[i, -1, [single]], rtol=1e-4)
 
 
-def test_training_through_a_backbone_refuses_networks() -> None:
-    with pytest.raises(SettingsError, match=r"agg \(=lstm\) must not be a network here"):
-        require_trainable(settings_of("lstm"))
+def test_what_no_training_through_a_backbone_supports() -> None:
     with pytest.raises(SettingsError, match=r"class_weights \(=balanced\) must be none here"):
         require_trainable(settings_of("topk", class_weights="balanced"))
     with pytest.raises(SettingsError, match=r"agg \(=mean@2\+std\) must not name a store after @"):
         require_trainable(settings_of("mean@2+std"))
-    for agg in ("topk", "mean+std"):
+    for agg in ("topk", "mean+std", "lstm"):
         require_trainable(settings_of(agg))
 
 

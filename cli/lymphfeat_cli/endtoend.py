@@ -57,10 +57,7 @@ Run the same command again to resume an interrupted training.""",
     show_default=True,
     help="Model folder to write.",
 )
-@settings_options(
-    EndToEndSettings(),
-    omit=("class_weights", "solver", "width", "layers"),
-)
+@settings_options(EndToEndSettings(), omit=("class_weights", "solver"))
 @click.option(
     "--folds",
     type=click.IntRange(2),

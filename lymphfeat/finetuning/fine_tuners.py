@@ -3,7 +3,7 @@
 - All randomness comes from one CPU generator, so that a run on a GPU sees what a run on a CPU sees
   and a checkpoint holds the complete state.
 - Within an epoch nothing is read back from the device (the ranking family reads the ranking once,
-  the family `distribution` a few numbers per step).
+  the family `distribution`, `transformer` and `lstm` a few numbers per step).
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,6 +27,7 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.engine.exact import Mixture, solve_head
 from lymphfeat.heads.head import Head
+from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.runtime import processes
 from lymphfeat.runtime.devices import to_device
 from lymphfeat.runtime.progress import Progress, silent
@@ -73,11 +74,11 @@ class FineTuner:
         freeze(self.backbone, settings.freeze_stages)
         self.optimizer = _make_optimizer(self.backbone, head, settings)
 
-    def solve_first(self) -> None:
-        """Solve a head that can be solved, before the first epoch."""
+    def prepare_head(self) -> None:
+        """Learn what a head takes from the training patients' features before the first epoch."""
 
-    def solve_last(self) -> None:
-        """Solve a head that can be solved, after the last epoch."""
+    def finish_head(self) -> None:
+        """Learn what it takes from their features after the last epoch."""
 
     def run_epoch(self, progress: Progress = silent) -> EpochResult:
         """Train for one epoch; progress counts its steps."""
@@ -176,7 +177,7 @@ def full_batches(order: Tensor, size: int) -> Iterator[Tensor]:
         yield order[start : start + size]
 
 
-# --- whole patients: the weighted family and the family distribution ----------------------------
+# --- whole patients: all families but ranking ----------------------------------------------------
 
 
 class PatientFineTuner(FineTuner):
@@ -201,6 +202,30 @@ class PatientFineTuner(FineTuner):
             probability=torch.cat(logits).sigmoid().cpu().numpy(),
             images=images,
         )
+
+    @torch.no_grad()
+    def features_in_training(self) -> Tensor:
+        """Encode all unaltered images, (N, U, C), as those of a step are: in chunks of any order.
+
+        In float32, and batch-norm keeps its statistics.
+        """
+        encoder, most = self.encoder.in_float32(), self.settings.max_forward_size
+        rows = self.roster.images().rows
+        order = self.shuffled(len(rows))
+        chunks = as_they_are(rows[order]).chunks(most * processes.count())
+        with statistics_kept(self.backbone):
+            instances = torch.cat([encoder(chunk) for chunk in chunks])
+        return instances[to_device(order.argsort(), self.device)]
+
+
+class NetworkFineTuner(PatientFineTuner):
+    """Trains as `PatientFineTuner`, on features standardised as they are before the first epoch."""
+
+    head: NetworkHead
+
+    def prepare_head(self) -> None:
+        """Standardise features as training starts, batch-norm in the mode of training."""
+        self.head.standardise(self.features_in_training().mean(1))  # (N, C)
 
 
 class PatientLoss:
@@ -229,12 +254,11 @@ class DistributionFineTuner(PatientFineTuner):
 
     head: DistributionHead
 
-    def solve_first(self) -> None:
+    def prepare_head(self) -> None:
         """Solve the head as training starts, batch-norm in the mode of training."""
-        most = self.settings.max_forward_size
-        self._solve(self._as_in_training(self.encoder.in_float32(), most), None)
+        self._solve(self.features_in_training(), None)
 
-    def solve_last(self) -> None:
+    def finish_head(self) -> None:
         """Solve the head on the features that predictions are made of.
 
         Its penalty and the weights of its blocks stay those of the first solution: the features
@@ -260,16 +284,6 @@ class DistributionFineTuner(PatientFineTuner):
         solved = solve_head(self.settings.head, instances, sizes, labels, chosen)
         state: dict[str, Tensor] = DistributionHead(solved).cpu().state_dict()
         return state
-
-    @torch.no_grad()
-    def _as_in_training(self, encoder: Encoder, most: int) -> Tensor:
-        """Encode all images in chunks of a random order, as the images of a step are."""
-        rows = self.roster.images().rows
-        order = self.shuffled(len(rows))
-        chunks = as_they_are(rows[order]).chunks(most * processes.count())
-        with statistics_kept(self.backbone):
-            instances = torch.cat([encoder(chunk) for chunk in chunks])
-        return instances[to_device(order.argsort(), self.device)]
 
 
 # --- the ranking family --------------------------------------------------------------------------
@@ -374,6 +388,7 @@ class SelectedLoss:
 FINE_TUNERS: dict[str, type[FineTuner]] = {
     "weighted": PatientFineTuner,
     "distribution": DistributionFineTuner,
+    "network": NetworkFineTuner,
     "ranking": RankingFineTuner,
 }
 

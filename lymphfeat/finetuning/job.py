@@ -22,8 +22,13 @@ from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.finetuning.initial_head import read_initial_head
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.head import Head
-from lymphfeat.heads.registry import DistributionAggregator, find_aggregator
-from lymphfeat.heads.stack import HeadStack, initial_scorer
+from lymphfeat.heads.registry import (
+    DistributionAggregator,
+    LinearAggregator,
+    NetworkAggregator,
+    find_aggregator,
+)
+from lymphfeat.heads.stack import HeadStack, NetworkHead, initial_scorer
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.model import Model
 from lymphfeat.model.scoring import ModelRecipe
@@ -141,13 +146,17 @@ def _initial_head(
     held_out: Sequence[PatientKey],
 ) -> tuple[Head, Provenance]:
     """Make the head that training starts from, and say whose labels went into it."""
-    if isinstance(find_aggregator(settings.head), DistributionAggregator):
-        require(
-            settings.init_head is None,
-            f"init_head (={settings.init_head}) must not go with agg (={settings.head.agg}): its "
-            "head is solved on the features that training starts from.",
-        )
+    aggregator = find_aggregator(settings.head)
+    require(
+        settings.init_head is None or isinstance(aggregator, LinearAggregator),
+        f"init_head (={settings.init_head}) must not go with agg (={settings.head.agg}): its head "
+        "starts from the features alone. Leave out one of the two.",
+    )
+    if isinstance(aggregator, DistributionAggregator):
         return DistributionHead.empty(settings.head, channels), NOBODY
+    if isinstance(aggregator, NetworkAggregator):
+        zeros = torch.zeros(channels)  # standardised on the features that training starts from
+        return NetworkHead.initial(settings.head, zeros, zeros.clone(), generator), NOBODY
     weight, bias = initial_scorer(channels, generator)
     if settings.init_head is None:
         return HeadStack([settings.head], weight[None], bias[None]), NOBODY

@@ -67,7 +67,7 @@ def fit(
     history: list[EpochRow] = []
     state = from_first(checkpoint.read() if is_first() else None)
     if state is None:
-        tuner.solve_first()
+        tuner.prepare_head()
     else:
         tuner.load_state(state["trainer"])
         history = state["history"]
@@ -77,7 +77,7 @@ def fit(
         last = len(history) == job.settings.epochs
         if is_first():
             checkpoint.write({"trainer": tuner.state(), "history": history}, last=last)
-    tuner.solve_last()
+    tuner.finish_head()
     model.backbone.eval()
     model.head.eval()
     return history

@@ -12,7 +12,6 @@ from lymphfeat.heads.registry import (
     AGGREGATORS,
     COUNTED_K,
     PERCENT_K,
-    NetworkAggregator,
     find_aggregator,
 )
 from lymphfeat.settings import HeadGrid, HeadSettings, Solver, require
@@ -54,14 +53,8 @@ def resolve(settings: HeadSettings, *, solver: Solver = "adam") -> HeadSettings:
 def require_trainable(settings: HeadSettings) -> None:
     """Raise SettingsError for what no training through a backbone supports.
 
-    These are networks, class weights and, as there is a single backbone, statistics of the N-th
-    store.
+    These are class weights and, as there is a single backbone, statistics of the N-th store.
     """
-    if isinstance(find_aggregator(settings), NetworkAggregator):
-        raise SettingsError(
-            f"agg (={settings.agg}) must not be a network here; networks are trained on cached "
-            "maps, by fit-head."
-        )
     require(
         "@" not in settings.agg,
         f"agg (={settings.agg}) must not name a store after @ here, where there is one backbone.",

@@ -118,6 +118,13 @@ class NetworkHead(Head):
             network = aggregator.make(len(mean), settings)
         return cls(settings, network.to(mean.device), mean, scale)
 
+    @torch.no_grad()
+    def standardise(self, images: Tensor) -> None:
+        """Learn mean and 1 / standard deviation from the pooled images (m, C) of training."""
+        deviation, mean = torch.std_mean(images.double(), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale_of(mean, deviation))
+
     def forward(self, images: Tensor, bags: Bags) -> Tensor:
         """Return the patients' logits: images (m, C) -> (B,)."""
         logits: Tensor = self.network((images - self.mean) * self.scale, bags)
@@ -162,6 +169,15 @@ class NetworkHead(Head):
         """Score images (m, C), each as a patient with a single image: (m,)."""
         logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
         return logits
+
+
+def scale_of(mean: Tensor, deviation: Tensor) -> Tensor:
+    """Return 1 / deviation; 0 of channels that do not vary, whose rounding errors it would blow up.
+
+    Of any shape.
+    """
+    varies = deviation > 1e-6 * (1 + mean.abs())
+    return torch.where(varies, 1 / deviation.where(varies, 1), 0)
 
 
 def initial_scorer(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
-from lymphfeat.heads.stack import class_weights, initial_scorer
+from lymphfeat.heads.stack import class_weights, initial_scorer, scale_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def _moments(features: Features, patients: Sequence[str]) -> tuple[Tensor, Tenso
     count, total, squares = (sums[rows].sum(0) for sums in features.patient_sums)
     mean = total / count  # (C,)
     std = (squares / count - mean**2).clamp(min=0).sqrt()
-    varies = std > 1e-6 * (1 + mean.abs())
-    return mean.float(), torch.where(varies, 1 / std.where(varies, 1), 0).float()
+    return mean.float(), scale_of(mean, std).float()
 
 
 class StackedAdam:
