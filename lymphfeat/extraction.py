@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
+from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, find_normalization, stream_crops
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
@@ -269,6 +270,7 @@ def _open_writer(
         shape=first.map_shape(recipe["crop"]),
         feature_sets=list(encoders),
         image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
+        statistics=NAMES,
         force=force,
     )
 
@@ -289,9 +291,9 @@ def _write_rows(
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
         for round_ in _rounds(_decoded(blocks[rank() :: count()], settings), len(blocks)):
-            for start, maps, crc32 in to_first(_encoded(round_, encoders)):
+            for start, maps, crc32, statistics in to_first(_encoded(round_, encoders)):
                 if writer and maps:
-                    writer.write(start, maps, crc32)
+                    writer.write(start, maps, crc32, statistics)
                     meter.add(len(crc32))
         if writer:
             writer.finish()
@@ -305,6 +307,7 @@ def _waiting(writer: StoreWriter, rows: int, size: int) -> list[int]:
 
 
 Block = tuple[int, list[Crop]]
+Encoded = tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32], NDArray[np.float32]]
 
 
 def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
@@ -313,16 +316,15 @@ def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
         yield next(own, (0, []))
 
 
-def _encoded(
-    block: Block, encoders: Mapping[FeatureSet, MapEncoder]
-) -> tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32]]:
+def _encoded(block: Block, encoders: Mapping[FeatureSet, MapEncoder]) -> Encoded:
     start, crops = block
     crc32 = np.array([crop.crc32 for crop in crops], np.uint32)
+    statistics = np.array([crop.statistics for crop in crops], np.float32)  # (n, S)
     if not crops:
-        return start, {}, crc32
+        return start, {}, crc32, statistics
     pixels = np.stack([crop.pixels for crop in crops])
     maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
-    return start, maps, crc32
+    return start, maps, crc32, statistics
 
 
 def _decoded(
@@ -333,6 +335,7 @@ def _decoded(
         settings.backbone.crop,
         threads=settings.threads or torch.get_num_threads(),
         ahead=4 * settings.batch_size,
+        measured=True,
     )
     for start, block in blocks:
         yield start, [next(crops) for _ in block]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_statistics import NAMES, measure_image
 from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
 from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.extraction import extract
@@ -305,6 +306,15 @@ def test_a_forced_store_that_fails_keeps_the_old(
     with pytest.raises(CohortError):
         extract(Cohort.load(root), out, SETTINGS, force=True)
     assert out.read_bytes() == before
+
+
+def test_the_statistics_are_those_of_the_crops(cohort: Cohort, tmp_path: Path) -> None:
+    found = extract(cohort, tmp_path / "s.h5", SETTINGS).image_statistics
+    assert found is not None
+    paths = [path for images in cohort.images for path in images]
+    expected = np.stack([measure_image(decode_crop(path, CROP).pixels) for path in paths])
+    assert tuple(found) == NAMES
+    assert np.array_equal(found.to_numpy(), expected)
 
 
 def test_goes_on_after_an_interruption(cohort: Cohort, tmp_path: Path, written: list[int]) -> None:

@@ -72,7 +72,7 @@ INSIDE = {
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (
         *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),
-        *("cell_values", "csv_rows", "images", "provenance"),
+        *("cell_values", "csv_rows", "images", "image_statistics", "provenance"),
     ),
     "runtime": (
         *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),

@@ -175,6 +175,35 @@ def test_plain_h5py_reads_what_the_format_says(tmp_path: Path) -> None:
         opened.features("all")
 
 
+def test_image_statistics_are_read_as_they_were_written(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(0, 1, (7, 2)).astype(np.float32)
+    with open_writer(tmp_path / "s.h5", made_up_cohort(), statistics=["focus", "area"]) as writer:
+        for rows in (slice(4, 7), slice(0, 4)):
+            crc32 = np.arange(7, dtype=np.uint32)[rows]
+            writer.write(rows.start, {"frozen": made_up_maps(7)[rows]}, crc32, numbers[rows])
+        writer.finish()
+    found = FeatureStore.open(tmp_path / "s.h5").image_statistics
+    assert found is not None
+    pd.testing.assert_frame_equal(found, pd.DataFrame(numbers, columns=["focus", "area"]))
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file["images/statistics"].id.get_offset() is not None
+        assert json.loads(file["images/statistics"].attrs["names"]) == ["focus", "area"]
+
+
+def test_an_unfinished_store_of_an_earlier_version_is_finished_without_statistics(
+    tmp_path: Path,
+) -> None:
+    path, maps, crc32 = tmp_path / "s.h5", made_up_maps(7), np.arange(7, dtype=np.uint32)
+    with open_writer(path, made_up_cohort()) as writer:
+        write_rows(writer, maps, 0, 4)
+    with open_writer(path, made_up_cohort(), statistics=["focus"]) as writer:
+        writer.write(4, {"frozen": maps[4:]}, crc32[4:], np.zeros((3, 1), np.float32))
+        writer.finish()
+    store = FeatureStore.open(path)
+    store.verify()
+    assert store.image_statistics is None
+
+
 def test_readers_cannot_write(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s.h5")
     with pytest.raises(ValueError, match="read-only"):
@@ -544,6 +573,7 @@ def test_reads_every_format(version: int) -> None:
     assert store.submission_ids == ("P2",)
     assert store.recipe == RECIPE
     assert store.shape == MapShape(views=1, channels=2, height=2, width=2)
+    assert store.image_statistics is None
 
 
 def test_the_writer_still_writes_the_newest_format(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lymphfeat.cohort.image_statistics import measure_image
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.runtime.progress import Progress, silent
 
@@ -59,6 +60,7 @@ class Crop:
 
     pixels: NDArray[np.uint8]  # (3, crop, crop)
     crc32: int  # of the file's bytes
+    statistics: NDArray[np.float32] | None = None  # (S,) of the pixels, where they were asked for
 
 
 def decode_crop(path: Path, crop: int) -> Crop:
@@ -82,6 +84,11 @@ def decode_crop(path: Path, crop: int) -> Crop:
     return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
 
 
+def _measure_crop(path: Path, crop: int) -> Crop:
+    decoded = decode_crop(path, crop)
+    return replace(decoded, statistics=measure_image(decoded.pixels))
+
+
 def _check_image(path: Path, image: Image.Image, crop: int) -> None:
     if image.mode not in _CONVERTIBLE_MODES:
         raise CohortError(
@@ -101,18 +108,25 @@ def _centre_box(size: tuple[int, int], crop: int) -> tuple[int, int, int, int]:
 
 
 def stream_crops(
-    paths: Sequence[Path], crop: int, *, threads: int = 2, ahead: int = 512
+    paths: Sequence[Path],
+    crop: int,
+    *,
+    threads: int = 2,
+    ahead: int = 512,
+    measured: bool = False,
 ) -> Iterator[Crop]:
-    """Yield the decoded crops in order, at most `ahead` of them waiting in memory."""
+    """Yield the decoded crops in order, at most `ahead` of them waiting in memory.
+
+    With `measured` they have their image statistics.
+    """
+    decode = _measure_crop if measured else decode_crop
     remaining = iter(paths)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting = deque(pool.submit(decode_crop, path, crop) for path in islice(remaining, ahead))
+        waiting = deque(pool.submit(decode, path, crop) for path in islice(remaining, ahead))
         try:
             while waiting:
                 yield waiting.popleft().result()
-                waiting.extend(
-                    pool.submit(decode_crop, path, crop) for path in islice(remaining, 1)
-                )
+                waiting.extend(pool.submit(decode, path, crop) for path in islice(remaining, 1))
         finally:  # an abandoned or failed stream does not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
 

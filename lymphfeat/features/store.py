@@ -28,6 +28,7 @@ from lymphfeat.runtime.strict_json import json_text
 FORMAT = "lymphfeat"
 FROZEN = "frozen"  # the features of given weights; those of fine-tuned ones have their split's id
 FORMAT_VERSION = 2
+STATISTICS = "images/statistics"  # the dataset; stores of earlier versions have none
 SLASH = "\u2215"  # replaces the / in a covariate's name (CD4/CD8), which HDF5 takes for a path
 Recipe = Mapping[str, Any]
 
@@ -124,6 +125,7 @@ class FeatureStore:
     image_names: tuple[str, ...]  # (N,)
     crc32: NDArray[np.uint32]  # (N,)
     image_hashes: tuple[str, ...]  # (N,) of the image files' contents; empty in old stores
+    statistic_names: tuple[str, ...]  # (S,) of the image statistics; empty in old stores
     feature_sets: Mapping[str, FeatureSet]
     shape: MapShape
     submission_ids: tuple[str, ...]
@@ -149,6 +151,7 @@ class FeatureStore:
                 image_names=tuple(_read_strings(file["images/name"])),
                 crc32=file["images/crc32"][:],
                 image_hashes=_read_image_hashes(file["images"]),
+                statistic_names=_read_statistic_names(file),
                 feature_sets=sets,
                 shape=MapShape(
                     views=first.shape[1],
@@ -288,6 +291,17 @@ class FeatureStore:
         """Map the average-pooled features called `name`, (N, V, C), read-only."""
         return map_rows(self.path, f"pooled/{self._known(name)}", "r")
 
+    @cached_property
+    def image_statistics(self) -> pd.DataFrame | None:
+        """Return what was measured of each image (N, S), by name; None in old stores.
+
+        They are those of the crop that the backbone saw: stain, brightness, focus and scale.
+        """
+        if not self.statistic_names:
+            return None
+        numbers = np.array(map_rows(self.path, STATISTICS, "r"))
+        return pd.DataFrame(numbers, columns=list(self.statistic_names))
+
     def _known(self, name: str) -> str:
         if name not in self.feature_sets:
             raise StoreError(
@@ -344,6 +358,10 @@ def _read_strings(dataset: h5py.Dataset) -> list[str]:
 
 def _read_image_hashes(group: h5py.Group) -> tuple[str, ...]:
     return tuple(_read_strings(group["hash"])) if "hash" in group else ()
+
+
+def _read_statistic_names(file: h5py.File) -> tuple[str, ...]:
+    return tuple(json.loads(file[STATISTICS].attrs["names"])) if STATISTICS in file else ()
 
 
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:

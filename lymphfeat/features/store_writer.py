@@ -27,6 +27,7 @@ from lymphfeat.features.store import (
     FORMAT,
     FORMAT_VERSION,
     SLASH,
+    STATISTICS,
     FeatureSet,
     MapShape,
     Recipe,
@@ -59,9 +60,13 @@ class StoreWriter:
         shape: MapShape,
         feature_sets: Sequence[FeatureSet],
         image_hashes: Sequence[str] = (),
+        statistics: Sequence[str] = (),
         force: bool = False,
     ) -> None:
-        """Take the (N,) content hashes of the cohort's image files; none where they are unknown."""
+        """Take the (N,) content hashes of the cohort's image files; none where they are unknown.
+
+        `statistics` are the names of the image statistics that will be written.
+        """
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal_path = path.with_name(path.name + ".journal")
@@ -78,7 +83,10 @@ class StoreWriter:
             if not self._continues(recipe, force):
                 self._journal.clear()
                 self.partial.unlink(missing_ok=True)
-                _create(self.partial, recipe, cohort, shape, feature_sets, image_hashes)
+                _create(
+                    *(self.partial, recipe, cohort, shape, feature_sets, image_hashes),
+                    statistics,
+                )
                 flush_file(self.partial)
                 self._journal.start(recipe)
             self._maps: dict[str, np.memmap[Any, Any]] = {
@@ -119,14 +127,18 @@ class StoreWriter:
         start: int,
         features: Mapping[str, NDArray[np.float32]],
         crc32: NDArray[np.uint32],
+        statistics: NDArray[np.float32] | None = None,
     ) -> None:
         """Write the rows from `start` on of every feature set, and the image files' checksums.
 
-        `features` maps a set's name to (n, V, C, h, w); `crc32` is (n,). Raises StoreError when
-        float16 cannot hold a value.
+        `features` maps a set's name to (n, V, C, h, w); `crc32` is (n,), `statistics` (n, S).
+        Raises StoreError when float16 cannot hold a value.
         """
         stop = start + len(crc32)
         rows: dict[str, NDArray[Any]] = {"images/crc32": crc32}
+        # An unfinished store of an earlier version has no place for statistics, and needs none.
+        if statistics is not None and STATISTICS in self._maps:
+            rows[STATISTICS] = statistics
         for name, maps in features.items():
             rows[f"features/{name}"] = _to_float16(maps, name, start)
             rows[f"pooled/{name}"] = rows[f"features/{name}"].mean((3, 4), dtype=np.float32)
@@ -249,6 +261,7 @@ def _create(
     shape: MapShape,
     feature_sets: Sequence[FeatureSet],
     image_hashes: Sequence[str],
+    statistics: Sequence[str],
 ) -> None:
     n = int(cohort.offsets[-1])
     with h5py.File(path, "w", libver=("v108", "v110")) as file:
@@ -263,6 +276,9 @@ def _create(
         _allocate(images, "crc32", (n,), np.uint32)
         if image_hashes:
             _write_strings(images, "hash", image_hashes)
+        if statistics:
+            numbers = _allocate(file, STATISTICS, (n, len(statistics)), np.float32)
+            numbers.attrs["names"] = json_text(list(statistics))
         for feature_set in feature_sets:
             _create_feature_set(file, feature_set, shape, n)
 
@@ -330,4 +346,5 @@ def _row_names(path: Path) -> list[str]:
     """Return the datasets that have one row per image and are written in place."""
     with h5py.File(path, "r") as file:
         names = [f"{group}/{name}" for group in ("features", "pooled") for name in file[group]]
-    return ["images/crc32", *names]
+        found = [STATISTICS] if STATISTICS in file else []
+    return ["images/crc32", *found, *names]
