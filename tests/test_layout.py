@@ -40,8 +40,8 @@ INSIDE = {
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": (
-        *("loading", "ensemble", "final_model", "members", "model", "facts", "folder"),
-        *("scoring", "submission", "predictions"),
+        *("loading", "ensemble", "final_model", "familiarity", "feature_distance", "members"),
+        *("model", "facts", "folder", "scoring", "submission", "predictions"),
     ),
     "evaluation": (
         *(
