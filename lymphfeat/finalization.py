@@ -22,7 +22,7 @@ from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import FUSIONS
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
-from lymphfeat.evaluation.rows import Row, Way, default_row, find_row
+from lymphfeat.evaluation.rows import Row, default_row, find_row
 from lymphfeat.evaluation.run_provenance import RunProvenance
 from lymphfeat.evaluation.scores import Scores, find_best
 from lymphfeat.features.backbones import build_backbone
@@ -46,7 +46,7 @@ from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, recover, result_folder
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadSettings, Way
 
 FINAL_MODEL = ResultKind(name="final model", marks=(FINAL_FILE,), files=(FINAL_FILE, TENSORS_FILE))
 _EVERYBODY = "everybody"

@@ -29,7 +29,8 @@ ClassWeights = Literal["none", "balanced"]
 BlockWeights = Literal["equal", "chosen"]  # chosen: inside each training set
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
-Fusion = Literal["late", "sum", "experts", "all"]  # METHOD §5
+Way = Literal["late", "sum", "experts"]  # of fusing, METHOD §5
+Fusion = Literal[Way, "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,14 @@ def _threshold() -> ThresholdRule:
         "which equals their share of tumoral patients. best-ba: the threshold with the best "
         "balanced accuracy on the training patients. Both use out-of-fold probabilities.",
     )
+
+
+def _attributes() -> tuple[str, ...]:
+    return setting((), "Clinical columns to use, numeric or categorical.", unset="all")
+
+
+def _log_attributes() -> tuple[str, ...]:
+    return setting(("lymph_count",), "Clinical columns to log-transform.")
 
 
 def _shared_images(held_out: str) -> bool:
@@ -359,12 +368,8 @@ class FitSettings(Settings):
         "Also fuse each head with the clinical attributes, in this way (honest).",
         options=("--fusion",),
     )
-    attributes: tuple[str, ...] = setting(
-        (), "Clinical columns to use, numeric or categorical.", unset="all"
-    )
-    log_attributes: tuple[str, ...] = setting(
-        ("lymph_count",), "Clinical columns to log-transform."
-    )
+    attributes: tuple[str, ...] = _attributes()
+    log_attributes: tuple[str, ...] = _log_attributes()
     calibration: Literal["platt", "temperature", "none"] = setting(
         "platt", "How to calibrate probabilities on the training patients (honest)."
     )
@@ -454,6 +459,11 @@ class EndToEndSettings(Settings):
         at_least=0,
         below=1,
     )
+    fusion: Way | None = setting(
+        None, "Fuse the images with the clinical attributes, in this way (with --folds)."
+    )
+    attributes: tuple[str, ...] = _attributes()
+    log_attributes: tuple[str, ...] = _log_attributes()
     threshold: ThresholdRule = _threshold()
     tta: bool = setting(False, "Predict the mean over the four flips.")
     allow_shared_images: bool = _shared_images("held-out")

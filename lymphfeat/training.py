@@ -7,25 +7,18 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split, kfold_splits
-from lymphfeat.evaluation.baselines import folds_of, measure_baselines
-from lymphfeat.evaluation.decision import (
-    BEST_BA,
-    Decision,
-    cross_fit_decisions,
-    refuse_best_ba,
-)
-from lymphfeat.evaluation.metrics import brier_score, log_loss
-from lymphfeat.evaluation.scores import patient_metrics
+from lymphfeat.evaluation.baselines import measure_baselines
+from lymphfeat.evaluation.decision import BEST_BA, Decision, refuse_best_ba
 from lymphfeat.finetuning.curves import CURVES, EpochRow, mean_curves, write_curves
 from lymphfeat.finetuning.job import Job, hold_out
+from lymphfeat.finetuning.out_of_fold import finish_fused, finish_members, read_attributes
 from lymphfeat.finetuning.per_split import SplitTraining
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble, member_name
-from lymphfeat.model.model import FACTS_FILE, WEIGHTS_FILE, Model
+from lymphfeat.model.final_model import TENSORS_FILE, FinalModel
+from lymphfeat.model.model import FACTS_FILE, FINAL_FILE, WEIGHTS_FILE, Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.submission import (
     HEADERS,
@@ -40,15 +33,15 @@ from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, result_folder, unfinished_folder
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, part_of, silent
-from lymphfeat.settings import EndToEndSettings, PredictSettings
+from lymphfeat.settings import EndToEndSettings, PredictSettings, require
 
 _ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
 MODEL = ResultKind(
     name="model",
-    marks=(FACTS_FILE, MEMBERS_FILE),
+    marks=(FACTS_FILE, MEMBERS_FILE, FINAL_FILE),
     files=(
         *(*_ONE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE),
-        *(MEMBERS_FILE, *(f"fold-*/{name}" for name in _ONE)),
+        *(MEMBERS_FILE, FINAL_FILE, TENSORS_FILE, *(f"fold-*/{name}" for name in _ONE)),
     ),
 )
 
@@ -74,7 +67,7 @@ def train(
     force: bool = ...,
     submission_header: str = ...,
     progress: Progress = ...,
-) -> Ensemble: ...
+) -> Ensemble | FinalModel: ...
 def train(
     cohort: Cohort,
     out: str | os.PathLike[str],
@@ -84,12 +77,13 @@ def train(
     force: bool = False,
     submission_header: str = HEADERS[0],
     progress: Progress = silent,
-) -> Model | Ensemble:
+) -> Model | Ensemble | FinalModel:
     """Train backbone and head together; write the model and its predictions to the folder `out`.
 
     Without `folds` one model is trained on the labelled patients, except those of
     `settings.validation`. With `folds` one member is trained without each fold of them; the members
-    predict as one, and threshold and calibration come from out-of-fold probabilities.
+    predict as one, and threshold and calibration come from out-of-fold probabilities. With
+    `settings.fusion` they are fused with the clinical attributes, and become a `FinalModel`.
 
     Writes the model or members, predictions.csv, images.csv, curves.csv, curves.png and, when there
     are unlabelled patients, submission.csv. For members, predictions.csv has their spread, and
@@ -97,8 +91,9 @@ def train(
     `out_of_fold_calibrated` and `out_of_fold_predicted` are what the other folds make of it. The
     folder is replaced as a whole, at the end. An interrupted training resumes when called again.
 
-    Raises SettingsError when `out` holds a model and `force` is not set, or anything else, and for
-    the threshold `best-ba` without folds; ModelError when an unfinished training of other settings
+    Raises SettingsError when `out` holds a model and `force` is not set, or anything else, for the
+    threshold `best-ba` and a fusion without folds, for `validation` with folds, and for attributes
+    that the cohort's table does not have; ModelError when an unfinished training of other settings
     exists and `force` is not set; CohortError unless patients of both classes are labelled;
     LeakageError when a training and a held-out patient share an image.
 
@@ -109,9 +104,9 @@ def train(
     if folds is None:
         splits, resumes = [_hold_out(cohort, settings)], [CHECKPOINT_FILE]
     else:
-        settings = replace(settings, validation=0.0)
-        splits = _fold_splits(cohort, folds, settings.seed)
+        splits = _fold_splits(cohort, folds, settings)
         resumes = [f"{split.id}.pt" for split in splits]
+    read_attributes(cohort, settings)  # refused before anything is trained
     training = SplitTraining(cohort, splits, settings, force=force, progress=progress)
     join_processes()
     with (
@@ -122,9 +117,12 @@ def train(
         jobs = [training.prepare(split) for split in splits]
         checkpoints = [unfinished_folder(out) / name for name in resumes]
         curves = [training.train(*each) for each in zip(jobs, checkpoints, strict=True)]
-        trained = jobs[0].model if folds is None else Ensemble(tuple(job.model for job in jobs))
+        trained: Model | Ensemble | FinalModel = (
+            jobs[0].model if folds is None else Ensemble(tuple(job.model for job in jobs))
+        )
         if is_first():
-            finish = _finish_model if folds is None else _finish_members
+            with_folds = finish_fused if settings.fusion else finish_members
+            finish = _finish_model if folds is None else with_folds
             trained, predictions = finish(jobs, cohort, part_of(progress, 0, 1, "predicting"))
             _write(folder, trained, predictions, curves)
             if cohort.submission_ids:
@@ -134,21 +132,31 @@ def train(
 
 
 def _hold_out(cohort: Cohort, settings: EndToEndSettings) -> Split:
+    require(
+        settings.fusion is None,
+        f"fusion (={settings.fusion}) must be learnt from out-of-fold image logits; a single model "
+        "has none. Train with --folds.",
+    )
     if settings.threshold == BEST_BA:
         refuse_best_ba()
     return hold_out(cohort, settings)
 
 
-def _fold_splits(cohort: Cohort, folds: int, seed: int) -> list[Split]:
+def _fold_splits(cohort: Cohort, folds: int, settings: EndToEndSettings) -> list[Split]:
     """Hold out each fold of the labelled patients, stratified, under the member's name."""
-    labelled = cohort.labelled()
+    require(
+        not settings.validation,
+        f"validation (={settings.validation}) must not go with folds (={folds}), each of which is "
+        "held out once already. Leave out one of the two.",
+    )
+    labelled, seed = cohort.labelled(), settings.seed
     (repeat,) = kfold_splits(labelled.ids, labelled.labels, folds=folds, seeds=1, seed=seed)
     return [replace(split, id=member_name(fold)) for fold, split in enumerate(repeat.outer)]
 
 
 def _write(
     folder: Path,
-    trained: Model | Ensemble,
+    trained: Model | Ensemble | FinalModel,
     predictions: Predictions,
     curves: Sequence[Sequence[EpochRow]],
 ) -> None:
@@ -157,7 +165,7 @@ def _write(
     mean = mean_curves(curves)
     write_curves(mean, folder)
     draw_curves(mean, folder)
-    if isinstance(trained, Ensemble):
+    if len(curves) > 1:
         for number, rows in enumerate(curves):
             write_curves(rows, folder / member_name(number))
 
@@ -183,80 +191,9 @@ def _finish_model(
     metrics = model.measure(patients)
     if job.validation is not None:
         held_out, labelled = patients[parts == "validation"], cohort.labelled()
-        metrics |= measure_baselines(held_out, labelled, [job.split], rule=settings.threshold)
+        recipe = read_attributes(cohort, settings)
+        metrics |= measure_baselines(
+            held_out, labelled, [job.split], rule=settings.threshold, recipe=recipe
+        )
     model.facts = replace(model.facts, metrics=metrics)
     return model, replace(predictions, patients=patients)
-
-
-# --- members of a k-fold -------------------------------------------------------------------------
-
-
-def _finish_members(
-    jobs: Sequence[Job], cohort: Cohort, progress: Progress
-) -> tuple[Ensemble, Predictions]:
-    """Decide by out-of-fold probabilities, and measure each fold by what the others decide."""
-    splits, settings = [job.split for job in jobs], jobs[0].settings
-    members = Ensemble(tuple(job.model for job in jobs))
-    # In float32, whatever trained them: what `lymphfeat predict` says of the same patients.
-    predicted = members.predict_each(
-        cohort, PredictSettings(device=settings.device), progress=progress
-    )
-    unseen = pd.concat(
-        part.patients[part.patients["id"].isin(split.validation)]
-        for part, split in zip(predicted, splits, strict=True)
-    )
-    folds = folds_of(unseen["id"].tolist(), splits)
-    decision, out_of_fold = _decide_out_of_fold(unseen, folds, settings.threshold)
-    for model in members.models:
-        model.decision = decision
-    metrics = {
-        "out of fold": _measure(out_of_fold, folds),
-        **measure_baselines(out_of_fold, cohort.labelled(), splits, rule=settings.threshold),
-    }
-    predictions = _with_out_of_fold(members.average(predicted), out_of_fold)
-    return replace(members, metrics=metrics), predictions
-
-
-def _decide_out_of_fold(
-    unseen: pd.DataFrame, folds: NDArray[np.int64], rule: str
-) -> tuple[Decision, pd.DataFrame]:
-    """Learn the decision kept on all patients, and decide each fold by the others to measure it.
-
-    Returns `unseen` with the calibrated probability, threshold and prediction of each patient.
-    """
-    probability = unseen["probability"].to_numpy(np.float64)
-    labels = unseen["label"].to_numpy(np.int64)
-    decision = Decision.learn(
-        probability,
-        labels,
-        rule=rule,
-        source=f"out-of-fold probabilities of the {len(unseen)} training patients "
-        f"({len(np.unique(folds))} folds)",
-    )
-    found = cross_fit_decisions(probability, labels, folds, rule=rule)
-    return decision, unseen.assign(
-        calibrated=found.calibrated,
-        threshold=found.threshold,
-        predicted=(probability > found.threshold).astype(np.int64),
-    )
-
-
-def _measure(out_of_fold: pd.DataFrame, folds: NDArray[np.int64]) -> dict[str, float | None]:
-    labels = out_of_fold["label"].to_numpy(np.int64)
-    calibrated = out_of_fold["calibrated"].to_numpy(np.float64)
-    return {
-        **patient_metrics(out_of_fold, out_of_fold["threshold"], folds),
-        "log_loss_calibrated": float(log_loss(calibrated, labels)),
-        "brier_calibrated": float(brier_score(calibrated, labels)),
-    }
-
-
-def _with_out_of_fold(predictions: Predictions, out_of_fold: pd.DataFrame) -> Predictions:
-    """Add columns of what is predicted of each labelled patient out of fold."""
-    judged, ids = out_of_fold.set_index("id"), predictions.patients["id"]
-    patients = predictions.patients.assign(
-        out_of_fold=ids.map(judged["probability"]),
-        out_of_fold_calibrated=ids.map(judged["calibrated"]),
-        out_of_fold_predicted=ids.map(judged["predicted"]).astype("Int64"),
-    )
-    return replace(predictions, patients=patients)

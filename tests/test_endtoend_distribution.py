@@ -29,6 +29,7 @@ from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.exact_head import ExactHead
 from lymphfeat.heads.registry import AGGREGATORS, DistributionAggregator
+from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.scoring import CohortScorer
@@ -190,6 +191,7 @@ def test_training_starts_from_the_solution_on_what_a_step_sees(
 def test_members_and_penalty(cohort: Cohort, tmp_path: Path) -> None:
     head = HeadSettings(agg="std", penalty=0.3, lr=1e-3)
     members = train(cohort, tmp_path, tiny_settings(head=head, epochs=1), folds=3)
+    assert isinstance(members, Ensemble)
     for model in members.models:
         assert isinstance(model.head, DistributionHead)
         assert float(model.head.penalty) == 0.3

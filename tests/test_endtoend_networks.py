@@ -18,6 +18,7 @@ from lymphfeat.finetuning.loop import decode, make_fine_tuner
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.registry import AGGREGATORS, NetworkAggregator
 from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.settings import EndToEndSettings, ExplainSettings, HeadSettings, PredictSettings
@@ -102,6 +103,7 @@ def test_a_constant_channel_counts_nothing() -> None:
 @pytest.mark.seconds
 def test_members_and_an_explanation(cohort: Cohort, tmp_path: Path) -> None:
     members = train(cohort, tmp_path, settings_for("gated-attention", epochs=1), folds=2)
+    assert isinstance(members, Ensemble)
     assert pd.read_csv(tmp_path / "predictions.csv")["out_of_fold"][:10].notna().all()
     settings = ExplainSettings(device="cpu", precision="float32", threads=1)
     found = explain(members.models[0], cohort, settings)

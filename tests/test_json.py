@@ -36,6 +36,11 @@ LINES = {
     "compare, one split": ["compare", "runs/mean-both/report", "--out", "one.png"],
     "compare": ["compare", "honest", "--metric", "log_loss"],
     "endtoend": [*TRAIN, "--validation", "0.4", "--out", "model", *TRUTH],
+    "fused members": [
+        *("endtoend", "--cohort", "made-up", *BACKBONE, "--epochs", "1", *DEVICE),
+        *("--folds", "2", "--fusion", "late", "--out", "fused"),
+    ],
+    "a fused model": ["info", "fused"],
     "members": [*TRAIN, "--folds", "2", "--out", "members"],
     "predict": ["predict", "--cohort", "red", "--model", "model", *DEVICE, *TRUTH],
     "finalize": ["finalize", "honest", "--out", "final"],

@@ -36,7 +36,8 @@ INSIDE = {
         "axes",
     ),
     "finetuning": (
-        *("backbones", "per_split", "loop", "fine_tuners", "gradients", "encoder", "job"),
+        *("backbones", "per_split", "out_of_fold", "loop", "fine_tuners", "gradients", "encoder"),
+        "job",
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": (

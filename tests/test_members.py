@@ -204,6 +204,7 @@ def test_members_decide_by_the_rule_asked_for(
     rule: ThresholdRule, cohort: Cohort, tmp_path: Path
 ) -> None:
     members = train(cohort, tmp_path, replace(SETTINGS, threshold=rule), folds=FOLDS)
+    assert isinstance(members, Ensemble)
     single = members.models[0].decision
     assert single.threshold_from.startswith("fixed" if rule == "0.5" else "best balanced accuracy")
     assert rule != "0.5" or single.threshold == 0.5

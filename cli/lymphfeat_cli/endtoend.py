@@ -28,9 +28,9 @@ from lymphfeat_cli.settings_options import settings_options
 
 if TYPE_CHECKING:
     from lymphfeat.evaluation.hidden_truth import Truth
-    from lymphfeat.model.ensemble import Ensemble
-    from lymphfeat.model.model import Model
+    from lymphfeat.model.loading import AnyModel
 
+IMAGES_ALONE = "out of fold, images alone"  # among the metrics of a fused model
 CROSS_FITTED = (
     "Out of fold: each patient is predicted by the member not trained on it, with threshold and "
     "calibration from the other folds (whose members were trained on it); AUC is within folds."
@@ -47,6 +47,7 @@ Examples:
   lymphfeat endtoend --cohort DIR --agg mean+std --out models/spread
   torchrun --nproc-per-node 8 -m lymphfeat_cli endtoend --cohort DIR
   lymphfeat endtoend --cohort DIR --folds 5 --tta --init-head runs/best
+  lymphfeat endtoend --cohort DIR --folds 5 --fusion late --attributes age,lymph_count
 Run the same command again to resume an interrupted training.""",
 )
 @cohort_options
@@ -61,8 +62,9 @@ Run the same command again to resume an interrupted training.""",
 @click.option(
     "--folds",
     type=click.IntRange(2),
-    help="Train this many members, each without one fold, and average them; threshold and "
-    "calibration come from out-of-fold probabilities. [default: one model on all patients]",
+    help="Train this many members, each without one fold, and average them; threshold, "
+    "calibration and fusion come from out-of-fold probabilities. [default: one model on all "
+    "patients]",
 )
 @submission_header_option
 @truth_option
@@ -98,9 +100,7 @@ def command(
     output.show(lambda: _result(trained, out) | scores, lambda: _show(trained, out, scores))
 
 
-def _score(
-    truth: "Truth | None", trained: "Model | Ensemble", out: Path
-) -> dict[str, dict[str, float]]:
+def _score(truth: "Truth | None", trained: "AnyModel", out: Path) -> dict[str, dict[str, float]]:
     """Score what was written against hidden truth; empty without."""
     from lymphfeat.model.predictions import Predictions
     from lymphfeat.model.submission import IMAGES_FILE, PATIENTS_FILE
@@ -111,7 +111,7 @@ def _score(
     return {"truth": truth.score(written.images, written.patients, trained.threshold)}
 
 
-def _result(trained: "Model | Ensemble", out: Path) -> dict[str, object]:
+def _result(trained: "AnyModel", out: Path) -> dict[str, object]:
     return {
         "model": str(out),
         "files": [str(path) for path in files_in(out)],
@@ -121,24 +121,43 @@ def _result(trained: "Model | Ensemble", out: Path) -> dict[str, object]:
     }
 
 
-def warn_of_bag_size(metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+Metrics = Mapping[str, Mapping[str, float | None]]
+
+
+def warn_of_bag_size(metrics: Metrics) -> None:
     """Warn when the model's AUC is not significantly above that of bag size."""
-    baseline = metrics.get("baseline: bag size", {})
-    low = baseline.get("auc_gain_low")
-    if low is not None and low <= 0:  # false for NaN: not measured
+    if _does_not_beat("baseline: bag size", metrics):
         note(
-            f"Warning: the model does not beat bag size alone (AUC {baseline['auc']:.2f}); it "
-            "may have learnt only the number of images per patient."
+            "Warning: the model does not beat bag size alone (AUC "
+            f"{metrics['baseline: bag size']['auc']:.2f}); it may have learnt only the number of "
+            "images per patient."
         )
 
 
-def _show(trained: "Model | Ensemble", out: Path, scores: Mapping[str, dict[str, float]]) -> None:
+def warn_of_attributes(metrics: Metrics) -> None:
+    """Warn when a fused model's AUC is not significantly above that of its attributes."""
+    if IMAGES_ALONE in metrics and _does_not_beat("baseline: clinical", metrics):
+        note(
+            "Warning: images and attributes together do not beat the attributes alone (AUC "
+            f"{metrics['baseline: clinical']['auc']:.2f}); the images may add nothing."
+        )
+
+
+def _does_not_beat(row: str, metrics: Metrics) -> bool:
+    low = metrics.get(row, {}).get("auc_gain_low")
+    return low is not None and low <= 0  # false for NaN: not measured
+
+
+def _show(trained: "AnyModel", out: Path, scores: Mapping[str, dict[str, float]]) -> None:
     show_metrics("Final model, on labelled patients", trained.metrics)
     warn_of_bag_size(trained.metrics)
+    warn_of_attributes(trained.metrics)
     show_truth(scores.get("truth", {}))
     click.echo(f"Tumoral if {threshold_text(trained.threshold)} ({trained.threshold_from}).")
     if "out of fold" in trained.metrics:
         click.echo(CROSS_FITTED)
+    if IMAGES_ALONE in trained.metrics:
+        click.echo("The fusion of each fold is learnt on the other folds, too.")
     for path in files_in(out):
         click.echo(f"wrote {path}")
     if not (out / "submission.csv").exists():

@@ -136,9 +136,9 @@ def command(
 ) -> None:
     """Predict patients from their images with a trained model.
 
-    Each patient is predicted from its own images only; by a model of `finalize`, also from the
-    clinical attributes in the cohort's table. Predictions of labelled patients are evaluated,
-    separately for the patients the model was trained on.
+    Each patient is predicted from its own images only; by a final model (of `finalize`, or of
+    `endtoend --fusion`) also from the clinical attributes in the cohort's table. Predictions of
+    labelled patients are evaluated, separately for the patients the model was trained on.
     """
     files.check(output)
     from lymphfeat.model.final_model import FinalModel

@@ -51,6 +51,7 @@ _GROUPS = {
     "train": "training patients (not a performance estimate)",
     "validation": "validation",
     "out of fold": "training patients, out of fold",
+    "out of fold, images alone": "the same, images alone",
     "new": "new patients",
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lymphfeat.cohort.attributes import attribute_matrix, choose_attributes
+from lymphfeat.cohort.attributes import AttributeRecipe
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split
 from lymphfeat.evaluation.decision import HALF, cross_fit_decisions
@@ -47,13 +47,16 @@ def fit_baselines(
     return found
 
 
-def predict_unseen(known: Cohort, splits: Sequence[Split]) -> dict[str, Floats]:
+def predict_unseen(
+    known: Cohort, splits: Sequence[Split], recipe: AttributeRecipe
+) -> dict[str, Floats]:
     """Predict the patients that each split holds out, by baselines fitted on its training patients.
 
-    Returns probabilities (P,) by the baseline's name, in the order of `known`, a cohort of labelled
-    patients; NaN for patients that no split holds out.
+    `recipe` says how their clinical attributes are read. Returns probabilities (P,) by the
+    baseline's name, in the order of `known`, a cohort of labelled patients; NaN for patients that
+    no split holds out.
     """
-    attributes = attribute_matrix(known.table, choose_attributes(known.table))
+    attributes = recipe.matrix(known.table)  # (P, D)
     sizes = np.log(known.n_images.astype(float))[:, None]  # (P, 1)
     ways: dict[str, tuple[Learner, Floats]] = {
         MAJORITY: (learn_majority, sizes),
@@ -91,7 +94,12 @@ def folds_of(ids: Sequence[str], splits: Sequence[Split]) -> NDArray[np.int64]:
 
 
 def measure_baselines(
-    unseen: pd.DataFrame, known: Cohort, splits: Sequence[Split], *, rule: str
+    unseen: pd.DataFrame,
+    known: Cohort,
+    splits: Sequence[Split],
+    *,
+    rule: str,
+    recipe: AttributeRecipe,
 ) -> dict[str, Metrics]:
     """Measure majority, bag size and clinical attributes on the patients of `unseen`.
 
@@ -106,7 +114,7 @@ def measure_baselines(
     probability = unseen["probability"].to_numpy(np.float64)
     labels = unseen["label"].to_numpy(np.int64)
     measured: dict[str, Metrics] = {}
-    for name, values in predict_unseen(known, splits).items():
+    for name, values in predict_unseen(known, splits, recipe).items():
         found = values[rows]
         if name == MAJORITY or rule == HALF:
             at: float | Floats = 0.5

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -164,6 +165,19 @@ FUSIONS: Mapping[str, Callable[[Floats, Labels], Fusion]] = {
     "sum": learn_sum,
     "experts": learn_experts,
 }
+
+
+def cross_fit_fusion(name: str, inputs: Floats, labels: Labels, folds: NDArray[np.int64]) -> Floats:
+    """Fuse each fold's patients by a fusion that is learnt on the OTHER folds: probabilities (P,).
+
+    inputs: (P, 1 + D), the out-of-fold image logit first; labels and folds: (P,).
+    """
+    fused = np.empty(len(labels))
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        learnt = FUSIONS[name](inputs[~held_out], labels[~held_out])
+        fused[held_out] = learnt(inputs[held_out])
+    return fused
 
 
 def read_fusion(content: Mapping[str, Any]) -> Fusion:

@@ -7,9 +7,8 @@ from typing import Literal
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.scores import CLINICAL
 from lymphfeat.heads.grid import head_name
-from lymphfeat.settings import HeadSettings
+from lymphfeat.settings import HeadSettings, Way
 
-Way = Literal["late", "sum", "experts"]  # of fusing, as `fusion.FUSIONS`
 Joint = Literal["", "selected", "average", "stack"]  # how several heads make one row
 
 

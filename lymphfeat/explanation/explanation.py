@@ -141,8 +141,8 @@ def explain(
 
     The unflipped images are explained; where the model predicts the mean over four flips,
     `predicted` holds that mean. `truth` is used only for scoring. Raises SettingsError for an
-    ensemble, whose members are explained one at a time, and for a model of `finalize`, whose
-    predictions say what speaks for them.
+    ensemble, whose members are explained one at a time, and for a final model, whose predictions
+    say what speaks for them.
 
     >>> lf.explain(lf.load_model("models/endtoend"), lf.Cohort.load("cohort")).images
     """
@@ -153,8 +153,9 @@ def explain(
         )
     if isinstance(model, FinalModel):
         raise SettingsError(
-            f"model must be one of `endtoend`; got the final model of {model.row}. Its predictions "
-            "already say what images and attributes add: see the columns from_… of `predict`."
+            f"model must be a single model of `endtoend`; got the final model of {model.row}. Its "
+            "predictions already say what images and attributes add: see the columns from_… of "
+            "`predict`."
         )
     settings = settings or ExplainSettings()
     scored = score_cohort(model, cohort, settings.scoring, progress=progress)

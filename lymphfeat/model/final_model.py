@@ -1,13 +1,14 @@
-"""The final model of a row of `fit-head`: backbones, heads, attributes and decision in one folder.
+"""A final model: backbones, heads, attributes and decision in one folder.
 
-The folder holds `final.json` and `final.safetensors`; no pickle, no path to anything else. Every
-member reads the same backbones, whose features are computed once.
+The folder holds `final.json` and `final.safetensors`; no pickle, no path to anything else. The
+members read the same backbones, whose features are computed once, or each its own.
 """
 
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def _reads_pixels(head: Head) -> bool:
 class FinalModel:
     """A row of `fit-head`, ready for new patients: one refit on everybody, or several members.
 
-    The members' calibrated logits are averaged. `without_attributes` predicts from images alone,
-    with the decision that was learnt for that.
+    Also the members of `endtoend --folds --fusion`. The members' calibrated logits are averaged.
+    `without_attributes` predicts from images alone, with the decision that was learnt for that.
     """
 
     row: str
@@ -102,8 +103,9 @@ class FinalModel:
     members: tuple[Member, ...]
     attributes: AttributeRecipe
     facts: TrainingFacts
-    # the honest figures of the row, and of its images alone, as `fit-head` measured them
+    # the honest figures of the row, and of its images alone, as they were measured
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tta: bool = False  # whether `predict` averages over the four flips by default
     images_only: bool = False
 
     @property
@@ -117,6 +119,11 @@ class FinalModel:
         return combine(
             [each.decision if self.fused else each.image_decision for each in self.members]
         )
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
+        """How `endtoend` measured the patients that it was trained on, out of fold."""
+        return self.facts.metrics
 
     @property
     def threshold(self) -> float:
@@ -168,13 +175,14 @@ class FinalModel:
         """
         settings = settings or PredictSettings()
         attributes = self._attributes(cohort.table)
-        views = VIEWS if settings.tta else VIEWS[:1]
+        tta = self.tta if settings.tta is None else settings.tta
+        views = VIEWS if tta else VIEWS[:1]
         with cpu_threads(settings.threads), whole_float32():
             kept = []
             for number, source in enumerate(self.sources):
                 scorer = CohortScorer(
                     source.backbone,
-                    self._kept(),
+                    self._reader(number),
                     source.recipe,
                     settings,
                     views=views,
@@ -185,28 +193,42 @@ class FinalModel:
                 source.backbone.to("cpu")
             return self._predictions(cohort, kept, attributes)
 
-    def _kept(self) -> Head:
-        if len(self.sources) > 1:
-            return _Pooled()
-        return _Kept(self._heads)
+    def _sources_of(self, member: Member) -> Sequence[int]:
+        return member.sources or range(len(self.sources))
 
-    @property
-    def _heads(self) -> list[Head]:
-        return [head for member in self.members for head in member.heads]
+    def _reader(self, source: int) -> "_Kept | _Pooled":
+        """Return what keeps of a source's images what its readers need of them.
+
+        Heads that read several sources read pooled images.
+        """
+        readers = [member for member in self.members if source in self._sources_of(member)]
+        if any(len(self._sources_of(member)) > 1 for member in readers):
+            return _Pooled()
+        return _Kept([head for member in readers for head in member.heads])
 
     def _attributes(self, table: pd.DataFrame) -> Floats | None:
         return self.attributes.matrix(table) if self.fused else None
 
     def _read(self, kept: Sequence[Tensor], images: Bags) -> list[list[ReadOut]]:
         """Return what each member's heads read out of what was kept of images, (N, K) a source."""
-        heads = self._heads
-        if len(self.sources) == 1:
-            (source,) = self.sources
-            parts = _Kept(heads).split(kept[0], source.pixels, source.backbone.channels)
-        else:
-            parts = [torch.cat(list(kept), dim=1)[:, None]] * len(heads)  # (N, 1, ΣC)
-        read = iter(head.read_out(part, images) for head, part in zip(heads, parts, strict=True))
-        return [[next(read) for _ in member.heads] for member in self.members]
+        parts = [self._parts(number, own) for number, own in enumerate(kept)]
+        read = []
+        for member in self.members:
+            own = [parts[number] for number in self._sources_of(member)]
+            read.append(
+                [
+                    head.read_out(torch.cat([next(each) for each in own], dim=-1), images)
+                    for head in member.heads
+                ]
+            )
+        return read
+
+    def _parts(self, source: int, kept: Tensor) -> Iterator[Tensor]:
+        """Yield what each head that reads a source needs of images, (N, U, D): from (N, K)."""
+        reader, own = self._reader(source), self.sources[source]
+        if isinstance(reader, _Pooled):
+            return repeat(kept[:, None])
+        return iter(reader.split(kept, own.pixels, own.backbone.channels))
 
     def _predictions(
         self, cohort: Cohort, kept: Sequence[Tensor], attributes: Floats | None
@@ -260,6 +282,7 @@ class FinalModel:
             "attributes": self.attributes.to_json(),
             "decision": self.decision.to_json(),
             "figures": self.figures,
+            "tta": self.tta,
             "tensors_sha256": weights_sha256(network),
             "training": self.facts.to_json(),
         }
@@ -335,6 +358,13 @@ def _numbers(read: ReadOut, name: str) -> Floats:
     return np.asarray(getattr(read, name).double().numpy())
 
 
+def _build_member(content: Mapping[str, Any], channels: Sequence[int]) -> Member:
+    """Build a member, its heads blank, of a model whose sources have these numbers of channels."""
+    own = [channels[number] for number in content.get("sources") or range(len(channels))]
+    heads = [empty_head(HeadSettings(**each), *own) for each in content["heads"]]
+    return Member.from_json(content, heads)
+
+
 def _build(content: Mapping[str, Any]) -> FinalModel:
     recipes = [ModelRecipe.from_json(each) for each in content["sources"]]
     sources = tuple(
@@ -347,12 +377,7 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         for recipe in recipes
     )
     channels = [source.backbone.channels for source in sources]
-    members = [
-        Member.from_json(
-            member, [empty_head(HeadSettings(**each), *channels) for each in member["heads"]]
-        )
-        for member in content["members"]
-    ]
+    members = [_build_member(member, channels) for member in content["members"]]
     return FinalModel(
         row=str(content["row"]),
         sources=sources,
@@ -360,4 +385,5 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         attributes=AttributeRecipe.from_json(content["attributes"]),
         facts=TrainingFacts.from_json(content["training"]),
         figures=content["figures"],
+        tta=bool(content.get("tta", False)),  # models of earlier versions have none
     )

@@ -25,6 +25,7 @@ class Member:
     """Predicts patients from what its heads read out, and from their attributes."""
 
     heads: tuple[Head, ...]
+    sources: tuple[int, ...] = ()  # of the model's, those that its heads read; all if empty
     mixture: Mixture | None = None  # of several heads
     fusion: Fusion | None = None  # with the attributes
     decision: Decision
@@ -94,6 +95,7 @@ class Member:
         """Return all but the heads' tensors, for a model file."""
         return {
             "heads": [asdict(head.settings[0]) for head in self.heads],
+            "sources": self.sources,
             "mixture": None if self.mixture is None else asdict(self.mixture),
             "fusion": None if self.fusion is None else asdict(self.fusion),
             "decision": self.decision.to_json(),
@@ -106,6 +108,7 @@ class Member:
         mixture, fusion = content["mixture"], content["fusion"]
         return cls(
             heads=tuple(heads),
+            sources=tuple(content.get("sources", ())),
             mixture=None if mixture is None else read_mixture(mixture),
             fusion=None if fusion is None else read_fusion(fusion),
             decision=Decision.from_json(content["decision"]),
