@@ -15,8 +15,9 @@ AnyModel = Model | Ensemble | FinalModel
 def load_model(folder: str | os.PathLike[str], *others: str | os.PathLike[str]) -> AnyModel:
     """Read a model folder: a `Model`, for k-fold members or several folders an `Ensemble`.
 
-    The folder of `finalize`, and of `endtoend --fusion`, is a `FinalModel`. All `predict` cohorts. Raises
-    ModelError, saying what to do, if a folder is incomplete, and for a final model among several.
+    The folder of `finalize`, and of `endtoend --fusion`, is a `FinalModel`. All `predict` cohorts.
+    Raises ModelError, saying what to do, if a folder is incomplete, and for a final model among
+    several.
 
     >>> model = lf.load_model("models/endtoend")
     >>> model.predict(lf.Cohort.load("cohort")).patients
