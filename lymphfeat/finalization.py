@@ -20,6 +20,7 @@ from lymphfeat.evaluation.averaging import LEARNERS
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import FUSIONS
+from lymphfeat.evaluation.predictive_values import Rates
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
 from lymphfeat.evaluation.rows import Row, default_row, find_row
@@ -38,10 +39,12 @@ from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.final_model import TENSORS_FILE, FinalModel, Source
+from lymphfeat.model.final_model import TENSORS_FILE, FinalModel
+from lymphfeat.model.held_out import MEASURED, HeldOut
 from lymphfeat.model.members import Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.scoring import ModelRecipe
+from lymphfeat.model.sources import Source
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, recover, result_folder
@@ -103,6 +106,7 @@ def finalize(
             attributes=fitting.recipe,
             facts=_facts(fitting, opened, sources),
             figures=recorded.figures(chosen),
+            held_out=fitting.held_out(by_member=members),
         )
         model.save(folder)
     return model
@@ -294,6 +298,32 @@ class _Fitting:
         train = self.outcome.patients.train[place]
         return self._member(heads, train, lambda scores: scores.inner[place])
 
+    def held_out(self, *, by_member: bool) -> dict[str, HeldOut]:
+        """Return what the row, and its images alone, said of the first repeat's patients."""
+        scores = {each.name: each for each in self.outcome.scores}
+        names = {"images": self.row.images_only.name, "row": self.row.name}
+        return {
+            key: self._held_out(scores[name], by_member=by_member) for key, name in names.items()
+        }
+
+    def _held_out(self, scores: Scores, *, by_member: bool) -> HeldOut:
+        patients = self.outcome.patients
+        rows = np.concatenate(patients.validation)
+        fold = np.repeat(np.arange(len(patients.train)), [len(r) for r in patients.validation])
+        labels, judged = self.labels[rows], _out_of_fold(scores)[rows]
+        decisions = [
+            self._decision(scores.inner[place][train], self.labels[train])
+            for place, train in enumerate(patients.train)
+        ]
+        own = decisions if by_member else [self._decision(judged, labels)] * len(decisions)
+        return HeldOut(
+            scheme="members" if by_member else "refit",
+            logits=np.array([own[k].logits(p) for k, p in zip(fold, judged, strict=True)]),
+            labels=labels,
+            member=fold if by_member else np.zeros_like(fold),
+            rates=_rates(decisions, fold, judged, labels),
+        )
+
     def _head(self, fitted: FittedHeads, position: int) -> Head:
         """Return a fitted head as a model keeps it."""
         module = fitted.modules.get(position)
@@ -354,6 +384,20 @@ class _Fitting:
 def _out_of_fold(scores: Scores) -> Floats:
     """Return each patient's probability in the split that holds it out: (P,)."""
     return np.asarray(np.nanmax(scores.outer, axis=0, initial=-1, where=~np.isnan(scores.outer)))
+
+
+def _rates(
+    decisions: Sequence[Decision], fold: Ints, probabilities: Floats, labels: Labels
+) -> dict[str, Rates]:
+    """Count what each fold's decision makes of its patients (n,), at each operating point."""
+    thresholds = {MEASURED: [each.threshold for each in decisions]} | {
+        name: [each.operating_points[name] for each in decisions]
+        for name in decisions[0].operating_points
+    }
+    return {
+        name: Rates.of((probabilities > np.array(at)[fold]).astype(np.int64), labels)
+        for name, at in thresholds.items()
+    }
 
 
 def _facts(

@@ -559,6 +559,11 @@ class PredictSettings(Settings):
     tta: bool | None = setting(
         None, "Predict the mean over the four flips.", unset="the model's setting"
     )
+    allow_missing_attributes: bool = setting(
+        False,
+        "Where the table lacks a column that the model reads, let the mean of the training "
+        "patients stand in. It is then noted for every patient.",
+    )
     batch_size: int = _image_batch()
     precision: Precision = _precision("float32")
     device: Device = _device()
@@ -592,8 +597,8 @@ class ExplainSettings(Settings):
     @property
     def scoring(self) -> PredictSettings:
         """Return how images are scored."""
-        names = (field.name for field in fields(PredictSettings) if field.name != "tta")
-        return PredictSettings(**{name: getattr(self, name) for name in names})
+        own = {field.name for field in fields(self)} & {f.name for f in fields(PredictSettings)}
+        return PredictSettings(**{name: getattr(self, name) for name in own})
 
 
 @documented

@@ -97,10 +97,10 @@ def test_these_blocks_are_not_run() -> None:
 
 
 def write_place(place: Path) -> Path:
-    """Write the cohorts, of twelve labelled patients and two others, and the configuration."""
-    ids = [f"P{number}" for number in range(14)]
+    """Write the cohorts, of twenty labelled patients and two others, and the configuration."""
+    ids = [f"P{number}" for number in range(22)]
     lines = [
-        f"{id},{number % 2 if number < 12 else ''},{50 + 7 * number % 30}"
+        f"{id},{number % 2 if number < 20 else ''},{50 + 7 * number % 30}"
         for number, id in enumerate(ids)
     ]
     write_text(place / "cohort" / "patients.csv", "id,label,age", *lines)

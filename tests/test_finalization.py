@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from scipy.special import logit
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.errors import CohortError, LymphfeatError, ModelError, SettingsError
+from lymphfeat.errors import CohortError, LymphfeatError, ModelError, SettingsError, StoreError
 from lymphfeat.extraction import extract
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
 from lymphfeat.model.final_model import FinalModel
@@ -123,6 +124,59 @@ def test_it_carries_the_figures_of_its_row_and_its_patients(home: Path, tmp_path
     assert model.facts.provenance.labels
 
 
+@pytest.mark.parametrize("members", [False, True])
+def test_it_keeps_what_it_said_of_patients_held_out(
+    members: bool, home: Path, cohort: Cohort, tmp_path: Path
+) -> None:
+    row = "top2 + clinical (late)"
+    model = finalize(home / "run", tmp_path / "model", row=row, members=members)
+    assert FinalModel.load(tmp_path / "model").held_out["row"].rates == model.held_out["row"].rates
+    measured = pd.read_csv(home / "run" / "predictions.csv")
+    measured = measured[(measured["head"] == row) & measured["split"].isin(_first_repeat(measured))]
+    kept = model.held_out["row"]
+    assert kept.rates[""].sensitivity == pytest.approx(
+        measured.loc[measured["label"] == 1, "predicted"].mean()
+    )
+    assert kept.rates[""].specificity == pytest.approx(
+        1 - measured.loc[measured["label"] == 0, "predicted"].mean()
+    )
+    np.testing.assert_array_equal(kept.labels, measured["label"])
+    if members:
+        np.testing.assert_allclose(kept.logits, logit(measured["calibrated"]), atol=1e-5)
+    for point in ("0.8", "0.99"):
+        asked = model.at_sensitivity(float(point)).at_prevalence(0.5)
+        values = asked.predictive_values
+        assert values is not None
+        rates = kept.rates[point]
+        expected = rates.sensitivity / (rates.sensitivity + 1 - rates.specificity)
+        assert values.positive.value == pytest.approx(expected)
+
+
+def _first_repeat(measured: pd.DataFrame) -> list[str]:
+    return [str(name) for name in measured["split"].unique()[:3]]
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_it_abstains(members: bool, home: Path, cohort: Cohort, tmp_path: Path) -> None:
+    row = "top2 + clinical (late)"
+    model = finalize(home / "run", tmp_path / "model", row=row, members=members)
+    with pytest.raises(SettingsError, match=r"alpha \(=0\.01\) must be at least .* 99 patients"):
+        model.abstaining(0.01)
+    found = predict(model.abstaining(0.2).at_prevalence(0.5), cohort).patients
+    assert set(found["answer"]) <= {"reactive", "tumoral", "refer"}
+    sure = found[found["answer"] != "refer"]
+    assert ((sure["p_reactive"] > 0.2) == (sure["answer"] == "reactive")).all()
+    share = model.held_out["row"].prevalence
+    moved = logit(found["probability_at_prevalence"]) - logit(found["probability"])
+    np.testing.assert_allclose(moved, -logit(share), atol=1e-6)
+    plain = predict(model, cohort).patients
+    pd.testing.assert_frame_equal(found[plain.columns], plain)
+    assert ("about 2α" in model.guarantee) == members
+    old = replace(model, held_out={})
+    with pytest.raises(ModelError, match="made by an earlier version"):
+        old.abstaining()
+
+
 def test_the_default_is_chosen_inside_and_fused(home: Path, tmp_path: Path) -> None:
     model = finalize(home / "run", tmp_path / "model")
     assert model.row == "any head, best of 5 chosen inside + clinical (late)"
@@ -149,6 +203,57 @@ def test_several_stores_and_members_average(home: Path, cohort: Cohort, tmp_path
         own = measured[(measured["head"] == row) & (measured["split"] == run.outcome.splits[0].id)]
         found = single[0].patients.set_index("id").loc[own["patient"], "probability"]
         np.testing.assert_allclose(found, own["calibrated"], atol=2e-3)
+
+
+@pytest.mark.parametrize("row", ["mean+std", "top2 + clinical (late)", ROWS[-1]])
+def test_the_same_by_store_and_by_images(
+    row: str, home: Path, cohort: Cohort, tmp_path: Path
+) -> None:
+    model = finalize(home / "run", tmp_path / "model", row=row)
+    store = FeatureStore.open(home / "store.h5")
+    by_images, by_store = predict(model, cohort), model.predict_stores(store, settings=ON_CPU)
+    # The store's maps are float16.
+    pd.testing.assert_frame_equal(by_images.patients, by_store.patients, atol=5e-3, rtol=0)
+    pd.testing.assert_frame_equal(by_images.images, by_store.images, atol=5e-2, rtol=2e-3)
+
+
+def test_the_same_by_stores_with_flips(home: Path, cohort: Cohort, tmp_path: Path) -> None:
+    recipe = ExtractSettings(
+        backbone=BACKBONE, precision="float32", device="cpu", threads=1, views=4
+    )
+    flipped = extract(cohort, tmp_path / "flipped.h5", recipe)
+    model = finalize(home / "run", tmp_path / "model", row="top2")
+    tta = replace(ON_CPU, tta=True)
+    by_store = model.predict_stores(flipped, settings=tta).patients
+    by_images = model.predict(cohort, tta).patients
+    pd.testing.assert_frame_equal(by_images, by_store, atol=5e-3, rtol=0)
+    with pytest.raises(StoreError, match=r"store\.h5: must have the maps of the views identity, "):
+        model.predict_stores(FeatureStore.open(home / "store.h5"), settings=tta)
+    other = replace(recipe, backbone=replace(BACKBONE, crop=40), views=1)
+    wrong = extract(cohort, tmp_path / "other.h5", other)
+    with pytest.raises(StoreError, match="maps that this model reads: crop is 40 there, "):
+        model.predict_stores(wrong, settings=ON_CPU)
+    with pytest.raises(StoreError, match="must name a store for each of the model's 1 backbones"):
+        model.predict_stores(flipped, wrong, settings=ON_CPU)
+
+
+def test_one_patient_as_in_its_cohort(home: Path, cohort: Cohort, tmp_path: Path) -> None:
+    model = finalize(home / "run", tmp_path / "model", row="top2 + clinical (late)")
+    id = cohort.ids[3]
+    row = cohort.table.loc[id]
+    alone = Cohort.of_patient(
+        cohort.images[3][0].parent,
+        {"AGE": f"{row['age']:.17g}", "Gender": str(row["gender"]).lower(), "lymph_count": ""},
+    )
+    with pytest.raises(CohortError, match=r"got none named lymph_count\. Add them, let the"):
+        predict(model, alone)
+    lenient = replace(ON_CPU, allow_missing_attributes=True)
+    found = model.predict(alone, lenient).patients
+    blank = replace(cohort, table=cohort.table.assign(lymph_count=np.nan))
+    expected = predict(model, blank).patients
+    same = expected[expected["id"] == id].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found.drop(columns="label"), same.drop(columns="label"))
+    assert "lymph_count is missing; the mean" in found["notes"].item()
 
 
 def test_what_cannot_be_made_a_model_is_refused(home: Path, tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ LINES = {
         *DEVICE,
         "--force",
     ],
+    "one patient": [
+        *("predict", "--images", "red/P1", "--age", "50", "--model", "final", *DEVICE, "--force"),
+        *("--allow-missing-attributes", "--prevalence", "0.3", "--abstain", "--alpha", "0.6"),
+    ],
     "a final model": ["info", "final"],
     "explain": ["explain", "--cohort", "red", "--model", "model", "--plates", "0", *DEVICE, *TRUTH],
     "one image": ["explain", "--image", "red/P1/0.png", "--model", "model", *DEVICE],

@@ -42,7 +42,8 @@ INSIDE = {
     ),
     "model": (
         *("loading", "ensemble", "final_model", "familiarity", "feature_distance", "members"),
-        *("model", "facts", "folder", "scoring", "submission", "predictions"),
+        *("model", "facts", "folder", "held_out", "sources", "scoring", "submission"),
+        "predictions",
     ),
     "evaluation": (
         *(
@@ -58,7 +59,7 @@ INSIDE = {
             "scores",
         ),
         *("comparison", "run_provenance", "leakage", "hidden_truth", "shortcuts", "decision"),
-        *("calibration", "intervals", "metrics"),
+        *("calibration", "intervals", "metrics", "predictive_values"),
     ),
     "heads": (
         *("engine", "grid", "blank", "stack", "distribution_head", "head", "exact_head"),

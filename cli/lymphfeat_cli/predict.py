@@ -1,5 +1,6 @@
 """`lymphfeat predict`: model + cohort -> predictions; no labels needed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from lymphfeat.settings import PredictSettings
+from lymphfeat_cli.deciding import (
+    Deciding,
+    deciding_options,
+    describe_deciding,
+    final_only,
+    show_deciding,
+    show_patient,
+)
 from lymphfeat_cli.options import (
     FILE,
     PATH,
@@ -17,6 +26,7 @@ from lymphfeat_cli.options import (
     note,
     writing_options,
 )
+from lymphfeat_cli.patient_options import PatientChoice, patient_options
 from lymphfeat_cli.results import (
     show_metrics,
     show_truth,
@@ -27,7 +37,6 @@ from lymphfeat_cli.results import (
 from lymphfeat_cli.settings_options import settings_options
 
 if TYPE_CHECKING:
-    from lymphfeat.cohort.cohort import Cohort
     from lymphfeat.evaluation.hidden_truth import Truth
     from lymphfeat.model.loading import AnyModel
     from lymphfeat.model.predictions import Predictions
@@ -47,15 +56,15 @@ class Files:
         for path in filter(None, (self.out, self.images_out, self.submission)):
             output.check_file(path)
 
-    def write(self, predictions: "Predictions", cohort: "Cohort") -> list[Path]:
+    def write(self, predictions: "Predictions", submission_ids: Sequence[str]) -> list[Path]:
         """Write the files; return those written."""
         from lymphfeat.model.submission import write_submission
 
         predictions.save(self.out, self.images_out)
         written = [path for path in (self.out, self.images_out) if path]
-        if self.submission and cohort.submission_ids:
+        if self.submission and submission_ids:
             write_submission(
-                predictions.patients, cohort.submission_ids, self.submission, self.submission_header
+                predictions.patients, submission_ids, self.submission, self.submission_header
             )
             return [*written, self.submission]
         if self.submission:
@@ -96,6 +105,8 @@ file_options = gather(
 Examples:
   lymphfeat predict --cohort DIR
   lymphfeat predict --model models/endtoend --cohort DIR --out new.csv --images-out cells.csv
+  lymphfeat predict --model models/final --store cache/features.h5 --abstain --prevalence 0.3
+  lymphfeat predict --model models/final --images DIR/P7 --age 67 --gender F --lymph-count 12.3
 A cohort to predict needs a CSV with a column id, and one folder of images per id.""",
 )
 @click.option(
@@ -108,27 +119,18 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
     help="Model folder written by `endtoend` or `finalize`. Repeatable: several models of "
     "endtoend, or k-fold members, are averaged over calibrated logits; their spread is written.",
 )
-@click.option(
-    "--without-attributes",
-    is_flag=True,
-    help="Predict from the images alone, where the model also reads clinical attributes.",
-)
-@click.option(
-    "--sensitivity",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Use the model's operating point for this sensitivity (0.8, 0.9, 0.95, 0.99). "
-    "[default: the model's threshold]",
-)
 @cohort_options
+@patient_options
+@deciding_options
 @file_options
 @truth_option
 @settings_options(PredictSettings())
 @writing_options
 def command(
     folders: tuple[Path, ...],
-    without_attributes: bool,
-    sensitivity: float | None,
     cohort: CohortChoice,
+    choice: PatientChoice,
+    deciding: Deciding,
     files: Files,
     truth: "Truth | None",
     settings: PredictSettings,
@@ -140,33 +142,52 @@ def command(
     `endtoend --fusion`) also from the clinical attributes in the cohort's table. Predictions of
     labelled patients are evaluated, separately for the patients the model was trained on.
     """
+    choice.check()
     files.check(output)
-    from lymphfeat.model.final_model import FinalModel
     from lymphfeat.model.loading import load_model
 
-    model = load_model(*folders)
-    if without_attributes and isinstance(model, FinalModel):
-        model = model.without_attributes()
-    if sensitivity is not None:
-        model = model.at_sensitivity(sensitivity)
-    patients = cohort.load(output)
-    with output.progress("predicting") as progress:
-        found = model.predict(patients, settings, progress=progress)
-    written = files.write(found, patients)
+    model = deciding.apply(load_model(*folders))
+    found, submission_ids = _predict(model, choice, cohort, settings, output)
+    written = files.write(found, submission_ids)
     scores = truth.score(found.images, found.patients, model.threshold) if truth else {}
+    one = choice.images is not None
     output.show(
-        lambda: _result(model, found, written) | ({"truth": scores} if truth else {}),
-        lambda: _show(model, found, written, scores),
+        lambda: _result(model, found, written, one) | ({"truth": scores} if truth else {}),
+        lambda: _show(model, found, written, scores, one),
     )
 
 
-def _result(model: "AnyModel", predictions: "Predictions", files: list[Path]) -> dict[str, object]:
+def _predict(
+    model: "AnyModel",
+    choice: PatientChoice,
+    cohort: CohortChoice,
+    settings: PredictSettings,
+    output: Output,
+) -> "tuple[Predictions, tuple[str, ...]]":
+    """Return the predictions, and the patients that belong in a submission."""
+    if choice.stores:
+        from lymphfeat.features.store import FeatureStore
+
+        stores = [FeatureStore.open(path) for path in choice.stores]
+        found = final_only(model, "--store").predict_stores(*stores, settings=settings)
+        return found, stores[0].submission_ids
+    patients = choice.load(cohort, output)
+    with output.progress("predicting") as progress:
+        return model.predict(patients, settings, progress=progress), patients.submission_ids
+
+
+def _result(
+    model: "AnyModel", predictions: "Predictions", files: list[Path], one: bool
+) -> dict[str, object]:
+    patients = predictions.patients
     return {
-        "patients": len(predictions.patients),
+        "patients": len(patients),
         "images": len(predictions.images),
-        "tumoral": int(predictions.patients["predicted"].sum()),
+        "tumoral": int(patients["predicted"].sum()),
         "threshold": model.threshold,
-        "metrics": model.measure(predictions.patients),
+        "metrics": model.measure(patients),
+        **describe_deciding(model, patients),
+        **({"patient": patients.iloc[0].to_dict()} if one else {}),
         "files": [str(path) for path in files],
     }
 
@@ -176,22 +197,27 @@ def _show(
     predictions: "Predictions",
     files: list[Path],
     scores: dict[str, float],
+    one: bool,
 ) -> None:
     patients = predictions.patients
-    click.echo(
-        f"{len(patients)} patients, {len(predictions.images)} images: "
-        f"{int(patients['predicted'].sum())} called tumoral "
-        f"({threshold_text(model.threshold)}: {model.threshold_from})."
-    )
+    threshold = f"{threshold_text(model.threshold)}: {model.threshold_from}"
+    if one:
+        show_patient(patients.iloc[0])
+        click.echo(f"Called tumoral: {threshold}.")
+    else:
+        click.echo(
+            f"{len(patients)} patients, {len(predictions.images)} images: "
+            f"{int(patients['predicted'].sum())} called tumoral ({threshold})."
+        )
     if patients["calibrated"].isna().all():
         click.echo(
             "No calibrated probabilities: the model has none because it was trained without folds."
         )
-    noted = int((patients["notes"] != "").sum()) if "notes" in patients else 0
-    if noted:
+    show_deciding(model, patients)
+    if not one and "notes" in patients and (patients["notes"] != "").any():
         click.echo(
-            f"{noted} patients have attributes that are missing or unlike those of training: "
-            "see the column notes."
+            f"{(patients['notes'] != '').sum()} patients have something missing or unlike that of "
+            "training: see the column notes."
         )
     show_metrics("Labelled patients", model.measure(patients))
     show_truth(scores)

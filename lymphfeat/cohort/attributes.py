@@ -145,6 +145,10 @@ class AttributeRecipe:
         parts = [attribute.numbers(table[attribute.name]) for attribute in self.attributes]
         return np.concatenate(parts, axis=1) if parts else np.empty((len(table), 0))
 
+    def complete(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return the table with a column of missing values for every attribute that it lacks."""
+        return table.assign(**{name: np.nan for name in self.names if name not in table.columns})
+
     def notes(self, table: pd.DataFrame) -> dict[str, list[str]]:
         """Return for each patient what is missing, unknown or outside the range of training."""
         found: dict[str, list[str]] = {}
@@ -167,7 +171,8 @@ class AttributeRecipe:
         if missing:
             raise CohortError(
                 f"the cohort's table must have the columns {', '.join(self.names)}, which this "
-                f"model reads; got none named {', '.join(missing)}. Add them, or predict from the "
+                f"model reads; got none named {', '.join(missing)}. Add them, let the training "
+                "patients' mean stand in with --allow-missing-attributes, or predict from the "
                 "images only with --without-attributes."
             )
 

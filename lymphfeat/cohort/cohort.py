@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 
 from lymphfeat.cohort.cell_values import UNKNOWN
 from lymphfeat.cohort.csv_rows import complain, name_some
-from lymphfeat.cohort.tables import choose_tables, read_tables
+from lymphfeat.cohort.tables import choose_tables, read_patient, read_tables
 from lymphfeat.errors import CohortError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
@@ -91,6 +91,38 @@ class Cohort:
             submission_ids=tuple(id for id in clinical.submission_ids if id in found.images),
         )
 
+    @classmethod
+    def of_patient(
+        cls,
+        folder: str | os.PathLike[str],
+        attributes: Mapping[str, str] | None = None,
+        *,
+        reference_date: date = REFERENCE_DATE,
+    ) -> "Cohort":
+        """Make a cohort of one unlabelled patient: all images under a folder, whose name is the id.
+
+        attributes: column -> value, written as in a table; an empty value is missing.
+
+        Raises CohortError for a folder without images and for values that cannot be read.
+
+        >>> lf.Cohort.of_patient("cohort/images/P1", {"age": "67"}).n_images
+        """
+        root = Path(folder)
+        files = walk_folder(root)
+        paths = sorted(place / name for place, names in files.images.items() for name in names)
+        if not paths:
+            raise CohortError(f"folder (={root}) must hold the images of a patient; got none.")
+        given = {name.strip().lower(): text.strip() for name, text in (attributes or {}).items()}
+        clinical = read_patient(_normal(root.resolve().name), given, reference_date)
+        frame = clinical.frame.assign(split="test")
+        return cls(
+            root=root,
+            table=frame[[*_NOT_COVARIATES, *frame.columns.drop([*_NOT_COVARIATES])]],
+            images=(tuple(paths),),
+            notes=(*clinical.notes, *files.notes()),
+            submission_ids=clinical.submission_ids,
+        )
+
     @property
     def ids(self) -> tuple[str, ...]:
         """Return the patients' ids, P9 before P10."""
@@ -116,6 +148,11 @@ class Cohort:
         """Return the names of the covariate columns."""
         return tuple(name for name in self.table.columns if name not in _NOT_COVARIATES)
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """Return the file name of every image, (N,); its path where a patient has a name twice."""
+        return tuple(name for paths in self.images for name in _image_names(paths, self.root))
+
     def select(self, ids: Iterable[str]) -> "Cohort":
         """Keep the patients named, in the cohort's order; unknown or repeated ids are an error."""
         wanted = Counter(ids)
@@ -137,6 +174,13 @@ class Cohort:
     def unlabelled(self) -> "Cohort":
         """Keep the patients with label -1."""
         return self.select(self.table.index[self.table["label"] == UNKNOWN])
+
+
+def _image_names(paths: Sequence[Path], root: Path) -> list[str]:
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
 def _numeric_order(ids: Iterable[str]) -> list[str]:

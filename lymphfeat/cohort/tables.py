@@ -10,7 +10,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -60,11 +60,21 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
     for row in rows:
         if split := TABLE_SPLITS.get(row.path.name.lower()):
             row.cells.setdefault("split", split)
+    return _tabulate(rows, notes, reference_date)
+
+
+def read_patient(id: str, cells: Mapping[str, str], reference_date: date) -> ClinicalTable:
+    """Read the attributes of one unlabelled patient, column -> text, as a row of a table."""
+    row = Row(path=Path("attributes"), number=1, cells={**cells, "id": id})
+    return _tabulate([row], [], reference_date)
+
+
+def _tabulate(rows: Sequence[Row], notes: Sequence[str], reference_date: date) -> ClinicalTable:
     _check_ids(rows)
     columns = _parse_columns(rows, reference_date)
     frame = _join(rows, columns)
     if all("label" not in row.cells for row in rows):
-        notes.append("labels: no column `label`, so every patient is unlabelled (-1)")
+        notes = [*notes, "labels: no column `label`, so every patient is unlabelled (-1)"]
     return ClinicalTable(
         frame=frame,
         submission_ids=_submission_order(rows, frame),

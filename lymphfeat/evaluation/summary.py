@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lymphfeat.cohort.splits import Plan
-from lymphfeat.evaluation.calibration import calibration_error
+from lymphfeat.evaluation.calibration import calibration_error, fit_calibrations
 from lymphfeat.evaluation.intervals import Estimate, estimate, estimate_metric, t_half_width
 from lymphfeat.evaluation.metrics import METRICS, metric_bounds
 from lymphfeat.evaluation.scores import BAG_SIZE, CLINICAL
@@ -32,12 +32,12 @@ def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.D
     """
     label_of = predictions.drop_duplicates("patient")["label"]
     rarer = int(label_of.value_counts().min())
-    errors = _calibration_errors(predictions, plan)
+    calibration = _measure_calibration(predictions, plan)
     rows = []
     for (head, kind), group in runs.groupby(["head", "kind"], sort=False):
         row: dict[str, object] = {"head": head, "kind": kind, "runs": len(group)}
         row |= {name: float(group[name].mean()) for name in _KEPT if name in group}
-        row |= errors.get(str(head), {})
+        row |= calibration.get(str(head), {})
         for name in METRICS:
             found = _estimate(group[name], name, plan, rarer)
             row |= _ends(name, found)
@@ -54,21 +54,31 @@ def summarise(runs: pd.DataFrame, predictions: pd.DataFrame, plan: Plan) -> pd.D
     )
 
 
-def _calibration_errors(predictions: pd.DataFrame, plan: Plan) -> dict[str, dict[str, float]]:
+def _measure_calibration(predictions: pd.DataFrame, plan: Plan) -> dict[str, dict[str, float]]:
     """Measure calibration over all patients of each repeat; a fold has too few to fill bins."""
     repeat = predictions["split"].map({split.id: split.repeat for split in plan.outer})
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for (head, _), group in predictions.groupby(["head", repeat.rename("repeat")], sort=False):
-        errors = found.setdefault(str(head), {"ece": [], "ece_calibrated": []})
-        labels = group["label"].to_numpy(np.int64)
-        errors["ece"].append(calibration_error(group["probability"].to_numpy(float), labels))
-        if "calibrated" in group:
-            calibrated = group["calibrated"].to_numpy(float)
-            errors["ece_calibrated"].append(calibration_error(calibrated, labels))
+        found.setdefault(str(head), []).append(_of_repeat(group))
     return {
-        head: {name: float(np.mean(values)) for name, values in errors.items() if values}
-        for head, errors in found.items()
+        head: {name: float(np.mean([each[name] for each in repeats])) for name in repeats[0]}
+        for head, repeats in found.items()
     }
+
+
+def _of_repeat(predictions: pd.DataFrame) -> dict[str, float]:
+    """Return calibration errors, and the slope and intercept that calibrated logits still need."""
+    labels = predictions["label"].to_numpy(np.int64)
+    found = {"ece": calibration_error(predictions["probability"].to_numpy(float), labels)}
+    if "calibrated" in predictions:
+        calibrated = predictions["calibrated"].to_numpy(float)
+        (left,) = fit_calibrations(calibrated[None], labels)
+        found |= {
+            "ece_calibrated": calibration_error(calibrated, labels),
+            "calibration_slope": left.slope,
+            "calibration_intercept": left.intercept,
+        }
+    return found
 
 
 def _estimate(values: pd.Series, metric: str, plan: Plan, rarer: int) -> Estimate:

@@ -23,9 +23,10 @@ from lymphfeat.finetuning.job import Job
 from lymphfeat.heads.grid import head_name
 from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.final_model import FinalModel, Source
+from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.members import Member
 from lymphfeat.model.predictions import Predictions
+from lymphfeat.model.sources import Source
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.progress import Progress, part_of
 from lymphfeat.settings import EndToEndSettings, PredictSettings

@@ -4,7 +4,6 @@ The folder holds `final.json` and `final.safetensors`; no pickle, no path to any
 members read the same backbones, whose features are computed once, or each its own.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
+from scipy.special import logit as special_logit
 from torch import Tensor, nn
 
 from lymphfeat.cohort.attributes import AttributeRecipe
@@ -25,16 +25,20 @@ from lymphfeat.cohort.images import VIEWS
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision, combine
-from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
+from lymphfeat.evaluation.predictive_values import PredictiveValues, check_prevalence
+from lymphfeat.features.backbones import make_backbone, weights_sha256
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
-from lymphfeat.heads.head import Head, ReadOut
+from lymphfeat.heads.head import ReadOut
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.folder import load_tensors, read_facts, write_model
+from lymphfeat.model.held_out import GUARANTEES, MEASURED, HeldOut, answers
 from lymphfeat.model.members import IMAGES, Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
-from lymphfeat.model.scoring import CohortScorer, ModelRecipe
+from lymphfeat.model.scoring import ModelRecipe
+from lymphfeat.model.sources import Kept, Pooled, Source, check_stores
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import recover
@@ -44,50 +48,6 @@ from lymphfeat.settings import HeadSettings, PredictSettings
 FORMAT, FORMAT_VERSION = "lymphfeat-final-model", 1
 TENSORS_FILE = "final.safetensors"
 _STEP = 1e-3  # of an image logit, to measure what it moves
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A backbone, and how an image becomes its input."""
-
-    backbone: Backbone
-    recipe: ModelRecipe
-
-    @property
-    def pixels(self) -> int:
-        """The number of pixels of an image's feature map."""
-        side = self.recipe.crop
-        with torch.inference_mode():
-            return math.prod(self.backbone.cpu()(torch.zeros(1, 3, side, side)).shape[2:])
-
-
-class _Kept(Head):
-    """What several heads keep of images, side by side in one vector per image."""
-
-    def __init__(self, heads: Sequence[Head]) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(heads)
-        self.settings = heads[0].settings
-
-    def keep(self, instances: Tensor) -> Tensor:
-        """Return what the heads keep of the pixels (n, U, C) of images: (n, 1, K)."""
-        return torch.cat([kept.flatten(1) for kept in self._each(instances)], dim=1)[:, None]
-
-    def _each(self, pixels: Tensor) -> Iterator[Tensor]:
-        pooled = pixels.mean(1, keepdim=True)  # (n, 1, C)
-        for head in self.heads:
-            assert isinstance(head, Head)
-            yield head.keep(pixels if _reads_pixels(head) else pooled)
-
-    def split(self, kept: Tensor, pixels: int, channels: int) -> list[Tensor]:
-        """Return what each head kept, (N, U, D), of images of so many pixels: from (N, K)."""
-        blank = [each.shape[1:] for each in self._each(torch.zeros(1, pixels, channels))]
-        parts = torch.split(kept, [shape.numel() for shape in blank], dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, blank, strict=True)]
-
-
-def _reads_pixels(head: Head) -> bool:
-    return head.settings[0].unit == "pixel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +66,12 @@ class FinalModel:
     # the honest figures of the row, and of its images alone, as they were measured
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tta: bool = False  # whether `predict` averages over the four flips by default
+    # what was said of patients held out: by the "row", and by its "images" alone; not in old models
+    held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     images_only: bool = False
+    operating_point: str = MEASURED  # the sensitivity that the threshold aims at
+    prevalence: float | None = None  # of tumoral patients where the model is used
+    alpha: float | None = None  # the model abstains at this level
 
     @property
     def fused(self) -> bool:
@@ -149,7 +114,52 @@ class FinalModel:
             )
             for member in self.members
         ]
-        return replace(self, members=tuple(members))
+        return replace(self, members=tuple(members), operating_point=f"{target:g}")
+
+    def at_prevalence(self, prevalence: float) -> "FinalModel":
+        """Return the model for another share of tumoral patients than in training.
+
+        Its predictions also have the probability at this prevalence; `predictive_values` says what
+        its decisions are worth. The threshold stays. Raises SettingsError unless the prevalence is
+        between 0 and 1, ModelError for a model of an earlier version.
+        """
+        check_prevalence(prevalence)
+        self._judged()
+        return replace(self, prevalence=prevalence)
+
+    def abstaining(self, alpha: float = 0.1) -> "FinalModel":
+        """Return the model that also answers: reactive, tumoral, or refer.
+
+        It calls a patient one class if the other can be ruled out at level `alpha`
+        (class-conditional conformal sets; `guarantee` says what holds of them). Raises
+        SettingsError if there are too few patients for this level, ModelError for a model of an
+        earlier version.
+        """
+        self._judged().check_alpha(alpha)
+        return replace(self, alpha=alpha)
+
+    @property
+    def guarantee(self) -> str:
+        """What holds of the answers of an abstaining model."""
+        return f"{GUARANTEES[self._judged().scheme]}. Under a shift nothing is guaranteed."
+
+    @property
+    def predictive_values(self) -> PredictiveValues | None:
+        """What the decisions are worth at the model's prevalence; None if it has none."""
+        if self.prevalence is None:
+            return None
+        return PredictiveValues.at(self.prevalence, self._judged().rates[self.operating_point])
+
+    def _judged(self) -> HeldOut:
+        """Return what was said of patients held out, by what decides."""
+        name = "row" if self.fused else "images"
+        if name not in self.held_out:
+            raise ModelError(
+                "model must keep what it said of held-out patients, to abstain or to give "
+                "predictive values; it was made by an earlier version. Make it again with "
+                "`lymphfeat finalize`."
+            )
+        return self.held_out[name]
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, as `Model.measure` does."""
@@ -174,40 +184,60 @@ class FinalModel:
         without the attributes that the model reads.
         """
         settings = settings or PredictSettings()
-        attributes = self._attributes(cohort.table)
-        tta = self.tta if settings.tta is None else settings.tta
-        views = VIEWS if tta else VIEWS[:1]
+        table, views = self._table(cohort, settings), self._views(settings)
+        kept = []
         with cpu_threads(settings.threads), whole_float32():
-            kept = []
             for number, source in enumerate(self.sources):
-                scorer = CohortScorer(
-                    source.backbone,
-                    self._reader(number),
-                    source.recipe,
-                    settings,
-                    views=views,
-                    unit="pixel",
-                )
                 own = part_of(progress, number, len(self.sources), "")
-                kept.append(scorer.score(cohort, own)[:, :, 0])  # (V, N, K)
-                source.backbone.to("cpu")
-            return self._predictions(cohort, kept, attributes)
+                kept.append(source.keep_images(cohort, self._reader(number), views, settings, own))
+            return self._predictions(cohort, table, patient_keys(cohort), kept)
+
+    def predict_stores(
+        self, *stores: FeatureStore, settings: PredictSettings | None = None
+    ) -> Predictions:
+        """Predict the patients of stores from their feature maps, as `predict` from their images.
+
+        There must be one store per backbone of the model, in its order, over the same images.
+        Raises StoreError for stores whose maps are not those of the model's backbones, or that lack
+        the flipped views that `settings.tta` asks for.
+        """
+        settings = settings or PredictSettings()
+        check_stores(self.sources, stores)
+        first = stores[0]
+        table, views = self._table(first, settings), self._views(settings)
+        with cpu_threads(settings.threads), whole_float32():
+            kept = [
+                source.keep_maps(store, self._reader(number), views, settings.batch_size)
+                for number, (source, store) in enumerate(zip(self.sources, stores, strict=True))
+            ]
+            return self._predictions(first, table, first.keys, kept)
+
+    def _views(self, settings: PredictSettings) -> tuple[str, ...]:
+        """Return the flips whose logits are averaged."""
+        tta = self.tta if settings.tta is None else settings.tta
+        return VIEWS if tta else VIEWS[:1]
 
     def _sources_of(self, member: Member) -> Sequence[int]:
         return member.sources or range(len(self.sources))
 
-    def _reader(self, source: int) -> "_Kept | _Pooled":
+    def _reader(self, source: int) -> Kept | Pooled:
         """Return what keeps of a source's images what its readers need of them.
 
         Heads that read several sources read pooled images.
         """
         readers = [member for member in self.members if source in self._sources_of(member)]
         if any(len(self._sources_of(member)) > 1 for member in readers):
-            return _Pooled()
-        return _Kept([head for member in readers for head in member.heads])
+            return Pooled()
+        return Kept([head for member in readers for head in member.heads])
 
-    def _attributes(self, table: pd.DataFrame) -> Floats | None:
-        return self.attributes.matrix(table) if self.fused else None
+    def _table(self, cohort: Cohort | FeatureStore, settings: PredictSettings) -> pd.DataFrame:
+        """Return the cohort's table, checked before any image is read."""
+        table = cohort.table
+        if settings.allow_missing_attributes:
+            table = self.attributes.complete(table)
+        if self.fused:
+            self.attributes.matrix(table)
+        return table
 
     def _read(self, kept: Sequence[Tensor], images: Bags) -> list[list[ReadOut]]:
         """Return what each member's heads read out of what was kept of images, (N, K) a source."""
@@ -226,14 +256,19 @@ class FinalModel:
     def _parts(self, source: int, kept: Tensor) -> Iterator[Tensor]:
         """Yield what each head that reads a source needs of images, (N, U, D): from (N, K)."""
         reader, own = self._reader(source), self.sources[source]
-        if isinstance(reader, _Pooled):
+        if isinstance(reader, Pooled):
             return repeat(kept[:, None])
         return iter(reader.split(kept, own.pixels, own.backbone.channels))
 
     def _predictions(
-        self, cohort: Cohort, kept: Sequence[Tensor], attributes: Floats | None
+        self,
+        cohort: Cohort | FeatureStore,
+        table: pd.DataFrame,
+        keys: Sequence[PatientKey],
+        kept: Sequence[Tensor],
     ) -> Predictions:
         """Make tables of what was kept of a cohort's images in every view, (V, N, K) a source."""
+        attributes = self.attributes.matrix(table) if self.fused else None
         images = Bags.of(cohort.n_images)
         views = [self._read(view, images) for view in zip(*kept, strict=True)]
         groups = self.attributes.groups
@@ -249,18 +284,39 @@ class FinalModel:
         calibrated = np.mean(logits, axis=0)  # (P,)
         patients = patient_table(
             cohort,
-            self.seen(patient_keys(cohort)),
+            self.seen(keys),
             expit(calibrated),
             self.decision,
         )
         if len(self.members) > 1:
             patients["spread"] = np.std(expit(logits), axis=0)
-        patients = patients.assign(**self._speaks(calibrated, np.mean(parts, axis=0)))
+        patients = patients.assign(
+            **self._at_prevalence(calibrated),
+            **self._answers(np.stack(logits)),
+            **self._speaks(calibrated, np.mean(parts, axis=0)),
+        )
         if self.fused:
-            notes = self.attributes.notes(cohort.table)
+            notes = self.attributes.notes(table)
             patients["notes"] = ["; ".join(notes.get(id, ())) for id in cohort.ids]
         values = np.mean(tables, axis=0).astype(np.float32)  # (3, N)
         return Predictions(patients=patients, images=image_table(cohort, *values))
+
+    def _at_prevalence(self, logit: Floats) -> dict[str, Floats]:
+        """Move calibrated logits (P,) by the odds of the prevalence (Bayes' rule)."""
+        if self.prevalence is None:
+            return {}
+        moved = special_logit(self.prevalence) - special_logit(self._judged().prevalence)
+        return {"probability_at_prevalence": np.asarray(expit(logit + moved))}
+
+    def _answers(self, logits: Floats) -> dict[str, Any]:
+        """Answer by conformal sets, from the members' calibrated logits (M, P)."""
+        if self.alpha is None:
+            return {}
+        held_out = self._judged()
+        if held_out.scheme == "recalibrated":
+            logits = logits.mean(0, keepdims=True)
+        p = held_out.p_values(logits)  # (P, 2)
+        return {"answer": answers(p, self.alpha), "p_reactive": p[:, 0], "p_tumoral": p[:, 1]}
 
     def _speaks(self, logit: Floats, parts: Floats) -> dict[str, Floats]:
         """Name what images and each attribute add to the logit (P,); `rest` is the same for all."""
@@ -283,6 +339,7 @@ class FinalModel:
             "decision": self.decision.to_json(),
             "figures": self.figures,
             "tta": self.tta,
+            "held_out": {name: each.to_json() for name, each in self.held_out.items()},
             "tensors_sha256": weights_sha256(network),
             "training": self.facts.to_json(),
         }
@@ -314,15 +371,6 @@ class FinalModel:
         sha256 = str(content.get("tensors_sha256"))
         load_tensors(model._network(), folder / TENSORS_FILE, sha256, facts=FINAL_FILE)
         return model
-
-
-class _Pooled(Head):
-    """Keeps the pooled image."""
-
-    settings = (HeadSettings(agg="mean", solver="exact"),)
-
-    def keep(self, instances: Tensor) -> Tensor:
-        return instances.mean(1, keepdim=True)
 
 
 def _image_values(
@@ -386,4 +434,7 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         facts=TrainingFacts.from_json(content["training"]),
         figures=content["figures"],
         tta=bool(content.get("tta", False)),  # models of earlier versions have none
+        held_out={
+            name: HeldOut.from_json(each) for name, each in content.get("held_out", {}).items()
+        },
     )

@@ -14,6 +14,7 @@ from scipy.special import expit
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.scores import patient_metrics
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import replace_file
 
 # What a model has seen of a patient: its label in training; its label in validation, where nothing
@@ -90,7 +91,10 @@ def measure_by_role(patients: pd.DataFrame, threshold: float) -> dict[str, dict[
 
 
 def patient_table(
-    cohort: Cohort, seen: Sequence[str], probability: NDArray[np.float32], decision: Decision
+    cohort: Cohort | FeatureStore,
+    seen: Sequence[str],
+    probability: NDArray[np.float32],
+    decision: Decision,
 ) -> pd.DataFrame:
     labels = pd.Series(cohort.labels, dtype="Int64")
     return pd.DataFrame(
@@ -106,7 +110,7 @@ def patient_table(
 
 
 def image_table(
-    cohort: Cohort,
+    cohort: Cohort | FeatureStore,
     logit: NDArray[np.float32],
     weight: NDArray[np.float32],
     contribution: NDArray[np.float32],
@@ -114,18 +118,10 @@ def image_table(
     return pd.DataFrame(
         {
             "patient": np.repeat(np.array(cohort.ids), cohort.n_images),
-            "image": [name for paths in cohort.images for name in _image_names(paths, cohort.root)],
+            "image": cohort.image_names,
             "logit": logit,
             "probability": expit(logit),
             "weight": weight,
             "contribution": contribution,
         }
     )
-
-
-def _image_names(paths: Sequence[Path], root: Path) -> list[str]:
-    """Name a patient's images by their files, or by their paths where file names repeat."""
-    names = [path.name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [path.relative_to(root).as_posix() for path in paths]

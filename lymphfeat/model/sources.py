@@ -1,0 +1,137 @@
+"""The backbones of a final model: what its heads keep of images, or of the maps of a store."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.errors import StoreError
+from lymphfeat.features.backbones import Backbone, weights_sha256
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.heads.head import Head
+from lymphfeat.model.scoring import CohortScorer, ModelRecipe, instances_of
+from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.progress import Progress
+from lymphfeat.runtime.strict_json import json_value
+from lymphfeat.settings import HeadSettings, PredictSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A backbone, and how an image becomes its input."""
+
+    backbone: Backbone
+    recipe: ModelRecipe
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels of an image's feature map."""
+        side = self.recipe.crop
+        with torch.inference_mode():
+            return math.prod(self.backbone.cpu()(torch.zeros(1, 3, side, side)).shape[2:])
+
+    def keep_images(
+        self,
+        cohort: Cohort,
+        head: Head,
+        views: Sequence[str],
+        settings: PredictSettings,
+        progress: Progress,
+    ) -> Tensor:
+        """Return what a head keeps of the images of a cohort in every view: (V, N, K)."""
+        scorer = CohortScorer(self.backbone, head, self.recipe, settings, views=views, unit="pixel")
+        kept = scorer.score(cohort, progress)[:, :, 0]
+        self.backbone.to("cpu")
+        return kept
+
+    def keep_maps(
+        self, store: FeatureStore, head: Head, views: Sequence[str], batch_size: int
+    ) -> Tensor:
+        """Return the same of the maps of a store: (V, N, K)."""
+        if store.recipe["views"][: len(views)] != list(views):
+            raise StoreError(
+                f"{store.path}: must have the maps of the views {', '.join(views)}; it has those "
+                f"of {', '.join(store.recipe['views'])}. Extract with --views, or predict without "
+                "--tta."
+            )
+        maps = store.features()  # (N, V, C, h, w)
+        with torch.inference_mode():
+            chunks = [
+                _keep_views(head, maps[start : start + batch_size, : len(views)])
+                for start in range(0, len(maps), batch_size)
+            ]
+        return torch.cat(chunks, dim=1)
+
+    def describe_mismatch(self, store: FeatureStore) -> str:
+        """Say what of a store's recipe differs from the model's; empty if its maps fit."""
+        theirs = {name: store.recipe[name] for name in asdict(self.recipe)}
+        if lines := differing_fields(json_value(asdict(self.recipe)), theirs):
+            return "; ".join(lines)
+        if store.recipe["weights_sha256"] != weights_sha256(self.backbone.model):
+            return f"weights {store.recipe['weights']} are not those of the model"
+        return ""
+
+
+def _keep_views(head: Head, maps: NDArray[np.float16]) -> Tensor:
+    """Keep of the maps (n, V, C, h, w) of some images: (V, n, K)."""
+    views = torch.from_numpy(np.asarray(maps, np.float32)).unbind(1)
+    return torch.stack([head.keep(instances_of(view, "pixel"))[:, 0] for view in views])
+
+
+def check_stores(sources: Sequence[Source], stores: Sequence[FeatureStore]) -> None:
+    """Raise StoreError unless stores hold what the sources make of the same images."""
+    if len(stores) != len(sources):
+        raise StoreError(
+            f"store (={', '.join(str(each.path) for each in stores)}) must name a store for each "
+            f"of the model's {len(sources)} backbones, in its order."
+        )
+    for source, store in zip(sources, stores, strict=True):
+        if differs := source.describe_mismatch(store):
+            raise StoreError(
+                f"{store.path}: must hold the maps that this model reads: {differs}. Extract with "
+                "the same settings and weights, or predict from the images with --cohort."
+            )
+        stores[0].check_same_images(store)
+
+
+class Kept(Head):
+    """What several heads keep of images, side by side in one vector per image."""
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.settings = heads[0].settings
+
+    def keep(self, instances: Tensor) -> Tensor:
+        """Return what the heads keep of the pixels (n, U, C) of images: (n, 1, K)."""
+        return torch.cat([kept.flatten(1) for kept in self._each(instances)], dim=1)[:, None]
+
+    def _each(self, pixels: Tensor) -> Iterator[Tensor]:
+        pooled = pixels.mean(1, keepdim=True)  # (n, 1, C)
+        for head in self.heads:
+            assert isinstance(head, Head)
+            yield head.keep(pixels if _reads_pixels(head) else pooled)
+
+    def split(self, kept: Tensor, pixels: int, channels: int) -> list[Tensor]:
+        """Return what each head kept, (N, U, D), of images of so many pixels: from (N, K)."""
+        blank = [each.shape[1:] for each in self._each(torch.zeros(1, pixels, channels))]
+        parts = torch.split(kept, [shape.numel() for shape in blank], dim=1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, blank, strict=True)]
+
+
+def _reads_pixels(head: Head) -> bool:
+    return head.settings[0].unit == "pixel"
+
+
+class Pooled(Head):
+    """Keeps the pooled image."""
+
+    settings = (HeadSettings(agg="mean", solver="exact"),)
+
+    def keep(self, instances: Tensor) -> Tensor:
+        return instances.mean(1, keepdim=True)
