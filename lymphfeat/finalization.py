@@ -20,7 +20,6 @@ from lymphfeat.evaluation.averaging import LEARNERS
 from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import FUSIONS
-from lymphfeat.evaluation.predictive_values import Rates
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
 from lymphfeat.evaluation.rows import Row, default_row, find_row
@@ -40,7 +39,7 @@ from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.final_model import TENSORS_FILE, FinalModel
-from lymphfeat.model.held_out import MEASURED, HeldOut
+from lymphfeat.model.held_out import HeldOut
 from lymphfeat.model.members import Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.scoring import ModelRecipe
@@ -315,13 +314,12 @@ class _Fitting:
             self._decision(scores.inner[place][train], self.labels[train])
             for place, train in enumerate(patients.train)
         ]
-        own = decisions if by_member else [self._decision(judged, labels)] * len(decisions)
-        return HeldOut(
-            scheme="members" if by_member else "refit",
-            logits=np.array([own[k].logits(p) for k, p in zip(fold, judged, strict=True)]),
-            labels=labels,
-            member=fold if by_member else np.zeros_like(fold),
-            rates=_rates(decisions, fold, judged, labels),
+        return HeldOut.of(
+            judged,
+            labels,
+            fold,
+            measured_by=decisions,
+            kept=decisions if by_member else [self._decision(judged, labels)],
         )
 
     def _head(self, fitted: FittedHeads, position: int) -> Head:
@@ -384,20 +382,6 @@ class _Fitting:
 def _out_of_fold(scores: Scores) -> Floats:
     """Return each patient's probability in the split that holds it out: (P,)."""
     return np.asarray(np.nanmax(scores.outer, axis=0, initial=-1, where=~np.isnan(scores.outer)))
-
-
-def _rates(
-    decisions: Sequence[Decision], fold: Ints, probabilities: Floats, labels: Labels
-) -> dict[str, Rates]:
-    """Count what each fold's decision makes of its patients (n,), at each operating point."""
-    thresholds = {MEASURED: [each.threshold for each in decisions]} | {
-        name: [each.operating_points[name] for each in decisions]
-        for name in decisions[0].operating_points
-    }
-    return {
-        name: Rates.of((probabilities > np.array(at)[fold]).astype(np.int64), labels)
-        for name, at in thresholds.items()
-    }
 
 
 def _facts(

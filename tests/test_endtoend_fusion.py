@@ -108,6 +108,19 @@ def test_the_folder_is_a_final_model_that_predicts_what_was_written(
 
 
 @pytest.mark.seconds
+def test_it_keeps_what_it_said_of_patients_held_out(trained: Path) -> None:
+    kept, written = final(trained).held_out["row"], written_by(trained).dropna(subset="label")
+    assert kept.scheme == "members"
+    called = written["out_of_fold_predicted"]
+    assert kept.rates[""].sensitivity == pytest.approx(called[written["label"] == 1].mean())
+    assert kept.rates[""].specificity == pytest.approx(1 - called[written["label"] == 0].mean())
+    decision = final(trained).members[0].decision
+    expected = decision.logits(written["out_of_fold"].to_numpy(np.float64))
+    np.testing.assert_allclose(np.sort(kept.logits), np.sort(expected), rtol=1e-4)
+    assert np.bincount(kept.member).tolist() == [4, 4, 4]
+
+
+@pytest.mark.seconds
 def test_without_attributes_it_is_the_members_alone(
     trained: Path, alone: Path, cohort: Cohort
 ) -> None:

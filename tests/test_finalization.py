@@ -241,14 +241,15 @@ def test_one_patient_as_in_its_cohort(home: Path, cohort: Cohort, tmp_path: Path
     model = finalize(home / "run", tmp_path / "model", row="top2 + clinical (late)")
     id = cohort.ids[3]
     row = cohort.table.loc[id]
-    alone = Cohort.of_patient(
-        cohort.images[3][0].parent,
-        {"AGE": f"{row['age']:.17g}", "Gender": str(row["gender"]).lower(), "lymph_count": ""},
-    )
+    folder = cohort.images[3][0].parent
+    given = {"AGE": f"{row['age']:.17g}", "Gender": str(row["gender"]).lower()}
+    alone = Cohort.of_patient(folder, given)
     with pytest.raises(CohortError, match=r"got none named lymph_count\. Add them, let the"):
         predict(model, alone)
     lenient = replace(ON_CPU, allow_missing_attributes=True)
     found = model.predict(alone, lenient).patients
+    left_empty = Cohort.of_patient(folder, given | {"lymph_count": ""})
+    pd.testing.assert_frame_equal(predict(model, left_empty).patients, found)
     blank = replace(cohort, table=cohort.table.assign(lymph_count=np.nan))
     expected = predict(model, blank).patients
     same = expected[expected["id"] == id].reset_index(drop=True)

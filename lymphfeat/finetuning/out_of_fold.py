@@ -24,6 +24,7 @@ from lymphfeat.heads.grid import head_name
 from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.held_out import HeldOut
 from lymphfeat.model.members import Member
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.model.sources import Source
@@ -72,6 +73,15 @@ class OutOfFold:
     def labels(self) -> Labels:
         """Their labels: (P,)."""
         return self.patients["label"].to_numpy(np.int64)
+
+    def held_out(self, rule: str) -> HeldOut:
+        """Return what a model keeps of them, each fold decided by the others."""
+        others = [
+            Decision.learn(self.probability[other], self.labels[other], rule=rule)
+            for other in (self.folds != fold for fold in np.unique(self.folds))
+        ]
+        kept = [self.decision] * len(others)
+        return HeldOut.of(self.probability, self.labels, self.folds, measured_by=others, kept=kept)
 
     def measure(self) -> Metrics:
         """Measure each fold by what the other folds decide."""
@@ -193,6 +203,10 @@ def finish_fused(
         attributes=recipe,
         facts=replace(_facts(jobs), metrics=metrics),
         figures={"row": metrics["out of fold"], "images": metrics[IMAGES_ALONE]},
+        held_out={
+            "row": found.held_out(settings.threshold),
+            "images": images.held_out(settings.threshold),
+        },
         tta=settings.tta,
     )
     own = part_of(progress, 1, 2, "predicting")

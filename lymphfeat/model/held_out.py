@@ -5,7 +5,7 @@ sets: Vovk, Gammerman and Shafer 2005; cross-conformal: Vovk 2015).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.predictive_values import Rates, rates_from_json
 from lymphfeat.runtime.arrays import Floats, Labels
 
@@ -45,6 +46,32 @@ class HeldOut:
     member: NDArray[np.int64]  # (n,) who judged: the number of the member; 0 if there is one judge
     # by operating point, `MEASURED` the model's threshold: each fold decided by the others
     rates: Mapping[str, Rates] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: Floats,
+        labels: Labels,
+        folds: NDArray[np.int64],
+        *,
+        measured_by: Sequence[Decision],
+        kept: Sequence[Decision],
+    ) -> "HeldOut":
+        """Take out-of-fold probabilities of the patients (n,) of numbered folds (n,).
+
+        `measured_by` decides each fold without its patients. `kept` is the decision of the model's
+        members, one per fold, or of the one that was refit on everybody.
+        """
+        refit = len(kept) == 1
+        member = np.zeros_like(folds) if refit else folds
+        logits = [kept[k].logits(p) for k, p in zip(member, probabilities, strict=True)]
+        return cls(
+            scheme="refit" if refit else "members",
+            logits=np.array(logits),
+            labels=labels,
+            member=member,
+            rates=_rates(measured_by, folds, probabilities, labels),
+        )
 
     @property
     def prevalence(self) -> float:
@@ -100,6 +127,20 @@ class HeldOut:
             member=np.array(content["member"], np.int64),
             rates=rates_from_json(content["rates"]),
         )
+
+
+def _rates(
+    decisions: Sequence[Decision], folds: NDArray[np.int64], probabilities: Floats, labels: Labels
+) -> dict[str, Rates]:
+    """Count what each fold's decision makes of its patients (n,), at each operating point."""
+    thresholds = {MEASURED: [each.threshold for each in decisions]} | {
+        name: [each.operating_points[name] for each in decisions]
+        for name in decisions[0].operating_points
+    }
+    return {
+        name: Rates.of((probabilities > np.array(at)[folds]).astype(np.int64), labels)
+        for name, at in thresholds.items()
+    }
 
 
 def answers(p_values: Floats, alpha: float) -> list[str]:
