@@ -38,6 +38,7 @@ from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.familiarity import Familiarity
 from lymphfeat.model.final_model import TENSORS_FILE, FinalModel
 from lymphfeat.model.held_out import HeldOut
 from lymphfeat.model.members import Member
@@ -106,6 +107,7 @@ def finalize(
             facts=_facts(fitting, opened, sources),
             figures=recorded.figures(chosen),
             held_out=fitting.held_out(by_member=members),
+            familiarity=_familiarity(opened),
         )
         model.save(folder)
     return model
@@ -382,6 +384,19 @@ class _Fitting:
 def _out_of_fold(scores: Scores) -> Floats:
     """Return each patient's probability in the split that holds it out: (P,)."""
     return np.asarray(np.nanmax(scores.outer, axis=0, initial=-1, where=~np.isnan(scores.outer)))
+
+
+def _familiarity(stores: Sequence[FeatureStore]) -> Familiarity:
+    """Learn what labelled patients' images are like."""
+    first = stores[0]
+    known = first.labels >= 0  # (P,)
+    rows = np.flatnonzero(np.repeat(known, first.n_images))
+    statistics = first.image_statistics
+    return Familiarity.learn(
+        [store.pooled()[rows, 0].astype(np.float64) for store in stores],
+        None if statistics is None else statistics.iloc[rows],
+        first.n_images[known].tolist(),
+    )
 
 
 def _facts(

@@ -1,7 +1,6 @@
 """Who is unlike training: limits from patients left out whole, and what they let through."""
 
 from collections.abc import Sequence
-from math import ceil
 
 import numpy as np
 import pandas as pd
@@ -124,14 +123,13 @@ def test_limits_are_those_of_patients_left_out_whole(lab: Lab) -> None:
     images = np.quantile(np.concatenate([own for own, _ in found]), 0.99)
     assert learnt.image_limit == pytest.approx(images, rel=1e-4)
     patients = sorted(patient for _, patient in found)
-    assert learnt.patient_limit == pytest.approx(patients[ceil(0.95 * 26) - 1], rel=1e-4)
+    limit = 0.3 * patients[-2] + 0.7 * patients[-1]  # at rank .95 * 26 = 24.7
+    assert learnt.patient_limit == pytest.approx(limit, rel=1e-4)
 
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("patients", [25, 80])
 def test_about_a_twentieth_of_patients_like_those_of_training_are_beyond(patients: int) -> None:
-    """Of 25 the largest is the limit, which 1 in 26 exceeds; of 80 the 77th, 4 or 5 in 81."""
-    expected = {25: 1 / 26, 80: 4 / 81}[patients]
     shares, images = [], []
     for seed in range(12):
         own = Lab(seed)
@@ -140,7 +138,7 @@ def test_about_a_twentieth_of_patients_like_those_of_training_are_beyond(patient
         shares.append(judged.patients["unlike"].mean())
         images.append(judged.images["unlike"].mean())
     error = np.std(shares, ddof=1) / np.sqrt(len(shares))
-    assert np.mean(shares) == pytest.approx(expected, abs=3 * error)
+    assert np.mean(shares) == pytest.approx(0.05, abs=3 * error)
     assert 0 < np.mean(shares) < 0.08
     assert np.mean(images) == pytest.approx(0.01, abs=0.005)
 

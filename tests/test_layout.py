@@ -41,9 +41,9 @@ INSIDE = {
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": (
-        *("loading", "ensemble", "final_model", "familiarity", "feature_distance", "members"),
-        *("model", "facts", "folder", "held_out", "sources", "scoring", "submission"),
-        "predictions",
+        *("loading", "ensemble", "final_model", "members", "model", "facts", "folder"),
+        *("held_out", "sources", "scoring", "submission", "predictions", "familiarity"),
+        "feature_distance",
     ),
     "evaluation": (
         *(

@@ -180,11 +180,13 @@ def _result(
     model: "AnyModel", predictions: "Predictions", files: list[Path], one: bool
 ) -> dict[str, object]:
     patients = predictions.patients
+    unlike = {"unlike": int(patients["unlike"].sum())} if "unlike" in patients else {}
     return {
         "patients": len(patients),
         "images": len(predictions.images),
         "tumoral": int(patients["predicted"].sum()),
         "threshold": model.threshold,
+        **unlike,
         "metrics": model.measure(patients),
         **describe_deciding(model, patients),
         **({"patient": patients.iloc[0].to_dict()} if one else {}),
@@ -218,6 +220,11 @@ def _show(
         click.echo(
             f"{(patients['notes'] != '').sum()} patients have something missing or unlike that of "
             "training: see the column notes."
+        )
+    if not one and "unlike" in patients:
+        click.echo(
+            f"Images unlike those of training: {int(patients['unlike'].sum())} of {len(patients)} "
+            "patients; about 5 % would be expected by chance."
         )
     show_metrics("Labelled patients", model.measure(patients))
     show_truth(scores)

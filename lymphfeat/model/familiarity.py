@@ -8,7 +8,6 @@ training patients, each left out whole, and hold for the largest of all deviatio
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import ceil
 from typing import Any, Self
 
 import numpy as np
@@ -194,13 +193,15 @@ class Familiarity:
         names = () if statistics is None else tuple(map(str, statistics))
         training = _left_out(pooled, _matrix(statistics, names, sizes), sizes)
         images, patients = _left_out_deviations(training)
+        # Of n left-out patients, the value that a new one exceeds by chance: at rank .95 (n + 1).
+        patient_limit = np.quantile(patients, 1 - UNLIKE_PATIENTS, method="weibull")
         return cls(
             features=tuple(FeatureDistance.learn(each) for each in pooled),
             statistics=names,
             fewest=min(sizes),
             most=max(sizes),
             image_limit=max(float(np.quantile(images, 1 - UNLIKE_IMAGES)), _SMALL),
-            patient_limit=max(_upper(patients, UNLIKE_PATIENTS), _SMALL),
+            patient_limit=max(float(patient_limit), _SMALL),
             image_range=_Range.of(training),
             patient_spread=_Spread.of(training),
         )
@@ -330,12 +331,3 @@ def _left_out_deviations(training: Compared) -> tuple[Floats, Floats]:
         images.append(np.abs(_Range.of(others).deviations(own)).max(1))
         patients.append(np.abs(_Spread.of(others).deviations(own)).max(1))
     return np.concatenate(images), np.concatenate(patients)
-
-
-def _upper(values: Floats, share: float) -> float:
-    """Return a limit that a new value exceeds with at most this probability, or the largest value.
-
-    It is the conformal quantile: of few values, the largest, which one in n + 1 exceeds.
-    """
-    rank = min(ceil((1 - share) * (len(values) + 1)), len(values))
-    return float(np.sort(values)[rank - 1])

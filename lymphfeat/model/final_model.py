@@ -30,8 +30,9 @@ from lymphfeat.features.backbones import make_backbone, weights_sha256
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
-from lymphfeat.heads.head import ReadOut
+from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.model.facts import TrainingFacts
+from lymphfeat.model.familiarity import Familiarity
 from lymphfeat.model.folder import load_tensors, read_facts, write_model
 from lymphfeat.model.held_out import GUARANTEES, MEASURED, HeldOut, answers
 from lymphfeat.model.members import IMAGES, Member
@@ -68,6 +69,7 @@ class FinalModel:
     tta: bool = False  # whether `predict` averages over the four flips by default
     # what was said of patients held out: by the "row", and by its "images" alone; not in old models
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
+    familiarity: Familiarity | None = None  # what training images were like; not in old models
     images_only: bool = False
     operating_point: str = MEASURED  # the sensitivity that the threshold aims at
     prevalence: float | None = None  # of tumoral patients where the model is used
@@ -185,12 +187,18 @@ class FinalModel:
         """
         settings = settings or PredictSettings()
         table, views = self._table(cohort, settings), self._views(settings)
-        kept = []
         with cpu_threads(settings.threads), whole_float32():
-            for number, source in enumerate(self.sources):
-                own = part_of(progress, number, len(self.sources), "")
-                kept.append(source.keep_images(cohort, self._reader(number), views, settings, own))
-            return self._predictions(cohort, table, patient_keys(cohort), kept)
+            read = [
+                source.keep_images(
+                    *(cohort, self._reader(number), views, settings),
+                    part_of(progress, number, len(self.sources), ""),
+                    measured=self.familiarity is not None,
+                )
+                for number, source in enumerate(self.sources)
+            ]
+            kept, statistics = [own for own, _ in read], read[0][1]
+            predictions = self._predictions(cohort, table, patient_keys(cohort), kept)
+            return self._compared(predictions, kept, statistics)
 
     def predict_stores(
         self, *stores: FeatureStore, settings: PredictSettings | None = None
@@ -210,7 +218,8 @@ class FinalModel:
                 source.keep_maps(store, self._reader(number), views, settings.batch_size)
                 for number, (source, store) in enumerate(zip(self.sources, stores, strict=True))
             ]
-            return self._predictions(first, table, first.keys, kept)
+            predictions = self._predictions(first, table, first.keys, kept)
+            return self._compared(predictions, kept, first.image_statistics)
 
     def _views(self, settings: PredictSettings) -> tuple[str, ...]:
         """Return the flips whose logits are averaged."""
@@ -228,7 +237,9 @@ class FinalModel:
         readers = [member for member in self.members if source in self._sources_of(member)]
         if any(len(self._sources_of(member)) > 1 for member in readers):
             return Pooled()
-        return Kept([head for member in readers for head in member.heads])
+        heads: list[Head] = [head for member in readers for head in member.heads]
+        # To say how familiar images are, their mean is kept after what the heads keep.
+        return Kept(heads if self.familiarity is None else [*heads, Pooled()])
 
     def _table(self, cohort: Cohort | FeatureStore, settings: PredictSettings) -> pd.DataFrame:
         """Return the cohort's table, checked before any image is read."""
@@ -318,6 +329,19 @@ class FinalModel:
         p = held_out.p_values(logits)  # (P, 2)
         return {"answer": answers(p, self.alpha), "p_reactive": p[:, 0], "p_tumoral": p[:, 1]}
 
+    def _compared(
+        self, predictions: Predictions, kept: Sequence[Tensor], statistics: pd.DataFrame | None
+    ) -> Predictions:
+        """Say which images and patients are unlike those of training."""
+        if self.familiarity is None:
+            return predictions
+        pooled = [
+            own[0, :, -source.backbone.channels :].double().numpy()  # (N, C)
+            for own, source in zip(kept, self.sources, strict=True)
+        ]
+        sizes = predictions.patients["n_images"].tolist()
+        return predictions.judged(self.familiarity.judge(pooled, statistics, sizes))
+
     def _speaks(self, logit: Floats, parts: Floats) -> dict[str, Floats]:
         """Name what images and each attribute add to the logit (P,); `rest` is the same for all."""
         names = [IMAGES, *(self.attributes.names if self.fused else ())]
@@ -342,15 +366,21 @@ class FinalModel:
             "held_out": {name: each.to_json() for name, each in self.held_out.items()},
             "tensors_sha256": weights_sha256(network),
             "training": self.facts.to_json(),
+            "familiarity": None if self.familiarity is None else self.familiarity.to_json(),
         }
         write_model(network, Path(folder, TENSORS_FILE), content, Path(folder, FINAL_FILE))
 
     def _network(self) -> nn.ModuleDict:
-        """Name the tensors: source.<number>.<timm's key>, member.<number>.<head's number>.<key>."""
+        """Name the tensors: source.<number>.<timm's key>, member.<number>.<head's number>.<key>.
+
+        familiarity.<source's number>.<key> are those of `FeatureDistance`.
+        """
+        known = () if self.familiarity is None else self.familiarity.features
         return nn.ModuleDict(
             {
                 "source": nn.ModuleList(source.backbone.model for source in self.sources),
                 "member": nn.ModuleList(nn.ModuleList(member.heads) for member in self.members),
+                "familiarity": nn.ModuleList(known),
             }
         )
 
@@ -426,6 +456,7 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
     )
     channels = [source.backbone.channels for source in sources]
     members = [_build_member(member, channels) for member in content["members"]]
+    known = content.get("familiarity")
     return FinalModel(
         row=str(content["row"]),
         sources=sources,
@@ -437,4 +468,5 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         held_out={
             name: HeldOut.from_json(each) for name, each in content.get("held_out", {}).items()
         },
+        familiarity=None if known is None else Familiarity.from_json(known, channels),
     )

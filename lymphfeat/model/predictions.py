@@ -15,6 +15,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.scores import patient_metrics
 from lymphfeat.features.store import FeatureStore
+from lymphfeat.model.familiarity import Judgement
 from lymphfeat.runtime.files import replace_file
 
 # What a model has seen of a patient: its label in training; its label in validation, where nothing
@@ -26,6 +27,9 @@ ROLE_OF = {"label": "train", "validation": "validation", "images": "new", "no": 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
     """The predictions of a model on a cohort.
+
+    Where the model knows what training images were like, both tables also have the columns of a
+    `Judgement`, and the patients' notes say what is unlike training.
 
     patients: id, label (missing where unknown), seen (one of `SEEN`), n_images, probability (of
         tumoral), calibrated (missing where the model has no calibration), predicted (1 where the
@@ -47,6 +51,15 @@ class Predictions:
         """Return the same probabilities, calibrated and thresholded by a decision."""
         decided = decided_columns(self.patients["probability"].to_numpy(np.float64), decision)
         return replace(self, patients=self.patients.assign(**decided))
+
+    def judged(self, judgement: Judgement) -> "Predictions":
+        """Add how unlike training images and patients are, and notes on the patients."""
+        patients = self.patients.assign(**judgement.patients)
+        before = patients["notes"] if "notes" in patients else [""] * len(patients)
+        patients["notes"] = [
+            "; ".join(filter(None, pair)) for pair in zip(before, judgement.notes, strict=True)
+        ]
+        return replace(self, patients=patients, images=self.images.assign(**judgement.images))
 
     def save(self, patients: Path | None = None, images: Path | None = None) -> None:
         """Write either table as CSV, completely or not at all."""

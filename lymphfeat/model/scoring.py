@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, Normalization, stream_crops
 from lymphfeat.errors import ModelError
 from lymphfeat.features.backbones import Backbone
@@ -58,8 +60,12 @@ class CohortScorer:
         *,
         views: Sequence[str],
         unit: str | None = None,
+        measured: bool = False,
     ) -> None:
-        """Take the unit to score; None uses the head's. `views` are used whatever the settings."""
+        """Take the unit to score; None uses the head's. `views` are used whatever the settings.
+
+        With `measured` there are `statistics` of the images scored.
+        """
         device = choose_device(settings.device)
         self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(head).eval().to(device)
@@ -67,6 +73,15 @@ class CohortScorer:
         self._unit = head.settings[0].unit if unit is None else unit
         self._views, self._device, self._batch_size = views, device, settings.batch_size
         self._dtype = choose_precision(settings.precision, device)
+        self._measured = measured
+        self._statistics: list[NDArray[np.float32]] = []
+
+    @property
+    def statistics(self) -> pd.DataFrame | None:
+        """The image statistics of all images scored, (N, S); None if they were not asked for."""
+        if not self._measured:
+            return None
+        return pd.DataFrame(np.stack(self._statistics), columns=list(NAMES))
 
     def score(self, cohort: Cohort, progress: Progress) -> Tensor:
         """Return what the head keeps of all images in every view: (V, N, U, D) on the CPU."""
@@ -85,8 +100,10 @@ class CohortScorer:
 
     def _score_batches(self, paths: Sequence[Path], progress: Progress) -> Iterator[Tensor]:
         meter = RateMeter(progress, len(paths))
-        crops = stream_crops(paths, self._recipe.crop, threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        crops = stream_crops(paths, self._recipe.crop, threads=threads, measured=self._measured)
         for batch in _batches(crops, self._batch_size):
+            self._statistics += [own.statistics for own in batch if own.statistics is not None]
             yield self._score_batch(np.stack([crop.pixels for crop in batch]))
             meter.add(len(batch))
 

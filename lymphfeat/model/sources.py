@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -42,17 +43,27 @@ class Source:
         views: Sequence[str],
         settings: PredictSettings,
         progress: Progress,
-    ) -> Tensor:
-        """Return what a head keeps of the images of a cohort in every view: (V, N, K)."""
-        scorer = CohortScorer(self.backbone, head, self.recipe, settings, views=views, unit="pixel")
+        *,
+        measured: bool,
+    ) -> tuple[Tensor, pd.DataFrame | None]:
+        """Return what a head keeps of the images of a cohort in every view: (V, N, K).
+
+        Also their image statistics, (N, S), if they are to be `measured`.
+        """
+        scorer = CohortScorer(
+            *(self.backbone, head, self.recipe, settings),
+            views=views,
+            unit="pixel",
+            measured=measured,
+        )
         kept = scorer.score(cohort, progress)[:, :, 0]
         self.backbone.to("cpu")
-        return kept
+        return kept, scorer.statistics
 
     def keep_maps(
         self, store: FeatureStore, head: Head, views: Sequence[str], batch_size: int
     ) -> Tensor:
-        """Return the same of the maps of a store: (V, N, K)."""
+        """Return what a head keeps of the maps of a store: (V, N, K)."""
         if store.recipe["views"][: len(views)] != list(views):
             raise StoreError(
                 f"{store.path}: must have the maps of the views {', '.join(views)}; it has those "
