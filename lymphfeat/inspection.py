@@ -67,6 +67,7 @@ def _describe_final(path: Path) -> dict[str, Any]:
         "path": str(path),
         "row": model.row,
         "reads": ["images", *model.attributes.names],
+        "compares": list(model.compares),
         "members": len(model.members),
         "backbones": [asdict(source.recipe) for source in model.sources],
         "threshold": model.threshold,

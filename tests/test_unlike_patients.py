@@ -14,11 +14,13 @@ from PIL import Image, ImageFilter
 from safetensors.numpy import load_file, save_file
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.errors import ModelError
 from lymphfeat.extraction import extract
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
+from lymphfeat.inspection import inspect
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.predictions import Predictions
 from lymphfeat.settings import (
@@ -120,6 +122,12 @@ def test_unlike_patients_are_noticed(
     assert found.patients["notes"].str.contains(words).mean() > 0.6
 
 
+def test_the_model_says_what_it_compares(home: Path, model: FinalModel) -> None:
+    assert model.compares == ("features", *NAMES)
+    assert inspect(home / "model")["compares"] == ["features", *NAMES]
+    assert replace(model, familiarity=None).compares == ()
+
+
 def test_both_tables_say_so(model: FinalModel, new: Cohort, tmp_path: Path) -> None:
     found = predict(model, retaken(new, tmp_path, turn_hue))
     unlike = found.images.groupby("patient", sort=False)["unlike"].mean()
@@ -181,9 +189,12 @@ def test_a_store_without_statistics_teaches_features_alone(
     with h5py.File(tmp_path / "old.h5", "r+") as file:
         del file["images/statistics"]
     assert FeatureStore.open(tmp_path / "old.h5").image_statistics is None
-    made = finalize(home / "run", tmp_path / "model", row=ROW, stores=[tmp_path / "old.h5"])
-    assert made.familiarity is not None
-    assert made.familiarity.statistics == ()
+    line = ["finalize", str(home / "run"), "--row", ROW, "--store", str(tmp_path / "old.h5")]
+    told = CliRunner().invoke(
+        cli, [*line, "--out", str(tmp_path / "model")], catch_exceptions=False
+    )
+    assert "Only features will tell which patients are unlike training" in told.output
+    assert FinalModel.load(tmp_path / "model").compares == ("features",)
     blurred = retaken(new, tmp_path / "images", LOOKS["blurred"])
     found = predict(FinalModel.load(tmp_path / "model"), blurred)
     assert set(found.images["unlike_in"]) <= {"", "of another look"}

@@ -93,6 +93,7 @@ def _result(model: "FinalModel", out: Path) -> dict[str, object]:
         "row": model.row,
         "members": len(model.members),
         "attributes": list(model.attributes.names),
+        "compares": list(model.compares),
         "threshold": model.threshold,
         "figures": dict(model.figures),
         "files": [str(path) for path in files_in(out)],
@@ -107,6 +108,11 @@ def _show(model: "FinalModel", out: Path) -> None:
         if figures and (key == "row" or model.attributes.names):
             ba = with_interval(figures["ba"], figures["ba_low"], figures["ba_high"])
             click.echo(f"{name}: BA {ba}, AUC {number(figures['auc'])}.")
+    if model.compares == ("features",):
+        click.echo(
+            "Only features will tell which patients are unlike training, for the store has no "
+            "image statistics. Extract again with --force to have stain, focus and scale, too."
+        )
     click.echo("Research software, not a medical device.")
     for path in files_in(out):
         click.echo(f"wrote {path}")

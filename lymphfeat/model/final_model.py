@@ -102,6 +102,12 @@ class FinalModel:
         """What the threshold was chosen on."""
         return self.decision.threshold_from
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """What of new images is compared with training: features, and names of statistics."""
+        known = self.familiarity
+        return () if known is None else ("features", *known.statistics)
+
     def without_attributes(self) -> "FinalModel":
         """Return the model that reads images only."""
         return replace(self, images_only=True)
