@@ -1,17 +1,19 @@
 """Whether patients unlike those of training are noticed, on real cells; and how many like them.
 
-    python benchmarks/familiarity.py ../shared/data [--splits 20] [--cache FOLDER]
+    python benchmarks/familiarity.py [../shared/data] [--splits 20] [--cohorts 6] [--cache FOLDER]
 
 `pbc-mil` (made-up patients of real cells, by folder) as it is, with a hue moved by .06, blurred, at
 another magnification, or with its lymphocytes replaced by cells of a kind that training lacked.
 The patients are drawn at random from one pool, so they are more alike than patients are: in a
-second table the stain differs from patient to patient. The limits are those of the final model.
+second table the stain differs from patient to patient. Then synthetic cohorts, whose patients
+differ in stain, focus and cells. The limits are those of the final model.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -19,33 +21,35 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.settings import SyntheticSettings
+from lymphfeat.synthetic.cohort import write_synthetic_cohort
 from tests.changed_cells import LOOKS, TRAINING, Found, Measured, Pool, judge, learn
 
+SYNTHETIC = ("as it is", "hue + .06", "hue − .06", "blurred, σ 1 px", "magnified .8 times")
+Shares = dict[str, tuple[float, float, float]]  # of patients, by features only, and of images
 
-def tell_looks(pool: Pool, found: dict[str, Found], splits: int) -> None:
-    """Tell how many held-out patients are unlike training, by how they were made to look."""
+
+def judge_looks(pool: Pool, found: dict[str, Found], seed: int) -> Shares:
+    """Learn from some patients as they are; judge the others, made to look otherwise."""
+    training, others = pool.split(seed)
+    bags = [pool.rows[id] for id in training]
+    models = [learn(found["as it is"], bags, only) for only in (False, True)]
+    shares = {}
+    for name, look in found.items():
+        both, features = (judge(model, look, [pool.rows[id] for id in others]) for model in models)
+        tables = (both.patients, features.patients, both.images)
+        patients, by_features, images = (float(table["unlike"].mean()) for table in tables)
+        shares[name] = (patients, by_features, images)
+    return shares
+
+
+def tell_looks(found: Sequence[Shares], held_out: int) -> None:
     print("| images | patients unlike | by features only | images unlike |\n|---|---|---|---|")
-    shares: dict[str, list[tuple[float, float, float]]] = {name: [] for name in found}
-    held_out = 0
-    for seed in range(splits):
-        training, others = pool.split(seed)
-        held_out += len(others)
-        bags = [pool.rows[id] for id in training]
-        models = [learn(found["as it is"], bags, only) for only in (False, True)]
-        for name, look in found.items():
-            both, features = (
-                judge(model, look, [pool.rows[id] for id in others]) for model in models
-            )
-            shares[name].append(
-                (
-                    both.patients["unlike"].mean(),
-                    features.patients["unlike"].mean(),
-                    both.images["unlike"].mean(),
-                )
-            )
-    for name, rows in shares.items():
-        print(f"| {name} | " + " | ".join(f"{value:.1%}" for value in np.mean(rows, axis=0)) + " |")
-    print(f"{splits} splits, {held_out} held-out patients ({len(pool.rows)} different ones)")
+    for name in found[0]:
+        mean = np.mean([shares[name] for shares in found], axis=0)
+        print(f"| {name} | " + " | ".join(f"{value:.1%}" for value in mean) + " |")
+    print(f"{len(found)} splits, {held_out} held-out patients")
 
 
 def tell_cells(
@@ -102,7 +106,8 @@ def tell_pbc_mil(data: Path, measured: Measured, splits: int) -> None:
             look: measured.get(f"{name}-{number}", paths, change, factors)
             for number, (look, change) in enumerate(LOOKS.items())
         }
-        tell_looks(pool, looks, splits)
+        held_out = splits * (len(pool.rows) - TRAINING)
+        tell_looks([judge_looks(pool, looks, seed) for seed in range(splits)], held_out)
         if factors is None:
             print()
             kinds = ("eosinophil", "basophil", "ig")
@@ -131,13 +136,35 @@ def tell_pbc_cells(data: Path, measured: Measured, splits: int) -> None:
     tell_cells(draw, measured.get("cells", paths, LOOKS["as it is"]), kinds[3:], splits)
 
 
+def tell_synthetic(measured: Measured, cohorts: int) -> None:
+    """Draw cohorts whose patients differ in stain, focus and cells, each with its own pool."""
+    looks = {name: LOOKS[name] for name in SYNTHETIC}
+    found = []
+    for seed in range(cohorts):
+        settings = SyntheticSettings(patients=120, test_patients=0, images=12, seed=seed)
+        with TemporaryDirectory() as folder:
+            cohort = Cohort.load(write_synthetic_cohort(settings, Path(folder) / "c", workers=1))
+            paths = [path for images in cohort.images for path in images]
+            pool = Pool(np.repeat(cohort.ids, cohort.n_images), np.full(len(paths), "cell"))
+            numbers = {
+                name: measured.get(f"synthetic{seed}-{name}", paths, look)
+                for name, look in looks.items()
+            }
+        found.append(judge_looks(pool, numbers, seed))
+    print(f"\nsynthetic cohorts, {TRAINING} training patients each")
+    tell_looks(found, cohorts * (120 - TRAINING))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--cohorts", type=int, default=6)
     parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     measured = Measured(arguments.cache)
-    tell_pbc_mil(arguments.data, measured, arguments.splits)
-    tell_pbc_cells(arguments.data, measured, arguments.splits)
+    if arguments.data:
+        tell_pbc_mil(arguments.data, measured, arguments.splits)
+        tell_pbc_cells(arguments.data, measured, arguments.splits)
+    tell_synthetic(measured, arguments.cohorts)

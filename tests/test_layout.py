@@ -43,7 +43,7 @@ INSIDE = {
     "model": (
         *("loading", "ensemble", "final_model", "members", "model", "facts", "folder"),
         *("held_out", "sources", "scoring", "submission", "predictions", "familiarity"),
-        "feature_distance",
+        *("deviations", "feature_distance"),
     ),
     "evaluation": (
         *(

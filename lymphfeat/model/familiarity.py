@@ -6,153 +6,30 @@ training patients, each left out whole, and hold for the largest of all deviatio
 1 % of the images and 5 % of the patients of training are beyond them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
 from lymphfeat.cohort.image_statistics import STATISTICS
+from lymphfeat.model.deviations import (
+    UNLIKE_IMAGES,
+    Compared,
+    Range,
+    Spread,
+    left_out_deviations,
+    starts,
+)
 from lymphfeat.model.feature_distance import FeatureDistance, left_out_distances
 from lymphfeat.runtime.arrays import Floats
 
-UNLIKE_IMAGES, UNLIKE_PATIENTS = 0.01, 0.05  # shares of training that are beyond the limits
-FEWEST = 3  # patients to learn from
-_LEAST = 0.01  # in the units of every measure, a deviation that does not matter
+UNLIKE_PATIENTS = 0.05  # the share of patients like those of training beyond their limit
 _SMALL = 1e-6  # a limit where nothing varies
 _NAMED = 3  # measures named per image or patient
 _LOOK = "of another look"  # what features say
 _WORDS = {each.name: (each.low, each.high) for each in STATISTICS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What is compared of patients: distances of features, in logarithms, and image statistics."""
-
-    sizes: tuple[int, ...]  # (P,) numbers of images
-    distances: Floats  # (N, D) by each source
-    of_means: Floats  # (P, D) of the patients' mean images
-    statistics: Floats  # (N, S) NaN where unknown
-
-    @property
-    def values(self) -> Floats:
-        """All measures of images: (N, D + S)."""
-        return np.hstack([self.distances, self.statistics])
-
-    @property
-    def means(self) -> Floats:
-        """Their means over each patient's images: (P, D + S)."""
-        sums = np.add.reduceat(self.values, _starts(self.sizes))
-        return np.asarray(sums / np.array(self.sizes)[:, None])
-
-    def each_left_out(self) -> Iterator[tuple[Self, Self]]:
-        """Yield all patients but one, and that one."""
-        owner = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        for place in range(len(self.sizes)):
-            own = np.arange(len(self.sizes)) == place
-            yield self._select(~own, owner != place), self._select(own, owner == place)
-
-    def _select(self, patients: Any, images: Any) -> Self:
-        return type(self)(
-            sizes=tuple(np.array(self.sizes)[patients].tolist()),
-            distances=self.distances[images],
-            of_means=self.of_means[patients],
-            statistics=self.statistics[images],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    """The middle of training images, and their limits if each measure stood alone: (D + S,)."""
-
-    middle: Floats
-    low: Floats
-    high: Floats
-
-    @classmethod
-    def of(cls, training: Compared) -> Self:
-        half = UNLIKE_IMAGES / 2
-        low, middle, high = np.quantile(training.values, [half, 0.5, 1 - half], axis=0)
-        return cls(middle=middle, low=low, high=high)
-
-    def deviations(self, compared: Compared) -> Floats:
-        """Return by how much images deviate, about 1 at the limits: (N, D + S)."""
-        values = compared.values
-        scale = np.where(values < self.middle, self.middle - self.low, self.high - self.middle)
-        found = (values - self.middle) / np.maximum(scale, _LEAST)
-        return _upwards(found, compared.distances.shape[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Spread:
-    """How training patients' means vary, with the patient and with the images drawn.
-
-    A mean image of n images is squared on average `fixed + drawn / n` from training: (D,) each.
-    The others are of the means, (D + S,), then of the logarithm of what is over that, (D,).
-    """
-
-    fixed: Floats
-    drawn: Floats
-    middle: Floats
-    between: Floats  # variance of patients
-    within: Floats  # variance of a patient's images
-
-    @classmethod
-    def of(cls, training: Compared) -> Self:
-        sizes = np.array(training.sizes, float)
-        expected = np.array([_fit_squares(own, sizes) for own in training.of_means.T])  # (D, 2)
-        fixed, drawn = expected.reshape(-1, 2).T
-        values = np.hstack([training.means, _over(training, fixed, drawn)])  # (P, D + S + D)
-        within = np.concatenate([_within(training), np.zeros(len(fixed))])
-        between = values.var(0, ddof=1) - within * np.mean(1 / sizes)
-        return cls(
-            fixed=fixed,
-            drawn=drawn,
-            middle=values.mean(0),
-            between=np.maximum(between, _LEAST**2),
-            within=within,
-        )
-
-    def deviations(self, compared: Compared) -> Floats:
-        """Return by how many standard deviations patients deviate: (P, D + S + D)."""
-        values = np.hstack([compared.means, _over(compared, self.fixed, self.drawn)])
-        variance = self.between + self.within / np.array(compared.sizes)[:, None]
-        found = (values - self.middle) / np.sqrt(variance)
-        sources = len(self.fixed)
-        found[:, -sources:] = np.maximum(found[:, -sources:], 0)
-        return _upwards(found, sources)
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Return each patient's first image: (P,)."""
-    return [0, *np.cumsum(sizes).tolist()][:-1]
-
-
-def _upwards(deviations: Floats, count: int) -> Floats:
-    """Keep of the first columns, distances, what is far; of others both sides. Unknown is 0."""
-    found = np.nan_to_num(deviations)
-    found[:, :count] = np.maximum(found[:, :count], 0)
-    return found
-
-
-def _fit_squares(logarithms: Floats, sizes: Floats) -> Floats:
-    """Return the squared distance of a mean image that bag size does not, and does, divide."""
-    squares = np.exp(2 * logarithms)
-    weights, _ = nnls(np.column_stack([sizes, np.ones_like(sizes)]), squares * sizes)
-    return np.asarray(np.maximum(weights, np.finfo(float).tiny))
-
-
-def _over(compared: Compared, fixed: Floats, drawn: Floats) -> Floats:
-    expected = fixed + drawn / np.array(compared.sizes)[:, None]  # (P, D)
-    return np.asarray(2 * compared.of_means - np.log(expected))
-
-
-def _within(training: Compared) -> Floats:
-    """Return the variance of images about their patients' means: (D + S,)."""
-    centred = training.values - np.repeat(training.means, training.sizes, axis=0)
-    return np.asarray((centred**2).sum(0) / max(len(centred) - len(training.sizes), 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,20 +56,20 @@ class Familiarity:
     most: int
     image_limit: float
     patient_limit: float
-    image_range: _Range
-    patient_spread: _Spread
+    image_range: Range
+    patient_spread: Spread
 
     @classmethod
     def learn(
         cls, pooled: Sequence[Floats], statistics: pd.DataFrame | None, sizes: Sequence[int]
     ) -> "Familiarity":
-        """Learn from training patients, at least `FEWEST`, with so many images each: (P,).
+        """Learn from at least three training patients, with so many images each: (P,).
 
         `pooled` are the features of their images by each source, (N, C); `statistics` (N, S).
         """
         names = () if statistics is None else tuple(map(str, statistics))
         training = _left_out(pooled, _matrix(statistics, names, sizes), sizes)
-        images, patients = _left_out_deviations(training)
+        images, patients = left_out_deviations(training)
         # Of n left-out patients, the value that a new one exceeds by chance: at rank .95 (n + 1).
         patient_limit = np.quantile(patients, 1 - UNLIKE_PATIENTS, method="weibull")
         return cls(
@@ -202,8 +79,8 @@ class Familiarity:
             most=max(sizes),
             image_limit=max(float(np.quantile(images, 1 - UNLIKE_IMAGES)), _SMALL),
             patient_limit=max(float(patient_limit), _SMALL),
-            image_range=_Range.of(training),
-            patient_spread=_Spread.of(training),
+            image_range=Range.of(training),
+            patient_spread=Spread.of(training),
         )
 
     def judge(
@@ -216,27 +93,12 @@ class Familiarity:
         compared = self._compare(pooled, _matrix(statistics, self.statistics, sizes), sizes)
         images = self.image_range.deviations(compared) / self.image_limit
         patients = self.patient_spread.deviations(compared) / self.patient_limit
-        unlike = (np.abs(images).max(1) > 1).astype(np.int64)  # (N,)
-        count = np.add.reduceat(unlike, _starts(sizes))  # (P,)
-        far = np.abs(patients).max(1)
+        found = _judged(images)
+        counts = np.add.reduceat(found["unlike"].to_numpy(), starts(sizes)).tolist()  # (P,)
         return Judgement(
-            images=pd.DataFrame(
-                {
-                    "unlikeness": np.abs(images).max(1),
-                    "unlike": unlike,
-                    "unlike_in": [self._words(row) for row in images],
-                }
-            ),
-            patients=pd.DataFrame(
-                {
-                    "unlikeness": far,
-                    "unlike": (far > 1).astype(np.int64),
-                    "unlike_images": count / sizes,
-                }
-            ),
-            notes=tuple(
-                self._note(*each) for each in zip(patients, count.tolist(), sizes, strict=True)
-            ),
+            images=found.assign(unlike_in=[self._words(row) for row in images]),
+            patients=_judged(patients).assign(unlike_images=np.divide(counts, sizes)),
+            notes=tuple(self._note(*each) for each in zip(patients, counts, sizes, strict=True)),
         )
 
     def _compare(
@@ -290,10 +152,16 @@ class Familiarity:
             **dict(content)
             | {
                 "statistics": tuple(map(str, content["statistics"])),
-                "image_range": _Range(**_arrays(content["image_range"])),
-                "patient_spread": _Spread(**_arrays(content["patient_spread"])),
+                "image_range": Range(**_arrays(content["image_range"])),
+                "patient_spread": Spread(**_arrays(content["patient_spread"])),
             },
         )
+
+
+def _judged(deviations: Floats) -> pd.DataFrame:
+    """Tell the largest deviation of each row, and which are beyond the limit, 1."""
+    largest = np.abs(deviations).max(1)
+    return pd.DataFrame({"unlikeness": largest, "unlike": (largest > 1).astype(np.int64)})
 
 
 def _arrays(content: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
@@ -322,12 +190,3 @@ def _left_out(pooled: Sequence[Floats], statistics: Floats, sizes: Sequence[int]
         of_means=_logarithms([np.array([middle for _, middle in each]) for each in found]),
         statistics=statistics,
     )
-
-
-def _left_out_deviations(training: Compared) -> tuple[Floats, Floats]:
-    """Return the largest deviation of each image (N,) and patient (P,) from all other patients."""
-    images, patients = [], []
-    for others, own in training.each_left_out():
-        images.append(np.abs(_Range.of(others).deviations(own)).max(1))
-        patients.append(np.abs(_Spread.of(others).deviations(own)).max(1))
-    return np.concatenate(images), np.concatenate(patients)
