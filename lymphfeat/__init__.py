@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lymphfeat.finalization import finalize
     from lymphfeat.fitting import fit_heads
     from lymphfeat.model.loading import load_model
+    from lymphfeat.recalibration import recalibrate
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         HeadSettings,
         PredictSettings,
         PretrainSettings,
+        RecalibrateSettings,
     )
     from lymphfeat.training import train
 
@@ -56,6 +58,7 @@ __all__ = [
     "ModelError",
     "PredictSettings",
     "PretrainSettings",
+    "RecalibrateSettings",
     "SettingsError",
     "StoreError",
     "WeightsError",
@@ -66,6 +69,7 @@ __all__ = [
     "finalize",
     "fit_heads",
     "load_model",
+    "recalibrate",
     "train",
 ]
 
@@ -80,6 +84,7 @@ _MODULES = {
     "finalize": "finalization",
     "fit_heads": "fitting",
     "load_model": "model.loading",
+    "recalibrate": "recalibration",
     "train": "training",
 }
 

@@ -28,6 +28,7 @@ RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected log
 ClassWeights = Literal["none", "balanced"]
 BlockWeights = Literal["equal", "chosen"]  # chosen: inside each training set
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
+Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibrations
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Way = Literal["late", "sum", "experts"]  # of fusing, METHOD §5
 Fusion = Literal[Way, "all"]
@@ -167,6 +168,10 @@ def _threshold() -> ThresholdRule:
         "which equals their share of tumoral patients. best-ba: the threshold with the best "
         "balanced accuracy on the training patients. Both use out-of-fold probabilities.",
     )
+
+
+def _calibration(learnt_on: str) -> Calibrating:
+    return setting("platt", f"How to calibrate probabilities on {learnt_on}.")
 
 
 def _attributes() -> tuple[str, ...]:
@@ -370,9 +375,7 @@ class FitSettings(Settings):
     )
     attributes: tuple[str, ...] = _attributes()
     log_attributes: tuple[str, ...] = _log_attributes()
-    calibration: Literal["platt", "temperature", "none"] = setting(
-        "platt", "How to calibrate probabilities on the training patients (honest)."
-    )
+    calibration: Calibrating = _calibration("the training patients (honest)")
     threshold: ThresholdRule = _threshold()
     allow_shared_images: bool = _shared_images("validation")
     seed: int = _seed()  # the first of the seeds
@@ -568,6 +571,23 @@ class PredictSettings(Settings):
     precision: Precision = _precision("float32")
     device: Device = _device()
     threads: int | None = _threads()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class RecalibrateSettings(Settings):
+    """What is learnt again from the patients of another laboratory."""
+
+    prevalence: float | None = setting(
+        None,
+        "Share of tumoral patients where the model will be used; probabilities are for it.",
+        above=0,
+        below=1,
+        unset="that of the cohort",
+    )
+    threshold: ThresholdRule = _threshold()
+    calibration: Calibrating = _calibration("the patients")
+    seed: int = _seed()  # of the folds
 
 
 @documented

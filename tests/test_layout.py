@@ -16,7 +16,7 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 # What the commands call. A module or package imports only from those to its right, and from HOUSES.
 COMMANDS = (
     *("inspection", "explanation", "reproduction", "comparison", "finalization", "fitting"),
-    *("extraction", "training", "pretraining", "auditing"),
+    *("recalibration", "extraction", "training", "pretraining", "auditing"),
 )
 # What they do it with: a package imports only from those to its right.
 HOUSES = (

@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "Compare rows of runs, paired by split, with intervals and p-values.",
     "reproduce": "Cohort -> the report's results, next to honest and published ones.",
     "predict": "Model + cohort -> predictions (no labels needed).",
+    "recalibrate": "Model + labelled cohort -> the model, fitted to another laboratory.",
     "explain": "Model + cohort -> HTML report of what the model looked at, with figures.",
     "pretrain": "Unlabelled cells -> backbone weights, self-supervised.",
     "synth": "Write a synthetic cohort in the layout of the real one.",

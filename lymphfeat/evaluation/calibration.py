@@ -31,8 +31,12 @@ class Calibration:
 
     def apply(self, probabilities: Floats) -> Floats:
         """Calibrate probabilities, of any shape."""
-        calibrated: Floats = expit(self.slope * logit(probabilities) + self.intercept)
+        calibrated: Floats = expit(self.of_logits(logit(probabilities)))
         return calibrated
+
+    def of_logits(self, logits: Floats) -> Floats:
+        """Calibrate logits, of any shape."""
+        return np.asarray(self.slope * logits + self.intercept)
 
     def undo(self, calibrated: Floats) -> Floats:
         """Return the probabilities that `apply` turns into these, of any shape."""

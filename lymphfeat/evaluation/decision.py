@@ -120,6 +120,21 @@ class Decision:
         """Return calibrated probabilities, of any shape; without a calibration, the same."""
         return probabilities if self.calibration is None else self.calibration.apply(probabilities)
 
+    def about_calibrated(self) -> "Decision":
+        """Return the same decision about probabilities that it has calibrated already."""
+
+        def moved(threshold: float) -> float:
+            if not 0 <= threshold < 1:  # everyone, nobody
+                return threshold
+            return float(self.calibrate(np.array([threshold]))[0])
+
+        return replace(
+            self,
+            calibration=None if self.calibration is None else Calibration(),
+            threshold=moved(self.threshold),
+            operating_points={key: moved(at) for key, at in self.operating_points.items()},
+        )
+
     def at_sensitivity(self, target: float) -> "Decision":
         """Return the decision with an operating point as its threshold.
 

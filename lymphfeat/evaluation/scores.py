@@ -308,7 +308,10 @@ def patient_metrics(
         values["auc"] = float(fold_auc(probability, labels, folds))
     intervals = bootstrap_metrics(probability, labels, threshold, folds)
     for name in _WITH_INTERVAL:
-        values[f"{name}_low"], values[f"{name}_high"] = intervals[name]
+        low, high = intervals[name]
+        # A draw from a posterior is never 1: an interval must still hold what it is of.
+        values[f"{name}_low"] = min(low, values[name])
+        values[f"{name}_high"] = max(high, values[name])
     return {"patients": len(patients)} | {
         name: value if math.isfinite(value) else None for name, value in values.items()
     }

@@ -34,6 +34,7 @@ class Ensemble:
     models: tuple[Model, ...]
     # "out of fold": the labelled patients, each predicted by the member that has not seen it
     metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    recalibration: Decision | None = None  # about the members' mean
 
     @classmethod
     def of(cls, models: "Iterable[Model | Ensemble]") -> "Ensemble":
@@ -44,6 +45,8 @@ class Ensemble:
     @property
     def decision(self) -> Decision:
         """Return the decision about the mean: the members' thresholds on its scale."""
+        if self.recalibration is not None:
+            return self.recalibration.about_calibrated()
         return combine([model.decision for model in self.models])
 
     @property
@@ -58,6 +61,8 @@ class Ensemble:
 
     def at_sensitivity(self, target: float) -> "Ensemble":
         """Decide by every member's operating point for a sensitivity; see `Model`."""
+        if self.recalibration is not None:
+            return replace(self, recalibration=self.recalibration.at_sensitivity(target))
         return replace(self, models=tuple(model.at_sensitivity(target) for model in self.models))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -70,6 +75,7 @@ class Ensemble:
             "members": names,
             **self.decision.to_json(),
             "metrics": self.metrics,
+            "recalibration": self.recalibration and self.recalibration.to_json(),
         }
         text = json_text(content, indent=2)
         replace_file(
@@ -81,7 +87,12 @@ class Ensemble:
         """Read what `save` wrote; raises ModelError, saying what to do, if it is incomplete."""
         content = _read_members(Path(folder))
         models = tuple(Model.load(Path(folder, name)) for name in content["members"])
-        return cls(models, content.get("metrics", {}))
+        recalibration = content.get("recalibration")
+        return cls(
+            models,
+            content.get("metrics", {}),
+            None if recalibration is None else Decision.from_json(recalibration),
+        )
 
     def predict(
         self,
@@ -116,12 +127,13 @@ class Ensemble:
         """Average what `predict_each` returned, by the members' present decisions."""
         decisions = [model.decision for model in self.models]
         raw = np.stack([member.patients["probability"].to_numpy(np.float64) for member in members])
-        probability = average(decisions, raw)  # (M, P) -> (P,)
-        calibrated = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
+        last = self.recalibration or Decision()
+        probability = last.calibrate(average(decisions, raw))  # (M, P) -> (P,)
+        each = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
         patients = members[0].patients.assign(
             probability=probability,
             **decided_columns(probability, self.decision),
-            spread=np.std(calibrated, axis=0),
+            spread=np.std(last.calibrate(np.stack(each)), axis=0),
             seen=_most_seen([member.patients["seen"] for member in members]),
         )
         images = members[0].images.copy()

@@ -24,6 +24,7 @@ from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.images import VIEWS
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
+from lymphfeat.evaluation.calibration import Calibration
 from lymphfeat.evaluation.decision import Decision, combine
 from lymphfeat.evaluation.predictive_values import PredictiveValues, check_prevalence
 from lymphfeat.features.backbones import make_backbone, weights_sha256
@@ -70,6 +71,8 @@ class FinalModel:
     # what was said of patients held out: by the "row", and by its "images" alone; not in old models
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
     familiarity: Familiarity | None = None  # what training images were like; not in old models
+    # what another laboratory's patients taught about the members' mean, by the same names
+    recalibration: Mapping[str, Decision] = field(default_factory=dict)
     images_only: bool = False
     operating_point: str = MEASURED  # the sensitivity that the threshold aims at
     prevalence: float | None = None  # of tumoral patients where the model is used
@@ -82,7 +85,9 @@ class FinalModel:
 
     @property
     def decision(self) -> Decision:
-        """The decision about the mean of the members."""
+        """The decision about the probability, which is that of the members' mean."""
+        if self.recalibration:
+            return self.recalibration[self._judging].about_calibrated()
         return combine(
             [each.decision if self.fused else each.image_decision for each in self.members]
         )
@@ -108,12 +113,19 @@ class FinalModel:
         known = self.familiarity
         return () if known is None else ("features", *known.statistics)
 
+    @property
+    def _judging(self) -> str:
+        return "row" if self.fused else "images"
+
     def without_attributes(self) -> "FinalModel":
         """Return the model that reads images only."""
         return replace(self, images_only=True)
 
     def at_sensitivity(self, target: float) -> "FinalModel":
         """Decide by every member's operating point for a sensitivity; see `Model`."""
+        recalibration = {
+            name: each.at_sensitivity(target) for name, each in self.recalibration.items()
+        }
         members = [
             replace(
                 member,
@@ -122,7 +134,12 @@ class FinalModel:
             )
             for member in self.members
         ]
-        return replace(self, members=tuple(members), operating_point=f"{target:g}")
+        return replace(
+            self,
+            members=tuple(members),
+            recalibration=recalibration,
+            operating_point=f"{target:g}",
+        )
 
     def at_prevalence(self, prevalence: float) -> "FinalModel":
         """Return the model for another share of tumoral patients than in training.
@@ -160,14 +177,13 @@ class FinalModel:
 
     def _judged(self) -> HeldOut:
         """Return what was said of patients held out, by what decides."""
-        name = "row" if self.fused else "images"
-        if name not in self.held_out:
+        if self._judging not in self.held_out:
             raise ModelError(
                 "model must keep what it said of held-out patients, to abstain or to give "
                 "predictive values; it was made by an earlier version. Make it again with "
                 "`lymphfeat finalize`."
             )
-        return self.held_out[name]
+        return self.held_out[self._judging]
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, as `Model.measure` does."""
@@ -289,13 +305,15 @@ class FinalModel:
         images = Bags.of(cohort.n_images)
         views = [self._read(view, images) for view in zip(*kept, strict=True)]
         groups = self.attributes.groups
-        logits, parts, tables = [], [], []
+        last, last_of_images = self._last(self._judging), self._last("images")
+        logits, alone, parts, tables = [], [], [], []
         for number, member in enumerate(self.members):
             read = [view[number] for view in views]
             image = np.mean([member.image_logits(each) for each in read], axis=0)  # (P,)
-            logits.append(member.fused_logits(image, attributes))
-            parts.append(member.parts(image, attributes, groups))
-            moved = member.parts(image + _STEP, attributes, groups)[:, 0]
+            logits.append(last.of_logits(member.fused_logits(image, attributes)))
+            alone.append(last_of_images.of_logits(member.fused_logits(image, None)))
+            parts.append(last.slope * member.parts(image, attributes, groups))
+            moved = last.slope * member.parts(image + _STEP, attributes, groups)[:, 0]
             slope = (moved - parts[-1][:, 0]) / _STEP
             tables.append(_image_values(member, read, slope, parts[-1][:, 0], images))
         calibrated = np.mean(logits, axis=0)  # (P,)
@@ -313,10 +331,16 @@ class FinalModel:
             **self._speaks(calibrated, np.mean(parts, axis=0)),
         )
         if self.fused:
+            patients["without_attributes"] = expit(np.mean(alone, axis=0))
             notes = self.attributes.notes(table)
             patients["notes"] = ["; ".join(notes.get(id, ())) for id in cohort.ids]
         values = np.mean(tables, axis=0).astype(np.float32)  # (3, N)
         return Predictions(patients=patients, images=image_table(cohort, *values))
+
+    def _last(self, name: str) -> Calibration:
+        """Return the calibration of the members' mean."""
+        last = self.recalibration.get(name)
+        return (last.calibration if last else None) or Calibration()
 
     def _at_prevalence(self, logit: Floats) -> dict[str, Floats]:
         """Move calibrated logits (P,) by the odds of the prevalence (Bayes' rule)."""
@@ -369,6 +393,7 @@ class FinalModel:
             "decision": self.decision.to_json(),
             "figures": self.figures,
             "tta": self.tta,
+            "recalibration": {name: each.to_json() for name, each in self.recalibration.items()},
             "held_out": {name: each.to_json() for name, each in self.held_out.items()},
             "tensors_sha256": weights_sha256(network),
             "training": self.facts.to_json(),
@@ -471,6 +496,10 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         facts=TrainingFacts.from_json(content["training"]),
         figures=content["figures"],
         tta=bool(content.get("tta", False)),  # models of earlier versions have none
+        recalibration={
+            name: Decision.from_json(each)
+            for name, each in content.get("recalibration", {}).items()
+        },
         held_out={
             name: HeldOut.from_json(each) for name, each in content.get("held_out", {}).items()
         },

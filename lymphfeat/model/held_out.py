@@ -46,6 +46,7 @@ class HeldOut:
     member: NDArray[np.int64]  # (n,) who judged: the number of the member; 0 if there is one judge
     # by operating point, `MEASURED` the model's threshold: each fold decided by the others
     rates: Mapping[str, Rates] = field(default_factory=dict)
+    calibrated_for: float | None = None  # a prevalence other than theirs
 
     @classmethod
     def of(
@@ -75,8 +76,8 @@ class HeldOut:
 
     @property
     def prevalence(self) -> float:
-        """The share of tumoral patients."""
-        return float(self.labels.mean())
+        """The share of tumoral patients that probabilities are calibrated for."""
+        return self.calibrated_for or float(self.labels.mean())
 
     def p_values(self, logits: Floats) -> Floats:
         """Return how usual patients are for each class: (P, 2), reactive first.
@@ -113,6 +114,7 @@ class HeldOut:
             "labels": self.labels,
             "member": self.member,
             "rates": {name: vars(each) for name, each in self.rates.items()},
+            "calibrated_for": self.calibrated_for,
         }
 
     @classmethod
@@ -126,6 +128,7 @@ class HeldOut:
             labels=np.array(content["labels"], np.int64),
             member=np.array(content["member"], np.int64),
             rates=rates_from_json(content["rates"]),
+            calibrated_for=content["calibrated_for"],
         )
 
 
