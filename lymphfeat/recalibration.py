@@ -81,7 +81,7 @@ def recalibrate(
     Raises CohortError for too few patients or such that the model was trained on, SettingsError for
     a prevalence out of range or stores for a model that reads none.
 
-    >>> lf.recalibrate("models/final", lf.Cohort.load("my-cohort"), "models/here").after
+    >>> lf.recalibrate("models/endtoend", lf.Cohort.load("OTHER_DIR"), "models/there").after
     """
     settings, scoring = settings or RecalibrateSettings(), scoring or PredictSettings()
     old = load_model(model)

@@ -17,9 +17,14 @@ def write_image(path: Path, seed: int, side: int = 16) -> Path:
     return path
 
 
-def write_bags(root: Path, bags: Mapping[str, int], suffix: str = ".png", side: int = 16) -> None:
-    """Write `bags` (folder -> number of images) of distinct images under `root`."""
-    for patient, (folder, count) in enumerate(bags.items()):
+def write_bags(
+    root: Path, bags: Mapping[str, int], suffix: str = ".png", side: int = 16, *, first: int = 0
+) -> None:
+    """Write `bags` (folder -> number of images) of distinct images under `root`.
+
+    Those of other numbers `first`, at least as far away as there are bags, are distinct, too.
+    """
+    for patient, (folder, count) in enumerate(bags.items(), first):
         for index in range(count):
             name = f"{index:06d}{suffix}"
             write_image(root / folder / name, 1000 * patient + index, side)

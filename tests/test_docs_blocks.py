@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.S)
 
 COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
+OTHER = "OTHER_DIR"  # patients of another laboratory
 RESULTS = {
     "docs/explain.md": ["models/endtoend"],
     "docs/final.md": ["cache/features.h5"],
@@ -98,18 +99,24 @@ def test_these_blocks_are_not_run() -> None:
 
 def write_place(place: Path) -> Path:
     """Write the cohorts, of twenty labelled patients and two others, and the configuration."""
-    ids = [f"P{number}" for number in range(22)]
-    lines = [
-        f"{id},{number % 2 if number < 20 else ''},{50 + 7 * number % 30}"
-        for number, id in enumerate(ids)
-    ]
-    write_text(place / "cohort" / "patients.csv", "id,label,age", *lines)
-    bags = {id: 1 + number % 4 for number, id in enumerate(ids)}
-    write_bags(place / "cohort", bags, ".jpg", side=112)
+    for name, first in (("cohort", 0), (OTHER, 100)):
+        _write_cohort(place / name, first)
     for name in COHORTS[1:]:
         shutil.copytree(place / "cohort", place / name)
     write_text(place / "lymphfeat.toml", CONFIG)
     return place
+
+
+def _write_cohort(root: Path, first: int) -> None:
+    """Write a cohort of 22 patients, numbered from `first`; no two cohorts share an image."""
+    ids = [f"P{first + number}" for number in range(22)]
+    lines = [
+        f"{id},{number % 2 if number < 20 else ''},{50 + 7 * number % 30}"
+        for number, id in enumerate(ids)
+    ]
+    write_text(root / "patients.csv", "id,label,age", *lines)
+    bags = {id: 1 + number % 4 for number, id in enumerate(ids)}
+    write_bags(root, bags, ".jpg", side=112, first=first)
 
 
 def run_shell(text: str) -> None:

@@ -57,6 +57,7 @@ LINES = {
         *("predict", "--images", "red/P1", "--age", "50", "--model", "final", *DEVICE, "--force"),
         *("--allow-missing-attributes", "--prevalence", "0.3", "--abstain", "--alpha", "0.6"),
     ],
+    "recalibrate": ["recalibrate", "--cohort", "other", "--model", "final", *DEVICE],
     "a final model": ["info", "final"],
     "explain": ["explain", "--cohort", "red", "--model", "model", "--plates", "0", *DEVICE, *TRUTH],
     "one image": ["explain", "--image", "red/P1/0.png", "--model", "model", *DEVICE],
@@ -92,6 +93,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         patch.chdir(root)
         patch.setenv("LYMPHFEAT_CACHE", "cache")
         write_red_cohort(Path("red"), "0101010101?", truth=True)
+        write_red_cohort(Path("other"), "01" * 6 + "?", seed=1, prefix="Q")
         write_red_cohort(Path("large"), "01" * 6 + "?", side=112)
         for name, line in LINES.items():
             result = CliRunner().invoke(cli, [*line, "--json"])
