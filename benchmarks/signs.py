@@ -83,7 +83,8 @@ def show(results: pd.DataFrame, metric: str) -> None:
     for (sign, difficulty, heads), group in results.groupby(["sign", "difficulty", "heads"]):
         values = group.pivot(index="seed", columns="row", values=metric)  # (cohorts, rows)
         rows = [str(row) for row in group["row"].unique()]
-        first = next(row for row in rows if row.split()[0] == str(heads).split()[0])
+        named = [row for row in rows if row.split()[0] == str(heads).split()[0]]
+        first = (named or rows)[0]  # topk is named by its k
         print(f"\n{sign}, difficulty {difficulty:g}, {len(values)} cohorts, {metric}: {heads}")
         for row in rows:
             own, gain = values[row].to_numpy(), (values[row] - values[first]).to_numpy()
