@@ -1,8 +1,8 @@
 """Results of each version, kept in tests/data, and how they were written.
 
 A version's folder has a cohort and what the commands made of it: `weights.safetensors`, `model`,
-`members` and `run`. Their backbone is a timm model of 8,000 parameters, so that they are small.
-Neither it nor the folders may ever change; a version that writes another format adds a folder.
+`members`, `run` and `final`. Their backbone is a timm model of 8,000 parameters, so that they are
+small. Neither it nor the folders may ever change; a version that writes another format adds one.
 """
 
 import shutil
@@ -61,9 +61,23 @@ def write_goldens(folder: Path) -> None:
         heads = "--agg topk --agg bnsigmoid --agg attention --width 4 --fusion late"
         splits = "--seeds 2 --folds 3 --epochs 4"
         run(f"fit-head --store features.h5 {heads} {splits} --save --out run", *MACHINE)
+        _write_final()
         Path("features.h5").unlink()
         for path in Path().rglob("*.png"):
             Image.new("L", (1, 1)).save(path)
+
+
+def _write_final() -> None:
+    """Write a final model of two heads, averaged and fused, and what it predicts."""
+    heads = "--agg mean+std --agg topk --k-agg 2 --fusion late"
+    splits = "--seeds 1 --folds 3 --epochs 4"
+    run(f"fit-head --store features.h5 {heads} {splits} --out heads", *MACHINE)
+    row = ["--row", "average of 2 heads + clinical (late)"]
+    weights = ["--weights", "weights.safetensors"]
+    run("finalize heads --members --out final -q", *row, *weights)
+    files = "--out final/predictions.csv --images-out final/images.csv"
+    run(f"predict --model final --cohort cohort {files}", *MACHINE)
+    shutil.rmtree("heads")
 
 
 def _simplify(cohort: Path) -> None:

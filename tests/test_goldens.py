@@ -32,7 +32,7 @@ def formats(folder: Path) -> dict[str, list[str]]:
 
 
 @each_version
-@pytest.mark.parametrize("name", ["model", "members"])
+@pytest.mark.parametrize("name", ["model", "members", "final"])
 def test_models_predict_the_same(version: str, name: str, tmp_path: Path) -> None:
     model, cohort = DATA / version / name, DATA / version / "cohort"
     out = {"predictions.csv": tmp_path / "p.csv", "images.csv": tmp_path / "i.csv"}
@@ -60,7 +60,7 @@ def test_runs_are_compared(version: str, tmp_path: Path) -> None:
 
 
 @each_version
-@pytest.mark.parametrize("name", ["model", "members", "run", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["model", "members", "run", "final", "weights.safetensors"])
 def test_results_are_described(version: str, name: str) -> None:
     found = json.loads(run("info --json", str(DATA / version / name)).stdout)
     assert found["whole"] is True
