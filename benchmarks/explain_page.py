@@ -22,6 +22,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.explanation.explanation import Explanation
 from lymphfeat.explanation.page import BUDGET, render_page
 from lymphfeat.explanation.scores import decide
+from lymphfeat.explanation.subjects import subject_of
 from lymphfeat.model.model import Model
 
 
@@ -62,12 +63,13 @@ def deal_out(model_folder: Path, root: Path, patients: int, images: int) -> Expl
         images=tuple(tuple(islice(paths, images)) for _ in range(patients)),
         submission_ids=(),
     )
-    model = Model.load(model_folder)
+    subject = subject_of(Model.load(model_folder), table)
     rng = np.random.default_rng(0)
     maps = rng.normal(0, 2, (patients * images, 4, 4)).astype(np.float32)
-    decisions = decide(model, torch.from_numpy(maps.mean((1, 2)))[:, None, None], cohort.n_images)
+    kept = torch.from_numpy(maps.mean((1, 2)))[:, None, None]
+    decisions = decide(subject, [kept], cohort.n_images)
     return Explanation(
-        model=model,
+        subject=subject,
         cohort=cohort,
         maps=maps,
         decisions=decisions,

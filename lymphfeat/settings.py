@@ -157,6 +157,14 @@ def _images_per_patient() -> int | None:
     )
 
 
+def _allow_missing_attributes() -> bool:
+    return setting(
+        False,
+        "Where the table lacks a column that the model reads, let the mean of the training "
+        "patients stand in. It is then noted for every patient.",
+    )
+
+
 def _image_batch() -> int:
     return setting(64, "Images per batch.", at_least=1)
 
@@ -562,11 +570,7 @@ class PredictSettings(Settings):
     tta: bool | None = setting(
         None, "Predict the mean over the four flips.", unset="the model's setting"
     )
-    allow_missing_attributes: bool = setting(
-        False,
-        "Where the table lacks a column that the model reads, let the mean of the training "
-        "patients stand in. It is then noted for every patient.",
-    )
+    allow_missing_attributes: bool = _allow_missing_attributes()
     batch_size: int = _image_batch()
     precision: Precision = _precision("float32")
     device: Device = _device()
@@ -608,6 +612,7 @@ class ExplainSettings(Settings):
         "Maximum size of the report; pictures are shrunk, then left out, to stay below it.",
         at_least=1,
     )
+    allow_missing_attributes: bool = _allow_missing_attributes()
     batch_size: int = _image_batch()
     seed: int = _seed()  # of the deletions
     precision: Precision = _precision("float32")

@@ -42,6 +42,11 @@ def explained(cohort: Cohort, agg: str, unit: Unit = "") -> Explanation:
     return explain(make_model(agg, unit), cohort, ON_CPU)
 
 
+def single(found: Explanation) -> Model:
+    assert isinstance(found.model, Model)
+    return found.model
+
+
 @pytest.mark.seconds
 @pytest.mark.parametrize("agg", AGGS)
 @pytest.mark.parametrize("unit", ["pixel", "image"])
@@ -108,7 +113,7 @@ def test_maps_against_image_by_image(cohort: Cohort) -> None:
     found = explained(cohort, "topk")  # scores images, yet has maps
     paths = [path for paths in cohort.images for path in paths]
     for path, grid in zip(paths, found.maps, strict=True):
-        reference = reference_logits(found.model, path)
+        reference = reference_logits(single(found), path)
         assert grid.ravel() == pytest.approx(reference.numpy(), abs=1e-3)
 
 
@@ -126,20 +131,21 @@ def test_precision_is_that_of_predict(auto_precision: Precision, cohort: Cohort)
 @pytest.mark.parametrize("agg", AGGS)
 def test_deleting_against_a_loop(agg: str, cohort: Cohort) -> None:
     found = explained(cohort, agg)
+    head = single(found).head
     left_out = np.random.default_rng(0).random(len(found.maps)) < 0.5
     kept = torch.from_numpy(found.maps).flatten(1)[:, :, None]  # (N, h · w, 1)
-    if found.model.head_settings.unit == "image":
+    if head.settings[0].unit == "image":
         kept = kept.mean(1, keepdim=True)
-    fast = probability_without(found.model, kept, cohort.n_images, left_out)
+    fast = probability_without(found.subject, [kept], cohort.n_images, left_out)
     for patient, value in enumerate(fast):
         own = found.maps[(found.patient == patient) & ~left_out]
         if not len(own):
             assert np.isnan(value)
             continue
         pixels = torch.from_numpy(own).flatten(1)
-        unit = found.model.head_settings.unit
+        unit = head.settings[0].unit
         logits = pixels if unit == "pixel" else pixels.mean(1, keepdim=True)
-        alone = found.model.head.read_out(logits[:, :, None], Bags.of([len(own)])).probability
+        alone = head.read_out(logits[:, :, None], Bags.of([len(own)])).probability
         assert value == pytest.approx(float(alone[0]), abs=1e-5)
 
 

@@ -19,6 +19,7 @@ from lymphfeat.explanation.maps import has_map, map_patient
 from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.report import write_cell, write_report
 from lymphfeat.explanation.scores import probability_without, score_cohort
+from lymphfeat.explanation.subjects import subject_of
 from lymphfeat.explanation.text import describe_finding
 from lymphfeat.explanation.wording import Wording
 from lymphfeat.heads.aggregators.distribution import confidence
@@ -114,9 +115,10 @@ def test_an_explanation_agrees_with_predict(agg: str, cohort: Cohort) -> None:
 @pytest.mark.parametrize("agg", ["mean+std", "gini+prototypes"])
 def test_deleting_against_a_loop(agg: str, cohort: Cohort) -> None:
     model = make_distribution_model(agg)
-    kept = score_cohort(model, cohort, ON_CPU.scoring).kept
+    subject = subject_of(model, cohort.table)
+    (kept,) = score_cohort(subject, cohort, ON_CPU.scoring).kept
     left_out = np.random.default_rng(0).random(len(kept)) < 0.5
-    fast = probability_without(model, kept, cohort.n_images, left_out)
+    fast = probability_without(subject, [kept], cohort.n_images, left_out)
     patient = np.repeat(np.arange(len(cohort.ids)), cohort.n_images)
     for number, value in enumerate(fast):
         own = kept[torch.from_numpy((patient == number) & ~left_out)]
@@ -125,7 +127,7 @@ def test_deleting_against_a_loop(agg: str, cohort: Cohort) -> None:
             assert value == pytest.approx(float(alone[0]), abs=1e-6)
         else:
             assert np.isnan(value)
-    deletion = delete_images(model, kept, cohort.n_images, draws=3)
+    deletion = delete_images(subject, [kept], cohort.n_images, draws=3)
     assert deletion is not None
     assert (deletion.highest >= 0).all()
 

@@ -28,7 +28,7 @@ ORDER = (*COMMANDS, *HOUSES)
 INSIDE = {
     "explanation": (
         *("report", "figures", "page", "text", "explanation", "faithfulness", "curves", "scores"),
-        *("findings", "maps", "wording", "thumbnails"),
+        *("findings", "maps", "wording", "subjects", "thumbnails"),
     ),
     "pretraining": ("run", "trainer", "pairs", "probe", "curve"),
     "plots": (

@@ -50,14 +50,15 @@ def final_only(model: "AnyModel", option: str) -> "FinalModel":
     return model
 
 
+without_attributes_option = click.option(
+    "--without-attributes",
+    is_flag=True,
+    help="Predict from the images alone, where the model also reads clinical attributes.",
+)
 deciding_options = gather(
     "deciding",
     {
-        "without_attributes": click.option(
-            "--without-attributes",
-            is_flag=True,
-            help="Predict from the images alone, where the model also reads clinical attributes.",
-        ),
+        "without_attributes": without_attributes_option,
         "sensitivity": click.option(
             "--sensitivity",
             type=click.FloatRange(0, 1, min_open=True),

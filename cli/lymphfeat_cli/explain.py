@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lymphfeat.settings import ExplainSettings
+from lymphfeat_cli.deciding import without_attributes_option
 from lymphfeat_cli.options import (
     EXISTING_FILE,
     FILE,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lymphfeat.evaluation.hidden_truth import Truth
     from lymphfeat.explanation.explanation import Explanation
     from lymphfeat.explanation.report import Cell
-    from lymphfeat.model.model import Model
+    from lymphfeat.model.loading import AnyModel
 
 PAGE, CELL = Path("report.html"), Path("cell.png")
 
@@ -34,6 +35,7 @@ PAGE, CELL = Path("report.html"), Path("cell.png")
 Examples:
   lymphfeat explain --cohort DIR
   lymphfeat explain --model models/endtoend --cohort DIR --out report.html --figures pdf
+  lymphfeat explain --model models/final --cohort DIR
   lymphfeat explain --image DIR/P7/000003.jpg --out cell.png
 The report is one self-contained file: open it in a browser; no network is needed.""",
 )
@@ -43,7 +45,7 @@ The report is one self-contained file: open it in a browser; no network is neede
     type=PATH,
     default="models/endtoend",
     show_default=True,
-    help="Model folder written by `lymphfeat endtoend`.",
+    help="Model folder written by `endtoend` or `finalize`.",
 )
 @cohort_options
 @click.option(
@@ -51,6 +53,7 @@ The report is one self-contained file: open it in a browser; no network is neede
     type=EXISTING_FILE,
     help="Explain this one image instead of a cohort.",
 )
+@without_attributes_option
 @click.option(
     "--out",
     type=FILE,
@@ -64,6 +67,7 @@ def command(
     folder: Path,
     cohort: CohortChoice,
     image: Path | None,
+    without_attributes: bool,
     out: Path | None,
     truth: "Truth | None",
     settings: ExplainSettings,
@@ -77,20 +81,29 @@ def command(
     out = out or (CELL if image else PAGE)
     output.check_file(out)
     from lymphfeat.explanation.report import check_report
-    from lymphfeat.model.model import Model
 
     if image:
-        _explain_image(Model.load(folder), image, out, settings, output)
+        _explain_image(_load(folder), image, out, settings, output)
         return
     check_report(out, force=output.force)
-    model = Model.load(folder)
+    model = _load(folder, images_only=without_attributes)
     explanation = _explain(model, cohort.load(output), truth, settings, output)
     files = _write(explanation, out, settings, output)
     output.show(lambda: _result(explanation, files), lambda: _show(explanation, files))
 
 
+def _load(folder: Path, *, images_only: bool = False) -> "AnyModel":
+    from lymphfeat.model.final_model import FinalModel
+    from lymphfeat.model.loading import load_model
+
+    model = load_model(folder)
+    if images_only and isinstance(model, FinalModel):
+        return model.without_attributes()
+    return model
+
+
 def _explain(
-    model: "Model",
+    model: "AnyModel",
     cohort: "Cohort",
     truth: "Truth | None",
     settings: ExplainSettings,
@@ -112,7 +125,7 @@ def _write(
 
 
 def _explain_image(
-    model: "Model", image: Path, out: Path, settings: ExplainSettings, output: Output
+    model: "AnyModel", image: Path, out: Path, settings: ExplainSettings, output: Output
 ) -> None:
     from lymphfeat.explanation.report import write_cell
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from lymphfeat.explanation.subjects import Subject
 from lymphfeat.heads.aggregators.weighted import EPSILON
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 
 Doubles = NDArray[np.float64]
@@ -60,11 +60,14 @@ class WeightCurve:
     beta: float
 
     @classmethod
-    def of(cls, model: Model) -> "WeightCurve | None":
-        """Return a model's curve, or None when its weights depend on more than the logit."""
-        if model.head_settings.agg != "bnsigmoid" or not isinstance(model.head, HeadStack):
+    def of(cls, subject: Subject) -> "WeightCurve | None":
+        """Return the curve of a single head, or None when weights depend on more than the logit."""
+        head = subject.readers[0].head
+        if len(subject.readers) > 1 or not isinstance(head, HeadStack):
             return None
-        state = model.head.state
+        if head.settings[0].agg != "bnsigmoid":
+            return None
+        state = head.state
         return cls(
             mean=float(state.running_mean[0].detach()),
             deviation=float((state.running_var[0].detach() + EPSILON).sqrt()),
@@ -94,13 +97,13 @@ class Distribution:
 
     @classmethod
     def of(
-        cls, model: Model, maps: Float32s, sizes: NDArray[np.int64], bins: int = 32
+        cls, subject: Subject, maps: Float32s, sizes: NDArray[np.int64], bins: int = 32
     ) -> "Distribution":
         """Count the logits of each patient's instances, from maps (N, h, w)."""
-        pixels = model.head_settings.unit == "pixel"
+        pixels = all(head.unit == "pixel" for head in subject.heads)
         logits = maps.reshape(len(maps), -1)
         logits = logits if pixels else logits.mean(1, keepdims=True)  # (N, U)
-        curve = WeightCurve.of(model)
+        curve = WeightCurve.of(subject)
         values = logits if curve is None else curve.normalize(logits)
         low, high = np.quantile(values, (0.001, 0.999))
         edges = np.linspace(low, max(high, low + 1e-3), bins + 1).astype(np.float32)

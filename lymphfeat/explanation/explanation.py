@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,17 +11,16 @@ from scipy.special import expit
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
-from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
 from lymphfeat.explanation.findings import Findings
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
+from lymphfeat.explanation.subjects import Subject, subject_of
 from lymphfeat.explanation.wording import Wording
-from lymphfeat.model.ensemble import Ensemble
-from lymphfeat.model.final_model import FinalModel
-from lymphfeat.model.model import Model
+from lymphfeat.model.loading import AnyModel
+from lymphfeat.model.members import IMAGES
 from lymphfeat.model.predictions import ROLE_OF
-from lymphfeat.runtime.arrays import Float32s
+from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import ExplainSettings
 
@@ -31,23 +31,32 @@ ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
 class Explanation:
     """What a model saw in a cohort.
 
-    maps (N, h, w) are pixel logits. Images are grouped by patient, in the cohort's order.
+    maps (N, h, w) are pixel logits, or (N, 1, 1) where the heads have none. Images are grouped by
+    patient, in the cohort's order.
     """
 
-    model: Model
+    subject: Subject
     cohort: Cohort
     maps: Float32s
     decisions: Decisions
-    predicted: (
-        Float32s  # (P,) probability as `Model.predict` gives it; with TTA not the explained one
-    )
+    predicted: Floats  # (P,) probability as `predict` gives it; with TTA not the explained one
     deletion: Deletion | None  # None where no patient has enough images
     findings: Findings | None = None  # of heads of the family `distribution` alone
     truth: Truth | None = None
     overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
 
+    @property
+    def model(self) -> AnyModel:
+        """Return the model."""
+        return self.subject.model
+
     @cached_property
-    def logit(self) -> Float32s:
+    def wording(self) -> Wording:
+        """Return what to call the results."""
+        return Wording.of_subject(self.subject)
+
+    @property
+    def logit(self) -> Floats:
         """Return the images' logits, (N,): the means of their maps."""
         return self.decisions.score
 
@@ -93,15 +102,18 @@ class Explanation:
         """Tabulate the patients: id, label (missing where unknown), role, n_images, probability, …
 
         `calibrated` is missing where the model has no calibration; `predicted` is 1 above its
-        threshold; `error` is missing where the label is.
+        threshold; `error` is missing where the label is. `from_images`, `from_<attribute>` and
+        `rest` are as in `predict` for a final model; `without_attributes` and `without_images` are
+        its probabilities from images, and from attributes, alone. `notes` says what is unusual
+        about the attributes. For several models `spread` is as in `predict`.
         """
         seen = self.model.seen(patient_keys(self.cohort))
         labels = pd.Series(self.cohort.labels, dtype="Int64")
         labels = labels.mask(labels < 0)
         calibration = self.model.decision.calibration
-        raw = self.predicted.astype(np.float64)
+        raw = self.predicted
         predicted = pd.Series(raw > self.model.threshold).astype("Int64")
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "id": self.cohort.ids,
                 "label": labels,
@@ -117,6 +129,33 @@ class Explanation:
                 "without_top": self.decisions.without_top,
             }
         )
+        return table.assign(**self._beyond_images())
+
+    def _beyond_images(self) -> dict[str, Any]:
+        """Return the columns of final models, and of several models."""
+        decisions, columns = self.decisions, dict[str, Any]()
+        if self.subject.model_is_final:
+            shares = self.shares
+            columns |= {f"from_{name}": shares[name].to_numpy() for name in shares}
+        for name in ("without_attributes", "without_images", "spread"):
+            if (values := getattr(decisions, name)) is not None:
+                columns[name] = values
+        if self.subject.attributes:
+            notes = self.subject.notes()
+            columns["notes"] = ["; ".join(notes.get(id, ())) for id in self.cohort.ids]
+        return columns
+
+    @cached_property
+    def shares(self) -> pd.DataFrame:
+        """Tabulate what the images, and each attribute that counts, add to each patient's total.
+
+        These and `rest` add up to it.
+        """
+        cells = np.bincount(
+            self.patient, self.decisions.contribution, minlength=len(self.cohort.ids)
+        )
+        columns = np.column_stack([cells, self.decisions.shares])
+        return pd.DataFrame(columns, columns=[IMAGES, *self.subject.attributes])
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """Measure the labelled patients, separately for training, validation and new patients."""
@@ -130,7 +169,7 @@ class Explanation:
 
 
 def explain(
-    model: Model | Ensemble | FinalModel,
+    model: AnyModel,
     cohort: Cohort,
     settings: ExplainSettings | None = None,
     *,
@@ -139,41 +178,32 @@ def explain(
 ) -> Explanation:
     """Explain a model's decisions on a cohort.
 
-    The unflipped images are explained; where the model predicts the mean over four flips,
-    `predicted` holds that mean. `truth` is used only for scoring. Raises SettingsError for an
-    ensemble, whose members are explained one at a time, and for a final model, whose predictions
-    say what speaks for them.
+    Of several members the means are explained. The unflipped images are explained; where the model
+    predicts the mean over four flips, `predicted` holds that mean. `truth` is used only for
+    scoring. Raises CohortError for a table without the attributes that the model reads, and
+    SettingsError for members whose contributions are of different kinds.
 
     >>> lf.explain(lf.load_model("models/endtoend"), lf.Cohort.load("cohort")).images
     """
-    if isinstance(model, Ensemble):
-        raise SettingsError(
-            f"model must be a single model; got {len(model.models)} members. Explain one of them, "
-            "such as model.models[0]."
-        )
-    if isinstance(model, FinalModel):
-        raise SettingsError(
-            f"model must be a single model of `endtoend`; got the final model of {model.row}. Its "
-            "predictions already say what images and attributes add: see the columns from_… of "
-            "`predict`."
-        )
     settings = settings or ExplainSettings()
-    scored = score_cohort(model, cohort, settings.scoring, progress=progress)
-    decisions = decide(model, scored.kept, cohort.n_images)
+    scoring = settings.scoring
+    subject = subject_of(model, cohort.table, lenient=scoring.allow_missing_attributes)
+    scored = score_cohort(subject, cohort, scoring, progress=progress)
+    decisions = decide(subject, scored.kept, cohort.n_images)
     predicted = decisions.probability
-    if model.tta:
-        flipped = model.predict(cohort, settings.scoring, progress=progress)
-        predicted = flipped.patients["probability"].to_numpy(np.float32)
-    mapped = Wording.of(model.head_settings).mapped
-    overlap = measure_overlap(cohort, scored.maps, model.recipe.crop, truth) if mapped else None
+    if subject.tta:
+        flipped = model.predict(cohort, scoring, progress=progress)
+        predicted = flipped.patients["probability"].to_numpy(np.float64)
+    mapped = Wording.of_subject(subject).mapped
+    overlap = measure_overlap(cohort, scored.maps, subject.crop, truth) if mapped else None
     return Explanation(
-        model=model,
+        subject=subject,
         cohort=cohort,
         maps=scored.maps,
         decisions=decisions,
         predicted=predicted,
-        deletion=delete_images(model, scored.kept, cohort.n_images, seed=settings.seed),
-        findings=Findings.of(model, scored.kept, cohort.n_images),
+        deletion=delete_images(subject, scored.kept, cohort.n_images, seed=settings.seed),
+        findings=Findings.of(subject, scored.kept, cohort.n_images),
         truth=truth,
         overlap=overlap,
     )

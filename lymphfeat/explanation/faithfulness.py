@@ -14,8 +14,8 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.metrics import roc_auc
 from lymphfeat.explanation.scores import probability_without, ranks
+from lymphfeat.explanation.subjects import Subject
 from lymphfeat.heads.bags import Bags
-from lymphfeat.model.model import Model
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.synthetic.cohort import cell_extents, is_synthetic_cohort
 
@@ -56,32 +56,38 @@ class Deletion:
 
 
 def delete_images(
-    model: Model, kept: Tensor, sizes: NDArray[np.int64], *, draws: int = 20, seed: int = 0
+    subject: Subject,
+    kept: Sequence[Tensor],
+    sizes: NDArray[np.int64],
+    *,
+    draws: int = 20,
+    seed: int = 0,
 ) -> Deletion | None:
     """Delete the k highest-scored, or k random, images of every patient and read out the rest.
 
-    kept (N, U, D) is what the head keeps of the images of patients of `sizes` (P,) images.
-    k goes up to 10, or half the median number of images. None where no patient has two images.
+    kept (N, U, D) is what each head keeps of the images of patients of `sizes` (P,) images.
+    Clinical attributes stay. k goes up to 10, or half the median number of images. None where no
+    patient has two images.
     """
     most = int(min(MOST_DELETED, np.median(sizes) // 2))
     enough = sizes > most
     if most < 1 or not enough.any():
         return None
-    kept, sizes = kept[torch.from_numpy(np.repeat(enough, sizes))], sizes[enough]
-    read = model.head.read_out(kept, Bags.of(sizes))
-    whole = read.probability.numpy()
+    (patients,) = np.nonzero(enough)
+    kept = [own[torch.from_numpy(np.repeat(enough, sizes))] for own in kept]
+    sizes = sizes[enough]
+    images = Bags.of(sizes)
+    whole = subject.judge(subject.read(kept, images), images, patients)
     rng = np.random.default_rng(seed)
-    orders = [ranks(read.score.numpy(), sizes)]
-    orders += [ranks(rng.random(len(kept), np.float32), sizes) for _ in range(draws)]
+    orders = [ranks(whole.score, sizes)]
+    orders += [ranks(rng.random(len(whole.score), np.float32), sizes) for _ in range(draws)]
+
+    def moved_by(left_out: NDArray[np.bool_]) -> float:
+        without = probability_without(subject, kept, sizes, left_out, patients)
+        return float(np.abs(without - whole.probability).mean())
+
     moved = np.array(
-        [
-            [
-                np.abs(probability_without(model, kept, sizes, order < k) - whole).mean()
-                for k in range(1, most + 1)
-            ]
-            for order in orders
-        ],
-        np.float32,
+        [[moved_by(order < k) for k in range(1, most + 1)] for order in orders], np.float32
     )  # (1 + draws, K)
     return Deletion(
         k=np.arange(1, most + 1),

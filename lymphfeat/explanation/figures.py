@@ -71,7 +71,7 @@ def draw_plate(explanation: Explanation, patient: str, *, columns: int = 10) -> 
     for axes in grid:
         axes.set_axis_off()
     for axes, row in zip(grid, order.tolist(), strict=False):
-        pixels = decode_crop(paths[row - begin], explanation.model.recipe.crop).pixels
+        pixels = decode_crop(paths[row - begin], explanation.subject.crop).pixels
         axes.imshow(pixels.transpose(1, 2, 0))
         score = explanation.images["probability"][row]
         axes.set_title(f"{score:.2f}  {explanation.decisions.weight[row]:.0%}", fontsize=7, pad=2)
@@ -153,7 +153,7 @@ def draw_deletion(deletion: Deletion) -> Figure:
 
 def draw_weights(explanation: Explanation, patient: str) -> Figure:
     """Draw a patient's logits, and for `bnsigmoid` the weight they get (report, figure 2)."""
-    found = Distribution.of(explanation.model, explanation.maps, explanation.cohort.n_images)
+    found = Distribution.of(explanation.subject, explanation.maps, explanation.cohort.n_images)
     counts = found.counts[explanation.cohort.ids.index(patient)]
     figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -199,7 +199,7 @@ def draw_extremes(explanation: Explanation, n: int = 10) -> Figure:
 def _draw_picture(axes: Axes, explanation: Explanation, row: int, caption: str) -> None:
     patient = int(explanation.patient[row])
     path = explanation.cohort.images[patient][row - explanation.cohort.offsets[patient]]
-    axes.imshow(decode_crop(path, explanation.model.recipe.crop).pixels.transpose(1, 2, 0))
+    axes.imshow(decode_crop(path, explanation.subject.crop).pixels.transpose(1, 2, 0))
     axes.set_title(caption, fontsize=7, pad=2)
     axes.set_axis_off()
 
@@ -238,7 +238,7 @@ def _draw_row(axes: Axes, explanation: Explanation, index: int, cells: int = 6) 
     """Draw a patient's cells as a strip: grid and picture, grid and picture, …"""
     begin, end = explanation.cohort.offsets[index : index + 2]
     order = np.argsort(explanation.rank[begin:end])[:cells]
-    side = explanation.model.recipe.crop
+    side = explanation.subject.crop
     strip = np.full((side, 2 * cells * side, 3), 255, np.uint8)
     for place, row in enumerate(order.tolist()):
         scores = 255 * expit(explanation.maps[begin + row])  # (h, w)

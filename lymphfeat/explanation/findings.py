@@ -1,13 +1,14 @@
 """What a head of the family `distribution` found in each patient, statistic by statistic."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lymphfeat.explanation.subjects import Subject
 from lymphfeat.heads.aggregators.distribution import (
     Deviation,
     KernelMean,
@@ -23,7 +24,6 @@ from lymphfeat.heads.aggregators.distribution import (
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.exact_head import Block, ExactHead
-from lymphfeat.model.model import Model
 
 Doubles = NDArray[np.float64]
 
@@ -55,13 +55,40 @@ class Findings:
     distance: Doubles | None  # (N,) of each image from its patient's average cell, 1 on average;
     # None where the head does not read how much cells differ
 
+    @property
+    def total(self) -> Doubles:
+        """Return the patients' logits by the head: (P,)."""
+        return np.asarray(self.intercept + np.sum([each.score for each in self.statistics], axis=0))
+
     @classmethod
-    def of(cls, model: Model, kept: Tensor, sizes: NDArray[np.int64]) -> "Findings | None":
-        """Measure patients of `sizes` (P,) images (N, U, C); None for heads of other families."""
-        if not isinstance(model.head, DistributionHead):
+    def of(
+        cls, subject: Subject, kept: Sequence[Tensor], sizes: NDArray[np.int64]
+    ) -> "Findings | None":
+        """Measure patients of `sizes` (P,) images, by what each head keeps of them (N, U, C).
+
+        Of the same head in several members, the mean. None unless all heads are one of the family
+        `distribution`, and each reads one backbone.
+        """
+        heads = [reader.head for reader in subject.readers]
+        exact = [head.exact for head in heads if isinstance(head, DistributionHead)]
+        if len(exact) < len(heads) or len(subject.heads) > 1 or subject.joint:
             return None
         with torch.no_grad():
-            return cls.of_head(model.head.exact, kept, Bags.of(sizes))
+            images = Bags.of(sizes)
+            found = [cls.of_head(h, own, images) for h, own in zip(exact, kept, strict=True)]
+        return found[0] if len(found) == 1 else cls._mean(found)
+
+    @classmethod
+    def _mean(cls, members: "Sequence[Findings]") -> "Findings":
+        distances = [each.distance for each in members if each.distance is not None]
+        return cls(
+            intercept=float(np.mean([each.intercept for each in members])),
+            statistics=tuple(
+                _mean_finding(each)
+                for each in zip(*(each.statistics for each in members), strict=True)
+            ),
+            distance=np.mean(distances, axis=0) if distances else None,
+        )
 
     @classmethod
     def of_head(cls, head: ExactHead, kept: Tensor, images: Bags) -> "Findings":
@@ -74,6 +101,19 @@ class Findings:
             statistics=tuple(_find(head, block, instances, bags) for block in head.blocks),
             distance=distance.numpy() if spread else None,
         )
+
+
+def _mean_finding(members: Sequence[Finding]) -> Finding:
+    def mean(name: str) -> Doubles:
+        return np.asarray(np.mean([getattr(each, name) for each in members], axis=0))
+
+    return replace(
+        members[0],
+        score=mean("score"),
+        differing=mean("differing"),
+        certain=mean("certain"),
+        slope=float(mean("slope")),
+    )
 
 
 def _find(head: ExactHead, block: Block, instances: Tensor, bags: Bags) -> Finding:

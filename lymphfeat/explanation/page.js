@@ -226,7 +226,7 @@ function showCharts() {
   }
   const key = "▲ tumoral, ● reactive or (grey) unknown. ";
   charts.push(scatter("Score against bag size", p => p.n, "images of the patient", key + "A slope within a class is a shortcut."));
-  for (const name of [...data.scatter].sort((a, b) => /lymph/i.test(b) - /lymph/i.test(a))) charts.push(scatter(`Score against ${name}`, p => p.attributes[name], name, key + "The model does not use this attribute."));
+  for (const name of [...data.scatter].sort((a, b) => /lymph/i.test(b) - /lymph/i.test(a))) charts.push(scatter(`Score against ${name}`, p => p.attributes[name], name, key + (model.uses.includes(name) ? "The model reads this attribute." : "The model does not use this attribute.")));
   charts.splice(2, 0, byLabel());
   $("charts").append(...charts.filter(Boolean));
 }
@@ -239,7 +239,7 @@ function showExtremes() {
 
 // --- one patient ------------------------------------------------------------------------------
 
-const CELL_ORDERS = { score: (a, b) => a.rank - b.rank, weight: (a, b) => b.weight - a.weight || a.rank - b.rank, contribution: (a, b) => Math.abs(b.contribution) - Math.abs(a.contribution) || a.rank - b.rank, "file name": (a, b) => a.i - b.i };
+const CELL_ORDERS = { score: (a, b) => a.rank - b.rank, [model.weight]: (a, b) => b.weight - a.weight || a.rank - b.rank, contribution: (a, b) => Math.abs(b.contribution) - Math.abs(a.contribution) || a.rank - b.rank, "file name": (a, b) => a.i - b.i };
 if (model.distances) CELL_ORDERS["distance from the average cell"] = (a, b) => b.distance - a.distance || a.rank - b.rank;
 let cellOrder = "score";
 function showPatient(index) {
@@ -254,7 +254,7 @@ function showPatient(index) {
       el("span", { class: p.error ? "verdict-error" : "" }, `called ${CLASSES[p.called]}${p.error === null ? "" : p.error ? " ✗ error" : " ✓ correct"}`),
       el("div", { class: "pager" }, pager("← Previous", go(-1)), pager("Next →", go(1)), pager("All patients", "#cohort"))),
     el("div", { class: "panels" }, decisionPanel(p), contributionsPanel(p, block), distributionPanel(p, block)),
-    findingsPanel(p, block), differences(p, block),
+    partsPanel(p), findingsPanel(p, block), attentive(p, block), differences(p, block),
     el("h2", {}, `Plate: ${p.n} cells`),
     el("div", { class: "controls" }, modeSwitch("plate-mode", draw),
       el("label", {}, "ordered by", el("select", { id: "order", onchange: event => { cellOrder = event.target.value; draw(); } }, Object.keys(CELL_ORDERS).map(name => el("option", { selected: name === cellOrder }, name)))), scale),
@@ -271,7 +271,7 @@ function tile(cell, _, all) {
 }
 function decisionPanel(p) {
   const drop = p.without === null ? "only one image" : `${score(p.p_explained)} → ${score(p.without)}`;
-  const rows = [...(p.calibrated === null ? [] : [["Calibrated", score(p.calibrated)]]), ["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest-scored cell", drop], ["Clinical attributes", "not used by this model"], ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
+  const rows = [...(p.calibrated === null || Math.abs(p.calibrated - p.p) < 1e-5 ? [] : [["Calibrated", score(p.calibrated)]]), ...(p.spread === null ? [] : [["Members differ by", `± ${fixed(p.spread)}`]]), ["Role", ROLE[p.role]], ["Images", String(p.n)], ["Without its highest-scored cell", drop], ...p.alone, ...(model.uses.length ? [] : [["Clinical attributes", "not used by this model"]]), ...data.attributes.map(name => [name, p.attributes[name] === null ? "missing" : typeof p.attributes[name] === "number" ? p.attributes[name].toFixed(DIGITS[name]) : p.attributes[name]])];
   return el("div", { class: "card" }, el("h3", {}, "Probability of tumoral"), el("div", { class: "big" }, score(p.p)),
     el("div", { class: "scale", role: "img", "aria-label": `probability ${fixed(p.p)}, threshold ${fixed(model.threshold)}` }, el("span", { class: "at", style: `left:${100 * p.p}%` }), el("span", { class: "cut", style: `left:${100 * model.threshold}%` }, `threshold ${fixed(model.threshold)}`)),
     el("dl", {}, rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
@@ -281,9 +281,20 @@ function contributionsPanel(p, block) {
   const others = block.cells.filter(c => !inTop.has(c)), sum = others.reduce((s, c) => s + c.contribution, 0);
   const rows = top.map(c => [el("button", { type: "button", onclick: () => openCell(c.patient, c.name) }, `cell ${c.rank}`), c.contribution]);
   if (others.length) rows.push([`${others.length} other cell${others.length > 1 ? "s" : ""}`, sum]);
+  if (model.uses.length) rows.push(["clinical attributes", p.parts.slice(1).reduce((s, part) => s + part[1], 0)]);
   if (Math.abs(p.rest) > 1e-4) rows.push([model.rest, p.rest]);
-  const end = digits => model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
-  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), sumTable(rows, end), el("p", { class: "note" }, model.contributions));
+  return el("div", { class: "card" }, el("h3", {}, "How the result is computed"), sumTable(rows, resultOf(p)), el("p", { class: "note" }, model.contributions));
+}
+function resultOf(p) {  // what a sum makes, with so many digits
+  if (model.end) return digits => `${model.additive} ${fixed(p.total, digits)} (${model.end}: ${fixed(p.p_explained, digits)})`;
+  return digits => model.additive === "logit" ? `logit ${fixed(p.total)} → probability ${fixed(p.p_explained, digits)}` : `probability ${fixed(p.total, digits)}`;
+}
+function partsPanel(p) {  // what images and attributes speak for, in words and as bars
+  if (!p.parts.length) return null;
+  const notes = p.notes ? [el("p", {}, `About the attributes: ${p.notes}.`)] : [];
+  return el("div", { class: "card findings", id: "parts" }, el("div", {}, el("h3", {}, "What speaks for and against"), p.speaks.map(told => el("p", {}, told)), notes,
+    el("p", { class: "note" }, "Parts of the calibrated logit: above 0 they speak for tumoral, below 0 for reactive.")),
+    sumTable([...p.parts, [model.rest, p.rest]], resultOf(p)));
 }
 function sumTable(rows, end) {  // rows of a name and a signed value, with bars, and what they add up to
   const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
@@ -295,16 +306,25 @@ function findingsPanel(p, block) {
   if (!block.findings.length) return null;
   const rows = [["the average training patient", model.intercept], ...block.findings.map(([about, value]) => [about, value])];
   return el("div", { class: "card findings" }, el("div", {}, el("h3", {}, "What the head found"), el("p", { class: "note" }, model.found), block.findings.map(([, , told]) => el("p", {}, told))),
-    sumTable(rows, () => `logit ${fixed(p.total)}`));
+    sumTable(rows, () => `logit ${fixed(p.found)}${model.final || model.end ? " of the head" : ""}`));
+}
+function strip(title, cells, caption) {
+  return el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: "strip" }, cells.map(cell =>
+    el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, caption(cell)), el("span", { class: "who" }, `cell ${cell.rank}`))))));
+}
+function attentive(p, block) {  // the cells that attention weighs most
+  if (!model.attention || p.n < 2) return null;
+  const cells = [...block.cells].sort(CELL_ORDERS[model.weight]).slice(0, data.strip), told = cells.reduce((sum, cell) => sum + cell.weight, 0);
+  return [el("h2", {}, "Attention"), el("p", { class: "note" }, model.attention),
+    strip(`Cells with the highest attention: together ${percent(told)}`, cells, cell => percent(cell.weight))];
 }
 function differences(p, block) {  // the cells farthest from the patient's average cell, and the nearest
   const n = Math.min(data.strip, Math.floor(p.n / 2));
   if (!model.distances || n < 2) return null;
   const cells = [...block.cells].sort((a, b) => b.distance - a.distance || a.rank - b.rank);
-  const strip = (title, own) => el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: "strip" }, own.map(cell =>
-    el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, `${fixed(cell.distance, 1)}\u00a0×`), el("span", { class: "who" }, `cell ${cell.rank}`))))));
+  const far = cell => `${fixed(cell.distance, 1)}\u00a0×`;
   return [el("h2", {}, "How the cells differ"), el("p", { class: "note" }, model.differing),
-    el("div", { class: "extremes" }, strip("Most different cells", cells.slice(0, n)), strip("Most typical cells", cells.slice(-n).reverse()))];
+    el("div", { class: "extremes" }, strip("Most different cells", cells.slice(0, n), far), strip("Most typical cells", cells.slice(-n).reverse(), far))];
 }
 function distributionPanel(p, block) {
   const { edges, weight, instances } = data.distribution, counts = block.counts, total = counts.reduce((a, b) => a + b, 0);
@@ -322,7 +342,7 @@ function openCell(patient, name) {
   const side = el("div"), put = () => side.replaceChildren(picture(cell), mapMode === "off" ? "" : legend());
   const step = (title, to) => el("button", { type: "button", disabled: !cells[to], onclick: () => { openCell(patient, cells[to].name); } }, title);
   put();
-  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], ["Weight in the decision", percent(cell.weight)], [`Contribution to the patient's ${model.additive}`, signed(cell.contribution, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.unmarked]];
+  const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], [model.attention ? "Attention" : "Weight in the decision", percent(cell.weight)], [`Contribution to the patient's ${model.additive}`, signed(cell.contribution, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.unmarked]];
   if (model.distances) rows.push(["Distance from the patient's average cell", `${fixed(cell.distance)} × the mean`]);
   const n = model.grid, grid = el("table", { class: "grid", "aria-label": "score of each field of the map" }, el("tbody", {}, Array.from({ length: n }, (_, y) => el("tr", {}, Array.from({ length: n }, (_, x) => {
     const score = sigmoid(cell.map[y * n + x]), grey = Math.round(255 * score);

@@ -21,21 +21,24 @@ from lymphfeat.explanation.text import (
     DIFFERING,
     FOUND,
     about,
+    alone,
     describe_deletion,
     describe_finding,
     describe_truth,
     model_facts,
+    named_value,
+    speaks,
     summary,
 )
 from lymphfeat.explanation.text import notices as told_notices
 from lymphfeat.explanation.thumbnails import Thumbnails, make_thumbnails
-from lymphfeat.explanation.wording import Wording
 from lymphfeat.runtime.progress import Progress, silent
 
 BUDGET = 60_000_000  # bytes of the file
 STRIP = 10  # cells in each strip of the highest and lowest
 _SHELL = 120_000  # a generous bound on the bytes of template, style and script
 _STRIP_PICTURE = 12_000  # maximum bytes of a picture that a strip repeats
+_END = "mean of the members; with their calibrations"
 _LARGEST_LOGIT = 327.67  # the largest that int16 hundredths can hold
 
 
@@ -47,12 +50,14 @@ def render_page(
     progress: Progress = silent,
 ) -> str:
     """Return the page, at most `budget` bytes as UTF-8, without the least important pictures."""
-    distribution = Distribution.of(explanation.model, explanation.maps, explanation.cohort.n_images)
+    distribution = Distribution.of(
+        explanation.subject, explanation.maps, explanation.cohort.n_images
+    )
     blocks = _patient_blocks(explanation, distribution)
     text = sum(len(_json(block)) for block in blocks) + _SHELL + 4 * STRIP * _STRIP_PICTURE
     thumbnails = make_thumbnails(
         [path for paths in explanation.cohort.images for path in paths],
-        explanation.model.recipe.crop,
+        explanation.subject.crop,
         _worth(explanation),
         budget=max(0, budget - text),
         threads=threads,
@@ -78,8 +83,8 @@ def _render(
         summary=summary(explanation),
         notices=told_notices(explanation, thumbnails),
         about=about(explanation),
-        extremes=Wording.of(explanation.model.head_settings).extremes,
-        facts=model_facts(explanation.model),
+        extremes=explanation.wording.extremes,
+        facts=model_facts(explanation.subject),
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
         data=_json(data),
@@ -140,7 +145,7 @@ def _page_data(
 
 
 def _model(explanation: Explanation) -> dict[str, Any]:
-    wording = Wording.of(explanation.model.head_settings)
+    wording, subject = explanation.wording, explanation.subject
     return {
         "threshold": explanation.model.threshold,
         "additive": explanation.decisions.additive,
@@ -155,6 +160,11 @@ def _model(explanation: Explanation) -> dict[str, Any]:
         "found": FOUND,
         "differing": DIFFERING,
         "intercept": None if explanation.findings is None else explanation.findings.intercept,
+        "weight": wording.weight,
+        "attention": wording.attention,
+        "final": subject.model_is_final,
+        "uses": list(subject.attributes),
+        "end": _END if subject.members > 1 and not subject.model_is_final else "",
     }
 
 
@@ -166,6 +176,7 @@ def colour_limit(maps: NDArray[np.float32]) -> float:
 
 def _patients(explanation: Explanation) -> list[dict[str, Any]]:
     decisions, table = explanation.decisions, explanation.cohort.table
+    found = None if explanation.findings is None else explanation.findings.total
     return [
         {
             "id": row["id"],
@@ -180,11 +191,27 @@ def _patients(explanation: Explanation) -> list[dict[str, Any]]:
             "total": _number(row["total"], 5),
             "rest": _number(row["rest"], 5),
             "without": _number(row["without_top"], 5),
+            "parts": _parts(explanation, index),
+            "speaks": speaks(explanation, index),
+            "alone": alone(explanation, index),
+            "notes": row.get("notes", ""),
+            "spread": _number(row.get("spread", math.nan), 5),
+            "found": None if found is None else _number(found[index], 5),
             "attributes": {
                 name: _attribute(table[name].iloc[index]) for name in explanation.cohort.covariates
             },
         }
         for index, row in enumerate(explanation.patients.to_dict("records"))
+    ]
+
+
+def _parts(explanation: Explanation, patient: int) -> list[tuple[str, float | None]]:
+    """Return what the cells and each attribute add to a final model's logit, named."""
+    if not explanation.subject.model_is_final:
+        return []
+    return [
+        (named_value(explanation, str(name), patient), _number(value, 5))
+        for name, value in explanation.shares.iloc[patient].items()
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import expit
 
@@ -23,9 +24,10 @@ from lymphfeat.explanation.figures import (
 )
 from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.scores import score_image
-from lymphfeat.explanation.wording import Wording
+from lymphfeat.explanation.subjects import subject_of
 from lymphfeat.heads.stack import HeadStack
-from lymphfeat.model.model import Model
+from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.loading import AnyModel
 from lymphfeat.runtime.arrays import Float32s
 from lymphfeat.runtime.files import (
     ResultKind,
@@ -90,7 +92,7 @@ def figures_folder(out: Path) -> Path:
 def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figure]]:
     yield "cohort", draw_cohort(explanation)
     yield "extremes", draw_extremes(explanation)
-    if Wording.of(explanation.model.head_settings).mapped:
+    if explanation.wording.mapped:
         yield "grids", draw_grids(explanation)
     if explanation.deletion is not None:
         yield "deletion", draw_deletion(explanation.deletion)
@@ -126,7 +128,7 @@ class Cell:
 
 
 def write_cell(
-    model: Model, image: Path, out: Path, settings: ExplainSettings | None = None
+    model: AnyModel, image: Path, out: Path, settings: ExplainSettings | None = None
 ) -> Cell:
     """Score one image and draw it with its map to `out`.
 
@@ -135,15 +137,19 @@ def write_cell(
     suffixes = (".png", ".pdf", ".svg")
     if out.suffix not in suffixes:
         raise SettingsError(f"out (={out}) must end in one of {', '.join(suffixes)}.")
-    if not isinstance(model.head, HeadStack):
+    if isinstance(model, FinalModel):
+        model = model.without_attributes()  # a cell has none
+    subject = subject_of(model, pd.DataFrame())
+    together = [r.settings.agg for r in subject.readers if not isinstance(r.head, HeadStack)]
+    if together:
         raise SettingsError(
-            f"model (head {model.head_settings.agg}) must score single cells to explain one image; "
+            f"model (head {together[0]}) must score single cells to explain one image; "
             "this head scores a patient's cells together. Explain the patient's cohort: --cohort."
         )
-    grid = score_image(model, image, (settings or ExplainSettings()).scoring)
+    grid = score_image(subject, image, (settings or ExplainSettings()).scoring)
     logit = float(grid.mean())
     probability = float(expit(logit))
-    pixels = decode_crop(image, model.recipe.crop).pixels.transpose(1, 2, 0)
+    pixels = decode_crop(image, subject.crop).pixels.transpose(1, 2, 0)
     title = f"{image.name}: score {probability:.3f}. Research software, not a medical device."
     figure = draw_cell(pixels, grid, title)
     replace_file(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=130))

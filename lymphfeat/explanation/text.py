@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
+
+from lymphfeat.evaluation.fusion import ExpertsFusion, SumFusion
 from lymphfeat.explanation.explanation import Explanation
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.findings import Finding, Findings
+from lymphfeat.explanation.subjects import Subject
 from lymphfeat.explanation.thumbnails import Thumbnails
-from lymphfeat.explanation.wording import Wording
 from lymphfeat.heads.aggregators.distribution import SUBSET
 from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.registry import find_aggregator
-from lymphfeat.model.model import Model
+from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.loading import AnyModel
+from lymphfeat.model.members import IMAGES
 
 FOUND = (
     "What each statistic of the patient's cells adds to the logit, compared with the average "
@@ -21,6 +27,7 @@ DIFFERING = (
     "Cells by their distance from the patient's average cell, × its mean: the differences of all "
     "features, each weighed by how strongly the head reads the spread of that feature."
 )
+_HARDLY = 0.005  # parts of a logit that would be shown as 0
 DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose."
 
 
@@ -54,7 +61,12 @@ def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
             f"The model was trained on {trained} of these {len(explanation.patients)} patients. "
             "Their probabilities show how well the model fits, not how well it predicts."
         )
-    if explanation.model.tta:
+    if explanation.subject.members > 1:
+        found.append(
+            f"The model averages {explanation.subject.members} members. Scores, weights, "
+            "contributions and maps are the means of theirs."
+        )
+    if explanation.subject.tta:
         found.append(
             "The model averages its predictions over four flips of every image; contributions, "
             "weights and maps are those of the unflipped image, so their sum may differ slightly."
@@ -119,23 +131,56 @@ def describe_truth(explanation: Explanation) -> list[tuple[str, str, str]]:
     return found
 
 
-def model_facts(model: Model) -> list[tuple[str, str]]:
+def model_facts(subject: Subject) -> list[tuple[str, str]]:
     """List what a reader would ask about the model, as (name, value)."""
-    facts, recipe = model.facts, model.recipe
+    model = subject.model
+    heads = [f"{head_name(each)}: {find_aggregator(each).about}" for each in subject.heads]
+    units = dict.fromkeys(each.unit for each in subject.heads if each.unit)
+    members = [("Members", f"{subject.members}, averaged")] if subject.members > 1 else []
     return [
-        ("Head", f"{head_name(model.head_settings)}: {find_aggregator(model.head_settings).about}"),
-        ("Unit", model.head_settings.unit),
-        ("Backbone", f"{recipe.backbone}, centre crop of {recipe.crop} px"),
-        ("Initial weights", facts.initial_weights),
-        ("Trained on", f"{len(facts.trained_on)} patients, {facts.epochs} epochs"),
-        ("Threshold", f"{model.threshold:g} ({model.threshold_from})"),
+        *([("Row of the run", model.row)] if isinstance(model, FinalModel) else []),
+        *(("Head", told) for told in heads),
+        ("Unit", ", ".join(units) or "image"),
+        *members,
+        *(("Backbone", told) for told in _backbones(subject)),
+        *([("Clinical attributes", ", ".join(subject.attributes))] if subject.attributes else []),
+        *_origin(model),
+        ("Threshold", f"{model.threshold:.3g} ({model.threshold_from})"),
+        *_figures_of(model),
     ]
+
+
+def _backbones(subject: Subject) -> list[str]:
+    told = [f"{s.recipe.backbone}, centre crop of {s.recipe.crop} px" for s in subject.sources]
+    return [
+        name if told.count(name) == 1 else f"{told.count(name)} × {name}"
+        for name in dict.fromkeys(told)
+    ]
+
+
+def _origin(model: AnyModel) -> list[tuple[str, str]]:
+    """Say with what weights training began, and on whom."""
+    facts = [each.facts for each in (model.models if isinstance(model, Ensemble) else (model,))]
+    patients = len({id for own in facts for id in own.trained_on})
+    epochs = f", {facts[0].epochs} epochs" if facts[0].epochs else ""
+    return [
+        ("Initial weights", ", ".join(dict.fromkeys(own.initial_weights for own in facts))),
+        ("Trained on", f"{patients} patients{epochs}"),
+    ]
+
+
+def _figures_of(model: AnyModel) -> list[tuple[str, str]]:
+    """Give the honest figures of a final model's row, as they were measured."""
+    row = model.figures.get("row", {}) if isinstance(model, FinalModel) else {}
+    names = {"ba": "balanced accuracy", "auc": "AUC"}
+    told = [f"{names[k]} {row[k]:.3f}" for k in names if isinstance(row.get(k), float)]
+    return [("As measured on held-out patients", ", ".join(told))] if told else []
 
 
 def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
     """Explain the page to a first-time reader: (heading, paragraphs) in order."""
     side = explanation.maps.shape[1]
-    wording = Wording.of(explanation.model.head_settings)
+    wording = explanation.wording
     return [
         (
             "Scores",
@@ -158,7 +203,9 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
             if wording.mapped
             else [wording.maps],
         ),
+        *([("Attention", [wording.attention])] if wording.attention else []),
         *_about_head(explanation.findings),
+        *_about_attributes(explanation.subject),
         (
             "What this page cannot tell",
             [
@@ -166,7 +213,11 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
                 "true. A model that learnt a shortcut (the stain, the bag size, the file format) "
                 "explains its shortcut just as readily. Check the plot of score against bag size, "
                 "and run lymphfeat audit on the cohort.",
-                "This model uses images only, so there are no clinical attributes to leave out.",
+                "This model uses images only, so there are no clinical attributes to leave out."
+                if not explanation.subject.attributes
+                else "An attribute that speaks for tumoral is not a cause: it is what the training "
+                "patients had in common. If attributes and images tell the same, the formula may "
+                "give the credit to either.",
             ],
         ),
         (
@@ -178,6 +229,86 @@ def about(explanation: Explanation) -> Sequence[tuple[str, Sequence[str]]]:
             ],
         ),
     ]
+
+
+def _about_attributes(subject: Subject) -> list[tuple[str, Sequence[str]]]:
+    """Explain how the clinical attributes are joined with the images."""
+    if not isinstance(subject.model, FinalModel) or not subject.attributes:
+        return []
+    fusion = subject.model.members[0].fusion
+    compared = (
+        "Each part is averaged over all orders in which images and attributes could become known "
+        "(Shapley values), against a patient with average images and attributes."
+        if isinstance(fusion, ExpertsFusion)
+        else "Each part is one term of the formula that joins them, 0 for an attribute as the "
+        "average training patient's."
+    )
+    silent = (
+        "images that speak for neither class beyond the share of tumoral training patients"
+        if isinstance(fusion, SumFusion)
+        else "the images of the average training patient"
+    )
+    return [
+        (
+            "Images and clinical attributes",
+            [
+                f"The model joins the images with {_listed(subject.attributes)}. Parts above 0 "
+                f"speak for tumoral, parts below 0 for reactive. {compared} With what is the same "
+                "for every patient they add up to the patient's calibrated logit.",
+                "Without attributes: what a formula that was learnt for images alone makes of the "
+                "same images; it has a threshold of its own. Without images: what this model says "
+                f"of a patient with these attributes and {silent}; it is not a model that was "
+                "learnt without images.",
+            ],
+        )
+    ]
+
+
+def speaks(explanation: Explanation, patient: int) -> list[str]:
+    """Say what speaks for either class, images and attributes by size: one sentence each."""
+    if not explanation.subject.model_is_final:
+        return []
+    shares = explanation.shares.iloc[patient]
+    order = shares[shares.abs() >= _HARDLY].abs().sort_values(ascending=False, kind="stable").index
+    told = []
+    for name, sign in (("tumoral", 1), ("reactive", -1)):
+        own = [
+            f"{named_value(explanation, str(part), patient)}, {_signed(shares[part])}"
+            for part in order
+            if sign * shares[part] > 0
+        ]
+        told.append(f"What speaks for {name}: {'; '.join(own) or 'nothing'}.")
+    return told
+
+
+def named_value(explanation: Explanation, part: str, patient: int) -> str:
+    """Name a part of the logit with the patient's value: "the cells", "age 67", "gender F"."""
+    if part == IMAGES:
+        return "the cells"
+    table, name = explanation.cohort.table, part.replace("_", " ")
+    value = table[part].iloc[patient] if part in table else None
+    if pd.isna(value):
+        return f"{name} (missing)"
+    return f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
+
+
+def alone(explanation: Explanation, patient: int) -> list[tuple[str, str]]:
+    """Give the probabilities without attributes and without images: (name, value)."""
+    decisions, model = explanation.decisions, explanation.model
+    if decisions.without_attributes is None or decisions.without_images is None:
+        return []
+    assert isinstance(model, FinalModel)
+    at = model.without_attributes().threshold
+    images, attributes = decisions.without_attributes[patient], decisions.without_images[patient]
+    return [
+        ("Without attributes", f"{images:.2f} (threshold {at:.2f})"),
+        ("Without images", f"{attributes:.2f}"),
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = (name.replace("_", " ") for name in names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _about_head(findings: Findings | None) -> list[tuple[str, Sequence[str]]]:

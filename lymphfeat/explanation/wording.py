@@ -1,7 +1,8 @@
-"""What a page says of a head's results, by the head's family: the only place that asks for it."""
+"""What a page says of a model's results, by its heads' families: the only place that asks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lymphfeat.explanation.subjects import Subject
 from lymphfeat.heads.aggregators.distribution import SUBSET
 from lymphfeat.heads.registry import (
     DistributionAggregator,
@@ -14,6 +15,28 @@ from lymphfeat.settings import HeadSettings
 _BAR = (
     "Below each cell are its score and its weight in the decision; the bar shows that weight "
     "relative to the patient's largest."
+)
+_ATTENTION_BAR = (
+    "Below each cell are its score and its attention; the bar shows that attention relative to the "
+    "patient's largest."
+)
+_ATTENTION = (
+    "Attention is the weight that the network gives to a cell as it averages the cells' logits; a "
+    "patient's weights add up to 1. It says how much a cell counts, not for which class: that is "
+    "the cell's score. It depends on the cell's picture, and on the patient's other cells. High "
+    "attention does not mean that a cell is abnormal, and low attention does not mean that the "
+    "network failed to look at it."
+)
+_TOGETHER = (
+    "Cells act on each other, so contributions need not add up to the patient's logit; the "
+    "difference belongs to no cell."
+)
+_CALIBRATED = (
+    "The result is calibrated, and joined with the clinical attributes if the model reads them."
+)
+_JOINT = (
+    "This model has no maps: its heads read the pooled features of several backbones together, "
+    "whose fields do not match."
 )
 _EXTREMES = (
     "One cell per patient. If the model looks at the disease, the highest-scored cells of tumoral "
@@ -39,6 +62,19 @@ class Wording:
     extremes: str  # what the highest- and lowest-scored cells show
     unmarked: str  # whether a cell without a frame was used
     rest: str  # what belongs to no cell
+    weight: str = "weight"  # what the weight of a cell is called
+    attention: str = ""  # what attention is and is not, where weights are attention
+
+    @classmethod
+    def of_subject(cls, subject: Subject) -> "Wording":
+        """Word the results of a model."""
+        each = [cls.of(settings) for settings in subject.heads]
+        found = each[0] if len(each) == 1 else _of_several(each)
+        if not any(reader.sees_fields for reader in subject.readers) or subject.joint:
+            found = replace(found, mapped=False, maps=_JOINT if subject.joint else found.maps)
+        if subject.model_is_final:
+            return _of_final(found, subject)
+        return _of_members(found, subject) if subject.members > 1 else found
 
     @classmethod
     def of(cls, settings: HeadSettings) -> "Wording":
@@ -97,14 +133,18 @@ def _of_network(settings: HeadSettings) -> Wording:
         "patient with this cell alone would have.",
         mapped=False,
         maps="This head has no maps: the network reads whole cells, not parts of a picture.",
-        contributions="A cell's contribution is its weight times its logit. Cells act on each "
-        "other, so contributions need not add up to the patient's logit; the difference belongs to "
-        "no cell.",
-        marks=f"Cells run from the highest score to the lowest; every cell counts. {_BAR}"
-        + ("" if attention else " This head gives no weights, so all are equal."),
+        contributions=f"A cell's contribution is its {'attention' if attention else 'weight'} "
+        "times its logit. "
+        + ("Contributions add up to the patient's logit." if attention else _TOGETHER),
+        marks="Cells run from the highest score to the lowest; every cell counts. "
+        + (
+            _ATTENTION_BAR if attention else f"{_BAR} This head gives no weights, so all are equal."
+        ),
         extremes=_EXTREMES,
-        unmarked="according to its weight" if attention else "yes",
+        unmarked="according to its attention" if attention else "yes",
         rest="cells together (belongs to no cell)",
+        weight="attention" if attention else "weight",
+        attention=_ATTENTION if attention else "",
     )
 
 
@@ -150,3 +190,59 @@ def _of_maps(names: set[str]) -> str:
             "over the fields."
         )
     return told
+
+
+# --- several heads ------------------------------------------------------------------------------
+
+
+def _of_several(heads: "list[Wording]") -> Wording:
+    """Word the results of different heads, averaged."""
+    mapped = [each for each in heads if each.mapped]
+    told = "This model has no maps: none of its heads has."
+    if mapped:
+        told = f"{_MEAN_OF_FIELDS} A map is the mean of the heads' maps."
+        if len(mapped) < len(heads):
+            told += (
+                f" Only {len(mapped)} of the {len(heads)} kinds of head have maps; the others' "
+                "scores are spread evenly over the fields."
+            )
+    return Wording(
+        scores="Several heads score a patient's cells; a cell's score is the mean of theirs, each "
+        "by how much it counts.",
+        mapped=bool(mapped),
+        maps=told,
+        contributions="A cell's contribution is the sum of its contributions to the heads.",
+        marks=f"Cells run from the highest score to the lowest. {_BAR}",
+        extremes=_EXTREMES,
+        unmarked="according to its weight",
+        rest="belongs to no cell",
+    )
+
+
+def _of_members(own: Wording, subject: Subject) -> Wording:
+    """Word the means of several models of the same kind."""
+    mean = f" Shown are the means of the {subject.members} members."
+    return replace(
+        own,
+        maps=own.maps + mean * own.mapped,
+        marks=own.marks.replace("▲ among", "▲ in most members among") + mean,
+        contributions=f"{own.contributions}{mean} The probability is that of the mean of the "
+        "members' calibrated logits, so it is not quite that of the sum.",
+        rest=own.rest or "belongs to no cell",
+    )
+
+
+def _of_final(own: Wording, subject: Subject) -> Wording:
+    """Word what cells add to the calibrated logit of a final model."""
+    mean = f" Shown are the means of the {subject.members} members." * (subject.members > 1)
+    also = " Attributes have a part of their own." * bool(subject.attributes)
+    return replace(
+        own,
+        scores=f"{own.scores} {_CALIBRATED}",
+        maps=own.maps + mean * own.mapped,
+        marks=own.marks + mean,
+        contributions="A cell's contribution is what it adds to the patient's calibrated logit, as "
+        "far as the heads tell cells apart; what belongs to no single cell is shared out equally "
+        f"among them. Contributions add up exactly to the images' part.{also}{mean}",
+        rest="the same for every patient",
+    )

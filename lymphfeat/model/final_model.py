@@ -49,7 +49,6 @@ from lymphfeat.settings import HeadSettings, PredictSettings
 
 FORMAT, FORMAT_VERSION = "lymphfeat-final-model", 1
 TENSORS_FILE = "final.safetensors"
-_STEP = 1e-3  # of an image logit, to measure what it moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ class FinalModel:
     def decision(self) -> Decision:
         """The decision about the probability, which is that of the members' mean."""
         if self.recalibration:
-            return self.recalibration[self._judging].about_calibrated()
+            return self.recalibration[self.judging].about_calibrated()
         return combine(
             [each.decision if self.fused else each.image_decision for each in self.members]
         )
@@ -114,7 +113,8 @@ class FinalModel:
         return () if known is None else ("features", *known.statistics)
 
     @property
-    def _judging(self) -> str:
+    def judging(self) -> str:
+        """What judges patients: the "row", or its "images" alone."""
         return "row" if self.fused else "images"
 
     def without_attributes(self) -> "FinalModel":
@@ -177,13 +177,13 @@ class FinalModel:
 
     def _judged(self) -> HeldOut:
         """Return what was said of patients held out, by what decides."""
-        if self._judging not in self.held_out:
+        if self.judging not in self.held_out:
             raise ModelError(
                 "model must keep what it said of held-out patients, to abstain or to give "
                 "predictive values; it was made by an earlier version. Make it again with "
                 "`lymphfeat finalize`."
             )
-        return self.held_out[self._judging]
+        return self.held_out[self.judging]
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, as `Model.measure` does."""
@@ -305,7 +305,7 @@ class FinalModel:
         images = Bags.of(cohort.n_images)
         views = [self._read(view, images) for view in zip(*kept, strict=True)]
         groups = self.attributes.groups
-        last, last_of_images = self._last(self._judging), self._last("images")
+        last, last_of_images = self.last_calibration(self.judging), self.last_calibration("images")
         logits, alone, parts, tables = [], [], [], []
         for number, member in enumerate(self.members):
             read = [view[number] for view in views]
@@ -313,9 +313,8 @@ class FinalModel:
             logits.append(last.of_logits(member.fused_logits(image, attributes)))
             alone.append(last_of_images.of_logits(member.fused_logits(image, None)))
             parts.append(last.slope * member.parts(image, attributes, groups))
-            moved = last.slope * member.parts(image + _STEP, attributes, groups)[:, 0]
-            slope = (moved - parts[-1][:, 0]) / _STEP
-            tables.append(_image_values(member, read, slope, parts[-1][:, 0], images))
+            values = member.image_values(read, image, attributes, groups, images)  # (3, N)
+            tables.append(np.stack([*values[:2], last.slope * values[2]]))
         calibrated = np.mean(logits, axis=0)  # (P,)
         patients = patient_table(
             cohort,
@@ -337,7 +336,7 @@ class FinalModel:
         values = np.mean(tables, axis=0).astype(np.float32)  # (3, N)
         return Predictions(patients=patients, images=image_table(cohort, *values))
 
-    def _last(self, name: str) -> Calibration:
+    def last_calibration(self, name: str) -> Calibration:
         """Return the calibration of the members' mean."""
         last = self.recalibration.get(name)
         return (last.calibration if last else None) or Calibration()
@@ -432,39 +431,6 @@ class FinalModel:
         sha256 = str(content.get("tensors_sha256"))
         load_tensors(model._network(), folder / TENSORS_FILE, sha256, facts=FINAL_FILE)
         return model
-
-
-def _image_values(
-    member: Member, views: Sequence[Sequence[ReadOut]], slope: Floats, part: Floats, images: Bags
-) -> Floats:
-    """Return score, weight and contribution of the images: (3, N).
-
-    Scores and weights are those of the heads, averaged by what each counts. Contributions are what
-    the heads say, times the `slope` (P,) of the patient's logit by its images', and add up to
-    `part` (P,), what the images add to it: what belongs to no image is shared out equally.
-    """
-    counts = member.image_coefficients()
-    sizes = np.abs(counts) / np.abs(counts).sum() if counts.any() else counts
-
-    def mean(name: str, counts: Floats) -> Floats:
-        values = [
-            np.sum([c * _numbers(read, name) for c, read in zip(counts, view, strict=True)], axis=0)
-            for view in views
-        ]
-        return np.asarray(np.mean(values, axis=0))
-
-    owner = images.index.numpy()  # (N,)
-    if all(head.of_logits for head in member.heads):
-        own = slope[owner] * mean("contribution", counts)
-    else:  # shares of a probability
-        own = mean("weight", sizes) * part[owner]
-    left = part - np.bincount(owner, own, minlength=len(part))  # (P,)
-    own = own + (left / images.sizes.numpy())[owner]
-    return np.stack([mean("score", sizes), mean("weight", sizes), own])
-
-
-def _numbers(read: ReadOut, name: str) -> Floats:
-    return np.asarray(getattr(read, name).double().numpy())
 
 
 def _build_member(content: Mapping[str, Any], channels: Sequence[int]) -> Member:

@@ -14,9 +14,11 @@ from lymphfeat.evaluation.calibration import Calibration, logit
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import ExpertsFusion, Fusion, SumFusion, read_fusion
 from lymphfeat.evaluation.regression import Logistic
+from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.runtime.arrays import Floats
 
+_STEP = 1e-3  # of an image logit, to measure what it moves
 IMAGES = "images"  # the first of the groups that a logit is shared out to; then the attributes
 
 
@@ -33,7 +35,11 @@ class Member:
 
     def image_logits(self, read: Sequence[ReadOut]) -> Floats:
         """Return the patients' logits by what each head read out: (P,)."""
-        logits = [logit(each.probability.double().numpy()) for each in read]
+        return self.joined([_numbers(each, "probability") for each in read])
+
+    def joined(self, probabilities: Sequence[Floats]) -> Floats:
+        """Return the patients' logits by each head's probabilities (P,): (P,)."""
+        logits = [logit(each) for each in probabilities]
         if self.mixture is None:
             return logits[0]
         return self.mixture.logits(np.column_stack(logits))
@@ -44,12 +50,29 @@ class Member:
             return np.ones(1)
         return self.mixture.weights * [each.slope for each in self.mixture.calibrations]
 
+    def head_shares(self) -> Floats:
+        """Return how much each head counts in an image's score: (heads,), adding up to 1."""
+        counts = self.image_coefficients()
+        return np.asarray(np.abs(counts) / np.abs(counts).sum() if counts.any() else counts)
+
     def fused_logits(self, image_logits: Floats, attributes: Floats | None) -> Floats:
         """Return calibrated logits of patients: (P,); attributes (P, D), or None without them."""
         if self.fusion is None or attributes is None:
             return self.image_decision.logits(expit(image_logits))
         inputs = np.column_stack([image_logits, attributes])
         return self.decision.logits(self.fusion(inputs))
+
+    def attribute_logits(self, attributes: Floats) -> Floats:
+        """Return calibrated logits from the attributes (P, D) alone, by the fusion: (P,).
+
+        The images are those of the average training patient; of `sum` they speak for neither class
+        beyond the share of tumoral patients, so the clinical logit is left.
+        """
+        assert self.fusion is not None
+        if isinstance(self.fusion, SumFusion):
+            return self.decision.logits(self.fusion.clinical(attributes))
+        average = np.full(len(attributes), self.fusion.scaling.mean[0])
+        return self.fused_logits(average, attributes)
 
     def parts(
         self, image_logits: Floats, attributes: Floats | None, groups: Sequence[slice]
@@ -91,6 +114,33 @@ class Member:
                 parts[:, one] += share * (values[known_ones | {one}] - value)
         return parts
 
+    def image_values(
+        self,
+        views: Sequence[Sequence[ReadOut]],
+        image_logits: Floats,
+        attributes: Floats | None,
+        groups: Sequence[slice],
+        images: Bags,
+    ) -> Floats:
+        """Return score, weight and contribution of the images: (3, N).
+
+        Scores and weights are those of the heads, averaged by what each counts. Contributions are
+        what the heads say, times the slope of the patient's logit by its `image_logits` (P,), and
+        add up to what the images add to it: what belongs to no image is shared out equally.
+        """
+        part = self.parts(image_logits, attributes, groups)[:, 0]  # (P,)
+        moved = self.parts(image_logits + _STEP, attributes, groups)[:, 0]
+        owner, shares = images.index.numpy(), self.head_shares()  # (N,), (heads,)
+        weight = _mean(views, "weight", shares)
+        if all(head.of_logits for head in self.heads):
+            slope = (moved - part) / _STEP  # (P,)
+            own = slope[owner] * _mean(views, "contribution", self.image_coefficients())
+        else:  # shares of a probability
+            own = weight * part[owner]
+        left = part - np.bincount(owner, own, minlength=len(part))  # (P,)
+        own = own + (left / images.sizes.numpy())[owner]
+        return np.stack([_mean(views, "score", shares), weight, own])
+
     def to_json(self) -> dict[str, Any]:
         """Return all but the heads' tensors, for a model file."""
         return {
@@ -114,6 +164,19 @@ class Member:
             decision=Decision.from_json(content["decision"]),
             image_decision=Decision.from_json(content["image_decision"]),
         )
+
+
+def _mean(views: Sequence[Sequence[ReadOut]], name: str, counts: Floats) -> Floats:
+    """Average what the heads say of images over views, each head counting so much: (N,)."""
+    values = [
+        np.sum([c * _numbers(read, name) for c, read in zip(counts, view, strict=True)], axis=0)
+        for view in views
+    ]
+    return np.asarray(np.mean(values, axis=0))
+
+
+def _numbers(read: ReadOut, name: str) -> Floats:
+    return np.asarray(getattr(read, name).double().numpy())
 
 
 def _slope(decision: Decision) -> float:
