@@ -25,7 +25,7 @@ from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import load_model
 from lymphfeat.runtime.arrays import Floats
-from lymphfeat.settings import EndToEndSettings, HeadSettings, PredictSettings
+from lymphfeat.settings import EndToEndSettings, ExplainSettings, HeadSettings, PredictSettings
 from lymphfeat.training import train
 from lymphfeat_cli.endtoend import warn_of_attributes
 from lymphfeat_cli.main import cli
@@ -361,9 +361,17 @@ def test_nothing_to_fuse_with(tmp_path: Path) -> None:
         train(red, tmp_path / "m", SETTINGS, folds=2)
 
 
-def test_a_final_model_of_endtoend_is_not_explained(trained: Path, cohort: Cohort) -> None:
-    with pytest.raises(SettingsError, match=r"got the final model of bnsigmoid \+ clinical"):
-        explain(final(trained), cohort)
+@pytest.mark.seconds
+def test_members_with_backbones_of_their_own_are_explained(trained: Path, cohort: Cohort) -> None:
+    model, settings = final(trained), ExplainSettings(device="cpu", threads=1)
+    found, expected = explain(model, cohort, settings), model.predict(cohort, ON_CPU)
+    for name in ("probability", "from_images", "from_age", "spread", "rest"):
+        np.testing.assert_allclose(found.patients[name], expected.patients[name], atol=1e-5)
+    np.testing.assert_allclose(
+        found.images["contribution"], expected.images["contribution"], atol=1e-4
+    )
+    np.testing.assert_allclose(found.maps.mean((1, 2)), found.logit, atol=1e-4)
+    assert found.maps.shape[1] > 1
 
 
 @pytest.mark.parametrize("low", [-0.1, 0.1])

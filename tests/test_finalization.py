@@ -292,7 +292,7 @@ def test_a_damaged_folder_is_named(home: Path, tmp_path: Path) -> None:
     finalize(home / "run", tmp_path / "two", row="top2")
     with pytest.raises(ModelError, match=r"two\) must be used alone|one\) must be used alone"):
         load_model(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(ModelError, match="a final model, which only `lymphfeat predict` reads"):
+    with pytest.raises(ModelError, match="a final model, which `lymphfeat predict` and"):
         Model.load(tmp_path / "one")
     tensors = (tmp_path / "two" / "final.safetensors").read_bytes()
     (tmp_path / "one" / "final.safetensors").write_bytes(tensors)

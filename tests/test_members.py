@@ -32,6 +32,7 @@ from lymphfeat.model.ensemble import Ensemble
 from lymphfeat.model.loading import load_model
 from lymphfeat.model.model import Model
 from lymphfeat.settings import (
+    ExplainSettings,
     ExtractSettings,
     FitSettings,
     HeadSettings,
@@ -142,9 +143,11 @@ def test_members_decide_at_a_sensitivity(trained: Path) -> None:
         ensemble.at_sensitivity(0.7)
 
 
-def test_members_are_explained_one_at_a_time(trained: Path, cohort: Cohort) -> None:
-    with pytest.raises(SettingsError, match="must be a single model; got 2 members"):
-        explain(load_model(trained), cohort)
+def test_members_are_explained_together(trained: Path, cohort: Cohort) -> None:
+    model = load_model(trained)
+    expected = model.predict(cohort, ON_CPU).patients["probability"]
+    found = explain(model, cohort, ExplainSettings(device="cpu"))
+    np.testing.assert_allclose(found.patients["probability"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     if find_checkpoints(folder):
         hint = "it holds an unfinished training: run the same `lymphfeat endtoend` again"
     elif (folder / FINAL_FILE).is_file():
-        hint = "it holds a final model, which only `lymphfeat predict` reads"
+        hint = "it holds a final model, which `lymphfeat predict` and `explain` read"
     elif models := sorted(folder.glob(f"*/{FACTS_FILE}")):
         hint = f"it holds several models: choose one of them, such as {models[0].parent}"
     return read_facts(folder / FACTS_FILE, FORMAT, FORMAT_VERSION, hint=hint)
