@@ -17,6 +17,7 @@ from lymphfeat.explanation.findings import Findings
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
 from lymphfeat.explanation.subjects import Subject, subject_of
 from lymphfeat.explanation.wording import Wording
+from lymphfeat.model.familiarity import Judgement
 from lymphfeat.model.loading import AnyModel
 from lymphfeat.model.members import IMAGES
 from lymphfeat.model.predictions import ROLE_OF
@@ -44,6 +45,7 @@ class Explanation:
     findings: Findings | None = None  # of heads of the family `distribution` alone
     truth: Truth | None = None
     overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
+    unlike: Judgement | None = None  # how unlike training images and patients are, if known
 
     @property
     def model(self) -> AnyModel:
@@ -80,10 +82,11 @@ class Explanation:
         """Tabulate the images: patient, image, rank, logit, probability, weight, contribution, …
 
         `distance` from the patient's average cell, in units of its mean, is missing where the head
-        does not read how much cells differ.
+        does not read how much cells differ. How unlike those of training images are is said as in
+        `predict`.
         """
         paths = [path for paths in self.cohort.images for path in paths]
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "patient": np.array(self.cohort.ids)[self.patient],
                 "image": [path.name for path in paths],
@@ -96,6 +99,7 @@ class Explanation:
                 "distance": np.nan if self.distance is None else self.distance,
             }
         )
+        return table if self.unlike is None else table.assign(**self.unlike.images)
 
     @cached_property
     def patients(self) -> pd.DataFrame:
@@ -140,10 +144,18 @@ class Explanation:
         for name in ("without_attributes", "without_images", "spread"):
             if (values := getattr(decisions, name)) is not None:
                 columns[name] = values
-        if self.subject.attributes:
-            notes = self.subject.notes()
-            columns["notes"] = ["; ".join(notes.get(id, ())) for id in self.cohort.ids]
+        if self.unlike is not None:
+            columns |= {str(name): values for name, values in self.unlike.patients.items()}
+        if self.subject.attributes or self.unlike is not None:
+            columns["notes"] = self._notes()
         return columns
+
+    def _notes(self) -> list[str]:
+        """Return what is unusual about each patient's attributes and images."""
+        ids, notes = self.cohort.ids, self.subject.notes()
+        unlike = [""] * len(ids) if self.unlike is None else self.unlike.notes
+        told = [[*notes.get(id, ()), own] for id, own in zip(ids, unlike, strict=True)]
+        return ["; ".join(filter(None, each)) for each in told]
 
     @cached_property
     def shares(self) -> pd.DataFrame:
@@ -206,4 +218,5 @@ def explain(
         findings=Findings.of(subject, scored.kept, cohort.n_images),
         truth=truth,
         overlap=overlap,
+        unlike=scored.unlike,
     )

@@ -35,7 +35,7 @@ function imagesOf(index) {
     const area = model.grid * model.grid;
     block.cells = block.names.map((name, i) => ({
       name, patient: index, i, logit: block.logit[i], weight: block.weight[i], contribution: block.contribution[i],
-      distance: block.distance && block.distance[i], mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
+      distance: block.distance && block.distance[i], unlike: block.unlike[i], mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
       map: Float32Array.from({ length: area }, (_, k) => values.getInt16(2 * (i * area + k), true) / 100),
     }));
     block.cells.sort((a, b) => a.rank - b.rank);
@@ -291,7 +291,7 @@ function resultOf(p) {  // what a sum makes, with so many digits
 }
 function partsPanel(p) {  // what images and attributes speak for, in words and as bars
   if (!p.parts.length) return null;
-  const notes = p.notes ? [el("p", {}, `About the attributes: ${p.notes}.`)] : [];
+  const notes = p.notes ? [el("p", {}, `Note: ${p.notes}.`)] : [];
   return el("div", { class: "card findings", id: "parts" }, el("div", {}, el("h3", {}, "What speaks for and against"), p.speaks.map(told => el("p", {}, told)), notes,
     el("p", { class: "note" }, "Parts of the calibrated logit: above 0 they speak for tumoral, below 0 for reactive.")),
     sumTable([...p.parts, [model.rest, p.rest]], resultOf(p)));
@@ -344,6 +344,7 @@ function openCell(patient, name) {
   put();
   const rows = [["Score (probability)", fixed(sigmoid(cell.logit), 3)], ["Logit", fixed(cell.logit, 3)], ["Rank within the patient", `${cell.rank} of ${cells.length}`], [model.attention ? "Attention" : "Weight in the decision", percent(cell.weight)], [`Contribution to the patient's ${model.additive}`, signed(cell.contribution, 3)], ["Used", cell.mark > 0 ? "among the highest" : cell.mark < 0 ? "among the lowest" : model.unmarked]];
   if (model.distances) rows.push(["Distance from the patient's average cell", `${fixed(cell.distance)} × the mean`]);
+  if (cell.unlike) rows.push(["Unlike the training cells", cell.unlike]);
   const n = model.grid, grid = el("table", { class: "grid", "aria-label": "score of each field of the map" }, el("tbody", {}, Array.from({ length: n }, (_, y) => el("tr", {}, Array.from({ length: n }, (_, x) => {
     const score = sigmoid(cell.map[y * n + x]), grey = Math.round(255 * score);
     return el("td", { style: `background:rgb(${grey},${grey},${grey});color:${grey > 130 ? "#000" : "#fff"}` }, n > 8 ? "" : score.toFixed(2));

@@ -226,6 +226,7 @@ def _patient_blocks(explanation: Explanation, distribution: Distribution) -> lis
     hundredths = (explanation.maps.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT) * 100).round()
     maps = hundredths.astype("<i2")  # (N, h, w)
     offsets, distance = explanation.cohort.offsets, explanation.distance
+    unlike = images.get("unlike_in")
     return [
         {
             "names": images["image"][begin:end].tolist(),
@@ -237,6 +238,7 @@ def _patient_blocks(explanation: Explanation, distribution: Distribution) -> lis
             "maps": base64.b64encode(maps[begin:end].tobytes()).decode("ascii"),
             "findings": _findings(explanation, index),
             "distance": None if distance is None else _round(distance[begin:end], 3),
+            "unlike": [] if unlike is None else unlike[begin:end].tolist(),
             "counts": distribution.counts[index].tolist(),
         }
         for index, (begin, end) in enumerate(pairwise(offsets))

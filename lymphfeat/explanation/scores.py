@@ -21,6 +21,7 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.registry import RankingAggregator, find_aggregator
+from lymphfeat.model.familiarity import Judgement
 from lymphfeat.model.scoring import CohortScorer
 from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
@@ -62,6 +63,7 @@ class Scored:
 
     maps: Float32s  # (N, h, w) logits of the pixels, at their positions in the centre crop
     kept: tuple[Tensor, ...]  # what each head keeps of each image, (N, U, D)
+    unlike: Judgement | None = None  # how unlike training images and patients are, if known
 
 
 class _Everything(Head):
@@ -114,24 +116,36 @@ def score_cohort(
     Patient by patient, so that only one patient's pixels are in memory.
     """
     readings = [_Reading(reader=reader) for reader in subject.readers]
+    known, means, statistics = subject.familiarity, [], None
     with cpu_threads(settings.threads), whole_float32():
         for number, source in enumerate(subject.sources):
             scorer = CohortScorer(
                 *(source.backbone, _Everything(), source.recipe, settings),
                 views=VIEWS[:1],
                 unit="pixel",
+                measured=known is not None and number == 0,
             )
+            pooled: list[Tensor] = []  # (n, C) of each patient
             own = part_of(progress, number, len(subject.sources), "")
             for (pixels,) in scorer.score_patients(cohort, own):  # (n, h · w, C)
                 for reading in readings:
                     if number in reading.reader.sources:
                         reading.add(number, pixels)
+                if known is not None:
+                    pooled.append(pixels.mean(1))
             source.backbone.to("cpu")
+            if known is not None:
+                means.append(torch.cat(pooled).double().numpy())
+                statistics = scorer.statistics if number == 0 else statistics
         kept = tuple(reading.all_kept() for reading in readings)
         read = subject.read(kept, Bags.of(cohort.n_images))
     grids = [reading.grids() for reading in readings]
     shares = [reader.share for reader in subject.readers]
-    return Scored(maps=mean_map(grids, [own.score for own in read], shares).numpy(), kept=kept)
+    return Scored(
+        maps=mean_map(grids, [own.score for own in read], shares).numpy(),
+        kept=kept,
+        unlike=None if known is None else known.judge(means, statistics, cohort.n_images.tolist()),
+    )
 
 
 def _map(head: Head, pixels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.calibration import Calibration
 from lymphfeat.evaluation.decision import average
 from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.bags import Bags
@@ -22,6 +23,7 @@ from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.heads.stack import HeadStack, NetworkHead
 from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.familiarity import Familiarity
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import AnyModel
 from lymphfeat.model.members import Member
@@ -83,6 +85,7 @@ class Subject(ABC):
     attributes: tuple[str, ...] = ()  # the attributes that count
     tta: bool = False  # whether `predict` averages over flips
     members: int = 1
+    familiarity: Familiarity | None = None  # what training images were like, if it is known
 
     @property
     def of_logits(self) -> bool:
@@ -223,6 +226,8 @@ class _Final(Subject):
         self.attributes = model.attributes.names if model.fused else ()
         self._numbers = model.attributes.matrix(table) if model.fused else None  # (P, D)
         self._table = table
+        self.familiarity = model.familiarity
+        self._last = model.last_calibration(model.judging)
         everything = tuple(range(len(model.sources)))
         self.readers = tuple(
             Reader(head=head, sources=member.sources or everything, share=share / self.members)
@@ -249,14 +254,15 @@ class _Final(Subject):
     def _together(self, probabilities: Sequence[Floats], patients: Rows) -> Floats:
         given = self._given(patients)
         logits = [m.fused_logits(m.joined(own), given) for m, own in self._by_member(probabilities)]
-        return np.asarray(expit(np.mean(logits, axis=0)))
+        return _mean_probability(logits, self._last)
 
     def judge(self, read: Sequence[ReadOut], images: Bags, patients: Rows) -> Judgement:
         given, groups = self._given(patients), self._final.attributes.groups
         members = [(m, own, m.image_logits(own)) for m, own in self._by_member(read)]
-        logits = [m.fused_logits(image, given) for m, _, image in members]
+        logits = [self._last.of_logits(m.fused_logits(image, given)) for m, _, image in members]
         total = np.asarray(np.mean(logits, axis=0))  # (P,)
         parts = np.mean([m.parts(image, given, groups) for m, _, image in members], axis=0)
+        alone = [m.fused_logits(image, None) for m, _, image in members]
         score, weight, contribution = np.mean(
             [m.image_values([own], image, given, groups, images) for m, own, image in members],
             axis=0,
@@ -266,20 +272,21 @@ class _Final(Subject):
             total=total,
             score=score,
             weight=weight,
-            contribution=contribution,
-            shares=parts[:, 1:],
+            contribution=self._last.slope * contribution,
+            shares=self._last.slope * parts[:, 1:],
             without_attributes=None
             if given is None
-            else _mean_probability([m.fused_logits(image, None) for m, _, image in members]),
+            else _mean_probability(alone, self._final.last_calibration("images")),
             without_images=None
             if given is None
-            else _mean_probability([m.attribute_logits(given) for m, _, _ in members]),
+            else _mean_probability([m.attribute_logits(given) for m, _, _ in members], self._last),
             spread=np.std(expit(logits), axis=0) if len(members) > 1 else None,
         )
 
 
-def _mean_probability(logits: Sequence[Floats]) -> Floats:
-    return np.asarray(expit(np.mean(logits, axis=0)))
+def _mean_probability(logits: Sequence[Floats], last: Calibration) -> Floats:
+    """Return the probabilities (P,) of the calibrated mean of members' logits (M, P)."""
+    return np.asarray(expit(last.of_logits(np.mean(logits, axis=0))))
 
 
 def _numbers(read: ReadOut, name: str) -> Floats:
