@@ -26,7 +26,7 @@ BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.S)
 COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
 OTHER = "OTHER_DIR"  # patients of another laboratory
 RESULTS = {
-    "docs/explain.md": ["models/endtoend"],
+    "docs/explain.md": ["models/endtoend", "models/final"],
     "docs/final.md": ["cache/features.h5"],
     "docs/heads.md": ["cache/features.h5"],
     "docs/protocols.md": ["cache/features.h5"],
@@ -138,6 +138,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         run_shell("lymphfeat extract --cohort DIR\nlymphfeat endtoend --cohort DIR")
+        run_shell("lymphfeat fit-head --agg mean+std --fusion late --model-out models/final")
     return place
 
 
@@ -156,7 +157,7 @@ def test_runs_as_shown(
     place = write_place(tmp_path)
     for name in RESULTS.get(block.page, ()):
         copy = shutil.copytree if (finished / name).is_dir() else shutil.copy
-        (place / name).parent.mkdir()
+        (place / name).parent.mkdir(exist_ok=True)
         copy(finished / name, place / name)
     monkeypatch.chdir(place)
     monkeypatch.setenv("LYMPHFEAT_COHORT", "DIR")
