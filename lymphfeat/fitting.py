@@ -23,7 +23,7 @@ from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_image
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
 from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
-from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RunProvenance
+from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RUN_FILES, RunProvenance
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.grid import expand, head_name, resolve
@@ -52,17 +52,6 @@ from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
 Store = FeatureStore | str | os.PathLike[str]  # open, or its path
 RUN_FORMAT = "lymphfeat-run"
-RUN_FILES = (
-    "summary.png",
-    "summary.json",
-    "warnings.txt",
-    "runs.csv",
-    "epochs.csv",
-    "predictions.csv",
-    "splits.json",
-    PROVENANCE_FILE,
-    "config.json",
-)
 HEADS_FILE = "heads.safetensors"
 OPTIMISM_FILES = ("optimism.csv", "optimism.png")
 _ONE_RUN = (*RUN_FILES, HEADS_FILE)

@@ -1,42 +1,27 @@
 """What a path holds: a store, a run, a model or weights, and whether it is whole."""
 
-import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
-from lymphfeat.features.backbones import (
-    SHIPPED,
-    SHIPPED_PATH,
-    read_facts,
-    read_provenance,
-    read_weights,
-)
+from lymphfeat.evaluation.run_provenance import RUN_FILES
 from lymphfeat.features.store import FeatureStore
-from lymphfeat.fitting import RUN_FILES
-from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
-from lymphfeat.model.final_model import FinalModel
-from lymphfeat.model.model import FACTS_FILE, FINAL_FILE, Model
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
+from lymphfeat.settings import SHIPPED
 
-_LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 
-
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe what is at `path`; raises LymphfeatError when it is nothing of lymphfeat's.
 
-    A store's rows and a model's tensors are read and checked against their checksums.
+    Of a store, the mark of completeness, the recipe, the sizes and the first and last map are
+    checked; with `verify` every map is. A model's tensors are always checked by their hash.
     """
     recover(path)
     if path.suffix == ".safetensors" or str(path) == SHIPPED:
-        return _describe_weights(SHIPPED_PATH if str(path) == SHIPPED else path)
+        return _describe_network(path)
     if path.is_file() or path.suffix in (".h5", ".hdf5"):
-        store = FeatureStore.open(path)
-        store.verify()
-        return {"kind": "feature store", "whole": True, **store.describe()}
+        return _describe_store(path, verify)
     if not path.is_dir():
         unfinished = unfinished_folder(path)
         hint = f"; found an unfinished one: {unfinished.name}" if unfinished.is_dir() else ""
@@ -45,79 +30,24 @@ def inspect(path: Path) -> dict[str, Any]:
         )
     if path.suffix == ".partial":
         return _describe_unfinished(path.with_suffix(""))
-    if (path / FACTS_FILE).is_file():
-        return _describe_model(path)
-    if (path / FINAL_FILE).is_file():
-        return _describe_final(path)
-    if (path / MEMBERS_FILE).is_file():
-        return _describe_members(path)
     if (path / "config.json").is_file():
         return _describe_run(path)
-    raise SettingsError(
-        f"path (={path}) must hold {FACTS_FILE} (a model) or config.json (a run); got neither. "
-        "If the command that writes it was interrupted, run it again."
-    )
+    return _describe_network(path)
 
 
-def _describe_final(path: Path) -> dict[str, Any]:
-    model = FinalModel.load(path)  # refuses a model that is not whole
-    return {
-        "kind": "final model",
-        "whole": True,
-        "path": str(path),
-        "row": model.row,
-        "reads": ["images", *model.attributes.names],
-        "compares": list(model.compares),
-        "members": len(model.members),
-        "backbones": [asdict(source.recipe) for source in model.sources],
-        "threshold": model.threshold,
-        "threshold_from": model.threshold_from,
-        "figures": dict(model.figures),
-        **_counted(model.facts.provenance),
-    }
+def _describe_network(path: Path) -> dict[str, Any]:
+    from lymphfeat.model.descriptions import describe  # torch takes seconds; stores need none
+
+    return describe(path)
 
 
-def _describe_weights(path: Path) -> dict[str, Any]:
-    tensors = read_weights(path)
-    facts = read_facts(path)
-    return {
-        "kind": "weights",
-        "whole": all(bool(tensor.isfinite().all()) for tensor in tensors.values()),
-        "path": str(path),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        **{name: value for name, value in facts.items() if name not in _LONG},
-        **_counted(read_provenance(path)),
-    }
-
-
-def _counted(provenance: Provenance) -> dict[str, int]:
-    return {
-        "trained_on": len(provenance.labels),
-        "pretrained_on": len([key for key in provenance.images if key.id]),
-    }
-
-
-def _describe_model(path: Path) -> dict[str, Any]:
-    model = Model.load(path)  # refuses a model that is not whole
-    facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    training = {name: value for name, value in facts["training"].items() if name not in _LONG}
-    facts["training"] = training | _counted(model.facts.provenance)
-    return {"kind": "model", "whole": True, "path": str(path), **facts}
-
-
-def _describe_members(path: Path) -> dict[str, Any]:
-    """Describe k-fold members; each must be whole."""
-    model = Ensemble.load(path).models[0]
-    return {
-        "kind": "k-fold members",
-        "whole": True,
-        "path": str(path),
-        **json.loads((path / MEMBERS_FILE).read_text(encoding="utf-8")),
-        "recipe": asdict(model.recipe),
-        "head": asdict(model.head_settings),
-        "tta": model.tta,
-    }
+def _describe_store(path: Path, verify: bool) -> dict[str, Any]:
+    store = FeatureStore.open(path)
+    if verify:
+        store.verify()
+    else:
+        store.check()
+    return {"kind": "feature store", "whole": True, "verified": verify, **store.describe()}
 
 
 def _describe_unfinished(out: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from lymphfeat.errors import SettingsError
 
 T = TypeVar("T")
 
+SHIPPED = "bloodcells"  # the weights inside the package
+
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 ProtocolName = Literal["honest", "report"]

@@ -8,7 +8,7 @@ import h5py
 import pytest
 from click.testing import CliRunner, Result
 
-from lymphfeat.fitting import RUN_FILES
+from lymphfeat.evaluation.run_provenance import RUN_FILES
 from lymphfeat_cli.main import cli
 from tests.folders import interrupt_swap, names_in, write
 from tests.stores import made_up_cohort, open_writer, write_store
@@ -19,8 +19,8 @@ def info(path: Path | str, *options: str) -> Result:
     return CliRunner().invoke(cli, ["info", str(path), *options])
 
 
-def refusal(path: Path | str) -> str:
-    result = info(path)
+def refusal(path: Path | str, *options: str) -> str:
+    result = info(path, *options)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
@@ -34,7 +34,7 @@ def refusal(path: Path | str) -> str:
 def test_a_store(tmp_path: Path) -> None:
     write_store(tmp_path / "s.h5")
     told = json.loads(info(tmp_path / "s.h5", "--json").stdout)
-    assert (told["kind"], told["whole"]) == ("feature store", True)
+    assert (told["kind"], told["whole"], told["verified"]) == ("feature store", True, False)
     assert (told["patients"], told["labelled"], told["images"]) == (3, 2, 7)
     assert told["features"] == ["frozen"]
     assert told["bytes"] == (tmp_path / "s.h5").stat().st_size
@@ -44,12 +44,27 @@ def test_a_store(tmp_path: Path) -> None:
     assert "    torch: 2.0" in lines
 
 
-def test_a_damaged_store_is_named(tmp_path: Path) -> None:
+def test_what_was_not_read_is_said(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     write_store(path)
     with h5py.File(path, "r+") as file:
         file["features/frozen"][2, 1] += 1
-    assert f"{path}: /features/frozen, image 000.png of P1: map and pooled" in refusal(path)
+    assert "--verify also reads every feature map" in info(path).stderr
+    assert info(path, "-q").stderr == ""
+    wrong = f"{path}: /features/frozen, image 000.png of P1: map and pooled"
+    assert wrong in refusal(path, "--verify")
+
+
+def test_a_whole_store_is_verified(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5")
+    result = info(tmp_path / "s.h5", "--verify", "--json")
+    assert json.loads(result.stdout)["verified"] is True
+    assert result.stderr == ""
+
+
+def test_a_damaged_store_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
     path.write_bytes(path.read_bytes()[:4000])
     assert f"{path}: " in refusal(path)
 

@@ -41,8 +41,8 @@ INSIDE = {
         *("initial_head", "pixels", "augmentation", "curves"),
     ),
     "model": (
-        *("loading", "ensemble", "final_model", "members", "model", "facts", "folder"),
-        *("held_out", "sources", "scoring", "submission", "predictions", "familiarity"),
+        *("descriptions", "loading", "ensemble", "final_model", "members", "model", "facts"),
+        *("folder", "held_out", "sources", "scoring", "submission", "predictions", "familiarity"),
         *("deviations", "feature_distance"),
     ),
     "evaluation": (

@@ -54,6 +54,18 @@ def test_help_is_light() -> None:
     assert not modules & HEAVY
 
 
+def test_a_store_is_described_without_torch(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5")
+    modules = imported_by(
+        "from click.testing import CliRunner",
+        "from lymphfeat_cli.main import cli",
+        f"for path in ({str(tmp_path / 's.h5')!r}, 'gone'):",
+        "    CliRunner().invoke(cli, ['info', path])",
+    )
+    assert "h5py" in modules
+    assert not modules & {"torch", "timm", "sklearn", "scipy", "matplotlib"}
+
+
 def test_help_lists_every_command() -> None:
     text = run("--help").stdout
     for name, line in COMMANDS.items():
@@ -187,7 +199,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
-    def fail(path: Path) -> None:
+    def fail(path: Path, verify: bool) -> None:
         raise error
 
     monkeypatch.setattr("lymphfeat.inspection.inspect", fail)

@@ -491,7 +491,29 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
         with pytest.raises(StoreError, match=re.escape(str(path))):
-            FeatureStore.open(path).verify()
+            FeatureStore.open(path).check()
+
+
+@pytest.mark.parametrize("row", [0, 6])
+def test_check_reads_the_first_and_last_map(tmp_path: Path, row: int) -> None:
+    store = write_store(tmp_path / "s.h5")
+    store.check()
+    alter(tmp_path / "s.h5", lambda file: file["features/frozen"].__setitem__((row, 1), 0))
+    with pytest.raises(StoreError, match="map and pooled feature must agree"):
+        store.check()
+
+
+def test_check_compares_sizes(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s.h5")
+
+    def shorten(file: h5py.File) -> None:
+        rows = file["pooled/frozen"][:-1]
+        del file["pooled/frozen"]
+        file["pooled/frozen"] = rows
+
+    alter(tmp_path / "s.h5", shorten)
+    with pytest.raises(StoreError, match=r"/pooled/frozen must be of shape \(7, 2, 3\); got \(6"):
+        store.check()
 
 
 def test_verify_names_the_damaged_image(tmp_path: Path) -> None:
@@ -510,7 +532,7 @@ def test_verify_holds_the_recipe_to_its_hash(tmp_path: Path) -> None:
     write_store(tmp_path / "s.h5")
     alter(tmp_path / "s.h5", lambda file: file.attrs.modify("recipe", '{"crop": 9}'))
     with pytest.raises(StoreError, match="recipe and recipe_sha256 must agree"):
-        FeatureStore.open(tmp_path / "s.h5").verify()
+        FeatureStore.open(tmp_path / "s.h5").check()
 
 
 # --- recipes -------------------------------------------------------------------------------------

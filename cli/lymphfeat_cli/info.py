@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lymphfeat_cli.options import PATH, Output, output_options
+from lymphfeat_cli.options import PATH, Output, note, output_options
 
 
 @click.command(
@@ -12,20 +12,25 @@ from lymphfeat_cli.options import PATH, Output, output_options
     epilog="""\b
 Examples:
   lymphfeat info cache/features.h5
+  lymphfeat info cache/features.h5 --verify
   lymphfeat info runs/topk-honest
   lymphfeat info models/endtoend --json
   lymphfeat info bloodcells""",
 )
 @click.argument("path", type=PATH)
+@click.option("--verify", is_flag=True, help="Read every feature map of a store and check it.")
 @output_options
-def command(path: Path, output: Output) -> None:
+def command(path: Path, verify: bool, output: Output) -> None:
     """Describe a feature store, run, model or weights file and check that it is complete.
 
-    PATH is a file or a folder, or `bloodcells` for the weights shipped with lymphfeat.
+    PATH is a file or a folder, or `bloodcells` for the weights shipped with lymphfeat. Of a store,
+    by default the mark of completeness, recipe, sizes and the first and last map are checked.
     """
     from lymphfeat.inspection import inspect
 
-    facts = inspect(path)
+    facts = inspect(path, verify=verify)
+    if facts.get("verified") is False and not output.quiet:
+        note("Complete by its mark, recipe and sizes; --verify also reads every feature map.")
     output.show(lambda: facts, lambda: click.echo("\n".join(_lines(facts))))
 
 

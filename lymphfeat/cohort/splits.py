@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.runtime.strict_json import json_text
@@ -87,6 +86,8 @@ def _halves(
     labels: NDArray[np.int64], first: int
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield seeds from `first` on whose halves both contain both classes, with the halves' rows."""
+    from sklearn.model_selection import train_test_split  # slow; readers of stores need no splits
+
     for seed in count(first):
         halves = train_test_split(np.arange(len(labels)), test_size=0.5, random_state=seed)
         if all(len(np.unique(labels[half])) == 2 for half in halves):
@@ -269,6 +270,8 @@ def kfold_splits(
 def _one_repeat(
     ids: NDArray[np.str_], labels: NDArray[np.int64], folds: int, seed: int, repeat: int
 ) -> Folds:
+    from sklearn.model_selection import StratifiedKFold  # slow; readers of stores need no splits
+
     parts = [
         part
         for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(ids, labels)

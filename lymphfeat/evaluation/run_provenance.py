@@ -12,6 +12,17 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.features.store import FROZEN, FeatureStore
 
 PROVENANCE_FILE = "provenance.json"
+RUN_FILES = (
+    "summary.png",
+    "summary.json",
+    "warnings.txt",
+    "runs.csv",
+    "epochs.csv",
+    "predictions.csv",
+    "splits.json",
+    PROVENANCE_FILE,
+    "config.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

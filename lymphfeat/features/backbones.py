@@ -20,9 +20,8 @@ from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import BackboneSettings
+from lymphfeat.settings import SHIPPED, BackboneSettings
 
-SHIPPED = "bloodcells"  # weights inside the package, for SHIPPED_FOR
 SHIPPED_FOR = "resnet18"
 SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,10 @@ class FeatureStore:
                 submission_ids=tuple(json.loads(file["patients"].attrs["submission_ids"])),
             )
 
-    def verify(self) -> None:
-        """Read every feature map; raises StoreError, naming image and patient, for a damaged one.
+    def check(self) -> None:
+        """Check recipe, sizes and the first and last map; raises StoreError for a damaged file.
 
-        An undamaged map averages to its pooled feature.
+        It reads next to nothing, so a map that is damaged in between is not found: see `verify`.
         """
         if recipe_sha256(self.recipe) != self.recipe_sha256:
             raise StoreError(
@@ -173,19 +173,47 @@ class FeatureStore:
                 "extract it again with --force."
             )
         for name in self.feature_sets:
-            maps, pooled = self.features(name), self.pooled(name)
-            for patient, start, stop in zip(
-                self.ids, self.offsets[:-1], self.offsets[1:], strict=True
-            ):
-                with np.errstate(invalid="ignore"):  # a damaged map may hold inf and -inf
-                    averages = maps[start:stop].mean((3, 4), dtype=np.float32)
-                damaged = np.flatnonzero((averages != pooled[start:stop]).any((1, 2)))
-                if len(damaged):
-                    raise StoreError(
-                        f"{self.path}: /features/{name}, image "
-                        f"{self.image_names[start + damaged[0]]} of {patient}: map and pooled "
-                        "feature must agree; the file is damaged, extract it again with --force."
-                    )
+            self._check_sizes(name)
+            for start, stop in ((0, 1), (len(self.image_names) - 1, len(self.image_names))):
+                self._check_maps(name, start, stop)
+        if self.statistic_names:
+            map_rows(self.path, STATISTICS, "r")  # is there to its end
+
+    def verify(self) -> None:
+        """Read every feature map; raises StoreError, naming image and patient, for a damaged one.
+
+        An undamaged map averages to its pooled feature.
+        """
+        self.check()
+        for name in self.feature_sets:
+            for start, stop in pairwise(self.offsets):
+                self._check_maps(name, int(start), int(stop))
+
+    def _check_sizes(self, name: str) -> None:
+        wanted = self.shape.rows(len(self.image_names))
+        for group, found, expected in (
+            ("features", self.features(name).shape, wanted),
+            ("pooled", self.pooled(name).shape, wanted[:3]),
+        ):
+            if found != expected:
+                raise StoreError(
+                    f"{self.path}: /{group}/{name} must be of shape {expected}; got {found}; "
+                    "the file is damaged, extract it again with --force."
+                )
+
+    def _check_maps(self, name: str, start: int, stop: int) -> None:
+        """Check the maps of the images from `start` to `stop` against their pooled features."""
+        maps, pooled = self.features(name)[start:stop], self.pooled(name)[start:stop]
+        with np.errstate(invalid="ignore"):  # a damaged map may hold inf and -inf
+            averages = maps.mean((3, 4), dtype=np.float32)
+        damaged = np.flatnonzero((averages != pooled).any((1, 2)))
+        if len(damaged):
+            image = start + int(damaged[0])
+            patient = self.ids[int(np.searchsorted(self.offsets, image, side="right")) - 1]
+            raise StoreError(
+                f"{self.path}: /features/{name}, image {self.image_names[image]} of {patient}: map "
+                "and pooled feature must agree; the file is damaged, extract it again with --force."
+            )
 
     def check_same_images(self, other: "FeatureStore") -> None:
         """Raise StoreError unless another store has the same patients and images, in one order."""
