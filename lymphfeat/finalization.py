@@ -322,6 +322,7 @@ class _Fitting:
             fold,
             measured_by=decisions,
             kept=decisions if by_member else [self._decision(judged, labels)],
+            ids=patients.ids[rows].tolist(),
         )
 
     def _head(self, fitted: FittedHeads, position: int) -> Head:

@@ -33,7 +33,8 @@ def test_page_and_figures(root: Path) -> None:
     assert Path("report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     figures = {path.name.split("-")[0] for path in Path("report-figures").iterdir()}
     assert figures == {
-        *("cohort.png", "extremes.png", "grids.png", "deletion.png", "plate", "weights"),
+        *("cohort.png", "extremes.png", "grids.png", "deletion.png", "subgroups.png"),
+        *("plate", "weights"),
     }
     again = run("--cohort", str(root))
     assert (again.exit_code, "report.html exists" in again.stderr) == (2, True)
@@ -43,7 +44,9 @@ def test_json(root: Path) -> None:
     result = run("--cohort", str(root), "--json", "--figures", "none", "--out", "r.html")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert (told["patients"], told["files"]) == (7, ["r.html"])
+    assert (told["patients"], told["files"]) == (7, ["r.html", "r-subgroups.csv"])
+    assert told["subgroups"]["patients"] == "new"  # too few of any kind
+    assert told["subgroups"]["groups"][0]["auc"] is None
     assert told["deletion"]["k"] == [1]
     assert not Path("r-figures").exists()
 

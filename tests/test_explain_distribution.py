@@ -333,8 +333,8 @@ def test_appearance_is_not_compared() -> None:
 def test_page_and_figures(agg: str, cohort: Cohort, tmp_path: Path) -> None:
     found = explained(cohort, agg)
     files = write_report(found, tmp_path / "report.html", replace(ON_CPU, plates=3))
-    kinds = {path.name.split("-")[0].split(".")[0] for path in files[1:]}
-    plates = {"plate", "weights", "cohort", "extremes", "deletion"}
+    kinds = {path.name.split("-")[0].split(".")[0] for path in files if path.parent != tmp_path}
+    plates = {"plate", "weights", "cohort", "extremes", "deletion", "subgroups"}
     assert kinds == plates | ({"differences", "grids"} if agg == "mean+std" else set())
     page = render_page(found)
     assert "What the head looks at" in page

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import logit
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.calibration import Calibration
 from lymphfeat.evaluation.decision import Decision
@@ -26,6 +28,7 @@ from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.model.ensemble import Ensemble
+from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.model import Model
 from lymphfeat.settings import (
@@ -234,6 +237,57 @@ def test_attributes_that_the_table_lacks(home: Path, cohort: Cohort, tmp_path: P
     assert alone.logit == pytest.approx(explain(linear, cohort, ON_CPU).logit[0], abs=1e-4)
 
 
+# --- subgroups ------------------------------------------------------------------------------------
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("members", [False, True])
+@pytest.mark.parametrize("row", ["bnsigmoid", "mean+std + clinical (late)"])
+def test_subgroups_are_of_patients_held_out(
+    row: str, members: bool, home: Path, cohort: Cohort, tmp_path: Path
+) -> None:
+    made(home, tmp_path, row, members=members)
+    found = explain(FinalModel.load(tmp_path / "model"), cohort, ON_CPU)
+    assert found.subgroups is not None
+    assert found.subgroups.of == "out of fold"
+    rows = found.subgroups.rows.set_index(["by", "group"])
+    assert set(rows.index.get_level_values(0)) == {"all patients", *cohort.covariates, "images"}
+    measured = pd.read_csv(home / "run" / "predictions.csv")
+    measured = measured[measured["head"] == row]
+    whole = found.subgroups.rows.iloc[0]
+    assert (whole["reactive"], whole["tumoral"]) == (
+        (measured["label"] == 0).sum(),
+        (measured["label"] == 1).sum(),
+    )
+    judged = found.subject.out_of_fold(found.keys, None).set_index(pd.Index(cohort.ids)).dropna()
+    own = measured.set_index("patient").loc[judged.index]
+    if members:
+        np.testing.assert_allclose(judged["probability"], own["calibrated"], atol=1e-6)
+        called = (judged["probability"] > judged["threshold"]).astype(int)
+        assert called.tolist() == own["predicted"].tolist()
+        men = cohort.table["gender"].loc[own.index] == "M"
+        right = own.loc[men & (own["label"] == 1), "predicted"]
+        if len(right) >= 5:
+            assert rows.loc[("gender", "M"), "sensitivity"] == pytest.approx(right.mean())
+    page = render_page(found)
+    assert "each judged by what had not seen its label" in page
+    files = write_report(found, tmp_path / "report.html", replace(ON_CPU, plates=0))
+    assert {"report-subgroups.csv", "subgroups.png"} <= {path.name for path in files}
+    written = pd.read_csv(tmp_path / "report-subgroups.csv")
+    np.testing.assert_allclose(written["auc"], found.subgroups.rows["auc"])
+
+
+def test_a_model_of_an_earlier_version_has_subgroups_of_training_patients(
+    home: Path, cohort: Cohort, tmp_path: Path
+) -> None:
+    model = made(home, tmp_path, "bnsigmoid")
+    old = {name: replace(each, ids=()) for name, each in model.held_out.items()}
+    found = explain(replace(model, held_out=old), cohort, ON_CPU)
+    assert found.subgroups is not None
+    assert found.subgroups.of == "train"
+    assert "THE MODEL WAS TRAINED ON THESE PATIENTS" in render_page(found)
+
+
 # --- members --------------------------------------------------------------------------------------
 
 
@@ -287,6 +341,24 @@ def test_members_are_explained_together(agg: str, red: Cohort) -> None:
     page = render_page(found)
     assert "averages 2 members" in page
     assert ("Attention is the weight that the network gives" in page) == (agg == "attention")
+
+
+def test_members_judge_the_patients_that_each_has_not_seen(red: Cohort) -> None:
+    models = linear_members("bnsigmoid")
+    for model, seen in zip(models, ("P0", "P1"), strict=True):
+        model.facts = TrainingFacts(
+            trained_on=(seen,), provenance=Provenance.of_ids(labels=(seen,))
+        )
+    found = explain(Ensemble.of(models), red, ON_CPU)
+    judged = found.subject.out_of_fold(found.keys, found.decisions.members)
+    assert judged.notna().all(axis=1).tolist() == [True, True] + [False] * (len(red.ids) - 2)
+    for row, (other, threshold) in enumerate(((1, 0.6), (0, 0.3))):
+        decision, alone = models[other].decision, explain(models[other], red, ON_CPU)
+        expected = decision.calibrate(alone.decisions.probability)[row]
+        assert judged["probability"][row] == pytest.approx(expected, abs=1e-6)
+        calibrated = decision.calibrate(np.array([threshold]))[0]
+        assert judged["threshold"][row] == pytest.approx(calibrated)
+        assert judged["fold"][row] == other
 
 
 def test_members_of_different_kinds_are_explained_one_at_a_time(red: Cohort) -> None:

@@ -58,7 +58,15 @@ INSIDE = {
             "rows",
             "scores",
         ),
-        *("comparison", "run_provenance", "leakage", "hidden_truth", "shortcuts", "decision"),
+        *(
+            "subgroups",
+            "comparison",
+            "run_provenance",
+            "leakage",
+            "hidden_truth",
+            "shortcuts",
+            "decision",
+        ),
         *("calibration", "intervals", "metrics", "predictive_values"),
     ),
     "heads": (

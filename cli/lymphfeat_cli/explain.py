@@ -152,10 +152,18 @@ def _result(explanation: "Explanation", files: list[Path]) -> dict[str, object]:
         "images": len(explanation.images),
         "metrics": explanation.metrics(),
         "deletion": None if deletion is None else deletion.to_json(),
+        "subgroups": _subgroups(explanation),
         "truth": explanation.truth_scores(),
         "overlap": None if overlap is None else vars(overlap),
         "files": [str(path) for path in files],
     }
+
+
+def _subgroups(explanation: "Explanation") -> dict[str, object] | None:
+    found = explanation.subgroups
+    if found is None:
+        return None
+    return {"patients": found.of, "groups": found.rows.to_dict("records")}
 
 
 def _show(explanation: "Explanation", files: list[Path]) -> None:
@@ -173,6 +181,7 @@ def _show(explanation: "Explanation", files: list[Path]) -> None:
             f"cell against fields off it; the highest is on it in {overlap.pointing:.0%} "
             f"of maps (chance {overlap.cell_share:.0%})."
         )
-    click.echo(f"wrote {files[0]}")
-    if len(files) > 1:
-        click.echo(f"wrote {len(files) - 1} figures to {files[1].parent}")
+    figures = [path for path in files[1:] if path.parent != files[0].parent]
+    click.echo(f"wrote {', '.join(str(path) for path in files if path not in figures)}")
+    if figures:
+        click.echo(f"wrote {len(figures)} figures to {figures[0].parent}")

@@ -91,6 +91,13 @@ def faultless_low(patients: int) -> float:
     return float(0.025 ** (1 / patients))
 
 
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n (Wilson 1927)."""
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def _two_sided(values: Floats, factor: float) -> float:
     if len(values) < 2:
         return math.nan

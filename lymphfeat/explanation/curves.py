@@ -1,12 +1,12 @@
 """Curves and distributions of a report, as plain arrays for both the page and the plots."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from lymphfeat.evaluation.intervals import wilson
 from lymphfeat.explanation.subjects import Subject
 from lymphfeat.heads.aggregators.weighted import EPSILON
 from lymphfeat.heads.stack import HeadStack
@@ -41,13 +41,6 @@ def calibration_curve(probability: Doubles, labels: NDArray[np.int64], bins: int
         share, n = float(labels[group].mean()), len(group)
         rows.append((float(probability[group].mean()), share, n, *wilson(share, n)))
     return np.array(rows, np.float64)
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n (Wilson 1927)."""
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Everything a report shows about a model on a cohort, as arrays and tables."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,9 @@ from scipy.special import expit
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
+from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.evaluation.hidden_truth import Truth
+from lymphfeat.evaluation.subgroups import FEWEST, measure_subgroups
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
 from lymphfeat.explanation.findings import Findings
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
@@ -24,6 +27,15 @@ from lymphfeat.model.predictions import ROLE_OF
 from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import ExplainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subgroups:
+    """How well the model does in groups of patients."""
+
+    of: str  # which patients: "new", "out of fold", "validation" or "train"
+    rows: pd.DataFrame  # as `measure_subgroups` returns
+
 
 ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
 
@@ -46,6 +58,11 @@ class Explanation:
     truth: Truth | None = None
     overlap: Overlap | None = None  # of maps with rendered cells; synthetic cohorts only
     unlike: Judgement | None = None  # how unlike training images and patients are, if known
+
+    @cached_property
+    def keys(self) -> tuple[PatientKey, ...]:
+        """Return what the patients are recognised by."""
+        return tuple(patient_keys(self.cohort))
 
     @property
     def model(self) -> AnyModel:
@@ -111,7 +128,7 @@ class Explanation:
         its probabilities from images, and from attributes, alone. `notes` says what is unusual
         about the attributes. For several models `spread` is as in `predict`.
         """
-        seen = self.model.seen(patient_keys(self.cohort))
+        seen = self.model.seen(self.keys)
         labels = pd.Series(self.cohort.labels, dtype="Int64")
         labels = labels.mask(labels < 0)
         calibration = self.model.decision.calibration
@@ -172,6 +189,42 @@ class Explanation:
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """Measure the labelled patients, separately for training, validation and new patients."""
         return self.model.measure(self.patients)
+
+    @cached_property
+    def subgroups(self) -> Subgroups | None:
+        """Measure groups of labelled patients, those that say most of how well the model predicts.
+
+        The first of new patients, training patients out of fold, validation and training patients
+        with five of each class; else of those with a label at all. None without any.
+        """
+        known = [own for own in self._judged() if len(own[1])]
+        enough = [
+            own for own in known if own[1]["label"].value_counts().reindex([0, 1]).min() >= FEWEST
+        ]
+        for of, own in enough or known:
+            names = own.index.to_numpy()
+            table = self.cohort.table[list(self.cohort.covariates)].iloc[names]
+            rows = measure_subgroups(
+                table.assign(images=self.cohort.n_images[names]),
+                own["probability"].to_numpy(np.float64),
+                own["label"].to_numpy(np.int64),
+                own["threshold"].to_numpy(np.float64),
+                own["fold"].to_numpy(np.int64) if own["fold"].notna().all() else None,
+            )
+            return Subgroups(of=of, rows=rows)
+        return None
+
+    def _judged(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Yield labelled patients with probability, threshold and fold, the most telling first."""
+        patients = self.patients.assign(threshold=self.model.threshold, fold=np.nan)
+        known = patients[patients["label"].notna()]
+        held_out = self.subject.out_of_fold(self.keys, self.decisions.members).dropna()
+        for role in ("new", "out of fold", "validation", "train"):
+            if role == "out of fold":
+                own = held_out.assign(label=patients["label"]).dropna()
+            else:
+                own = known[known["role"] == role]
+            yield role, own
 
     def truth_scores(self) -> dict[str, float]:
         """Score the images' ranking, and patients whose label was hidden, against the truth."""

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from lymphfeat.cohort.images import decode_crop
 from lymphfeat.explanation.curves import Distribution, roc_curve
-from lymphfeat.explanation.explanation import ROLES, Explanation
+from lymphfeat.explanation.explanation import ROLES, Explanation, Subgroups
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.page import colour_limit, extreme_images
 from lymphfeat.plots.axes import show_all_shares
@@ -23,6 +23,12 @@ from lymphfeat.runtime.arrays import Float32s
 TUMORAL, REACTIVE, UNKNOWN = "#b84a00", "#00609c", "#6f7579"
 COLORS = {1: TUMORAL, 0: REACTIVE, -1: UNKNOWN}
 _NAMES = {1: "tumoral", 0: "reactive", -1: "label unknown"}
+_JUDGED = {
+    "new": "New patients",
+    "out of fold": "Training patients, out of fold",
+    "validation": "Validation patients",
+    "train": "Training patients (no estimate of how well the model predicts)",
+}
 _MAP_COLORS = LinearSegmentedColormap.from_list(
     "logit", [(0, (0.0, 0.38, 0.69, 0.6)), (0.5, (1, 1, 1, 0)), (1, (0.88, 0.42, 0.0, 0.6))]
 )
@@ -148,6 +154,33 @@ def draw_deletion(deletion: Deletion) -> Figure:
     axes.plot(k, _from_zero(deletion.highest), color=TUMORAL, label="highest-scored")
     axes.set(xlabel="images deleted", ylabel="mean change in probability")
     axes.legend(frameon=False)
+    return figure
+
+
+def draw_subgroups(subgroups: Subgroups) -> Figure:
+    """Draw the figures of groups of patients with their intervals: a forest plot."""
+    rows = subgroups.rows
+    names = {"auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
+    figure = Figure(figsize=(11, 0.32 * len(rows) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True)
+    places = np.arange(len(rows))
+    for axes, (name, told) in zip(panels, names.items(), strict=True):
+        low, value, high = (rows[f"{name}{end}"].to_numpy() for end in ("_low", "", "_high"))
+        axes.hlines(places, low, high, color="0.5")
+        axes.plot(value, places, "o", color=REACTIVE, markersize=5)
+        axes.axvline(value[0], color="0.6", linestyle=":")
+        axes.set(xlabel=told, xlim=(-0.02, 1.02))
+    titles = [
+        f"{row.by} {row.group}".strip() + f" ({row.reactive} + {row.tumoral})"
+        for row in rows.itertuples()
+    ]
+    panels[0].set_yticks(places, titles)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"{_JUDGED[subgroups.of]}: results by subgroup (reactive + tumoral patients), 95 % "
+        "intervals; dotted: all patients",
+        fontsize=9,
+    )
     return figure
 
 

@@ -293,14 +293,14 @@ function partsPanel(p) {  // what images and attributes speak for, in words and 
   if (!p.parts.length) return null;
   const notes = p.notes ? [el("p", {}, `Note: ${p.notes}.`)] : [];
   return el("div", { class: "card findings", id: "parts" }, el("div", {}, el("h3", {}, "What speaks for and against"), p.speaks.map(told => el("p", {}, told)), notes,
-    el("p", { class: "note" }, "Parts of the calibrated logit: above 0 they speak for tumoral, below 0 for reactive.")),
+    el("p", { class: "note" }, "Parts of the calibrated logit: above 0 they speak for tumoral, below 0 for reactive. +0.7 doubles the odds of tumoral, −0.7 halves them.")),
     sumTable([...p.parts, [model.rest, p.rest]], resultOf(p)));
 }
 function sumTable(rows, end) {  // rows of a name and a signed value, with bars, and what they add up to
   const scale = Math.max(...rows.map(r => Math.abs(r[1])), 1e-9), digits = scale < .002 ? 5 : scale < .1 ? 4 : 2;
   const bar = value => el("td", { class: "bar", "aria-hidden": "true" }, el("div", {}, el("i", { style: `background:var(--${value < 0 ? "reactive" : "tumoral"});${value < 0 ? "right" : "left"}:50%;width:${50 * Math.abs(value) / scale}%` })));
   return el("table", { class: "contributions" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("td", {}, name), bar(value), el("td", {}, signed(value, digits)))),
-    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", {}), el("td", {}, end(digits)))));
+    el("tr", { class: "sum" }, el("td", {}, "sum"), el("td", { colspan: 2 }, end(digits)))));
 }
 function findingsPanel(p, block) {
   if (!block.findings.length) return null;
@@ -308,15 +308,15 @@ function findingsPanel(p, block) {
   return el("div", { class: "card findings" }, el("div", {}, el("h3", {}, "What the head found"), el("p", { class: "note" }, model.found), block.findings.map(([, , told]) => el("p", {}, told))),
     sumTable(rows, () => `logit ${fixed(p.found)}${model.final || model.end ? " of the head" : ""}`));
 }
-function strip(title, cells, caption) {
-  return el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: "strip" }, cells.map(cell =>
+function strip(title, cells, caption, wide = false) {
+  return el("div", { class: "card", "data-strip": title }, el("h3", {}, title), el("div", { class: wide ? "strip wide" : "strip" }, cells.map(cell =>
     el("button", { type: "button", class: "tile", onclick: () => openCell(cell.patient, cell.name) }, picture(cell, "off"), el("span", { class: "t" }, el("b", {}, caption(cell)), el("span", { class: "who" }, `cell ${cell.rank}`))))));
 }
 function attentive(p, block) {  // the cells that attention weighs most
   if (!model.attention || p.n < 2) return null;
   const cells = [...block.cells].sort(CELL_ORDERS[model.weight]).slice(0, data.strip), told = cells.reduce((sum, cell) => sum + cell.weight, 0);
   return [el("h2", {}, "Attention"), el("p", { class: "note" }, model.attention),
-    strip(`Cells with the highest attention: together ${percent(told)}`, cells, cell => percent(cell.weight))];
+    strip(`Cells with the highest attention: together ${percent(told)}`, cells, cell => percent(cell.weight), true)];
 }
 function differences(p, block) {  // the cells farthest from the patient's average cell, and the nearest
   const n = Math.min(data.strip, Math.floor(p.n / 2));
@@ -377,6 +377,21 @@ function showTrust() {
   for (const [title, value, told] of data.truth) $("trust").append(el("div", { class: "card" }, el("h3", {}, title), el("div", { class: "big" }, value), el("p", { class: "note" }, told)));
 }
 
+function showSubgroups() {  // a table whose cells draw the figure with its interval, from 0 to 1
+  const found = data.subgroups;
+  if (!found) return;
+  const figures = Object.entries(found.figures), all = found.rows[0];
+  const cell = (row, name) => {
+    const value = row[name], low = row[`${name}_low`], high = row[`${name}_high`];
+    if (value === null) return el("td", { class: "forest", title: "too few patients" }, "–");
+    return el("td", { class: "forest" }, el("span", { class: "line", "aria-hidden": "true" }, el("s", { style: `left:${100 * (all[name] ?? value)}%` }), el("i", { style: `left:${100 * low}%;width:${100 * (high - low)}%` }), el("b", { style: `left:${100 * value}%` })), `${fixed(value)} (${fixed(low)}–${fixed(high)})`);
+  };
+  $("subgroups").append(el("h2", { id: "subgroups-title" }, "Results by subgroup"), found.told.map(told => el("p", { class: "note" }, told)),
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "subgroups-title" }, el("table", {}, el("thead", {}, el("tr", {}, ["Patients", "", "Reactive", "Tumoral", ...figures.map(f => f[1])].map((title, i) => el("th", { scope: "col", class: i < 2 ? "text" : i > 3 ? "forest" : null }, title)))),
+      el("tbody", {}, found.rows.map((row, i) => el("tr", {}, el("td", {}, row.by === found.rows[i - 1]?.by ? "" : row.by), el("td", { class: "text" }, row.group), el("td", {}, String(row.reactive)), el("td", {}, String(row.tumoral)), figures.map(([name]) => cell(row, name))))))),
+    el("p", { class: "note" }, "Dots are figures, bars their intervals, on a scale from 0 to 1; the dotted line is the figure of all patients."));
+}
+
 // --- navigation -----------------------------------------------------------------------------
 
 let lastPatient = null;
@@ -399,5 +414,5 @@ patients.forEach((p, index) => { p.index = index; });
 for (const id of ["find", "by-label", "by-called", "by-role"]) $(id).addEventListener("input", fillTable);
 $("theme").addEventListener("click", flipTheme);
 addEventListener("hashchange", () => { route(); scrollTo(0, 0); $("main").focus({ preventScroll: true }); });
-showGroups(); fillTable(); showCharts(); showExtremes(); showTrust(); route();
+showGroups(); fillTable(); showCharts(); showExtremes(); showTrust(); showSubgroups(); route();
 document.documentElement.dataset.ready = "yes";

@@ -24,6 +24,7 @@ from lymphfeat.explanation.text import (
     alone,
     describe_deletion,
     describe_finding,
+    describe_subgroups,
     describe_truth,
     model_facts,
     named_value,
@@ -38,6 +39,7 @@ BUDGET = 60_000_000  # bytes of the file
 STRIP = 10  # cells in each strip of the highest and lowest
 _SHELL = 120_000  # a generous bound on the bytes of template, style and script
 _STRIP_PICTURE = 12_000  # maximum bytes of a picture that a strip repeats
+_FIGURES = {"auc": "AUC", "sensitivity": "Sensitivity", "specificity": "Specificity"}
 _END = "mean of the members; with their calibrations"
 _LARGEST_LOGIT = 327.67  # the largest that int16 hundredths can hold
 
@@ -140,6 +142,7 @@ def _page_data(
         "strip": STRIP,
         "extremes": _extremes(explanation, thumbnails),
         "deletion": _deletion(explanation),
+        "subgroups": _subgroups(explanation),
         "truth": describe_truth(explanation),
     }
 
@@ -333,6 +336,24 @@ def _deletion(explanation: Explanation) -> dict[str, Any] | None:
         "k": deletion.k.tolist(),
         **{name: _round(getattr(deletion, name), 5) for name in curves},
         "told": describe_deletion(deletion),
+    }
+
+
+def _subgroups(explanation: Explanation) -> dict[str, Any] | None:
+    found = explanation.subgroups
+    if found is None:
+        return None
+    names = [f"{name}{end}" for name in _FIGURES for end in ("", "_low", "_high")]
+    return {
+        "told": describe_subgroups(found),
+        "figures": _FIGURES,
+        "rows": [
+            {
+                **{name: row[name] for name in ("by", "group", "reactive", "tumoral")},
+                **{name: _number(row[name], 4) for name in names},
+            }
+            for row in found.rows.to_dict("records")
+        ],
     }
 
 

@@ -20,6 +20,7 @@ from lymphfeat.explanation.figures import (
     draw_extremes,
     draw_grids,
     draw_plate,
+    draw_subgroups,
     draw_weights,
 )
 from lymphfeat.explanation.page import render_page
@@ -41,7 +42,16 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import ExplainSettings
 
 _FORMATS = {"png": ("png",), "pdf": ("pdf",), "both": ("png", "pdf"), "none": ()}
-_FIGURES = ("cohort", "extremes", "grids", "deletion", "plate-*", "differences-*", "weights-*")
+_FIGURES = (
+    "cohort",
+    "extremes",
+    "grids",
+    "deletion",
+    "subgroups",
+    "plate-*",
+    "differences-*",
+    "weights-*",
+)
 FIGURES = ResultKind(
     name="set of figures",
     marks=("cohort.png", "cohort.pdf"),
@@ -64,29 +74,39 @@ def write_report(
     settings = settings or ExplainSettings()
     budget, formats = settings.megabytes * 1_000_000, _FORMATS[settings.figures]
     figures = figures_folder(out)
-    with result_files(out, {figures.name: FIGURES}, force=force) as folder:
+    table = subgroups_file(out)
+    with result_files(out, {figures.name: FIGURES, table.name: None}, force=force) as folder:
         page = render_page(explanation, budget=budget, progress=progress)
         (folder / out.name).write_text(page, encoding="utf-8")
+        if explanation.subgroups is not None:
+            rows = explanation.subgroups.rows.assign(patients=explanation.subgroups.of)
+            rows.to_csv(folder / table.name, index=False, lineterminator="\n")
         if formats:
             (folder / figures.name).mkdir()
             for name, figure in _figures(explanation, settings.plates):
                 for suffix in formats:
                     figure.savefig(folder / figures.name / f"{name}.{suffix}", dpi=130)
-    return [out, *files_in(figures)]
+    return [out, *([table] if table.exists() else []), *files_in(figures)]
 
 
 def check_report(out: Path, *, force: bool) -> None:
-    """Raise SettingsError when a page or its figures exist and `force` is not set.
+    """Raise SettingsError when a page, its table or figures exist and `force` is not set.
 
     Other files in the folder of figures are never overwritten.
     """
     check_file(out, force=force)
+    check_file(subgroups_file(out), force=force)
     check_folder(figures_folder(out), FIGURES, force=force)
 
 
 def figures_folder(out: Path) -> Path:
     """Return the folder of a page's figures."""
     return out.with_name(f"{out.stem}-figures")
+
+
+def subgroups_file(out: Path) -> Path:
+    """Return the table of subgroups of a page."""
+    return out.with_name(f"{out.stem}-subgroups.csv")
 
 
 def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figure]]:
@@ -96,6 +116,8 @@ def _figures(explanation: Explanation, plates: int) -> Iterator[tuple[str, Figur
         yield "grids", draw_grids(explanation)
     if explanation.deletion is not None:
         yield "deletion", draw_deletion(explanation.deletion)
+    if explanation.subgroups is not None:
+        yield "subgroups", draw_subgroups(explanation.subgroups)
     n_images = dict(zip(explanation.cohort.ids, explanation.cohort.n_images, strict=True))
     for number, patient in enumerate(worst_first(explanation)[:plates], start=1):
         yield f"plate-{number}-{_safe(patient)}", draw_plate(explanation, patient)

@@ -54,7 +54,9 @@ class Decisions:
     # (P,) from the images, and from the attributes, alone; None where only images count
     without_attributes: Floats | None = None
     without_images: Floats | None = None
-    spread: Floats | None = None  # (P,) standard deviation of the members' probabilities
+    # (P,) standard deviation, and (M, P) calibrated logits, of several members
+    spread: Floats | None = None
+    members: Floats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,7 @@ def decide(subject: Subject, kept: Sequence[Tensor], sizes: NDArray[np.int64]) -
         without_attributes=found.without_attributes,
         without_images=found.without_images,
         spread=found.spread,
+        members=found.members,
     )
 
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
+from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.calibration import Calibration
-from lymphfeat.evaluation.decision import average
+from lymphfeat.evaluation.calibration import Calibration, logit
+from lymphfeat.evaluation.decision import average, combine
 from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
@@ -73,7 +74,9 @@ class Judgement:
     # probabilities (P,) from images, and from attributes, alone; None if only images count
     without_attributes: Floats | None = None
     without_images: Floats | None = None
-    spread: Floats | None = None  # (P,) standard deviation of the members' probabilities
+    # (P,) standard deviation, and (M, P) calibrated logits, of several members
+    spread: Floats | None = None
+    members: Floats | None = None
 
 
 class Subject(ABC):
@@ -135,6 +138,15 @@ class Subject(ABC):
             for reader, own in zip(self.readers, kept, strict=True)
         ]
         return self._together(each, patients)
+
+    def out_of_fold(self, keys: Sequence[PatientKey], members: Floats | None) -> pd.DataFrame:
+        """Return what was said of training patients by what had not seen their label.
+
+        `members` (M, P) are calibrated logits. By row: probability, threshold, fold; missing where
+        nothing such is known.
+        """
+        columns = ["probability", "threshold", "fold"]
+        return pd.DataFrame(np.nan, index=range(len(keys)), columns=columns)
 
     @abstractmethod
     def _together(self, probabilities: Sequence[Floats], patients: Rows) -> Floats:
@@ -214,7 +226,18 @@ class _Members(Subject):
             contribution=mean("contribution"),
             shares=np.zeros((len(patients), 0)),
             spread=np.std(calibrated, axis=0),
+            members=logit(np.stack(calibrated)),
         )
+
+    def out_of_fold(self, keys: Sequence[PatientKey], members: Floats | None) -> pd.DataFrame:
+        found = super().out_of_fold(keys, members)
+        seen = np.array([each.seen(keys) for each in self._models]) == "label"  # (M, P)
+        for row in np.flatnonzero(seen.any(0) & ~seen.all(0)).tolist():
+            (own,) = np.nonzero(~seen[:, row])
+            assert members is not None
+            threshold = combine([self._models[number].decision for number in own]).threshold
+            found.loc[row] = (float(expit(members[own, row].mean())), threshold, float(own[0]))
+        return found
 
 
 class _Final(Subject):
@@ -282,6 +305,11 @@ class _Final(Subject):
             else _mean_probability([m.attribute_logits(given) for m, _, _ in members], self._last),
             spread=np.std(expit(logits), axis=0) if len(members) > 1 else None,
         )
+
+    def out_of_fold(self, keys: Sequence[PatientKey], members: Floats | None) -> pd.DataFrame:
+        seen = np.array(self._final.seen(keys)) == "label"
+        known = self._final.out_of_fold.reindex([key.id for key in keys])
+        return known.reset_index(drop=True).where(pd.Series(seen))
 
 
 def _mean_probability(logits: Sequence[Floats], last: Calibration) -> Floats:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lymphfeat.evaluation.fusion import ExpertsFusion, SumFusion
-from lymphfeat.explanation.explanation import Explanation
+from lymphfeat.evaluation.subgroups import FEWEST
+from lymphfeat.explanation.explanation import Explanation, Subgroups
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.findings import Finding, Findings
 from lymphfeat.explanation.subjects import Subject
@@ -289,7 +290,7 @@ def named_value(explanation: Explanation, part: str, patient: int) -> str:
     value = table[part].iloc[patient] if part in table else None
     if pd.isna(value):
         return f"{name} (missing)"
-    return f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
+    return f"{name} {value:.3g}" if isinstance(value, float | int) else f"{name} {value}"
 
 
 def alone(explanation: Explanation, patient: int) -> list[tuple[str, str]]:
@@ -303,6 +304,30 @@ def alone(explanation: Explanation, patient: int) -> list[tuple[str, str]]:
     return [
         ("Without attributes", f"{images:.2f} (threshold {at:.2f})"),
         ("Without images", f"{attributes:.2f}"),
+    ]
+
+
+_OF = {
+    "new": "Labelled patients that the model has not seen.",
+    "out of fold": "The training patients, each judged by what had not seen its label.",
+    "validation": "Validation patients: nothing was learnt from their labels, but the training was "
+    "steered by them.",
+    "train": "THE MODEL WAS TRAINED ON THESE PATIENTS. The figures show how well it fits, and are "
+    "no estimate of how well it predicts.",
+}
+
+
+def describe_subgroups(subgroups: Subgroups) -> list[str]:
+    """Say of which patients the figures are, and how to read them: a sentence or more each."""
+    groups = len(subgroups.rows) - 1
+    return [
+        f"{_OF[subgroups.of]} Called tumoral are those above the model's threshold. Intervals are "
+        f"95 %. No figure is given about fewer than {FEWEST} patients of a class.",
+        f"{groups} groups are compared in three figures each: among so many, some differ by chance "
+        "alone, and some intervals miss the truth. Where a group's interval holds the figure of "
+        "all patients, nothing here shows that the model does better or worse in this group; nor "
+        "does it show that it does equally well, if the interval is wide. A group whose interval "
+        "does not hold it is a reason to look at more patients of this kind, not a result.",
     ]
 
 

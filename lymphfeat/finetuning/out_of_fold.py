@@ -81,7 +81,12 @@ class OutOfFold:
             for other in (self.folds != fold for fold in np.unique(self.folds))
         ]
         kept = [self.decision] * len(others)
-        return HeldOut.of(self.probability, self.labels, self.folds, measured_by=others, kept=kept)
+        return HeldOut.of(
+            *(self.probability, self.labels, self.folds),
+            measured_by=others,
+            kept=kept,
+            ids=self.patients["id"].tolist(),
+        )
 
     def measure(self) -> Metrics:
         """Measure each fold by what the other folds decide."""

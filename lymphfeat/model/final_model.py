@@ -185,6 +185,22 @@ class FinalModel:
             )
         return self.held_out[self.judging]
 
+    @property
+    def out_of_fold(self) -> pd.DataFrame:
+        """What the row said of its training patients, each held out.
+
+        By id: probability (calibrated), threshold, fold (the member that judged, 0 if the model was
+        refit on everybody). Empty for models of earlier versions, and for recalibrated ones.
+        """
+        columns = ["probability", "threshold", "fold"]
+        known = self.held_out.get(self.judging)
+        if known is None or not known.ids or known.scheme == "recalibrated":
+            return pd.DataFrame(columns=columns, dtype=float)
+        members = [m.decision if self.fused else m.image_decision for m in self.members]
+        thresholds = np.array([each.about_calibrated().threshold for each in members])
+        values = (expit(known.logits), thresholds[known.member], known.member)
+        return pd.DataFrame(dict(zip(columns, values, strict=True)), index=list(known.ids))
+
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, as `Model.measure` does."""
         return measure_by_role(patients, self.threshold)

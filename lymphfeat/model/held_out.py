@@ -44,6 +44,7 @@ class HeldOut:
     logits: Floats  # (n,)
     labels: Labels  # (n,) 0 or 1
     member: NDArray[np.int64]  # (n,) who judged: the number of the member; 0 if there is one judge
+    ids: tuple[str, ...] = ()  # (n,) of the patients; not in old models
     # by operating point, `MEASURED` the model's threshold: each fold decided by the others
     rates: Mapping[str, Rates] = field(default_factory=dict)
     calibrated_for: float | None = None  # a prevalence other than theirs
@@ -57,6 +58,7 @@ class HeldOut:
         *,
         measured_by: Sequence[Decision],
         kept: Sequence[Decision],
+        ids: Sequence[str] = (),
     ) -> "HeldOut":
         """Take out-of-fold probabilities of the patients (n,) of numbered folds (n,).
 
@@ -71,6 +73,7 @@ class HeldOut:
             logits=np.array(logits),
             labels=labels,
             member=member,
+            ids=tuple(map(str, ids)),
             rates=_rates(measured_by, folds, probabilities, labels),
         )
 
@@ -113,6 +116,7 @@ class HeldOut:
             "logits": self.logits,
             "labels": self.labels,
             "member": self.member,
+            "ids": self.ids,
             "rates": {name: vars(each) for name, each in self.rates.items()},
             "calibrated_for": self.calibrated_for,
         }
@@ -127,6 +131,7 @@ class HeldOut:
             logits=np.array(content["logits"], np.float64),
             labels=np.array(content["labels"], np.int64),
             member=np.array(content["member"], np.int64),
+            ids=tuple(content.get("ids", ())),
             rates=rates_from_json(content["rates"]),
             calibrated_for=content["calibrated_for"],
         )
