@@ -386,7 +386,7 @@ function showSubgroups() {  // a table whose cells draw the figure with its inte
     if (value === null) return el("td", { class: "forest", title: "too few patients" }, "–");
     return el("td", { class: "forest" }, el("span", { class: "line", "aria-hidden": "true" }, el("s", { style: `left:${100 * (all[name] ?? value)}%` }), el("i", { style: `left:${100 * low}%;width:${100 * (high - low)}%` }), el("b", { style: `left:${100 * value}%` })), `${fixed(value)} (${fixed(low)}–${fixed(high)})`);
   };
-  $("subgroups").append(el("h2", { id: "subgroups-title" }, "Results by subgroup"), found.told.map(told => el("p", { class: "note" }, told)),
+  $("subgroups").append(el("h2", { id: "subgroups-title" }, "Results by subgroup"), ...found.told.map(told => el("p", { class: "note" }, told)),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "subgroups-title" }, el("table", {}, el("thead", {}, el("tr", {}, ["Patients", "", "Reactive", "Tumoral", ...figures.map(f => f[1])].map((title, i) => el("th", { scope: "col", class: i < 2 ? "text" : i > 3 ? "forest" : null }, title)))),
       el("tbody", {}, found.rows.map((row, i) => el("tr", {}, el("td", {}, row.by === found.rows[i - 1]?.by ? "" : row.by), el("td", { class: "text" }, row.group), el("td", {}, String(row.reactive)), el("td", {}, String(row.tumoral)), figures.map(([name]) => cell(row, name))))))),
     el("p", { class: "note" }, "Dots are figures, bars their intervals, on a scale from 0 to 1; the dotted line is the figure of all patients."));

@@ -20,6 +20,7 @@ from lymphfeat.explanation.scores import ranks
 from lymphfeat.explanation.text import (
     DIFFERING,
     FOUND,
+    FOUND_BY_HEAD,
     about,
     alone,
     describe_deletion,
@@ -56,7 +57,9 @@ def render_page(
         explanation.subject, explanation.maps, explanation.cohort.n_images
     )
     blocks = _patient_blocks(explanation, distribution)
-    text = sum(len(_json(block)) for block in blocks) + _SHELL + 4 * STRIP * _STRIP_PICTURE
+    patients = _patients(explanation)
+    text = sum(len(_json(part)) for part in (patients, *blocks))
+    text += _SHELL + 4 * STRIP * _STRIP_PICTURE
     thumbnails = make_thumbnails(
         [path for paths in explanation.cohort.images for path in paths],
         explanation.subject.crop,
@@ -67,9 +70,8 @@ def render_page(
     )
     for block, pictures in zip(blocks, _split(thumbnails.pictures, explanation), strict=True):
         block["thumbs"] = pictures
-    return _render(
-        explanation, _page_data(explanation, distribution, thumbnails), blocks, thumbnails
-    )
+    data = _page_data(explanation, distribution, thumbnails) | {"patients": patients}
+    return _render(explanation, data, blocks, thumbnails)
 
 
 def _render(
@@ -130,7 +132,6 @@ def _page_data(
         "model": _model(explanation),
         "attributes": list(cohort.covariates),
         "scatter": [name for name in numeric if cohort.table[name].notna().sum() > 1],
-        "patients": _patients(explanation),
         "groups": list(groups.items()),
         "roc": _rocs(explanation, groups),
         "calibration": _calibration(explanation),
@@ -160,7 +161,7 @@ def _model(explanation: Explanation) -> dict[str, Any]:
         "rest": wording.rest,
         "maps": wording.mapped,
         "distances": explanation.distance is not None,
-        "found": FOUND,
+        "found": FOUND + FOUND_BY_HEAD * (subject.model_is_final or subject.members > 1),
         "differing": DIFFERING,
         "intercept": None if explanation.findings is None else explanation.findings.intercept,
         "weight": wording.weight,

@@ -19,6 +19,9 @@ from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import AnyModel
 from lymphfeat.model.members import IMAGES
 
+FOUND_BY_HEAD = (
+    "This is about the head's own logit, before it is calibrated and joined with anything else. "
+)
 FOUND = (
     "What each statistic of the patient's cells adds to the logit, compared with the average "
     "training patient. It is a weighted sum over all features, so it can go against the tendency "
