@@ -40,7 +40,9 @@ from lymphfeat.runtime.progress import Progress, RateMeter, silent
 from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import EndToEndSettings, ExtractSettings
 
-_AFTER_TRAINING = ("validation", "tta", "fusion", "attributes", "log_attributes")
+_BESIDE_TRAINING = (
+    *("validation", "evaluate_every", "tta", "fusion", "attributes", "log_attributes"),
+)
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
 _INCIDENTAL = ("weights", "batch_size", "device", "threads", "versions")
@@ -171,7 +173,7 @@ def make_recipe(
 
 def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict[str, Any]:
     fields = asdict(_finetune_settings(settings))
-    for name in ("backbone", "precision", "device", "threads", "seed", *_AFTER_TRAINING):
+    for name in ("backbone", "precision", "device", "threads", "seed", *_BESIDE_TRAINING):
         del fields[name]
     # What the backbones learn from: not which split serves which.
     learnt = [

@@ -472,6 +472,14 @@ class EndToEndSettings(Settings):
         at_least=0,
         below=1,
     )
+    # Held-out patients are predicted by all of their images: every epoch, it would take as long as
+    # the training.
+    evaluate_every: int = setting(
+        10,
+        "Epochs between the predictions of held-out patients for the curves; the last epoch always "
+        "counts.",
+        at_least=1,
+    )
     fusion: Way | None = setting(
         None, "Fuse the images with the clinical attributes, in this way (with --folds)."
     )

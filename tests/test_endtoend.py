@@ -224,6 +224,32 @@ def test_validation_patients_are_held_out(cohort: Cohort, tmp_path: Path) -> Non
     assert list(model.facts.metrics) == ["train", "validation", *baselines]
 
 
+@pytest.mark.seconds
+def test_how_often_held_out_patients_are_predicted_changes_nothing_else(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    found = {}
+    for every in (1, 2, 9):
+        settings = tiny_settings(epochs=5, validation=0.4, evaluate_every=every)
+        train(cohort, tmp_path / str(every), settings)
+        assert_same_weights(tmp_path / "1", tmp_path / str(every))
+        found[every] = pd.read_csv(tmp_path / str(every) / "curves.csv", index_col="epoch")
+    judged = [name for name in found[1].columns if name.startswith("validation_")]
+    for every, epochs in ((2, [2, 4, 5]), (9, [5])):
+        own, others = found[every].loc[epochs, judged], found[every].drop(epochs)[judged]
+        pd.testing.assert_frame_equal(own, found[1].loc[epochs, judged])
+        assert others.isna().all(axis=None)
+        assert (found[every]["loss"] == found[1]["loss"]).all()
+
+
+def test_an_unfinished_training_may_be_judged_more_often(cohort: Cohort, tmp_path: Path) -> None:
+    settings = tiny_settings(epochs=3, validation=0.4)
+    interrupt(cohort, settings, tmp_path)
+    train(cohort, tmp_path, replace(settings, evaluate_every=1))
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    assert curves["validation_auc"].isna().tolist() == [True, False, False]
+
+
 def test_no_submission_without_unlabelled_patients(cohort: Cohort, tmp_path: Path) -> None:
     train(cohort.labelled(), tmp_path, tiny_settings(epochs=1))
     assert not (tmp_path / "submission.csv").exists()

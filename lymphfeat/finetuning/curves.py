@@ -1,6 +1,7 @@
 """Learning curves of an end-to-end training: one row per epoch, as CSV."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,11 @@ def metric_columns(
     return {f"{prefix}_{name}": float(metrics[name]) for name in SHOWN_METRICS}
 
 
+def unmeasured(prefix: str) -> dict[str, float]:
+    """Return the columns of `metric_columns` for an epoch that was not measured: NaN."""
+    return {f"{prefix}_{name}": math.nan for name in SHOWN_METRICS}
+
+
 def write_curves(rows: Sequence[EpochRow], folder: Path) -> None:
     """Write curves.csv to a folder, creating the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,4 +48,8 @@ def _write(rows: Sequence[EpochRow], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"

@@ -10,7 +10,7 @@ import torch
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import find_normalization
 from lymphfeat.errors import SettingsError
-from lymphfeat.finetuning.curves import EpochRow, metric_columns
+from lymphfeat.finetuning.curves import EpochRow, metric_columns, unmeasured
 from lymphfeat.finetuning.encoder import Encoder
 from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, EpochResult, FineTuner, evaluate
 from lymphfeat.finetuning.job import Job
@@ -73,7 +73,7 @@ def fit(
         history = state["history"]
     while len(history) < job.settings.epochs:
         row = _run_epoch(job, tuner, history, progress)
-        history.append(row if held_out is None else row | _measure(job, tuner, held_out))
+        history.append(row if held_out is None else row | _judge(job, tuner, held_out, row))
         last = len(history) == job.settings.epochs
         if is_first():
             checkpoint.write({"trainer": tuner.state(), "history": history}, last=last)
@@ -88,7 +88,7 @@ def _run_epoch(
 ) -> dict[str, float]:
     epoch, epochs = len(history), job.settings.epochs
     start = time.perf_counter()
-    results = _shown(history[-1]) if history else ""
+    results = _shown(history) if history else ""
 
     def report(done: int, total: int, text: str = "") -> None:
         progress(epoch * total + done, epochs * total, f"epoch {epoch + 1}/{epochs}{results}")
@@ -116,6 +116,14 @@ def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str,
     }
 
 
+def _judge(job: Job, tuner: FineTuner, held_out: Roster, row: EpochRow) -> dict[str, float]:
+    """Measure the patients held out after every so many epochs, and the last; otherwise NaN."""
+    epoch, settings = int(row["epoch"]), job.settings
+    if epoch % settings.evaluate_every and epoch < settings.epochs:
+        return unmeasured("validation")
+    return _measure(job, tuner, held_out)
+
+
 def _measure(job: Job, tuner: FineTuner, held_out: Roster) -> dict[str, float]:
     chunk_size = job.settings.max_forward_size
     probability = evaluate(tuner.encoder, job.model.head, held_out, chunk_size)
@@ -123,9 +131,11 @@ def _measure(job: Job, tuner: FineTuner, held_out: Roster) -> dict[str, float]:
     return metric_columns("validation", probability, labels, job.model.threshold)
 
 
-def _shown(row: EpochRow) -> str:
-    """Summarise an epoch in a few words."""
-    validation = f" validation BA {row['validation_ba']:.3f}" if "validation_ba" in row else ""
+def _shown(history: Sequence[EpochRow]) -> str:
+    """Summarise the last epoch, and the last one measured on the patients held out."""
+    row = history[-1]
+    known = [ba for row in history if math.isfinite(ba := row.get("validation_ba", math.nan))]
+    validation = f" validation BA {known[-1]:.3f}" if known else ""
     gigabytes = row["peak_memory_gb"]
     memory = f" {gigabytes:.1f} GB" if math.isfinite(gigabytes) else ""
     return (

@@ -1,5 +1,6 @@
 """The plot of an end-to-end training's learning curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,11 @@ def _draw(rows: Sequence[EpochRow], path: Path) -> None:
 def _draw_lines(
     axes: Axes, rows: Sequence[EpochRow], columns: Mapping[str, str], title: str
 ) -> None:
-    epochs = [row["epoch"] for row in rows]
     for column, name in columns.items():
         if column in rows[0]:
-            axes.plot(epochs, [row[column] for row in rows], marker=".", label=name)
+            measured = [row for row in rows if math.isfinite(row[column])]  # else the line breaks
+            epochs = [row["epoch"] for row in measured]
+            axes.plot(epochs, [row[column] for row in measured], marker=".", label=name)
     axes.set_xlabel("epoch")
     axes.set_ylabel(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
