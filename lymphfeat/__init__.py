@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from lymphfeat.explanation.explanation import explain
+    from lymphfeat.exporting import export_bags
     from lymphfeat.extraction import extract
     from lymphfeat.features.store import FeatureStore
     from lymphfeat.finalization import finalize
     from lymphfeat.fitting import fit_heads
+    from lymphfeat.importing import import_bags
     from lymphfeat.model.loading import load_model
     from lymphfeat.recalibration import recalibrate
     from lymphfeat.settings import (
@@ -65,9 +67,11 @@ __all__ = [
     "audit",
     "compare",
     "explain",
+    "export_bags",
     "extract",
     "finalize",
     "fit_heads",
+    "import_bags",
     "load_model",
     "recalibrate",
     "train",
@@ -80,9 +84,11 @@ _MODULES = {
     "audit": "auditing",
     "compare": "comparison",
     "explain": "explanation.explanation",
+    "export_bags": "exporting",
     "extract": "extraction",
     "finalize": "finalization",
     "fit_heads": "fitting",
+    "import_bags": "importing",
     "load_model": "model.loading",
     "recalibrate": "recalibration",
     "train": "training",

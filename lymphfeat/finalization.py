@@ -44,7 +44,7 @@ from lymphfeat.model.held_out import HeldOut
 from lymphfeat.model.members import Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.scoring import ModelRecipe
-from lymphfeat.model.sources import Source
+from lymphfeat.model.sources import BackboneSource, ImportedSource, Source
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, recover, result_folder
@@ -198,7 +198,9 @@ class _Recorded:
 
 
 def _source(store: FeatureStore, weights: Sequence[Path]) -> Source:
-    """Build the backbone that a store's maps were made with."""
+    """Build the backbone that a store's maps were made with; imported ones have none."""
+    if store.is_imported:
+        return ImportedSource.of(store)
     recipe = store.recipe
     named = {path.name: str(path) for path in weights}
     source = str(recipe["weights"])
@@ -214,7 +216,7 @@ def _source(store: FeatureStore, weights: Sequence[Path]) -> Source:
             "weights file with --weights, or extract again."
         )
     fields = ("backbone", "output_stride", "crop", "normalization")
-    return Source(
+    return BackboneSource(
         backbone=backbone, recipe=ModelRecipe.from_json({name: recipe[name] for name in fields})
     )
 

@@ -34,6 +34,7 @@ Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibra
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Way = Literal["late", "sum", "experts"]  # of fusing, METHOD §5
 Fusion = Literal[Way, "all"]
+ExportFormat = Literal["clam", "torchmil", "anndata", "npz"]  # exchange.writers
 
 
 @dataclass(frozen=True, kw_only=True)

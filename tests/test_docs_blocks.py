@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from doctest import DocTestParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -26,6 +27,7 @@ BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.S)
 COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
 OTHER = "OTHER_DIR"  # patients of another laboratory
 RESULTS = {
+    "docs/exchange.md": ["cache/features.h5"],
     "docs/explain.md": ["models/endtoend", "models/final"],
     "docs/final.md": ["cache/features.h5"],
     "docs/heads.md": ["cache/features.h5"],
@@ -103,8 +105,19 @@ def write_place(place: Path) -> Path:
         _write_cohort(place / name, first)
     for name in COHORTS[1:]:
         shutil.copytree(place / "cohort", place / name)
+    for name, first in (("BAGS", 0), ("NEW_BAGS", 100)):
+        _write_bags(place / name, first)
+    shutil.copy(place / "cohort" / "patients.csv", place / "labels.csv")
     write_text(place / "lymphfeat.toml", CONFIG)
     return place
+
+
+def _write_bags(folder: Path, first: int) -> None:
+    """Write features of 22 patients, numbered from `first`."""
+    folder.mkdir()
+    for number in range(22):
+        own = np.random.default_rng(first + number).normal(number % 2, 1, (1 + number % 4, 6))
+        np.save(folder / f"P{first + number}.npy", own)
 
 
 def _write_cohort(root: Path, first: int) -> None:

@@ -42,6 +42,8 @@ LINES = {
     ],
     "a fused model": ["info", "fused"],
     "members": [*TRAIN, "--folds", "2", "--out", "members"],
+    "export": ["export", "store.h5", "--format", "torchmil", "--out", "bags"],
+    "import": ["import", "bags", "--out", "imported.h5"],
     "predict": ["predict", "--cohort", "red", "--model", "model", *DEVICE, *TRUTH],
     "finalize": ["finalize", "honest", "--out", "final"],
     "predict by a final model": [
@@ -130,7 +132,7 @@ def test_every_json_file_is_strict(printed: dict[str, str]) -> None:
         strict(path.read_text(encoding="utf-8"))
     assert {path.name for path in files} >= {
         *("audit.json", "config.json", "summary.json", "splits.json", "provenance.json"),
-        *("model.json", "members.json", "final.json"),
+        *("model.json", "members.json", "final.json", "export.json"),
     }
 
 

@@ -16,7 +16,15 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 # What the commands call. A module or package imports only from those to its right, and from HOUSES.
 COMMANDS = (
     *("inspection", "explanation", "reproduction", "comparison", "finalization", "fitting"),
-    *("recalibration", "extraction", "training", "pretraining", "auditing"),
+    *(
+        "recalibration",
+        "extraction",
+        "importing",
+        "exporting",
+        "training",
+        "pretraining",
+        "auditing",
+    ),
 )
 # What they do it with: a package imports only from those to its right.
 HOUSES = (
@@ -78,7 +86,16 @@ INSIDE = {
         *("descriptions", "logistic", "sharing", "scorers", "results", "sampling", "instances"),
     ),
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
-    "features": ("store_writer", "map_encoder", "store", "backbones", "views", "augmentation"),
+    "features.exchange": ("layouts", "arrays", "origin", "writers"),
+    "features": (
+        "exchange",
+        "store_writer",
+        "map_encoder",
+        "store",
+        "backbones",
+        "views",
+        "augmentation",
+    ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (
         *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),

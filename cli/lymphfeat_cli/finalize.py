@@ -108,11 +108,13 @@ def _show(model: "FinalModel", out: Path) -> None:
         if figures and (key == "row" or model.attributes.names):
             ba = with_interval(figures["ba"], figures["ba_low"], figures["ba_high"])
             click.echo(f"{name}: BA {ba}, AUC {number(figures['auc'])}.")
-    if model.compares == ("features",):
+    if model.reads_images and model.compares == ("features",):
         click.echo(
             "Only features will tell which patients are unlike training, for the store has no "
             "image statistics. Extract again with --force to have stain, focus and scale, too."
         )
+    if not model.reads_images:
+        click.echo("It has no backbone: predict imported stores of the same features (--store).")
     click.echo("Research software, not a medical device.")
     for path in files_in(out):
         click.echo(f"wrote {path}")

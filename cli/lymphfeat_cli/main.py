@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "audit": "Check a cohort: contents, oddities, leaks and shortcuts.",
     "extract": "Cohort -> feature store: one spatial feature map per image.",
+    "import": "Bags of features of another tool -> feature store; no images needed.",
+    "export": "Feature store -> bags of features for another tool.",
     "info": "Describe a store, run, model or weights file and check that it is complete.",
     "fit-head": "Feature store -> MIL heads fitted on every split, with a results table.",
     "endtoend": "Cohort -> final model trained through the backbone, predictions, submission.",

@@ -18,7 +18,7 @@ import pandas as pd
 
 from lymphfeat.cohort.cell_values import UNKNOWN
 from lymphfeat.cohort.csv_rows import complain, name_some
-from lymphfeat.cohort.tables import choose_tables, read_patient, read_tables
+from lymphfeat.cohort.tables import ClinicalTable, choose_tables, read_patient, read_tables
 from lymphfeat.errors import CohortError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
@@ -77,8 +77,42 @@ class Cohort:
         files = walk_folder(root)
         paths, unread = choose_tables(root, files.tables) if table is None else ([Path(table)], [])
         clinical = read_tables(paths, reference_date)
+        found = _assign(root, files.images, set(clinical.frame.index))
+        return cls._of(root, clinical, found, allow_missing, [*unread, *files.notes()])
+
+    @classmethod
+    def of_bags(
+        cls,
+        root: Path,
+        clinical: ClinicalTable,
+        names: Mapping[str, Sequence[str]],
+        *,
+        allow_missing: bool = False,
+    ) -> "Cohort":
+        """Make a cohort of images that are not on disk: of each patient's id their names.
+
+        Raises CohortError for patients without images and for ids without a row, unless
+        `allow_missing`, and for a table that has none of the ids.
+        """
+        rows = set(clinical.frame.index)
+        found = _Found(holder="bag")
+        for id, own in names.items():
+            if id in rows:
+                found.images[id], found.places[id] = [root / id / name for name in own], Path(id)
+            else:
+                found.orphans[Path(id)] = 0
+        return cls._of(root, clinical, found, allow_missing)
+
+    @classmethod
+    def _of(
+        cls,
+        root: Path,
+        clinical: ClinicalTable,
+        found: "_Found",
+        allow_missing: bool,
+        unread: Sequence[str] = (),
+    ) -> "Cohort":
         ids = _numeric_order(clinical.frame.index)
-        found = _assign(root, files.images, set(ids))
         missing = _check_missing(root, ids, found, allow_missing)
         ids = [id for id in ids if id in found.images]
         frame = clinical.frame.loc[ids].copy()
@@ -87,7 +121,7 @@ class Cohort:
             root=root,
             table=frame[[*_NOT_COVARIATES, *frame.columns.drop([*_NOT_COVARIATES])]],
             images=tuple(tuple(found.images[id]) for id in ids),
-            notes=(*clinical.notes, *unread, *files.notes(), *found.notes, *missing, *split_notes),
+            notes=(*clinical.notes, *unread, *found.notes, *missing, *split_notes),
             submission_ids=tuple(id for id in clinical.submission_ids if id in found.images),
         )
 
@@ -265,8 +299,9 @@ class _Found:
 
     images: dict[str, list[Path]] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)  # id -> folder, relative to the root
-    orphans: dict[Path, int] = field(default_factory=dict)  # folder of no patient -> images
+    orphans: dict[Path, int] = field(default_factory=dict)  # of no patient -> images, 0: unknown
     notes: list[str] = field(default_factory=list)
+    holder: str = "image folder"  # of a patient's images
 
 
 def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found:
@@ -322,13 +357,20 @@ def _sort_loose(loose: dict[Path, list[str]], found: _Found) -> None:
 def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing: bool) -> list[str]:
     """Refuse patients without images and images without a patient, or return them as notes."""
     absent = [id for id in ids if id not in found.images]
-    orphans = [f"{folder} ({count} images)" for folder, count in found.orphans.items()]
-    kinds = {"patient(s) without images": absent, "image folder(s) without table row": orphans}
+    orphans = [
+        f"{folder} ({count} images)" if count else str(folder)
+        for folder, count in found.orphans.items()
+    ]
+    kinds = {
+        "patient(s) without images": absent,
+        f"{found.holder}(s) without table row": orphans,
+    }
     kinds = {kind: names for kind, names in kinds.items() if names}
     missing = [f"{len(names)} {kind}: {name_some(names)}" for kind, names in kinds.items()]
     if len(absent) == len(ids):
         what = f"no patient of the table has images under {root}"
-        complain(what, missing, "Each patient must have a folder whose name is exactly its id.")
+        remedy = f"Each patient must have a {found.holder} whose name is exactly its id."
+        complain(what, missing, remedy)
     if missing and not allow_missing:
         remedy = "Add or rename them, or leave them out with --allow-missing."
         complain(str(root), missing, remedy)

@@ -69,6 +69,15 @@ def read_patient(id: str, cells: Mapping[str, str], reference_date: date) -> Cli
     return _tabulate([row], [], reference_date)
 
 
+def read_labels(labels: Mapping[str, str], source: Path) -> ClinicalTable:
+    """Make a table of labels alone, id -> text as in a table, found at `source`."""
+    rows = [
+        Row(path=source, number=number, cells={"id": id, "label": label})
+        for number, (id, label) in enumerate(labels.items(), 1)
+    ]
+    return _tabulate(rows, [], date.min)
+
+
 def _tabulate(rows: Sequence[Row], notes: Sequence[str], reference_date: date) -> ClinicalTable:
     _check_ids(rows)
     columns = _parse_columns(rows, reference_date)

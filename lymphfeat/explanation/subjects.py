@@ -29,7 +29,7 @@ from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import AnyModel
 from lymphfeat.model.members import Member
 from lymphfeat.model.model import Model
-from lymphfeat.model.sources import Source
+from lymphfeat.model.sources import BackboneSource, refuse_imported
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.settings import HeadSettings
 
@@ -83,7 +83,7 @@ class Subject(ABC):
     """A model whose decisions about the patients of a table are explained."""
 
     model: AnyModel
-    sources: tuple[Source, ...]
+    sources: tuple[BackboneSource, ...]
     readers: tuple[Reader, ...]
     attributes: tuple[str, ...] = ()  # the attributes that count
     tta: bool = False  # whether `predict` averages over flips
@@ -173,7 +173,7 @@ class _Single(Subject):
 
     def __init__(self, model: Model) -> None:
         self.model, self.tta = model, model.tta
-        self.sources = (Source(backbone=model.backbone, recipe=model.recipe),)
+        self.sources = (BackboneSource(backbone=model.backbone, recipe=model.recipe),)
         self.readers = (Reader(head=model.head),)
 
     def _together(self, probabilities: Sequence[Floats], patients: Rows) -> Floats:
@@ -197,7 +197,9 @@ class _Members(Subject):
     def __init__(self, model: Ensemble) -> None:
         self.model, self._models = model, model.models
         self.members, self.tta = len(model.models), any(each.tta for each in model.models)
-        self.sources = tuple(Source(backbone=m.backbone, recipe=m.recipe) for m in model.models)
+        self.sources = tuple(
+            BackboneSource(backbone=m.backbone, recipe=m.recipe) for m in model.models
+        )
         self.readers = tuple(
             Reader(head=each.head, sources=(number,), share=1 / self.members)
             for number, each in enumerate(model.models)
@@ -245,7 +247,8 @@ class _Final(Subject):
 
     def __init__(self, model: FinalModel, table: pd.DataFrame) -> None:
         self.model, self._final = model, model
-        self.sources, self.tta, self.members = model.sources, model.tta, len(model.members)
+        self.sources = tuple(refuse_imported(model.sources))
+        self.tta, self.members = model.tta, len(model.members)
         self.attributes = model.attributes.names if model.fused else ()
         self._numbers = model.attributes.matrix(table) if model.fused else None  # (P, D)
         self._table = table

@@ -282,6 +282,11 @@ class FeatureStore:
         return tuple(self.table.index)
 
     @property
+    def is_imported(self) -> bool:
+        """Whether the features were made by another tool: there is no backbone to run."""
+        return "imported" in self.recipe
+
+    @property
     def labels(self) -> NDArray[np.int64]:
         return self.table["label"].to_numpy(np.int64)
 

@@ -27,7 +27,7 @@ from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.held_out import HeldOut
 from lymphfeat.model.members import Member
 from lymphfeat.model.predictions import Predictions
-from lymphfeat.model.sources import Source
+from lymphfeat.model.sources import BackboneSource
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.progress import Progress, part_of
 from lymphfeat.settings import EndToEndSettings, PredictSettings
@@ -244,8 +244,8 @@ def _head_names(jobs: Sequence[Job]) -> str:
     return " / ".join(dict.fromkeys(head_name(job.model.head_settings) for job in jobs))
 
 
-def _source(job: Job) -> Source:
-    return Source(backbone=job.model.backbone, recipe=job.model.recipe)
+def _source(job: Job) -> BackboneSource:
+    return BackboneSource(backbone=job.model.backbone, recipe=job.model.recipe)
 
 
 def _facts(jobs: Sequence[Job]) -> TrainingFacts:

@@ -46,7 +46,7 @@ def _describe_final(path: Path) -> dict[str, Any]:
         "reads": ["images", *model.attributes.names],
         "compares": list(model.compares),
         "members": len(model.members),
-        "backbones": [asdict(source.recipe) for source in model.sources],
+        "backbones": [source.to_json() for source in model.sources],
         "threshold": model.threshold,
         "threshold_from": model.threshold_from,
         "figures": dict(model.figures),

@@ -6,7 +6,7 @@ members read the same backbones, whose features are computed once, or each its o
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.calibration import Calibration
 from lymphfeat.evaluation.decision import Decision, combine
 from lymphfeat.evaluation.predictive_values import PredictiveValues, check_prevalence
-from lymphfeat.features.backbones import make_backbone, weights_sha256
+from lymphfeat.features.backbones import weights_sha256
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
@@ -39,8 +39,14 @@ from lymphfeat.model.held_out import GUARANTEES, MEASURED, HeldOut, answers
 from lymphfeat.model.members import IMAGES, Member
 from lymphfeat.model.model import FINAL_FILE
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
-from lymphfeat.model.scoring import ModelRecipe
-from lymphfeat.model.sources import Kept, Pooled, Source, check_stores
+from lymphfeat.model.sources import (
+    ImportedSource,
+    Kept,
+    Pooled,
+    Source,
+    check_stores,
+    source_from_json,
+)
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import recover
@@ -105,6 +111,11 @@ class FinalModel:
     def threshold_from(self) -> str:
         """What the threshold was chosen on."""
         return self.decision.threshold_from
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it has backbones; a model of imported features predicts stores alone."""
+        return not any(isinstance(source, ImportedSource) for source in self.sources)
 
     @property
     def compares(self) -> tuple[str, ...]:
@@ -307,7 +318,7 @@ class FinalModel:
         reader, own = self._reader(source), self.sources[source]
         if isinstance(reader, Pooled):
             return repeat(kept[:, None])
-        return iter(reader.split(kept, own.pixels, own.backbone.channels))
+        return iter(reader.split(kept, own.pixels, own.channels))
 
     def _predictions(
         self,
@@ -381,7 +392,7 @@ class FinalModel:
         if self.familiarity is None:
             return predictions
         pooled = [
-            own[0, :, -source.backbone.channels :].double().numpy()  # (N, C)
+            own[0, :, -source.channels :].double().numpy()  # (N, C)
             for own, source in zip(kept, self.sources, strict=True)
         ]
         sizes = predictions.patients["n_images"].tolist()
@@ -402,7 +413,7 @@ class FinalModel:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "row": self.row,
-            "sources": [asdict(source.recipe) for source in self.sources],
+            "sources": [source.to_json() for source in self.sources],
             "members": [member.to_json() for member in self.members],
             "attributes": self.attributes.to_json(),
             "decision": self.decision.to_json(),
@@ -424,7 +435,7 @@ class FinalModel:
         known = () if self.familiarity is None else self.familiarity.features
         return nn.ModuleDict(
             {
-                "source": nn.ModuleList(source.backbone.model for source in self.sources),
+                "source": nn.ModuleList(source.network for source in self.sources),
                 "member": nn.ModuleList(nn.ModuleList(member.heads) for member in self.members),
                 "familiarity": nn.ModuleList(known),
             }
@@ -457,17 +468,8 @@ def _build_member(content: Mapping[str, Any], channels: Sequence[int]) -> Member
 
 
 def _build(content: Mapping[str, Any]) -> FinalModel:
-    recipes = [ModelRecipe.from_json(each) for each in content["sources"]]
-    sources = tuple(
-        Source(
-            backbone=make_backbone(
-                recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
-            ),
-            recipe=recipe,
-        )
-        for recipe in recipes
-    )
-    channels = [source.backbone.channels for source in sources]
+    sources = tuple(source_from_json(each) for each in content["sources"])
+    channels = [source.channels for source in sources]
     members = [_build_member(member, channels) for member in content["members"]]
     known = content.get("familiarity")
     return FinalModel(

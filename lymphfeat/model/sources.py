@@ -1,8 +1,10 @@
 """The backbones of a final model: what its heads keep of images, or of the maps of a store."""
 
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.errors import StoreError
-from lymphfeat.features.backbones import Backbone, weights_sha256
+from lymphfeat.errors import ModelError, StoreError
+from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.head import Head
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, instances_of
@@ -23,19 +25,29 @@ from lymphfeat.settings import HeadSettings, PredictSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A backbone, and how an image becomes its input."""
-
-    backbone: Backbone
-    recipe: ModelRecipe
+class Source(ABC):
+    """What gives the heads of a model the features of images."""
 
     @property
+    @abstractmethod
+    def channels(self) -> int:
+        """The number of channels of an image's feature map."""
+
+    @property
+    @abstractmethod
     def pixels(self) -> int:
         """The number of pixels of an image's feature map."""
-        side = self.recipe.crop
-        with torch.inference_mode():
-            return math.prod(self.backbone.cpu()(torch.zeros(1, 3, side, side)).shape[2:])
 
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What holds its tensors."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the tensors, for a model file; see `source_from_json`."""
+
+    @abstractmethod
     def keep_images(
         self,
         cohort: Cohort,
@@ -50,15 +62,10 @@ class Source:
 
         Also their image statistics, (N, S), if they are to be `measured`.
         """
-        scorer = CohortScorer(
-            *(self.backbone, head, self.recipe, settings),
-            views=views,
-            unit="pixel",
-            measured=measured,
-        )
-        kept = scorer.score(cohort, progress)[:, :, 0]
-        self.backbone.to("cpu")
-        return kept, scorer.statistics
+
+    @abstractmethod
+    def describe_mismatch(self, store: FeatureStore) -> str:
+        """Say what of a store's recipe differs from the model's; empty if its maps fit."""
 
     def keep_maps(
         self, store: FeatureStore, head: Head, views: Sequence[str], batch_size: int
@@ -78,14 +85,139 @@ class Source:
             ]
         return torch.cat(chunks, dim=1)
 
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSource(Source):
+    """A backbone, and how an image becomes its input."""
+
+    backbone: Backbone
+    recipe: ModelRecipe
+
+    @property
+    def channels(self) -> int:
+        return self.backbone.channels
+
+    @property
+    def pixels(self) -> int:
+        side = self.recipe.crop
+        with torch.inference_mode():
+            return math.prod(self.backbone.cpu()(torch.zeros(1, 3, side, side)).shape[2:])
+
+    @property
+    def network(self) -> nn.Module:
+        return self.backbone.model
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self.recipe)
+
+    def keep_images(
+        self,
+        cohort: Cohort,
+        head: Head,
+        views: Sequence[str],
+        settings: PredictSettings,
+        progress: Progress,
+        *,
+        measured: bool,
+    ) -> tuple[Tensor, pd.DataFrame | None]:
+        scorer = CohortScorer(
+            *(self.backbone, head, self.recipe, settings),
+            views=views,
+            unit="pixel",
+            measured=measured,
+        )
+        kept = scorer.score(cohort, progress)[:, :, 0]
+        self.backbone.to("cpu")
+        return kept, scorer.statistics
+
     def describe_mismatch(self, store: FeatureStore) -> str:
-        """Say what of a store's recipe differs from the model's; empty if its maps fit."""
+        if store.is_imported:
+            return "they were imported, and the model has a backbone of its own"
         theirs = {name: store.recipe[name] for name in asdict(self.recipe)}
         if lines := differing_fields(json_value(asdict(self.recipe)), theirs):
             return "; ".join(lines)
         if store.recipe["weights_sha256"] != weights_sha256(self.backbone.model):
             return f"weights {store.recipe['weights']} are not those of the model"
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedSource(Source):
+    """Features that another tool has made: they come from stores alone."""
+
+    backbone_name: str
+    weights_sha256: str  # empty where they are not known
+    shape: tuple[int, int, int]  # (C, h, w)
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> "ImportedSource":
+        """Take what is known of the features of an imported store."""
+        return cls(
+            backbone_name=store.recipe["backbone"],
+            weights_sha256=store.recipe["weights_sha256"],
+            shape=(store.shape.channels, store.shape.height, store.shape.width),
+        )
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def network(self) -> nn.Module:
+        return nn.Identity()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"imported": asdict(self)}
+
+    def keep_images(
+        self,
+        cohort: Cohort,
+        head: Head,
+        views: Sequence[str],
+        settings: PredictSettings,
+        progress: Progress,
+        *,
+        measured: bool,
+    ) -> tuple[Tensor, pd.DataFrame | None]:
+        raise _no_backbone()
+
+    def describe_mismatch(self, store: FeatureStore) -> str:
+        if not store.is_imported:
+            return "the model is of imported features, and these were extracted from images"
+        theirs = ImportedSource.of(store)
+        return "; ".join(differing_fields(json_value(asdict(self)), json_value(asdict(theirs))))
+
+
+def source_from_json(content: Mapping[str, Any]) -> Source:
+    """Read what `to_json` returned; the tensors of a backbone are blank."""
+    if "imported" in content:
+        own = content["imported"]
+        channels, height, width = own["shape"]
+        return ImportedSource(**own | {"shape": (channels, height, width)})
+    recipe = ModelRecipe.from_json(content)
+    backbone = make_backbone(
+        recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
+    )
+    return BackboneSource(backbone=backbone, recipe=recipe)
+
+
+def refuse_imported(sources: Sequence[Source]) -> list[BackboneSource]:
+    """Return the sources as backbones; raises ModelError if one has none."""
+    backbones = [source for source in sources if isinstance(source, BackboneSource)]
+    if len(backbones) < len(sources):
+        raise _no_backbone()
+    return backbones
+
+
+def _no_backbone() -> ModelError:
+    return ModelError(
+        "model must have a backbone to read images; it was made of imported features. Import the "
+        "patients' features, too, and use `lymphfeat predict --store`."
+    )
 
 
 def _keep_views(head: Head, maps: NDArray[np.float16]) -> Tensor:

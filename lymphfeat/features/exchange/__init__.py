@@ -1,0 +1,1 @@
+"""Bags of features in the formats of other tools."""
