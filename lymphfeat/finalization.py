@@ -80,7 +80,7 @@ def finalize(
     stores or weights other than those of the run.
 
     >>> lf.fit_heads("cache/features.h5", agg="mean+std", out="runs/spread")
-    >>> lf.finalize("runs/spread", "models/final").predict(lf.Cohort.load("cohort")).patients
+    >>> lf.finalize("runs/spread", "models/spread").predict(lf.Cohort.load("cohort")).patients
     """
     recorded = _Recorded.read(Path(run))
     chosen = recorded.find(row)

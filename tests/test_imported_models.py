@@ -72,7 +72,7 @@ def test_it_predicts_another_imported_store(
 def test_what_differs_in_spread_is_learnt(home: Path, tmp_path: Path) -> None:
     model = finalize(home / "run", tmp_path / "model", row="mean+std")
     found = model.predict_stores(FeatureStore.open(home / "there.h5"), settings=ON_CPU)
-    assert model.measure(found.patients)["new"]["auc"] > 0.9
+    assert (model.measure(found.patients)["new"]["auc"] or 0) > 0.9
 
 
 def test_features_of_another_look_are_told(home: Path, tmp_path: Path) -> None:
