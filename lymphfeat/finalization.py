@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy.special import expit
 
 from lymphfeat import __version__
 from lymphfeat.cohort.attributes import AttributeRecipe, choose_attributes
-from lymphfeat.cohort.splits import Split, read_splits
+from lymphfeat.cohort.splits import Plan, Split, read_splits
 from lymphfeat.errors import ModelError, SettingsError
 from lymphfeat.evaluation.averaging import LEARNERS
 from lymphfeat.evaluation.calibration import logit
@@ -247,6 +248,7 @@ class _Fitting:
     ) -> "_Fitting":
         settings = replace(recorded.settings, fusions=(row.fusion,) if row.fusion else ())
         plan = features.plan(settings, recorded.splits)
+        _check_covered(plan, store, recorded.folder)
         outcome = run_protocol(
             features, plan, row.heads, settings, table=store.table, progress=progress
         )
@@ -381,6 +383,19 @@ class _Fitting:
             rule=self.settings.threshold,
             method=self.settings.calibration,
             source=f"out-of-fold probabilities of {len(labels)} training patients",
+        )
+
+
+def _check_covered(plan: Plan, store: FeatureStore, folder: Path) -> None:
+    """Raise SettingsError unless every labelled patient is out of fold once."""
+    counts = Counter(patient for split in plan.outer for patient in split.validation)
+    known = [id for id, label in zip(store.ids, store.labels.tolist(), strict=True) if label >= 0]
+    once = sum(counts[id] == 1 for id in known)
+    if once < len(known) or counts.total() > once:
+        raise SettingsError(
+            f"run (={folder}) must hold every labelled patient out once, for the threshold and "
+            f"calibration of its model; its splits do so with {once} of {len(known)}. Fit the "
+            "heads again with --folds."
         )
 
 

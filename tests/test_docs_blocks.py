@@ -108,6 +108,8 @@ def write_place(place: Path) -> Path:
     for name, first in (("BAGS", 0), ("NEW_BAGS", 100)):
         _write_bags(place / name, first)
     shutil.copy(place / "cohort" / "patients.csv", place / "labels.csv")
+    folds = [f"P{number},{number // 2 % 4}" for number in range(20)]
+    write_text(place / "folds.csv", "id,fold", *folds)
     write_text(place / "lymphfeat.toml", CONFIG)
     return place
 

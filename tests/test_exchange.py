@@ -274,6 +274,7 @@ def test_clam_reads_its_bags_and_labels(store: FeatureStore, tmp_path: Path) -> 
     assert lines == ["case_id,slide_id,label", "P0,P0,0", "P1,P1,1"]
 
 
+@pytest.mark.filterwarnings("default")  # of other libraries
 def test_torchmil_reads_its_bags(store: FeatureStore, tmp_path: Path) -> None:
     datasets = pytest.importorskip("torchmil.datasets")
     export_bags(store, tmp_path / "bags", "torchmil")
@@ -294,6 +295,7 @@ def test_labels_of_torchmil_have_no_dimension(store: FeatureStore, tmp_path: Pat
     assert label == 1
 
 
+@pytest.mark.filterwarnings("default")
 def test_anndata_reads_its_file(store: FeatureStore, tmp_path: Path) -> None:
     anndata = pytest.importorskip("anndata")
     export_bags(store, tmp_path / "bags", "anndata")

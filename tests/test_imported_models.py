@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.errors import ModelError, StoreError
+from lymphfeat.cohort.splits import read_splits
+from lymphfeat.errors import ModelError, SettingsError, StoreError
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
@@ -93,6 +94,14 @@ def test_other_features_are_refused(home: Path, tmp_path: Path) -> None:
         model.predict_stores(wide)
     with pytest.raises(StoreError, match="these were extracted from images"):
         model.predict_stores(write_store(tmp_path / "extracted.h5"))
+
+
+def test_a_model_needs_folds_of_all_patients(home: Path, tmp_path: Path) -> None:
+    lines = [f"P{number},{'test' if number < 6 else 'train'}" for number in range(18)]
+    splits = read_splits(write_text(tmp_path / "splits.csv", "id,split", *lines))
+    fit_heads(home / "here.h5", GRID, SETTINGS, tmp_path / "run", splits=splits)
+    with pytest.raises(SettingsError, match="hold every labelled patient out once.* 6 of 18"):
+        finalize(tmp_path / "run", tmp_path / "model", row="mean+std")
 
 
 def test_images_are_refused_in_one_line(home: Path, tmp_path: Path) -> None:

@@ -98,7 +98,15 @@ INSIDE = {
     ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (
-        *("image_folders", "fingerprints", "cohort", "splits", "attributes", "tables"),
+        *(
+            "image_folders",
+            "fingerprints",
+            "cohort",
+            "splits",
+            "fold_files",
+            "attributes",
+            "tables",
+        ),
         *("cell_values", "csv_rows", "images", "image_statistics", "provenance"),
     ),
     "runtime": (

@@ -10,6 +10,7 @@ import click
 from lymphfeat.runtime.files import files_in
 from lymphfeat.settings import FitSettings, HeadGrid, ProtocolName, choices
 from lymphfeat_cli.options import (
+    EXISTING,
     EXISTING_FILE,
     FOLDER,
     PATH,
@@ -43,8 +44,9 @@ splits_option = gather(
     {
         "splits": click.option(
             "--splits",
-            type=EXISTING_FILE,
-            help="Use these splits instead of the protocol's own: the splits.json of another run.",
+            type=EXISTING,
+            help="Use these splits instead of the protocol's own: the splits.json of another run, "
+            "a CSV (id,fold or id,split), or CLAM's splits_0.csv or its folder.",
         )
     },
     _read_splits,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lymphfeat.cohort.fold_files import Fold, read_folds
 from lymphfeat.errors import SettingsError
 from lymphfeat.runtime.strict_json import json_text
 
@@ -296,8 +297,8 @@ def find_splits(
 ) -> list[Split]:
     """Return the splits that `--splits` names, of the labelled ones among patients.
 
-    `text` is a file of `write_splits`, `kfold:K` or `kfold:KxR` (R repeats of stratified k-fold),
-    `report:S` (S halves), any of them followed by `+inner` (adds their inner splits, see `Plan`,
+    `text` is a file or folder that `read_splits` reads, `kfold:K` or `kfold:KxR` (R repeats of
+    stratified k-fold), `report:S` (S halves), any of them followed by `+inner` (adds their inner splits, see `Plan`,
     which out-of-fold thresholds need), or `all` (everyone trains). `ids` and `labels` (P,) are of
     all patients; -1 is unknown. Raises SettingsError for anything else, and for a file with
     unknown patients.
@@ -339,7 +340,12 @@ def write_splits(splits: Sequence[Split], path: Path) -> None:
 
 
 def read_splits(path: Path) -> list[Split]:
-    """Read splits written by `write_splits`; raises SettingsError for anything else."""
+    """Read splits written by `write_splits`, or the folds of a CSV file or folder (`read_folds`).
+
+    Raises SettingsError for anything else.
+    """
+    if path.is_dir() or path.suffix.lower() == ".csv":
+        return _of_folds(read_folds(path))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [
@@ -360,6 +366,22 @@ def read_splits(path: Path) -> list[Split]:
             f"{path}: must be a JSON file of splits, id -> seed, repeat, train, validation; "
             f"got {type(error).__name__}: {error}."
         ) from None
+
+
+def _of_folds(folds: Sequence[Fold]) -> list[Split]:
+    """Make splits of folds: one repeat where no patient is held out twice, else one each."""
+    counts = Counter(patient for fold in folds for patient in fold.held_out)
+    together = all(number == 1 for number in counts.values())
+    return [
+        Split(
+            id=fold.name,
+            seed=0 if together else number,
+            repeat=0 if together else number,
+            train=fold.train,
+            validation=fold.held_out,
+        )
+        for number, fold in enumerate(folds)
+    ]
 
 
 def _texts(values: object) -> tuple[str, ...]:

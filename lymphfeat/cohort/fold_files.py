@@ -1,0 +1,101 @@
+"""Splits that other tools have published: CSV files of folds, of training and test patients."""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lymphfeat.cohort.csv_rows import name_some
+from lymphfeat.errors import SettingsError
+
+_IDS = ("id", "bag_name", "slide_id", "patient", "case_id")  # columns that name a patient
+_TRAIN, _VALIDATION, _TEST = "train", ("val", "validation", "valid"), "test"
+_CLAM = re.compile(r"splits_(\d+)\.csv")
+_HINT = (
+    "must have the columns id and fold, id and split (train, val, test), or those of CLAM (train, "
+    "val, test)"
+)
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Who trains and who is held out."""
+
+    name: str
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def read_folds(path: Path) -> list[Fold]:
+    """Read a CSV file, or a folder of CLAM's splits_0.csv, splits_1.csv, …
+
+    - id, fold: every fold is held out once, and the others train.
+    - id, split (also torchmil's bag_name, split): `test` is held out, `train` and `val` train;
+      without any `test`, `val` is held out.
+    - train, val, test (CLAM): the same, a column of ids for each.
+
+    Nothing here is chosen on `val`, so its patients train. Raises SettingsError for anything else.
+    """
+    if path.is_dir():
+        files = sorted(
+            (int(match[1]), file)
+            for file in path.iterdir()
+            if (match := _CLAM.fullmatch(file.name))
+        )
+        if not files:
+            raise SettingsError(f"splits (={path}) must hold splits_0.csv, splits_1.csv, …")
+        return [fold for _, file in files for fold in read_folds(file)]
+    rows = _read(path)
+    columns = set(rows[0]) if rows else set()
+    ids = next((name for name in _IDS if name in columns), None)
+    if ids and "fold" in columns:
+        return _of_folds([(row[ids], row["fold"]) for row in rows])
+    if ids and "split" in columns:
+        sides = [(row["split"].lower(), row[ids]) for row in rows]
+    elif _TRAIN in columns:
+        sides = [(name, id) for row in rows for name, id in row.items() if id and name]
+    else:
+        raise SettingsError(f"{path}: {_HINT}; got {name_some(sorted(columns)) or 'nothing'}.")
+    return [_of_sides(path, sides)]
+
+
+def _read(path: Path) -> Rows:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return list(_rows(csv.reader(stream)))
+    except (OSError, ValueError, csv.Error) as error:
+        raise SettingsError(f"{path}: {_HINT}; it cannot be read ({error}).") from None
+
+
+def _rows(lines: Iterator[list[str]]) -> Iterator[dict[str, str]]:
+    header = [name.strip().lower() for name in next(lines, [])]
+    for line in lines:
+        if any(cell.strip() for cell in line):
+            padded = [*line, *[""] * (len(header) - len(line))]
+            yield {name: own.strip() for name, own in zip(header, padded, strict=False)}
+
+
+def _of_folds(pairs: Sequence[tuple[str, str]]) -> list[Fold]:
+    names = sorted({fold for _, fold in pairs if fold}, key=lambda name: (len(name), name))
+    return [
+        Fold(
+            name=f"fold-{re.sub(r'[^0-9A-Za-z]+', '-', name)}",
+            train=tuple(id for id, fold in pairs if fold not in (name, "")),
+            held_out=tuple(id for id, fold in pairs if fold == name),
+        )
+        for name in names
+    ]
+
+
+def _of_sides(path: Path, sides: Sequence[tuple[str, str]]) -> Fold:
+    def named(*names: str) -> tuple[str, ...]:
+        return tuple(id for side, id in sides if side in names)
+
+    test, validation = named(_TEST), named(*_VALIDATION)
+    return Fold(
+        name=re.sub(r"[^0-9A-Za-z_]+", "-", path.stem),
+        train=named(_TRAIN) + (validation if test else ()),
+        held_out=test or validation,
+    )
