@@ -100,7 +100,7 @@ def test_a_model_needs_folds_of_all_patients(home: Path, tmp_path: Path) -> None
     lines = [f"P{number},{'test' if number < 6 else 'train'}" for number in range(18)]
     splits = read_splits(write_text(tmp_path / "splits.csv", "id,split", *lines))
     fit_heads(home / "here.h5", GRID, SETTINGS, tmp_path / "run", splits=splits)
-    with pytest.raises(SettingsError, match="hold every labelled patient out once.* 6 of 18"):
+    with pytest.raises(SettingsError, match=r"hold every labelled patient out once.* 6 of 18"):
         finalize(tmp_path / "run", tmp_path / "model", row="mean+std")
 
 
