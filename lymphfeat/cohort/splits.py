@@ -299,9 +299,9 @@ def find_splits(
 
     `text` is a file or folder that `read_splits` reads, `kfold:K` or `kfold:KxR` (R repeats of
     stratified k-fold), `report:S` (S halves), any of them followed by `+inner` (adds their inner
-    splits, see `Plan`, which out-of-fold thresholds need), or `all` (everyone trains). `ids` and `labels` (P,) are of
-    all patients; -1 is unknown. Raises SettingsError for anything else, and for a file with
-    unknown patients.
+    splits, see `Plan`, which out-of-fold thresholds need), or `all` (everyone trains). `ids` and
+    `labels` (P,) are of all patients; -1 is unknown. Raises SettingsError for anything else, and
+    for a file with unknown patients.
     """
     name, inner, rest = text.partition("+inner")
     label_of = dict(zip(ids, labels.tolist(), strict=True))
