@@ -38,7 +38,7 @@ from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.processes import count, from_first, is_first, join_processes, rank, to_first
 from lymphfeat.runtime.progress import Progress, RateMeter, silent
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import EndToEndSettings, ExtractSettings
+from lymphfeat.settings import AS_IT_IS, EndToEndSettings, ExtractSettings
 
 _BESIDE_TRAINING = (
     *("validation", "evaluate_every", "tta", "fusion", "attributes", "log_attributes"),
@@ -191,9 +191,13 @@ def _frozen_recipe(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
+    layout = settings.backbone.layout
     return {
         "backbone": settings.backbone.backbone,
         "output_stride": settings.backbone.output_stride,
+        # Recipes of earlier versions have neither.
+        **({} if layout == AS_IT_IS else {"layout": asdict(layout)}),
+        **({"field_um": settings.backbone.field_um} if settings.backbone.field_um else {}),
         "weights": weights.source,
         "weights_sha256": weights.sha256,
         "crop": settings.backbone.crop,

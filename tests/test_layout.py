@@ -88,13 +88,8 @@ INSIDE = {
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
-        "exchange",
-        "store_writer",
-        "map_encoder",
-        "store",
-        "backbones",
-        "views",
-        "augmentation",
+        *("exchange", "store_writer", "map_encoder", "store", "backbones", "conversions"),
+        *("offline_weights", "views", "augmentation"),
     ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (

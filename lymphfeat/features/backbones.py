@@ -15,12 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.features.conversions import as_timm
+from lymphfeat.features.offline_weights import find_offline_weights
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
-from lymphfeat.settings import SHIPPED, BackboneSettings
+from lymphfeat.settings import AS_IT_IS, SHIPPED, BackboneSettings, MapLayout
 
 SHIPPED_FOR = "resnet18"
 SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
@@ -32,22 +35,43 @@ class Backbone(nn.Module):
     """A timm model whose forward gives feature maps.
 
     Those of convolutional models are unchanged; of a transformer's tokens the prefix (class,
-    register) tokens are dropped and the rest are arranged on their grid.
+    register) tokens are dropped and the rest are arranged on their grid. A `MapLayout` resizes the
+    images before and changes the maps after.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, layout: MapLayout = AS_IT_IS) -> None:
         super().__init__()
         self.model = model
         self.name = name
+        self.layout = layout
         self.channels = int(model.num_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images (N, 3, H, W) to feature maps (N, C, h, w)."""
+        if (side := self.layout.resize) is not None and side != images.shape[-1]:
+            # Scaling and shifting, as normalising does, commute with it.
+            images = interpolate(images, (side, side), mode="bilinear", antialias=True)
         features: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        if self.layout.token == "cls":
+            return self._class_token(features)
+        maps = self._maps(features)
+        grid = 1 if self.layout.token == "mean" else self.layout.grid
+        return maps if grid is None else adaptive_avg_pool2d(maps, grid)
+
+    def _class_token(self, features: Tensor) -> Tensor:
+        """Return the class token as maps of one pixel: (N, C, 1, 1)."""
+        if features.ndim != 3 or getattr(self.model, "cls_token", None) is None:
+            raise SettingsError(
+                f"token (=cls) must go with a transformer that has a class token; {self.name} has "
+                "none. Use --token mean or patches."
+            )
+        return features[:, 0, :, None, None]
+
+    def _maps(self, features: Tensor) -> Tensor:
         if features.ndim == 3:  # (N, tokens, C)
             prefix = int(getattr(self.model, "num_prefix_tokens", 0))
             h, w = self.model.patch_embed.grid_size  # type: ignore[union-attr, misc]
-            return features[:, prefix:].transpose(1, 2).reshape(len(images), -1, h, w)
+            return features[:, prefix:].transpose(1, 2).reshape(len(features), -1, h, w)
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             return features.permute(0, 3, 1, 2)  # (N, C, h, w)
         return features
@@ -69,23 +93,30 @@ def build_backbone(
     seed: int = 0,
     image_size: int = 112,
     output_stride: int | None = None,
+    layout: MapLayout = AS_IT_IS,
 ) -> tuple[Backbone, LoadedWeights]:
     """Build a timm backbone with spatial maps and load its weights.
 
     `weights` is "auto" (the shipped ones if there are any, otherwise none), "bloodcells" (the
     shipped ones), "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
-    cache) or a path to a .safetensors or .pth file with timm's keys, whose classifier is dropped.
+    cache, or for the EfficientNet-Lite0 to 2 the extra `offline-weights`) or a path to a
+    .safetensors, .pth or .bin file with timm's keys, or keys that `conversions` knows. Its
+    classifier is dropped. `layout` says what is done before the backbone and after it.
     Raises SettingsError for an unknown or unsuitable backbone, WeightsError for weights that do
     not fit.
     """
     weights = choose_weights(weights, name)
+    offline = find_offline_weights(name) if weights == "imagenet" else None
     backbone = make_backbone(
         name,
         seed=seed,
         image_size=image_size,
         output_stride=output_stride,
-        pretrained=weights == "imagenet",
+        layout=layout,
+        pretrained=weights == "imagenet" and offline is None,
     )
+    if offline is not None:
+        load_weights(backbone, offline)
     if weights in ("none", "imagenet"):
         return backbone, LoadedWeights(source=weights, sha256=weights_sha256(backbone.model))
     path = SHIPPED_PATH if weights == SHIPPED else Path(weights)
@@ -105,6 +136,7 @@ def build_from_settings(settings: BackboneSettings) -> tuple[Backbone, LoadedWei
         seed=settings.weights_seed,
         image_size=settings.crop,
         output_stride=settings.output_stride,
+        layout=settings.layout,
     )
 
 
@@ -114,6 +146,7 @@ def make_backbone(
     seed: int = 0,
     image_size: int = 112,
     output_stride: int | None = None,
+    layout: MapLayout = AS_IT_IS,
     pretrained: bool = False,
 ) -> Backbone:
     """Make a timm backbone with spatial maps, its weights random or, if `pretrained`, timm's own.
@@ -122,8 +155,9 @@ def make_backbone(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # timm initialises from the global generator
-        model = _create_model(name, image_size, output_stride, pretrained=pretrained)
-    backbone = Backbone(model, name).eval()
+        side = layout.resize or image_size
+        model = _create_model(name, side, output_stride, pretrained=pretrained)
+    backbone = Backbone(model, name, layout).eval()
     _check_spatial(backbone, image_size)
     return backbone
 
@@ -182,7 +216,8 @@ def _create_model(
             raise
         raise WeightsError(
             f"weights (=imagenet) of {name} could not be loaded ({_first_line(error)}); "
-            "without a network use --weights PATH or --weights none."
+            "without a network use --weights PATH or --weights none; lymphfeat[offline-weights] "
+            "installs those of efficientnet_lite0 to 2."
         ) from None
 
 
@@ -221,12 +256,13 @@ def _check_spatial(backbone: Backbone, image_size: int) -> None:
 
 
 def load_weights(backbone: Backbone, path: Path) -> None:
-    """Load a weights file with timm's keys; the classifier in it is dropped.
+    """Load a weights file with timm's keys or such as can be converted; its classifier is dropped.
 
     Raises WeightsError when the file cannot be read, or names the missing, unexpected and
     ill-shaped keys.
     """
-    state = _without_classifier(read_weights(path), backbone.model)
+    model = backbone.model
+    state = as_timm(_without_classifier(read_weights(path), model), model)
     expected = backbone.model.state_dict()
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
@@ -267,7 +303,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: cannot be read as weights ({reason}); "
             "it must be a .safetensors file or a .pth state dict."
         ) from None
-    for wrapper in ("state_dict", "model"):  # how training scripts commonly wrap a state dict
+    for wrapper in ("teacher", "state_dict", "model"):  # how training scripts wrap a state dict
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -14,7 +14,6 @@ from sklearn.model_selection import train_test_split
 from lymphfeat import __version__
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, patient_keys
-from lymphfeat.cohort.images import find_normalization
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import CohortError, SettingsError
@@ -126,7 +125,9 @@ def prepare(cohort: Cohort, split: Split, settings: EndToEndSettings) -> Job:
         versions=_versions(),
     )
     return Job(
-        model=Model(backbone, head, recipe=_recipe(settings), facts=facts, tta=settings.tta),
+        model=Model(
+            backbone, head, recipe=ModelRecipe.of(settings.backbone), facts=facts, tta=settings.tta
+        ),
         split=split,
         train=train,
         validation=validation,
@@ -162,15 +163,6 @@ def _initial_head(
         return HeadStack([settings.head], weight[None], bias[None]), NOBODY
     found = read_initial_head(Path(settings.init_head), held_out, weights_sha256)
     return found.as_stack(replace(found.settings, lr=settings.head.lr)), found.provenance
-
-
-def _recipe(settings: EndToEndSettings) -> ModelRecipe:
-    return ModelRecipe(
-        backbone=settings.backbone.backbone,
-        output_stride=settings.backbone.output_stride,
-        crop=settings.backbone.crop,
-        normalization=find_normalization(settings.backbone.normalization),
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from lymphfeat.cohort.images import VIEWS
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision
-from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
+from lymphfeat.features.backbones import Backbone, weights_sha256
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head
@@ -193,9 +193,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 def _build(facts: Mapping[str, Any]) -> Model:
     recipe = ModelRecipe.from_json(facts["recipe"])
-    backbone = make_backbone(
-        recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
-    )
+    backbone = recipe.make_backbone()
     return Model(
         backbone,
         empty_head(HeadSettings(**facts["head"]), backbone.channels),

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_statistics import NAMES
-from lymphfeat.cohort.images import Crop, Normalization, stream_crops
+from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.errors import ModelError
-from lymphfeat.features.backbones import Backbone
+from lymphfeat.features.backbones import Backbone, make_backbone
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.heads.head import Head
 from lymphfeat.runtime.devices import autocast, choose_device, choose_precision
 from lymphfeat.runtime.progress import Progress, RateMeter
-from lymphfeat.settings import PredictSettings
+from lymphfeat.settings import AS_IT_IS, BackboneSettings, MapLayout, PredictSettings, crop_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,59 @@ class ModelRecipe:
     output_stride: int | None
     crop: int  # pixels, about the image's centre
     normalization: Normalization
+    layout: MapLayout = AS_IT_IS
+    field_um: float | None = None  # side of the crop in µm, where the pixels' size was known
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelRecipe":
-        """Read what `dataclasses.asdict` makes of a recipe, from JSON."""
+        """Read what `dataclasses.asdict` makes of a recipe, from JSON, or from a store's recipe."""
         constants = content["normalization"]
         normalization = Normalization(
             name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
         )
-        return cls(**{**content, "normalization": normalization})
+        return cls(
+            backbone=content["backbone"],
+            output_stride=content["output_stride"],
+            crop=content["crop"],
+            normalization=normalization,
+            layout=MapLayout(**content.get("layout", {})),
+            field_um=content.get("field_um"),
+        )
+
+    @classmethod
+    def of(cls, settings: BackboneSettings) -> "ModelRecipe":
+        """Return the recipe of settings."""
+        return cls(
+            backbone=settings.backbone,
+            output_stride=settings.output_stride,
+            crop=settings.crop,
+            normalization=find_normalization(settings.normalization),
+            layout=settings.layout,
+            field_um=settings.field_um,
+        )
+
+    def make_backbone(self) -> Backbone:
+        """Make the backbone, its weights random."""
+        return make_backbone(
+            self.backbone,
+            image_size=self.crop,
+            output_stride=self.output_stride,
+            layout=self.layout,
+        )
+
+    def at_scale(self, um_per_px: float | None) -> "ModelRecipe":
+        """Return the recipe for pictures of another scale; None is that of the training pictures.
+
+        Raises ModelError for a model whose crop is not in µm.
+        """
+        if um_per_px is None:
+            return self
+        if self.field_um is None:
+            raise ModelError(
+                f"um_per_px (={um_per_px:g}) must go with a model whose crop is in µm; this one's "
+                f"is {self.crop} pixels. Leave it out, or train with --field-um."
+            )
+        return replace(self, crop=crop_of(self.field_um, um_per_px))
 
 
 def instances_of(maps: Tensor, unit: str) -> Tensor:
@@ -69,7 +113,7 @@ class CohortScorer:
         device = choose_device(settings.device)
         self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(head).eval().to(device)
-        self._recipe = recipe
+        self._recipe = recipe.at_scale(settings.um_per_px)
         self._unit = head.settings[0].unit if unit is None else unit
         self._views, self._device, self._batch_size = views, device, settings.batch_size
         self._dtype = choose_precision(settings.precision, device)

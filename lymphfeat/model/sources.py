@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import ModelError, StoreError
-from lymphfeat.features.backbones import Backbone, make_backbone, weights_sha256
+from lymphfeat.features.backbones import Backbone, weights_sha256
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.head import Head
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, instances_of
@@ -133,8 +133,10 @@ class BackboneSource(Source):
     def describe_mismatch(self, store: FeatureStore) -> str:
         if store.is_imported:
             return "they were imported, and the model has a backbone of its own"
-        theirs = {name: store.recipe[name] for name in asdict(self.recipe)}
-        if lines := differing_fields(json_value(asdict(self.recipe)), theirs):
+        mine, theirs = (
+            json_value(asdict(each)) for each in (self.recipe, ModelRecipe.from_json(store.recipe))
+        )
+        if lines := differing_fields(mine, theirs):
             return "; ".join(lines)
         if store.recipe["weights_sha256"] != weights_sha256(self.backbone.model):
             return f"weights {store.recipe['weights']} are not those of the model"
@@ -199,10 +201,7 @@ def source_from_json(content: Mapping[str, Any]) -> Source:
         channels, height, width = own["shape"]
         return ImportedSource(**own | {"shape": (channels, height, width)})
     recipe = ModelRecipe.from_json(content)
-    backbone = make_backbone(
-        recipe.backbone, image_size=recipe.crop, output_stride=recipe.output_stride
-    )
-    return BackboneSource(backbone=backbone, recipe=recipe)
+    return BackboneSource(backbone=recipe.make_backbone(), recipe=recipe)
 
 
 def refuse_imported(sources: Sequence[Source]) -> list[BackboneSource]:
