@@ -41,7 +41,11 @@ ALL = [
     ("kind", "changes", "message"),
     [
         (BackboneSettings, {"crop": 7}, "crop (=7) must be at least 8."),
-        (BackboneSettings, {"normalization": "mine"}, "must be one of imagenet, challenge, inception."),
+        (
+            BackboneSettings,
+            {"normalization": "mine"},
+            "must be one of imagenet, challenge, inception.",
+        ),
         (BackboneSettings, {"output_stride": 4}, "output_stride (=4) must be one of 8, 16, 32."),
         (ExtractSettings, {"batch_size": 0}, "batch_size (=0) must be at least 1."),
         (ExtractSettings, {"batch_size": -3}, "batch_size (=-3) must be at least 1."),
