@@ -5,16 +5,23 @@ Skipped where there is no chromium; `.ci/run` installs it.
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.explanation.explanation import explain
+from lymphfeat.explanation.explanation import Explanation, explain
 from lymphfeat.explanation.page import render_page
-from lymphfeat.settings import ExplainSettings
+from lymphfeat.extraction import extract
+from lymphfeat.finalization import finalize
+from lymphfeat.fitting import fit_heads
+from lymphfeat.settings import ExplainSettings, ExtractSettings, FitSettings, SyntheticSettings
+from lymphfeat.synthetic.cohort import write_synthetic_cohort
+from tests.test_explain_final import network
 from tests.test_model import make_model
-from tests.tiny import write_red_cohort
+from tests.tiny import BACKBONE, write_red_cohort
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -24,27 +31,37 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     root = tmp_path_factory.mktemp("explained")
     cohort = Cohort.load(write_red_cohort(root / "cohort", "01010101??"))
     file = root / "report.html"
     file.write_text(
         render_page(explain(make_model("topbottomk"), cohort, ExplainSettings(device="cpu")))
     )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page()
-        complaints: list[str] = []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("request", lambda request: complaints.append(request.url))
-        tab.goto(file.as_uri())
-        tab.wait_for_selector("html[data-ready]")
-        tab.set_default_timeout(10_000)
-        yield tab
-        mine = [told for told in complaints if not told.startswith((file.as_uri(), "data:"))]
-        assert mine == []  # no error on the console, nothing asked of any network
-        browser.close()
+    yield from opened(browser, file)
+
+
+def opened(browser: Browser, file: Path) -> Iterator[Page]:
+    """Open a page, and check at the end that it did not complain, or ask anything of a network."""
+    tab = browser.new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: complaints.append(request.url))
+    tab.goto(file.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    tab.set_default_timeout(10_000)
+    yield tab
+    assert [told for told in complaints if not told.startswith((file.as_uri(), "data:"))] == []
+    tab.close()
 
 
 @pytest.fixture
@@ -140,3 +157,56 @@ def test_sections_theme_and_strips(cohort: Page) -> None:
         cohort.wait_for_selector(f"#view-{name}:not([hidden])")
         assert told in cohort.inner_text("main")
     assert "not a medical device" in cohort.inner_text("body")
+
+
+# --- final models and attention -------------------------------------------------------------------
+
+
+@contextmanager
+def open_page(browser: Browser, explanation: Explanation, file: Path) -> Iterator[Page]:
+    file.write_text(render_page(explanation))
+    yield from opened(browser, file)
+
+
+def test_a_final_model_says_what_speaks_for_a_patient(browser: Browser, tmp_path: Path) -> None:
+    synthetic = SyntheticSettings(patients=24, test_patients=0, images=3, difficulty=0.0)
+    cohort = Cohort.load(write_synthetic_cohort(synthetic, tmp_path / "cohort", workers=1))
+    recipe = ExtractSettings(backbone=BACKBONE, precision="float32", device="cpu", threads=1)
+    store = extract(cohort, tmp_path / "store.h5", recipe)
+    settings = FitSettings(seeds=1, folds=3, epochs=2, fusions=("late",), threads=1)
+    fit_heads(store, agg="mean+std", settings=settings, out=tmp_path / "run")
+    model = finalize(tmp_path / "run", tmp_path / "model", row="mean+std + clinical (late)")
+    explanation = explain(model, cohort, ExplainSettings(device="cpu", precision="float32"))
+    with open_page(browser, explanation, tmp_path / "report.html") as page:
+        page.evaluate("location.hash = '#patient=2'")
+        page.wait_for_selector("#parts")
+        told = page.inner_text("#parts")
+        assert "What speaks for tumoral: " in told
+        assert f"{explanation.shares['images'][2]:+.2f}".replace("-", "−") in told
+        assert page.locator("#parts .contributions tr").count() == 1 + 3 + 1 + 1
+        assert "Without images" in page.inner_text("#view-patient")
+        page.click("nav a[data-view=trust]")
+        page.wait_for_selector("#view-trust:not([hidden])")
+        table = page.inner_text("#subgroups")
+        assert "each judged by what had not seen its label" in table
+        assert explanation.subgroups is not None
+        assert page.locator("#subgroups tbody tr").count() == len(explanation.subgroups.rows)
+        assert "object" not in table
+        page.click("nav a[data-view=about]")
+        page.wait_for_selector("#view-about:not([hidden])")
+        assert "Images and clinical attributes" in page.inner_text("main")
+
+
+def test_attention_is_called_so(browser: Browser, tmp_path: Path) -> None:
+    cohort = Cohort.load(write_red_cohort(tmp_path / "cohort", "0101??"))
+    found = explain(network("attention", 0), cohort, ExplainSettings(device="cpu"))
+    with open_page(browser, found, tmp_path / "report.html") as page:
+        page.evaluate("location.hash = '#patient=3'")
+        page.wait_for_selector("[data-strip^='Cells with the highest attention']")
+        assert "High attention does not mean that a cell is abnormal" in page.inner_text("main")
+        assert page.locator("#order option:text-is('attention')").count() == 1
+        shares = page.locator("[data-strip^='Cells'] .tile b").all_inner_texts()
+        numbers = [float(share.split()[0]) for share in shares]
+        assert numbers == sorted(numbers, reverse=True)
+        page.click("#plate .tile >> nth=0")
+        assert "Attention" in page.inner_text("dialog dl")
