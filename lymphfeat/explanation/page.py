@@ -346,7 +346,7 @@ def _subgroups(explanation: Explanation) -> dict[str, Any] | None:
         return None
     names = [f"{name}{end}" for name in _FIGURES for end in ("", "_low", "_high")]
     return {
-        "told": describe_subgroups(found),
+        "told": describe_subgroups(found, explanation.subject),
         "figures": _FIGURES,
         "rows": [
             {

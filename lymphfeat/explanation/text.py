@@ -320,10 +320,10 @@ _OF = {
 }
 
 
-def describe_subgroups(subgroups: Subgroups) -> list[str]:
+def describe_subgroups(subgroups: Subgroups, subject: Subject) -> list[str]:
     """Say of which patients the figures are, and how to read them: a sentence or more each."""
     groups = len(subgroups.rows) - 1
-    return [
+    told = [
         f"{_OF[subgroups.of]} Called tumoral are those above the model's threshold. Intervals are "
         f"95 %. No figure is given about fewer than {FEWEST} patients of a class.",
         f"{groups} groups are compared in three figures each: among so many, some differ by chance "
@@ -332,6 +332,13 @@ def describe_subgroups(subgroups: Subgroups) -> list[str]:
         "does it show that it does equally well, if the interval is wide. A group whose interval "
         "does not hold it is a reason to look at more patients of this kind, not a result.",
     ]
+    if subject.attributes:
+        told.append(
+            f"The model reads {_listed(subject.attributes)}. Where a value speaks for tumoral, "
+            "more patients of either class are called tumoral: a higher sensitivity and a lower "
+            "specificity in that group are what the model was made to do."
+        )
+    return told
 
 
 def _listed(names: Sequence[str]) -> str:
