@@ -186,7 +186,7 @@ def test_what_speaks_for_a_patient_in_words(home: Path, cohort: Cohort, tmp_path
         assert sorted(values) == pytest.approx(sorted(expected), abs=0.0051)
         assert all("+" in v for _, v in re.findall(r"([^;:]+), ([+−])", tumoral))
     age = table["age"].iloc[1]
-    assert f"age {age:g}" in " ".join(speaks(found, 1))
+    assert f"age {age:.3g}" in " ".join(speaks(found, 1))
     assert "age is missing" in found.patients["notes"][0]
 
 
