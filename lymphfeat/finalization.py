@@ -29,15 +29,12 @@ from lymphfeat.evaluation.scores import Scores, find_best
 from lymphfeat.features.backbones import build_backbone
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.fitting import RUN_FORMAT
-from lymphfeat.heads.blank import empty_head
-from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.engine.engine import fit_stacked
-from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.results import EVERYBODY, Fit
 from lymphfeat.heads.engine.sampling import Sampling
-from lymphfeat.heads.exact_head import ExactHead
 from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.head import Head
-from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.heads.portable import portable_head
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.familiarity import Familiarity
 from lymphfeat.model.final_model import TENSORS_FILE, FinalModel
@@ -53,7 +50,6 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings, Way
 
 FINAL_MODEL = ResultKind(name="final model", marks=(FINAL_FILE,), files=(FINAL_FILE, TENSORS_FILE))
-_EVERYBODY = "everybody"
 Ints = NDArray[np.int64]
 
 
@@ -271,7 +267,7 @@ class _Fitting:
         """Refit on all labelled patients; learn all else from the folds' validation patients."""
         known = np.flatnonzero(self.labels >= 0)
         ids = tuple(self.outcome.patients.ids[known].tolist())
-        split = Split(id=_EVERYBODY, seed=self.settings.seed, repeat=0, train=ids, validation=())
+        split = Split(id=EVERYBODY, seed=self.settings.seed, repeat=0, train=ids, validation=())
         own = self.features.for_split(split)
         fitted = fit_stacked(
             own,
@@ -283,7 +279,10 @@ class _Fitting:
                 views=own.n_views,
             ),
         )
-        heads = [self._head(fitted, position) for position in range(len(self.row.heads))]
+        heads = [
+            portable_head(fitted, position, self.channels)
+            for position in range(len(self.row.heads))
+        ]
         return self._member(heads, known, _out_of_fold)
 
     def fold_members(self) -> tuple[Member, ...]:
@@ -297,7 +296,9 @@ class _Fitting:
             for position, fit in enumerate(fitted.fits)
             if fit.split.id == split.id
         }
-        heads = [self._head(fitted, at[head_name(head)]) for head in self.row.heads]
+        heads = [
+            portable_head(fitted, at[head_name(head)], self.channels) for head in self.row.heads
+        ]
         train = self.outcome.patients.train[place]
         return self._member(heads, train, lambda scores: scores.inner[place])
 
@@ -326,21 +327,6 @@ class _Fitting:
             kept=decisions if by_member else [self._decision(judged, labels)],
             ids=patients.ids[rows].tolist(),
         )
-
-    def _head(self, fitted: FittedHeads, position: int) -> Head:
-        """Return a fitted head as a model keeps it."""
-        module = fitted.modules.get(position)
-        if isinstance(module, ExactHead):
-            return DistributionHead(module, self.channels if len(self.channels) > 1 else ())
-        if isinstance(module, NetworkHead):
-            return module
-        head = empty_head(fitted.fits[position].head, *self.channels)
-        learnt = {
-            name: torch.from_numpy(value.reshape(head.state_dict()[name].shape))
-            for name, value in fitted.tensors(position).items()
-        }
-        head.load_state_dict(head.state_dict() | learnt)
-        return head
 
     def _member(
         self, heads: Sequence[Head], rows: Ints, judged: Callable[[Scores], Floats]
@@ -421,7 +407,7 @@ def _facts(
     labelled = np.flatnonzero(fitting.labels >= 0)
     provenance = RunProvenance.of(stores)
     ids = fitting.outcome.patients.ids[labelled].tolist()
-    split = Split(id=_EVERYBODY, seed=0, repeat=0, train=tuple(ids), validation=())
+    split = Split(id=EVERYBODY, seed=0, repeat=0, train=tuple(ids), validation=())
     return TrainingFacts(
         trained_on=tuple(ids),
         provenance=provenance.of_heads(split),

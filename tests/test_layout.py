@@ -18,6 +18,7 @@ COMMANDS = (
     *("inspection", "explanation", "reproduction", "comparison", "finalization", "fitting"),
     *(
         "recalibration",
+        "sklearn",
         "extraction",
         "importing",
         "exporting",
@@ -78,7 +79,16 @@ INSIDE = {
         *("calibration", "intervals", "metrics", "predictive_values"),
     ),
     "heads": (
-        *("engine", "grid", "blank", "stack", "distribution_head", "head", "exact_head"),
+        *(
+            "portable",
+            "engine",
+            "grid",
+            "blank",
+            "stack",
+            "distribution_head",
+            "head",
+            "exact_head",
+        ),
         *("registry", "aggregators", "bags"),
     ),
     "heads.engine": (

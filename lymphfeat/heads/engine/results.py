@@ -20,6 +20,9 @@ EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # of bnsigmoid, besid
 _LARGE = 1 << 30  # bytes of curves above which they are kept in a temporary file
 
 
+EVERYBODY = "everybody"  # the id of a split that holds nobody out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """One head's settings on one split."""
