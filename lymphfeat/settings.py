@@ -346,7 +346,11 @@ class HeadSettings(Settings):
     k_min: int = setting(1, "Minimum k with --k-percent.", at_least=1)
     reduce: Reduction = setting("mean", "How topk combines instance probabilities: mean or max.")
     loss: RankingLoss = setting("instance", "Loss of top-k heads: per instance or per bag.")
-    temperature: float = setting(1.0, "Temperature of lse.", above=0)
+    temperature: float = setting(
+        1.0,
+        "Temperature of lse (fit-head --agg lse: one of 0.1, 0.3, 1, 3, 10, chosen inside).",
+        above=0,
+    )
     momentum: float = setting(
         0.1, "Momentum of bnsigmoid's running statistics.", above=0, at_most=1
     )

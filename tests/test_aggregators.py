@@ -291,6 +291,12 @@ def test_a_grid_is_every_combination_once() -> None:
         *("bnsigmoid", "std", "logstd", "gini", "quantiles", "kernel-mean", "prototypes"),
         "mean+std",
     ]
+    assert names_of(agg=("lse",)) == [
+        *("lse temperature=0.1", "lse temperature=0.3", "lse", "lse temperature=3"),
+        "lse temperature=10",
+    ]
+    assert names_of(agg=("lse",), temperature=(2.0,)) == ["lse temperature=2"]
+    assert "lse temperature=3" not in names_of(agg=("weighted",))
     assert names_of(agg=("ranking",)) == ["top1", "top5", "top10", "topbottom5", "topbottom10"]
     assert names_of(agg=("network",), width=(16,), layers=(2,)) == [
         *("attention width=16", "gated-attention width=16"),

@@ -17,6 +17,8 @@ from lymphfeat.heads.registry import (
 from lymphfeat.settings import HeadGrid, HeadSettings, Solver, require
 
 DEFAULT_K = (5, 10)  # of `--agg all`
+# Of lse by name: one of them chosen inside is better than any for all cohorts (docs/heads.md).
+DEFAULT_TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 DEFAULT_QUANTILES = "90-50"
 _NAMED_LAST = ("class_weights", "lr", "weight_decay")
 _DEFAULTS = HeadSettings()
@@ -76,7 +78,8 @@ def expand(grid: HeadGrid, *, solver: Solver = "exact") -> list[HeadSettings]:
     """List the heads of a grid, each once; `solver` is that of heads which the grid gives none.
 
     "all" means every aggregator but the networks, and a family's name all of that family; both use
-    topk… at 5 and 10.
+    topk… at 5 and 10. `lse` by name has five temperatures to choose among, unless the grid names
+    some.
 
     Raises SettingsError for an unknown aggregator, and for a value that no head uses.
     """
@@ -85,6 +88,8 @@ def expand(grid: HeadGrid, *, solver: Solver = "exact") -> list[HeadSettings]:
         names = _names(agg)
         counted = grid.k_agg or grid.k_percent or names == (agg,)
         own = grid if counted else replace(grid, k_agg=DEFAULT_K)
+        if agg == "lse" and not grid.temperature:
+            own = replace(own, temperature=DEFAULT_TEMPERATURES)
         for name in names:
             settings = (HeadSettings(agg=name, **values) for values in _combinations(own))
             heads += [resolve(each, solver=solver) for each in settings]
