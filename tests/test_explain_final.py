@@ -1,15 +1,18 @@
 """Explanations of final models and of members: the numbers of `predict`, and what speaks for it."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy.special import logit
 
 from lymphfeat.cohort.cohort import Cohort
@@ -40,11 +43,15 @@ from lymphfeat.settings import (
     SyntheticSettings,
 )
 from lymphfeat.synthetic.cohort import write_synthetic_cohort
+from lymphfeat_cli.main import cli
 from tests.test_distribution_head import make_distribution_model
 from tests.test_model import make_model
 from tests.tiny import BACKBONE, write_red_cohort
 
 ON_CPU = ExplainSettings(device="cpu", precision="float32", threads=1)
+SCHEMA = json.loads(
+    (Path(__file__).parent.parent / "docs/json/explain.schema.json").read_text(encoding="utf-8")
+)
 MOVED = Decision(threshold=0.6, calibration=Calibration(slope=0.7, intercept=-0.4))
 ROWS = [
     *("mean+std + clinical (late)", "attention width=8 + clinical (sum)", "bnsigmoid"),
@@ -237,6 +244,31 @@ def test_attributes_that_the_table_lacks(home: Path, cohort: Cohort, tmp_path: P
     assert alone.logit == pytest.approx(explain(linear, cohort, ON_CPU).logit[0], abs=1e-4)
 
 
+@pytest.mark.seconds
+def test_from_the_command_line(home: Path, tmp_path: Path) -> None:
+    made(home, tmp_path, "mean+std + clinical (late)", members=True)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        common = ("--model", str(tmp_path / "model"), "--cohort", str(home / "cohort"))
+        places = ("--out", str(tmp_path / "page.html"), "--figures", "none", "--force", "--json")
+        how = ("--precision", "float32", "--device", "cpu", "--threads", "1")
+        found = CliRunner().invoke(cli, ["explain", *common, *places, *how, *arguments])
+        assert found.exit_code == 0, found.output
+        told: dict[str, Any] = json.loads(found.stdout)
+        jsonschema.validate(told, SCHEMA)
+        return told
+
+    told = run()
+    assert told["subgroups"]["patients"] == "out of fold"
+    assert {Path(name).name for name in told["files"]} == {"page.html", "page-subgroups.csv"}
+    page = (tmp_path / "page.html").read_text()
+    assert "What speaks for tumoral: " in page
+    run("--without-attributes")
+    page = (tmp_path / "page.html").read_text()
+    assert "This model uses images only" in page
+    assert "Without images" not in page.split("<script>")[0].split("</main>")[0]
+
+
 # --- subgroups ------------------------------------------------------------------------------------
 
 
@@ -372,6 +404,8 @@ def test_marks_of_members_are_those_of_most(red: Cohort) -> None:
     found = explain(Ensemble.of(models), red, ON_CPU)
     each = [explain(model, red, ON_CPU).decisions.mark for model in models]
     assert found.decisions.mark.tolist() == (np.mean(each, axis=0) > 0.5).astype(int).tolist()
+    assert "in most members among the 2 highest" in found.wording.marks
+    assert "most members did not use the others" in found.wording.marks
 
 
 def test_attention_weighs_what_adds_up(red: Cohort) -> None:

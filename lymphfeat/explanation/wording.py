@@ -221,20 +221,37 @@ def _of_several(heads: "list[Wording]") -> Wording:
 
 def _of_members(own: Wording, subject: Subject) -> Wording:
     """Word the means of several models of the same kind."""
-    mean = f" Shown are the means of the {subject.members} members."
+    mean, own = _mean_of(subject), _by_most(own)
     return replace(
         own,
         maps=own.maps + mean * own.mapped,
-        marks=own.marks.replace("▲ among", "▲ in most members among") + mean,
+        marks=own.marks + mean,
         contributions=f"{own.contributions}{mean} The probability is that of the mean of the "
         "members' calibrated logits, so it is not quite that of the sum.",
         rest=own.rest or "belongs to no cell",
     )
 
 
+def _mean_of(subject: Subject) -> str:
+    return f" Shown are the means of the {subject.members} members."
+
+
+def _by_most(own: Wording) -> Wording:
+    """Word the frames of ranking heads as what most members count."""
+    told = own.marks.replace("▲ among", "▲ in most members among")
+    told = told.replace("▼ among", "▼ in most members among")
+    told = told.replace("the others were not used", "most members did not use the others")
+    return replace(
+        own,
+        marks=told,
+        unmarked="by at most half of the members" if own.unmarked == "no" else own.unmarked,
+    )
+
+
 def _of_final(own: Wording, subject: Subject) -> Wording:
     """Word what cells add to the calibrated logit of a final model."""
-    mean = f" Shown are the means of the {subject.members} members." * (subject.members > 1)
+    mean = _mean_of(subject) * (subject.members > 1)
+    own = _by_most(own) if subject.members > 1 else own
     also = " Attributes have a part of their own." * bool(subject.attributes)
     return replace(
         own,
