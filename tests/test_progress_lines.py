@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lymphfeat_cli import progress_lines
 from lymphfeat_cli.progress_lines import ProgressLine
 from tests.test_extract import write_cells
 
@@ -76,6 +77,27 @@ def test_resumed_and_later_work_has_its_own_pace() -> None:
     now += 600
     line(1, 50, "epoch 1/2")
     assert str(line) == "training: 1 of 50 (2 %), epoch 1/2, about 8.2 h left"
+
+
+def test_long_work_says_at_once_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_lines, "FIRST_SECONDS", 5.0)
+    now = 0.0
+    line = ProgressLine("training", clock=lambda: now)
+    for done in range(30):  # decoding takes 15 s
+        line(done, 30, "decoding")
+        now += 0.5
+    assert capsys.readouterr().err == ""
+    line(0, 100, "epoch 1/10")
+    now += 2  # too early to tell
+    line(1, 100, "epoch 1/10")
+    assert capsys.readouterr().err == ""
+    for done in (2, 3, 4, 5):
+        now += 2
+        line(done, 100, "epoch 1/10")
+    said = "training: 3 of 100 (3 %), epoch 1/10, about 3 min left\n"
+    assert capsys.readouterr().err == said  # once
 
 
 @pytest.mark.seconds

@@ -38,12 +38,16 @@ class ProgressLine:
         self._title, self._clock = title, clock
         self._done, self._total, self._text = 0, 0, ""
         self._first, self._begin = 0, clock()
+        self._announced = False
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """Note that `done` of `total` units are finished."""
         if total != self._total or done < self._done:  # other work: its pace is its own
-            self._first, self._begin = done, self._clock()
+            self._first, self._begin, self._announced = done, self._clock(), False
         self._done, self._total, self._text = done, total, text
+        if not self._announced and self._is_long():
+            self._announced = True
+            self.say(str(self))
 
     def say(self, text: str) -> None:
         """Write a line at once."""
@@ -58,12 +62,21 @@ class ProgressLine:
         parts = (f"{self._done} of {self._total} ({share} %)", self._text.strip(), self._left())
         return f"{self._title}: {', '.join(part for part in parts if part)}"
 
+    def _is_long(self) -> bool:
+        """Return whether the pace is known and the work will take long enough to say so at once."""
+        seconds = self._seconds_left()
+        paced = self._clock() - self._begin >= FIRST_SECONDS
+        return paced and seconds is not None and seconds >= EVERY_SECONDS
+
     def _left(self) -> str:
+        seconds = self._seconds_left()
+        return "" if seconds is None else f"about {_duration(seconds)} left"
+
+    def _seconds_left(self) -> float | None:
         finished, waiting = self._done - self._first, self._total - self._done
         if finished <= 0 or waiting <= 0:
-            return ""
-        seconds = waiting * (self._clock() - self._begin) / finished
-        return f"about {_duration(seconds)} left"
+            return None
+        return waiting * (self._clock() - self._begin) / finished
 
 
 def _duration(seconds: float) -> str:
@@ -78,7 +91,8 @@ def _duration(seconds: float) -> str:
 def progress_lines(title: str) -> Iterator[ProgressLine]:
     """Write a line on stderr after a few seconds, then one about every half minute.
 
-    A thread writes them: work that reports rarely still shows that it goes on.
+    A thread writes them: work that reports rarely still shows that it goes on. How long work will
+    take is said as soon as that can be estimated, unless it is soon done.
     """
     line, ended = ProgressLine(title), threading.Event()
 
