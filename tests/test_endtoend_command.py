@@ -46,6 +46,21 @@ def test_trains_and_names_its_files(root: Path) -> None:
     assert run("--cohort", str(root), "--force").exit_code == 0
 
 
+@pytest.mark.seconds
+def test_the_built_in_cohort_is_soon_done_and_scored(root: Path) -> None:
+    Path("cache").mkdir()
+    root.rename("cache/synthetic")  # in place of the one that would be rendered
+    own = ["--backbone", "test_efficientnet", "--crop", str(SIDE), "--epochs", "2"]
+    machine = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
+    result = CliRunner().invoke(cli, ["endtoend", *own, *machine, "--json"])
+    assert result.exit_code == 0, result.output
+    told = "Trained briefly: --epochs 2 --images-per-patient 12 --batch-size 8 --lr 0.0003."
+    assert told in result.stderr
+    assert "hidden_auc" in json.loads(result.stdout)["truth"]
+    made = json.loads(Path("models/endtoend/model.json").read_text())["training"]["settings"]
+    assert (made["epochs"], made["images_per_patient"], made["head"]["lr"]) == (2, 12, 3e-4)
+
+
 def test_json_and_truth(root: Path) -> None:
     truth = ["--truth", str(root / "truth.csv")]
     result = run(

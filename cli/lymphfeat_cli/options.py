@@ -83,6 +83,11 @@ class CohortChoice:
     allow_missing: bool
     reference_date: datetime
 
+    @property
+    def built_in(self) -> bool:
+        """Whether it is the built-in synthetic cohort."""
+        return self.cohort is None
+
     def load(self, output: "Output") -> "Cohort":
         """Load the cohort; without one render (once) and load the built-in synthetic one."""
         from lymphfeat.cohort.cohort import Cohort
@@ -98,17 +103,22 @@ class CohortChoice:
 def _synthetic_cohort(output: "Output") -> Path:
     from lymphfeat.synthetic.cohort import SyntheticSettings, write_synthetic_cohort
 
-    cohort = cache_path("synthetic")
+    cohort = built_in_truth().parent
     note(
         f"No cohort given (--cohort or {COHORT_VARIABLE}): "
         f"using the built-in synthetic cohort in {cohort}."
     )
-    while not is_first() and not (cohort / "truth.csv").exists():
+    while not is_first() and not built_in_truth().exists():
         time.sleep(0.1)  # the first process writes it, this file last
-    if not (cohort / "truth.csv").exists():
+    if not built_in_truth().exists():
         with output.progress("rendering cells") as progress:
             write_synthetic_cohort(SyntheticSettings(), cohort, progress=progress)
     return cohort
+
+
+def built_in_truth() -> Path:
+    """Return the path of the built-in cohort's truth."""
+    return cache_path("synthetic") / "truth.csv"
 
 
 cohort_options = gather(

@@ -3,12 +3,15 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from lymphfeat.settings import About, HeadGrid, HeadSettings, Settings
 from lymphfeat_cli.options import Decorator, gather
+
+T = TypeVar("T", bound=Settings)
 
 
 def settings_options(
@@ -54,6 +57,13 @@ def grid_options(name: str = "grid") -> Decorator:
 def option_of(settings: Settings, parameter: str) -> Decorator:
     """Make the option of one setting; the command gets its value."""
     return _options(settings)[parameter]
+
+
+def unless_given(settings: T, values: Mapping[str, Any]) -> T:
+    """Return settings changed to values, by parameter, that neither user nor lymphfeat.toml set."""
+    source = click.get_current_context().get_parameter_source
+    free = {name: values[name] for name in values if source(name) is ParameterSource.DEFAULT}
+    return cast(T, _filled(settings, free))
 
 
 def _one_head(settings: HeadSettings, values: Mapping[str, Any]) -> HeadSettings:
