@@ -66,6 +66,16 @@ def test_a_store_is_described_without_torch(tmp_path: Path) -> None:
     assert not modules & {"torch", "timm", "sklearn", "scipy", "matplotlib"}
 
 
+def test_heads_are_fitted_without_backbones() -> None:
+    modules = imported_by(
+        "from click.testing import CliRunner",
+        "from lymphfeat_cli.main import cli",
+        "assert 'must be an existing file' in CliRunner().invoke(cli, ['fit-head']).stderr",
+    )
+    assert "torch" in modules
+    assert not modules & {"timm", "torchvision"}
+
+
 def test_help_lists_every_command() -> None:
     text = run("--help").stdout
     for name, line in COMMANDS.items():

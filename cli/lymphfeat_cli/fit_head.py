@@ -126,15 +126,12 @@ def command(
     predictions and splits, and a figure. Each head is shown on stderr as soon as it is finished.
     """
     from lymphfeat.features.store import FeatureStore
-    from lymphfeat.finalization import FINAL_MODEL, finalize
     from lymphfeat.fitting import Run, fit_both, fit_heads
     from lymphfeat.heads.grid import expand
-    from lymphfeat.runtime.files import check_folder
 
     heads = expand(grid)
     if model_out:  # refused before anything is fitted
-        _check_final(protocol)
-        check_folder(model_out, FINAL_MODEL, force=output.force)
+        _check_final(model_out, protocol, output)
     folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
     with output.progress(f"fitting {len(heads)} heads") as progress:
         found = (fit_both if protocol == "both" else fit_heads)(
@@ -151,12 +148,22 @@ def command(
     optimism = None if isinstance(found, Run) else found.table
     if model_out:
         honest = folder if isinstance(found, Run) else folder / "honest"
-        model = finalize(honest, model_out, row=model_row, force=output.force)
-        note(f"Model of {model.row}: {model_out}")
+        _finalize(honest, model_out, model_row, force=output.force)
     output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
 
 
-def _check_final(protocol: str) -> None:
+def _finalize(run: Path, out: Path, row: str, *, force: bool) -> None:
+    # Imported here because backbones take seconds to import, and heads on a store need none.
+    from lymphfeat.finalization import finalize
+
+    model = finalize(run, out, row=row, force=force)
+    note(f"Model of {model.row}: {out}")
+
+
+def _check_final(out: Path, protocol: str, output: Output) -> None:
+    from lymphfeat.finalization import FINAL_MODEL
+    from lymphfeat.runtime.files import check_folder
+
     if protocol == "report":
         raise click.UsageError(
             "--model-out must go with --protocol honest or both: a model needs out-of-fold "
@@ -167,6 +174,7 @@ def _check_final(protocol: str) -> None:
             "--model-out must be used without torchrun; run `lymphfeat finalize` on the run "
             "afterwards."
         )
+    check_folder(out, FINAL_MODEL, force=output.force)
 
 
 def _finished(head: "FinishedHead", *, named: bool) -> str:
