@@ -247,7 +247,9 @@ class _Fitting:
             features, plan, row.heads, settings, table=store.table, progress=progress
         )
         labelled = store.table[np.asarray(store.labels) >= 0]
-        names = choose_attributes(labelled, settings.attributes) if row.fusion else ()
+        names: Sequence[str] = ()
+        if row.fusion:
+            names = choose_attributes(labelled, settings.attributes, groups=settings.groups)
         recipe = AttributeRecipe.of(labelled, names, settings.log_attributes)
         return cls(
             row=row,

@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lymphfeat import __version__
+from lymphfeat.cohort.groups import Groups, group_splits, read_groups
 from lymphfeat.cohort.provenance import refuse_seen
 from lymphfeat.cohort.splits import Split, write_splits
 from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.evaluation.groups import check_groups, measure_by_group, warn_of_groups
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_images
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
 from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RUN_FILES, RunProvenance
-from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
@@ -54,7 +56,8 @@ Store = FeatureStore | str | os.PathLike[str]  # open, or its path
 RUN_FORMAT = "lymphfeat-run"
 HEADS_FILE = "heads.safetensors"
 OPTIMISM_FILES = ("optimism.csv", "optimism.png")
-_ONE_RUN = (*RUN_FILES, HEADS_FILE)
+GROUPS_FILE = "groups.csv"  # with groups only
+_ONE_RUN = (*RUN_FILES, HEADS_FILE, GROUPS_FILE)
 RUN = ResultKind(
     name="run",
     marks=("config.json", *OPTIMISM_FILES),
@@ -73,6 +76,7 @@ class Run:
     folder: Path | None
     settings: FitSettings
     outcome: Outcome
+    by_group: pd.DataFrame | None = None  # figures of every row in every group, of `groups`
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -107,12 +111,13 @@ def fit_heads(
     `heads` is a list of heads or a grid; `agg` names one or several aggregators instead, with
     default settings. Without either, top-k is fitted.
 
-    `splits` replace the protocol's own, for example those of another run's splits.json. `truth` is
-    a CSV of witness images: the summary then also says how well each head finds them. `save` keeps
-    the heads' weights. Under torchrun the processes share the fits, and the first one writes. The
-    folder is replaced as a whole, at the end. Until then finished heads are kept beside it: an
-    interrupted call continues with them when it is made again (not under torchrun). `tell` is
-    called with each `FinishedHead`.
+    `splits` replace the protocol's own, for example those of another run's splits.json. With
+    `settings.groups` no group is divided, and the run has figures of every group (`by_group`).
+    `truth` is a CSV of witness images: the summary then also says how well each head finds them.
+    `save` keeps the heads' weights. Under torchrun the processes share the fits, and the first one
+    writes. The folder is replaced as a whole, at the end. Until then finished heads are kept beside
+    it: an interrupted call continues with them when it is made again (not under torchrun). `tell`
+    is called with each `FinishedHead`.
 
     Raises SettingsError if `out` may not be written (it holds a run and `force` is not set, or it
     holds anything else) or belongs to an unfinished run of other settings, CohortError for a truth
@@ -190,7 +195,10 @@ class _Request:
         with cpu_threads(settings.threads), whole_float32():
             provenance = RunProvenance.of(self.stores)
             features = load_features(self.stores, self.dtype, self.device, views=settings.views)
-            plan = features.plan(settings, self.splits)
+            groups = self.groups()
+            plan = features.plan(settings, self.splits or self.group_splits(groups))
+            if groups is not None:
+                check_groups(plan, features.ids, features.labels, groups)
             _refuse_leaks(plan.outer, self.stores[0], provenance, settings)
             outcome = run_protocol(
                 features,
@@ -203,13 +211,37 @@ class _Request:
                 progress=progress,
             )
             _add_columns(outcome, features, settings, self.witness)
-            run = Run(folder=folder, settings=settings, outcome=outcome)
+            by_group = None if groups is None else _by_group(outcome, groups)
+            if groups is not None:
+                told = warn_of_groups(features.labels, groups, settings.groups)
+                outcome = replace(outcome, warnings=(*outcome.warnings, *told))
+            run = Run(folder=folder, settings=settings, outcome=outcome, by_group=by_group)
             if folder:
                 _write(run, self.stores, provenance, folder)
             if folder and self.save:
                 tensors = _tensors(outcome)
                 replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
         return run
+
+    def groups(self) -> Groups | None:
+        """Return the group of every patient (P,); None if each is by itself."""
+        column = self.settings.groups
+        return read_groups(self.stores[0].table, column) if column else None
+
+    def group_splits(self, groups: Groups | None) -> Sequence[Split] | None:
+        """Return splits that divide no group; None for those of the protocol or the features."""
+        store, settings = self.stores[0], self.settings
+        if groups is None or any(FROZEN not in each.feature_sets for each in self.stores):
+            return None
+        return group_splits(
+            store.ids,
+            store.labels,
+            groups,
+            how=settings.group_folds,
+            folds=settings.folds,
+            seeds=settings.seeds,
+            seed=settings.seed,
+        )
 
     def under(self, protocol: str) -> "_Request":
         """Return the same under a protocol, without what only the other one has."""
@@ -266,6 +298,15 @@ def _refuse_leaks(
     )
     if not settings.allow_shared_images:
         refuse_shared_images(splits, find_shared_images(store, next(iter(store.feature_sets))))
+
+
+def _by_group(outcome: Outcome, groups: Groups) -> pd.DataFrame:
+    """Measure every row in every group, in the first repeat."""
+    first = [split.id for split in outcome.splits if split.repeat == outcome.splits[0].repeat]
+    predictions = outcome.predictions
+    group_of = dict(zip(outcome.patients.ids.tolist(), groups.tolist(), strict=True))
+    own = predictions[predictions["split"].isin(first)]
+    return measure_by_group(own, group_of, outcome.summary["head"].tolist())
 
 
 def _add_columns(
@@ -341,6 +382,8 @@ def _write(
     outcome = run.outcome
     runs = outcome.runs.drop(columns="ba_best_epochs", errors="ignore")
     tables = {"epochs": outcome.epochs, "predictions": outcome.predictions, "runs": runs}
+    if run.by_group is not None:
+        tables["groups"] = run.by_group
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     write_splits(outcome.splits, folder / "splits.json")
@@ -426,6 +469,11 @@ def fit_both(
     honest run has them. Also writes optimism.csv and optimism.png. The folder is replaced as a
     whole, at the end; raises the errors of `fit_heads`.
     """
+    if settings and settings.groups:
+        raise SettingsError(
+            f"groups (={settings.groups}) must go with --protocol honest; report takes random "
+            "halves."
+        )
     folder, heads = Path(out), _choose_heads(heads, ())
     tell, progress = options.get("tell", untold), options.get("progress", silent)
     request = _Request.of(

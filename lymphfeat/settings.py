@@ -33,6 +33,7 @@ ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_thresh
 Token = Literal["patches", "mean", "cls"]
 DEFAULT_CROP = 112  # report §4.1
 Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibrations
+GroupFolds = Literal["each", "whole"]  # cohort.groups
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
 Way = Literal["late", "sum", "experts"]  # of fusing, METHOD §5
 Fusion = Literal[Way, "all"]
@@ -430,6 +431,17 @@ class FitSettings(Settings):
     )
     # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
     folds: int = setting(5, "Folds of the k-fold (honest).", at_least=3)
+    groups: str = setting(
+        "",
+        "Column of the cohort's table (laboratory, scanner, person) by which patients belong "
+        "together: no group is on both sides of a split (honest).",
+        unset="every patient by itself",
+    )
+    group_folds: GroupFolds = setting(
+        "each",
+        "Folds with --groups. each: every group is held out once, in turn. whole: the --folds of "
+        "the --seeds, of whole groups.",
+    )
     epochs: int = _epochs(40)
     batch_size: int = setting(
         16,
@@ -476,6 +488,10 @@ class FitSettings(Settings):
         require(
             self.epoch == "last" or self.protocol == "honest",
             "epoch (=nested) must go with --protocol honest; report takes the ten best epochs.",
+        )
+        require(
+            not self.groups or self.protocol == "honest",
+            f"groups (={self.groups}) must go with --protocol honest; report takes random halves.",
         )
         require(
             self.evaluate_every <= self.epochs,

@@ -32,6 +32,11 @@ LINES = {
     "extract": ["extract", "--cohort", "red", *BACKBONE, "--out", "store.h5", *DEVICE],
     "one seed of both protocols": ["fit-head", *FEW, "--protocol", "both", "--seeds", "1"],
     "honest": ["fit-head", *FEW, "--seeds", "1", *TRUTH, "--out", "honest"],
+    "wards": ["extract", "--cohort", "wards", *BACKBONE, "--out", "wards.h5", *DEVICE],
+    "by group": [
+        *("fit-head", "--store", "wards.h5", "--agg", "mean", "--groups", "ward", *DEVICE),
+        *("--out", "groups"),
+    ],
     "report": ["fit-head", *FEW, "--protocol", "report", "--seeds", "2", "--out", "report"],
     "compare, one split": ["compare", "runs/mean-both/report", "--out", "one.png"],
     "compare": ["compare", "honest", "--metric", "log_loss"],
@@ -96,6 +101,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         patch.setenv("LYMPHFEAT_CACHE", "cache")
         write_red_cohort(Path("red"), "0101010101?", truth=True)
         write_red_cohort(Path("other"), "01" * 6 + "?", seed=1, prefix="Q")
+        table = write_red_cohort(Path("wards"), "01" * 9) / "cohort.csv"
+        ward = ["ward", *(f"{number // 2 % 3}" for number in range(18))]
+        lines = zip(table.read_text().splitlines(), ward, strict=True)
+        table.write_text("".join(f"{line},{own}\n" for line, own in lines))
         write_red_cohort(Path("large"), "01" * 6 + "?", side=112)
         for name, line in LINES.items():
             result = CliRunner().invoke(cli, [*line, "--json"])

@@ -68,6 +68,7 @@ INSIDE = {
             "scores",
         ),
         *(
+            "groups",
             "subgroups",
             "comparison",
             "run_provenance",
@@ -107,6 +108,7 @@ INSIDE = {
             "image_folders",
             "fingerprints",
             "cohort",
+            "groups",
             "splits",
             "fold_files",
             "attributes",

@@ -61,6 +61,7 @@ Examples:
   lymphfeat fit-head --agg all --protocol both --seeds 10
   lymphfeat fit-head --agg topk --fusion late --model-out models/topk
   lymphfeat fit-head --agg distribution --agg mean+std
+  lymphfeat fit-head --agg mean+std --groups laboratory
   lymphfeat fit-head --store a.h5 --store b.h5 --agg mean+std --agg quantiles@1+mean@2
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
   lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
@@ -196,6 +197,8 @@ def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") ->
         "warnings": list(last.warnings),
         "files": [str(path) for path in files_in(folder)],
     }
+    if runs[-1].by_group is not None:
+        result["groups"] = runs[-1].by_group.to_dict("records")
     if optimism is not None:
         result["report"] = runs[0].outcome.summary.to_dict("records")
         result["optimism"] = optimism.to_dict("records")
@@ -205,11 +208,32 @@ def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") ->
 def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> None:
     for run in runs:
         _show_run(run.outcome, run.settings)
+        if run.by_group is not None:
+            _show_groups(run.by_group, run.settings.groups)
     if optimism is not None:
         _show_optimism(optimism)
     for warning in runs[-1].outcome.warnings:
         click.echo(f"Warning: {warning}")
     click.echo("Wrote " + ", ".join(map(str, files_in(folder))))
+
+
+def _show_groups(table: "pd.DataFrame", column: str) -> None:
+    rows = [
+        [
+            row["head"],
+            row["group"],
+            row["reactive"],
+            row["tumoral"],
+            *(
+                with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+                for name in ("auc", "sensitivity", "specificity")
+            ),
+        ]
+        for row in table.to_dict("records")
+    ]
+    columns = ["head", column, "reactive", "tumoral", "AUC (95 %)"]
+    columns += ["sensitivity (95 %)", "specificity (95 %)"]
+    show_table(f"By {column}, each held out with its whole group (first repeat)", columns, rows)
 
 
 def _show_optimism(table: "pd.DataFrame") -> None:

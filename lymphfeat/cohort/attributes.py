@@ -15,10 +15,12 @@ _NOT_ATTRIBUTES = ("label", "split")
 _LEAST_DEVIATION = 1e-9  # a column that varies less is constant
 
 
-def choose_attributes(table: pd.DataFrame, names: Sequence[str] = ()) -> tuple[str, ...]:
+def choose_attributes(
+    table: pd.DataFrame, names: Sequence[str] = (), *, groups: str = ""
+) -> tuple[str, ...]:
     """Return the attribute columns: `names`, or all columns of the table but label and split.
 
-    Raises SettingsError for a missing column.
+    The column `groups` is one only if it is named. Raises SettingsError for a missing column.
     """
     there = [name for name in table.columns if name not in _NOT_ATTRIBUTES]
     missing = [name for name in names if name not in there]
@@ -27,7 +29,7 @@ def choose_attributes(table: pd.DataFrame, names: Sequence[str] = ()) -> tuple[s
             f"attributes (={', '.join(missing)}) must be columns of the cohort's table: "
             f"{', '.join(there) or 'it has none'}."
         )
-    return tuple(names) or tuple(there)
+    return tuple(names) or tuple(name for name in there if name != groups)
 
 
 def attribute_matrix(

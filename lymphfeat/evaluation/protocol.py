@@ -285,7 +285,9 @@ def _attributes(table: pd.DataFrame | None, patients: int, settings: FitSettings
     if table is None:
         return np.empty((patients, 0))
     return attribute_matrix(
-        table, choose_attributes(table, settings.attributes), settings.log_attributes
+        table,
+        choose_attributes(table, settings.attributes, groups=settings.groups),
+        settings.log_attributes,
     )
 
 

@@ -40,7 +40,7 @@ def measure_subgroups(
     rows = []
     for by, group, own in groups_of(table):
         fold = None if folds is None else folds[own]
-        figures = _measure(probabilities[own], labels[own], at[own], fold)
+        figures = measure_group(probabilities[own], labels[own], at[own], fold)
         rows.append({"by": by, "group": group, **figures})
     return pd.DataFrame(rows)
 
@@ -70,9 +70,10 @@ def _cut(column: "pd.Series[float]") -> Iterator[tuple[str, NDArray[np.bool_]]]:
     yield f"{middle:.3g} or more", (column >= middle).to_numpy(bool)
 
 
-def _measure(
-    probabilities: Floats, labels: Labels, threshold: Floats, folds: NDArray[np.int64] | None
+def measure_group(
+    probabilities: Floats, labels: Labels, threshold: Floats, folds: NDArray[np.int64] | None = None
 ) -> dict[str, float]:
+    """Measure one group of patients, all arguments (n,); see `measure_subgroups`."""
     called = probabilities > threshold
     tumoral, reactive = labels == 1, labels == 0
     return {
