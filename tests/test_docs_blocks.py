@@ -107,9 +107,9 @@ def write_place(place: Path) -> Path:
         shutil.copytree(place / "cohort", place / name)
     for name, first in (("BAGS", 0), ("NEW_BAGS", 100)):
         _write_bags(place / name, first)
-    first, *others = (place / "cohort" / "patients.csv").read_text().splitlines()
+    header, *others = (place / "cohort" / "patients.csv").read_text().splitlines()
     lines = [f"{line},{'ABC'[number // 2 % 3]}" for number, line in enumerate(others)]
-    write_text(place / "labels.csv", f"{first},laboratory", *lines)
+    write_text(place / "labels.csv", f"{header},laboratory", *lines)
     folds = [f"P{number},{number // 2 % 4}" for number in range(20)]
     write_text(place / "folds.csv", "id,fold", *folds)
     write_text(place / "lymphfeat.toml", CONFIG)
