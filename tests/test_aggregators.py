@@ -16,6 +16,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.heads.aggregators.ranking import (
     Ranking,
     effective_k,
+    from_highest,
     selected_mask,
     selected_probability,
 )
@@ -57,6 +58,23 @@ def state_of(heads: int = 2, temperature: float = 1.0, **more: Any) -> Aggregato
 
 def column(bags: list[list[float]], head: int) -> list[list[float]]:
     return [[x * (1 - 2 * head) for x in bag] for bag in bags]
+
+
+@given(
+    st.lists(
+        st.sampled_from([-math.inf, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, math.inf])
+        | st.floats(width=32, allow_nan=False),
+        max_size=40,
+    ),
+    st.booleans(),
+)
+def test_sorted_as_torch_sorts(numbers: list[float], diverged: bool) -> None:
+    row = torch.tensor([*numbers, math.nan] if diverged else numbers)
+    scores = torch.stack([row, -row, row.flip(0)]).mT[None].movedim(1, 2)  # not contiguous
+    values, places = from_highest(scores)
+    expected, order = scores.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(places, order)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @given(BAGS, st.integers(1, 12), st.booleans(), st.sampled_from(["mean", "max"]))

@@ -6,6 +6,7 @@ A bag is ranked once, by one stable sort; every k, top and bottom, is then read 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,7 @@ class Ranking:
         padded = torch.cat([scores.detach(), scores.new_full((1, scores.shape[1]), -math.inf)])
         ranked = []
         for _, rows in bags.buckets:  # (b, n)
-            values, order = (
-                padded[rows].movedim(2, 1).sort(dim=2, descending=True, stable=True)
-            )  # (b, H, n)
+            values, order = from_highest(padded[rows].movedim(2, 1))  # (b, H, n)
             ranked.append((rows[:, None].expand_as(order).gather(2, order), values))
         return cls(bags, tuple(rows for rows, _ in ranked), tuple(values for _, values in ranked))
 
@@ -71,6 +70,24 @@ class Ranking:
             n = min(k, rows.shape[2])
             top[bags, :, :n] = rows[:, :, :n]
         return top
+
+
+def from_highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort scores (…, n) from the highest, equals by place; return scores and places (…, n).
+
+    On a CPU, integers of a score's bits and its place are sorted: numpy does that in less than half
+    the time that torch takes for scores with their places.
+    """
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.isnan().any():
+        values, places = scores.sort(dim=-1, descending=True, stable=True)
+        return values, places
+    scores = scores.contiguous()
+    bits = (scores + 0.0).numpy().view(np.int32)  # -0 is equal to 0
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as the scores do; bits of negative ones fall
+    keys = (~rising.astype(np.int64) << 32) | np.arange(scores.shape[-1])
+    keys.sort(axis=-1)
+    places = torch.from_numpy(keys & 0xFFFFFFFF)
+    return scores.gather(-1, places), places
 
 
 def _chosen_places(sizes: Tensor, k: Tensor, n: int, bottom: bool) -> Tensor:
