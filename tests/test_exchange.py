@@ -180,6 +180,12 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_places_on_a_slide_are_no_features(tmp_path: Path) -> None:
+    write_hdf5(tmp_path / "bags" / "P1_patches.h5", np.ones((3, 2), np.float32), "coords_level")
+    with pytest.raises(StoreError, match=r"P1_patches\.h5: must have an array .*; got none"):
+        import_bags(tmp_path / "bags", tmp_path / "store.h5")
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".pt", ".npy", ".npz"])
 def test_a_damaged_file_is_an_error_in_one_line(suffix: str, tmp_path: Path) -> None:
     write_text(tmp_path / "bags" / f"P1{suffix}", "not what it says")

@@ -222,7 +222,7 @@ def test_the_command_shows_every_group(store: FeatureStore, tmp_path: Path) -> N
     line += ["--precision", "float32", "--threads", "1", "--device", "cpu"]
     result = CliRunner().invoke(cli, [*line, "--out", str(tmp_path / "a")])
     assert result.exit_code == 0, result.output
-    assert "By laboratory, each held out with its whole group" in result.stdout
+    assert "in each laboratory, held out whole" in result.stdout
     result = CliRunner().invoke(cli, [*line, "--out", str(tmp_path / "b"), "--json"])
     groups = json.loads(result.stdout)["groups"]
     assert {row["group"] for row in groups} == set(LABORATORIES)

@@ -218,22 +218,25 @@ def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> N
 
 
 def _show_groups(table: "pd.DataFrame", column: str) -> None:
+    """Show the first row of the summary in every group."""
+    first = table["head"].iloc[0]
+    measured = ("auc", "sensitivity", "specificity")
     rows = [
         [
-            row["head"],
-            row["group"],
-            row["reactive"],
-            row["tumoral"],
+            *(row[name] for name in ("group", "reactive", "tumoral")),
             *(
                 with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
-                for name in ("auc", "sensitivity", "specificity")
+                for name in measured
             ),
         ]
-        for row in table.to_dict("records")
+        for row in table[table["head"] == first].to_dict("records")
     ]
-    columns = ["head", column, "reactive", "tumoral", "AUC (95 %)"]
-    columns += ["sensitivity (95 %)", "specificity (95 %)"]
-    show_table(f"By {column}, each held out with its whole group (first repeat)", columns, rows)
+    titles = ["AUC (95 %)", "sensitivity (95 %)", "specificity (95 %)"]
+    show_table(
+        f"{first} in each {column}, held out whole (first repeat; all rows are in groups.csv)",
+        [column, "reactive", "tumoral", *titles],
+        rows,
+    )
 
 
 def _show_optimism(table: "pd.DataFrame") -> None:

@@ -61,13 +61,14 @@ def _as_maps(path: Path, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _check_values(path: Path, maps: NDArray[np.float32]) -> None:
-    for row, own in enumerate(maps):
-        largest = np.abs(own).max()
-        if not largest <= FLOAT16_MAX:  # catches NaN too
-            raise StoreError(
-                f"{path}: row {row}: magnitude (={largest}) must be at most {FLOAT16_MAX:.0f} "
-                "because a store holds float16. Make these features again, or scale them all."
-            )
+    largest = np.abs(maps).max(axis=(1, 2, 3))  # (n,)
+    bad = np.flatnonzero(~(largest <= FLOAT16_MAX))  # catches NaN too
+    if len(bad):
+        raise StoreError(
+            f"{path}: row {bad[0]}: magnitude (={largest[bad[0]]}) must be at most "
+            f"{FLOAT16_MAX:.0f} because a store holds float16. Make these features again, or scale "
+            "them all."
+        )
 
 
 def _read_hdf5(path: Path) -> NDArray[Any]:
@@ -102,7 +103,8 @@ def _read_zipped(path: Path) -> NDArray[Any]:
 
 
 def _choose(path: Path, arrays: Mapping[str, Any]) -> Any:
-    """Return the array of features: by name, or the only one."""
+    """Return the array of features: by name, or the only one but places on a slide."""
+    arrays = {name: own for name, own in arrays.items() if not name.startswith("coord")}
     for name in _NAMES:
         if name in arrays:
             return arrays[name]
