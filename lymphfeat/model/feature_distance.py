@@ -71,7 +71,7 @@ def left_out_distances(images: Floats, offsets: Sequence[int]) -> Iterator[tuple
     """Yield, of each patient, the distances of its images, (n,), and of their mean.
 
     They are those to all other patients' images (N, C), with the prior that shrinks the covariance
-    of all: exactly, by a change of low rank (Woodbury's identity) instead of a new covariance.
+    of all: exactly, by a change of the covariance instead of a new one.
     """
     mean, whitening = _learn(images)
     white = (images - mean) @ whitening.T  # (N, C) scatter and prior are the identity
@@ -80,8 +80,19 @@ def left_out_distances(images: Floats, offsets: Sequence[int]) -> Iterator[tuple
         moved = -own.sum(0) / others  # the others' mean
         removed = np.vstack([own, np.sqrt(others) * moved])  # (n + 1, C) what the scatter loses
         queries = np.vstack([own, own.mean(0)]) - moved
-        lower = cholesky(np.eye(len(removed)) - removed @ removed.T, lower=True)
-        gained = solve_triangular(lower, removed @ queries.T, lower=True)  # (n + 1, n + 1)
-        squares = others * ((queries**2).sum(1) + (gained**2).sum(0))
-        distances = np.sqrt(squares)
+        distances = np.sqrt(others * _squares_without(removed, queries))
         yield distances[:-1], float(distances[-1])
+
+
+def _squares_without(removed: Floats, queries: Floats) -> Floats:
+    """Return q (I - RᵀR)⁻¹ qᵀ of queries (m, C) and removed rows R (n, C): (m,).
+
+    By the smaller of two systems: that of the features, or that of the rows (Woodbury).
+    """
+    n, channels = removed.shape
+    if n > channels:
+        lower = cholesky(np.eye(channels) - removed.T @ removed, lower=True)
+        return np.asarray((solve_triangular(lower, queries.T, lower=True) ** 2).sum(0))
+    lower = cholesky(np.eye(n) - removed @ removed.T, lower=True)
+    gained = solve_triangular(lower, removed @ queries.T, lower=True)  # (n, m)
+    return np.asarray((queries**2).sum(1) + (gained**2).sum(0))
