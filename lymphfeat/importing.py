@@ -19,7 +19,7 @@ from lymphfeat.cohort.images import VIEWS
 from lymphfeat.cohort.tables import ClinicalTable, choose_tables, read_labels, read_tables
 from lymphfeat.errors import SettingsError, StoreError
 from lymphfeat.features.exchange.arrays import read_maps
-from lymphfeat.features.exchange.layouts import SCEMILA, FoundBags, find_bags
+from lymphfeat.features.exchange.layouts import SCEMILA, BagFiles, FoundBags, find_bags
 from lymphfeat.features.exchange.origin import Origin, read_origin
 from lymphfeat.features.store import (
     FORMAT_VERSION,
@@ -74,7 +74,7 @@ def import_bags(
     cohort = Cohort.of_bags(source, clinical, names, allow_missing=allow_missing)
     origin = read_origin(source, backbone)
     meter = RateMeter(progress, 2 * len(cohort.ids))  # every bag is read twice
-    bags = [_Bag.read(id, found.bags[id].files, origin, meter) for id in cohort.ids]
+    bags = [_Bag.read(id, found.bags[id], origin, meter) for id in cohort.ids]
     cohort = replace(
         cohort,
         images=tuple(tuple(source / bag.id / name for name in bag.names) for bag in bags),
@@ -92,20 +92,20 @@ class _Bag:
     """What is known of a bag when its features have been read once."""
 
     id: str
-    files: tuple[Path, ...]
+    source: BagFiles
     shape: tuple[int, ...]  # (C, h, w)
     names: tuple[str, ...]  # (n,) of its images
     rows: tuple[str, ...]  # (n,) hashes of its features
     hashes: tuple[str, ...]  # (n,) of its images' files, where they are known; else `rows`
 
     @classmethod
-    def read(cls, id: str, files: tuple[Path, ...], origin: Origin, meter: RateMeter) -> "_Bag":
-        maps = _read(files)
+    def read(cls, id: str, source: BagFiles, origin: Origin, meter: RateMeter) -> "_Bag":
+        maps = _read(source)
         rows, (n, *shape) = _hashes(maps), maps.shape
         meter.add(1)
         return cls(
             id=id,
-            files=files,
+            source=source,
             shape=tuple(shape),
             names=tuple(origin.names_of(id, n) or map(str, range(n))),
             rows=rows,
@@ -114,19 +114,20 @@ class _Bag:
 
     def read_again(self) -> NDArray[np.float32]:
         """Return the maps (n, C, h, w); raises StoreError if they have changed."""
-        maps = _read(self.files)
+        maps = _read(self.source)
         if _hashes(maps) != self.rows:
             raise StoreError(
-                f"{self.files[0]}: has changed while it was imported; run the same line again."
+                f"{self.source.files[0]}: has changed while it was imported; run the same line "
+                "again."
             )
         return maps
 
 
-def _read(files: Sequence[Path]) -> NDArray[np.float32]:
+def _read(source: BagFiles) -> NDArray[np.float32]:
     """Read the maps of a bag, which may lie in several files: (n, C, h, w)."""
-    parts = [read_maps(path) for path in files]
-    for path, own in zip(files, parts, strict=True):
-        _check_shape(path, own.shape[1:], files[0], parts[0].shape[1:])
+    parts = [read_maps(path, source.rows) for path in source.files]
+    for path, own in zip(source.files, parts, strict=True):
+        _check_shape(path, own.shape[1:], source.files[0], parts[0].shape[1:])
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -197,7 +198,7 @@ def _recipe(
     cohort: Cohort, found: FoundBags, bags: Sequence[_Bag], origin: Origin
 ) -> dict[str, Any]:
     """Collect all that determines the store's bytes."""
-    files = file_hashes([path for bag in bags for path in bag.files])
+    files = file_hashes(list(dict.fromkeys(path for bag in bags for path in bag.source.files)))
     digest = hashlib.sha256("\n".join(files).encode())
     rows = [bag.rows for bag in bags]
     return {
@@ -235,7 +236,7 @@ def _write(
 ) -> None:
     """Write a block per patient; those that an earlier try has written are not read again."""
     for bag in bags:
-        _check_shape(bag.files[0], bag.shape, bags[0].files[0], bags[0].shape)
+        _check_shape(bag.source.files[0], bag.shape, bags[0].source.files[0], bags[0].shape)
     channels, height, width = bags[0].shape
     frozen = FeatureSet(
         name=FROZEN,

@@ -180,6 +180,24 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_file_that_is_not_of_anndata_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bags").mkdir()
+    with h5py.File(tmp_path / "bags" / "a.h5ad", "w") as file:
+        file.create_group("obs")
+    with pytest.raises(StoreError, match=r"a\.h5ad: must be a file of AnnData .* column patient"):
+        import_bags(tmp_path / "bags", tmp_path / "store.h5")
+
+
+def test_rows_of_an_anndata_file_may_be_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "bags").mkdir()
+    with h5py.File(tmp_path / "bags" / "a.h5ad", "w") as file:
+        file["X"] = np.arange(8, dtype=np.float32).reshape(4, 2)
+        file["obs/patient"] = ["P2", "P1", "P2", "P1"]
+    store = import_bags(tmp_path / "bags", tmp_path / "store.h5")
+    assert store.ids == ("P1", "P2")
+    np.testing.assert_array_equal(store.pooled()[:, 0], [[2, 3], [6, 7], [0, 1], [4, 5]])
+
+
 def test_places_on_a_slide_are_no_features(tmp_path: Path) -> None:
     write_hdf5(tmp_path / "bags" / "P1_patches.h5", np.ones((3, 2), np.float32), "coords_level")
     with pytest.raises(StoreError, match=r"P1_patches\.h5: must have an array .*; got none"):
@@ -250,7 +268,7 @@ def store(tmp_path: Path) -> FeatureStore:
     return FeatureStore.open(tmp_path / "store.h5")
 
 
-@pytest.mark.parametrize("format", ["clam", "torchmil", "npz"])
+@pytest.mark.parametrize("format", ["clam", "torchmil", "anndata", "npz"])
 def test_a_store_comes_back_from_an_export(
     format: ExportFormat, store: FeatureStore, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Examples:
   lymphfeat export cache/features.h5 --format clam --out clam
   lymphfeat export cache/features.h5 --format anndata --out anndata
-`lymphfeat import` reads these folders, but for AnnData, without losing whose labels were seen.""",
+`lymphfeat import` reads these folders without losing whose labels were seen.""",
 )
 @click.argument("store", type=PATH)
 @click.option(

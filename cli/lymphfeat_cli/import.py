@@ -19,8 +19,8 @@ Examples:
   lymphfeat import BAGS --table labels.csv
   lymphfeat import features_uni --table labels.csv --backbone uni --out cache/uni.h5
   lymphfeat import SCEMILA --tumoral AML-PML-RARA --tumoral AML-NPM1
-BAGS holds a file per patient, <id>.h5 (CLAM, TRIDENT, STAMP), .pt, .npy or .npz; or the folders
-of torchmil (features, labels) or SCEMILA (data/<label>/<id>/*.npy).""",
+BAGS holds a file per patient, <id>.h5 (CLAM, TRIDENT, STAMP), .pt, .npy or .npz; the folders
+of torchmil (features, labels) or SCEMILA (data/<label>/<id>/*.npy); or one .h5ad.""",
 )
 @click.argument("source", type=PATH)
 @click.option(

@@ -16,15 +16,20 @@ META_SUFFIX = ".meta.json"  # beside a grid of slide2vec
 _NAMES = ("features", "feats", "X")  # of the features among other arrays of a file
 
 
-def read_maps(path: Path) -> NDArray[np.float32]:
+def read_maps(path: Path, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
     """Read a bag's feature maps (n, C, h, w) from a .h5, .pt, .npy or .npz file.
+
+    Of a .h5ad file of AnnData, which holds many bags, the bag's `rows` are read.
 
     Vectors, (n, C) or (1, n, C), become maps of one pixel; of a grid (C, h, w) of slide2vec every
     place is an instance. Raises StoreError, naming the file, for a file that cannot be read or
     holds no instances, or values that are not finite or beyond the range of float16.
     """
     try:
-        values = np.asarray(READERS[path.suffix.lower()](path))
+        if rows is None:
+            values = np.asarray(READERS[path.suffix.lower()](path))
+        else:
+            values = _read_rows(path, rows)
     except StoreError:
         raise
     except Exception as error:  # damaged files fail in as many ways as there are libraries
@@ -75,6 +80,35 @@ def _read_hdf5(path: Path) -> NDArray[Any]:
     with h5py.File(path, "r") as file:
         arrays = {name: own for name, own in file.items() if isinstance(own, h5py.Dataset)}
         return np.asarray(_choose(path, arrays)[()])
+
+
+def _read_rows(path: Path, rows: NDArray[np.int64]) -> NDArray[Any]:
+    with h5py.File(path, "r") as file:
+        if not isinstance(file["X"], h5py.Dataset):
+            raise StoreError(f"{path}: X must be a dense array; write it again with .toarray().")
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):  # picking single rows is slow
+            return np.asarray(file["X"][first : last + 1])
+        return np.asarray(file["X"][rows])
+
+
+def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
+    """Return the rows of each patient in a .h5ad file, by a column of its obs.
+
+    Raises StoreError for a file that cannot be read or lacks the column.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            found = file["obs"][column]
+            if isinstance(found, h5py.Group):  # categories
+                names = found["categories"].asstr()[:][found["codes"][:]]
+            else:
+                names = found.asstr()[:]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{path}: must be a file of AnnData whose obs has a column {column} ({error})."
+        ) from None
+    return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
 
 
 def _read_tensor(path: Path) -> NDArray[Any]:

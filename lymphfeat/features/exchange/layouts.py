@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lymphfeat.cohort.csv_rows import name_some
 from lymphfeat.errors import StoreError
-from lymphfeat.features.exchange.arrays import META_SUFFIX, READERS
+from lymphfeat.features.exchange.arrays import META_SUFFIX, READERS, read_patients
 
-TORCHMIL, SCEMILA, SLIDE2VEC = "torchmil", "scemila", "slide2vec"
+TORCHMIL, SCEMILA, SLIDE2VEC, ANNDATA = "torchmil", "scemila", "slide2vec", "anndata"
 PER_PATIENT = "a file per patient"  # CLAM, TRIDENT, STAMP
 _BESIDE = ("coords", "inst_labels", "patch_labels")  # arrays of torchmil that are not read
 
@@ -22,6 +23,7 @@ class BagFiles:
 
     files: tuple[Path, ...]
     label: str | None = None
+    rows: NDArray[np.int64] | None = None  # (n,) the patient's, of a file that holds many bags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ def find_bags(root: Path) -> FoundBags:
     - torchmil: features/<id>.npy or features/<backbone>/<id>.npy, and the label (0 or 1) in
       labels/<id>.npy.
     - SCEMILA: data/<label>/<id>/*.npy, of which all are the patient's.
+    - AnnData: one .h5ad file, whose obs has a column patient.
     - CLAM, TRIDENT, STAMP, slide2vec: <id>.h5, .pt, .npy or .npz, in any folder.
     """
     if not root.is_dir():
@@ -50,6 +53,9 @@ def find_bags(root: Path) -> FoundBags:
         layout, bags, notes = TORCHMIL, _of_torchmil(root), _beside(root)
     elif any(_scemila_place(path, root) for path in files):
         layout, bags, notes = SCEMILA, _of_scemila(root, files), []
+    elif sum(path.suffix == ".h5ad" for path in files) == 1:
+        (file,) = (path for path in files if path.suffix == ".h5ad")
+        layout, bags, notes = ANNDATA, _of_anndata(file), []
     else:
         layout, bags, notes = _of_files(root, files)
     if not bags:
@@ -124,6 +130,11 @@ def _of_scemila(root: Path, files: Sequence[Path]) -> dict[str, BagFiles]:
             )
         bags[id] = BagFiles(files=tuple(path for _, path in own), label=labels[0])
     return bags
+
+
+def _of_anndata(path: Path) -> dict[str, BagFiles]:
+    found = read_patients(path, "patient")
+    return {_id_of(id): BagFiles(files=(path,), rows=rows) for id, rows in found.items()}
 
 
 def _of_files(root: Path, files: Sequence[Path]) -> tuple[str, dict[str, BagFiles], list[str]]:
