@@ -50,7 +50,8 @@ def test_trains_and_names_its_files(root: Path) -> None:
 def test_the_built_in_cohort_is_soon_done_and_scored(root: Path) -> None:
     Path("cache").mkdir()
     root.rename("cache/synthetic")  # in place of the one that would be rendered
-    own = ["--backbone", "test_efficientnet", "--crop", str(SIDE), "--epochs", "2"]
+    Path("lymphfeat.toml").write_text("[endtoend]\nepochs = 2\n")  # the user's choice counts
+    own = ["--backbone", "test_efficientnet", "--crop", str(SIDE)]
     machine = ["--threads", "1", "--device", "cpu", "--precision", "float32"]
     result = CliRunner().invoke(cli, ["endtoend", *own, *machine, "--json"])
     assert result.exit_code == 0, result.output
