@@ -36,12 +36,12 @@ NORMALIZATIONS = {
     normalization.name: normalization
     for normalization in (
         Normalization(name="imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-        # What TensorFlow's Inception and EfficientNet-Lite models were trained with.
-        Normalization(name="inception", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         # Training frames of the challenge, METHOD §3.
         Normalization(
             name="challenge", mean=(0.8183, 0.6977, 0.7034), std=(0.1917, 0.2156, 0.0917)
         ),
+        # What TensorFlow's Inception and EfficientNet-Lite models were trained with.
+        Normalization(name="inception", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     )
 }
 
