@@ -188,11 +188,18 @@ def test_a_file_that_is_not_of_anndata_is_refused(tmp_path: Path) -> None:
         import_bags(tmp_path / "bags", tmp_path / "store.h5")
 
 
-def test_rows_of_an_anndata_file_may_be_in_any_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["texts", "masked texts", "masked categories"])
+def test_rows_of_an_anndata_file_may_be_in_any_order(kind: str, tmp_path: Path) -> None:
+    """And its texts in any of the forms that AnnData writes."""
     (tmp_path / "bags").mkdir()
     with h5py.File(tmp_path / "bags" / "a.h5ad", "w") as file:
         file["X"] = np.arange(8, dtype=np.float32).reshape(4, 2)
-        file["obs/patient"] = ["P2", "P1", "P2", "P1"]
+        if kind == "masked categories":
+            file["obs/patient/categories/values"] = ["P1", "P2"]
+            file["obs/patient/codes"] = [1, 0, 1, 0]
+        else:
+            name = "obs/patient" if kind == "texts" else "obs/patient/values"
+            file[name] = ["P2", "P1", "P2", "P1"]
     store = import_bags(tmp_path / "bags", tmp_path / "store.h5")
     assert store.ids == ("P1", "P2")
     np.testing.assert_array_equal(store.pooled()[:, 0], [[2, 3], [6, 7], [0, 1], [4, 5]])

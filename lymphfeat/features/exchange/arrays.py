@@ -99,16 +99,21 @@ def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
     """
     try:
         with h5py.File(path, "r") as file:
-            found = file["obs"][column]
-            if isinstance(found, h5py.Group):  # categories
-                names = found["categories"].asstr()[:][found["codes"][:]]
-            else:
-                names = found.asstr()[:]
+            names = _texts(file["obs"][column])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(
             f"{path}: must be a file of AnnData whose obs has a column {column} ({error})."
         ) from None
     return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+
+
+def _texts(found: h5py.Group | h5py.Dataset) -> NDArray[np.object_]:
+    """Return a column of texts, whether it is written as such, with a mask, or as categories."""
+    if isinstance(found, h5py.Dataset):
+        return np.asarray(found.asstr()[:], object)
+    if "categories" in found:
+        return np.asarray(_texts(found["categories"])[found["codes"][:]])
+    return _texts(found["values"])
 
 
 def _read_tensor(path: Path) -> NDArray[Any]:
