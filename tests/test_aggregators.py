@@ -74,6 +74,7 @@ def test_sorted_as_torch_sorts(numbers: list[float], diverged: bool) -> None:
     values, places = from_highest(scores)
     expected, order = scores.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(places, order)
+    assert values.stride() == expected.stride()
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 

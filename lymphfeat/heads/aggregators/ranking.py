@@ -81,13 +81,14 @@ def from_highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.isnan().any():
         values, places = scores.sort(dim=-1, descending=True, stable=True)
         return values, places
-    scores = scores.contiguous()
-    bits = (scores + 0.0).numpy().view(np.int32)  # -0 is equal to 0
+    bits = (scores.contiguous() + 0.0).numpy().view(np.int32)  # -0 is equal to 0
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as the scores do; bits of negative ones fall
     keys = (~rising.astype(np.int64) << 32) | np.arange(scores.shape[-1])
     keys.sort(axis=-1)
     places = torch.from_numpy(keys & 0xFFFFFFFF)
-    return scores.gather(-1, places), places
+    # Laid out as the scores are: the order in which a reduction adds up depends on it.
+    values = torch.empty_like(scores).copy_(scores.gather(-1, places))
+    return values, places
 
 
 def _chosen_places(sizes: Tensor, k: Tensor, n: int, bottom: bool) -> Tensor:
