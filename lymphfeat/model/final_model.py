@@ -45,6 +45,7 @@ from lymphfeat.model.sources import (
     Pooled,
     Source,
     check_stores,
+    refuse_imported,
     source_from_json,
 )
 from lymphfeat.runtime.arrays import Floats
@@ -232,9 +233,9 @@ class FinalModel:
         """Predict every patient and image of a cohort, each only from its own data.
 
         With `settings.tta` logits are the mean over the four flips. Raises CohortError for a table
-        without the attributes that the model reads.
+        without the attributes that the model reads, ModelError for a model of imported features.
         """
-        settings = settings or PredictSettings()
+        settings, backbones = settings or PredictSettings(), refuse_imported(self.sources)
         table, views = self._table(cohort, settings), self._views(settings)
         with cpu_threads(settings.threads), whole_float32():
             read = [
@@ -243,7 +244,7 @@ class FinalModel:
                     part_of(progress, number, len(self.sources), ""),
                     measured=self.familiarity is not None,
                 )
-                for number, source in enumerate(self.sources)
+                for number, source in enumerate(backbones)
             ]
             kept, statistics = [own for own, _ in read], read[0][1]
             predictions = self._predictions(cohort, table, patient_keys(cohort), kept)

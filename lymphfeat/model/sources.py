@@ -48,22 +48,6 @@ class Source(ABC):
         """Return all but the tensors, for a model file; see `source_from_json`."""
 
     @abstractmethod
-    def keep_images(
-        self,
-        cohort: Cohort,
-        head: Head,
-        views: Sequence[str],
-        settings: PredictSettings,
-        progress: Progress,
-        *,
-        measured: bool,
-    ) -> tuple[Tensor, pd.DataFrame | None]:
-        """Return what a head keeps of the images of a cohort in every view: (V, N, K).
-
-        Also their image statistics, (N, S), if they are to be `measured`.
-        """
-
-    @abstractmethod
     def describe_mismatch(self, store: FeatureStore) -> str:
         """Say what of a store's recipe differs from the model's; empty if its maps fit."""
 
@@ -120,6 +104,10 @@ class BackboneSource(Source):
         *,
         measured: bool,
     ) -> tuple[Tensor, pd.DataFrame | None]:
+        """Return what a head keeps of the images of a cohort in every view: (V, N, K).
+
+        Also their image statistics, (N, S), if they are to be `measured`.
+        """
         scorer = CohortScorer(
             *(self.backbone, head, self.recipe, settings),
             views=views,
@@ -175,18 +163,6 @@ class ImportedSource(Source):
     def to_json(self) -> dict[str, Any]:
         return {"imported": asdict(self)}
 
-    def keep_images(
-        self,
-        cohort: Cohort,
-        head: Head,
-        views: Sequence[str],
-        settings: PredictSettings,
-        progress: Progress,
-        *,
-        measured: bool,
-    ) -> tuple[Tensor, pd.DataFrame | None]:
-        raise _no_backbone()
-
     def describe_mismatch(self, store: FeatureStore) -> str:
         if not store.is_imported:
             return "the model is of imported features, and these were extracted from images"
@@ -208,15 +184,11 @@ def refuse_imported(sources: Sequence[Source]) -> list[BackboneSource]:
     """Return the sources as backbones; raises ModelError if one has none."""
     backbones = [source for source in sources if isinstance(source, BackboneSource)]
     if len(backbones) < len(sources):
-        raise _no_backbone()
+        raise ModelError(
+            "model must have a backbone to read images; it was made of imported features. Import "
+            "the patients' features, too, and use `lymphfeat predict --store`."
+        )
     return backbones
-
-
-def _no_backbone() -> ModelError:
-    return ModelError(
-        "model must have a backbone to read images; it was made of imported features. Import the "
-        "patients' features, too, and use `lymphfeat predict --store`."
-    )
 
 
 def _keep_views(head: Head, maps: NDArray[np.float16]) -> Tensor:
