@@ -92,6 +92,8 @@ def test_groups_are_read_from_a_column() -> None:
     )
     assert read_groups(table, "lab").tolist() == ["x", "y", ""]
     assert read_groups(table, "ward").tolist() == ["1", "2.5", "3"]
+    persons = table.assign(person=[12345671.0, 12345672.0, 12345671.0])
+    assert read_groups(persons, "person").tolist() == ["12345671", "12345672", "12345671"]
     with pytest.raises(SettingsError, match="column of the cohort's table: lab, ward"):
         read_groups(table, "label")
     with pytest.raises(CohortError, match="missing for P3"):

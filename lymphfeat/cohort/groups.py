@@ -38,7 +38,7 @@ def read_groups(table: pd.DataFrame, column: str) -> Groups:
             f"{name_some(nameless)}. Fill them in, and make the store again."
         )
     if pd.api.types.is_numeric_dtype(values):
-        texts = [f"{value:g}" for value in values.to_numpy(float)]
+        texts = [f"{value:.15g}" for value in values.to_numpy(float)]
     else:
         texts = values.astype(str).tolist()
     return np.where(missing, "", np.array(texts))
