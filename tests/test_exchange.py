@@ -205,6 +205,22 @@ def test_rows_of_an_anndata_file_may_be_in_any_order(kind: str, tmp_path: Path) 
     np.testing.assert_array_equal(store.pooled()[:, 0], [[2, 3], [6, 7], [0, 1], [4, 5]])
 
 
+@pytest.mark.parametrize("kind", ["masked texts", "categories"])
+def test_rows_of_nobody_are_refused(kind: str, tmp_path: Path) -> None:
+    """They must not become those of another patient."""
+    (tmp_path / "bags").mkdir()
+    with h5py.File(tmp_path / "bags" / "a.h5ad", "w") as file:
+        file["X"] = np.zeros((3, 2), np.float32)
+        if kind == "categories":
+            file["obs/patient/categories"] = ["P1", "P2"]
+            file["obs/patient/codes"] = np.array([1, 0, -1], np.int8)
+        else:
+            file["obs/patient/values"] = ["P2", "P1", "P1"]
+            file["obs/patient/mask"] = [False, False, True]
+    with pytest.raises(StoreError, match=r"a\.h5ad: column patient of obs .*; row 2 has none"):
+        import_bags(tmp_path / "bags", tmp_path / "store.h5")
+
+
 def test_places_on_a_slide_are_no_features(tmp_path: Path) -> None:
     write_hdf5(tmp_path / "bags" / "P1_patches.h5", np.ones((3, 2), np.float32), "coords_level")
     with pytest.raises(StoreError, match=r"P1_patches\.h5: must have an array .*; got none"):

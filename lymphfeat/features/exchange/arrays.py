@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -99,21 +100,31 @@ def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
     """
     try:
         with h5py.File(path, "r") as file:
-            names = _texts(file["obs"][column])
+            names = pd.Series(_texts(file["obs"][column]))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(
             f"{path}: must be a file of AnnData whose obs has a column {column} ({error})."
         ) from None
-    return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+    if names.isna().any():
+        raise StoreError(
+            f"{path}: column {column} of obs must name the patient of every row; row "
+            f"{int(names.isna().argmax())} has none. Leave such rows out."
+        )
+    return {str(name): rows for name, rows in names.groupby(names, sort=False).indices.items()}
 
 
 def _texts(found: h5py.Group | h5py.Dataset) -> NDArray[np.object_]:
-    """Return a column of texts, whether it is written as such, with a mask, or as categories."""
+    """Return a column written as texts, with a mask, or as categories; None where missing."""
     if isinstance(found, h5py.Dataset):
         return np.asarray(found.asstr()[:], object)
     if "categories" in found:
-        return np.asarray(_texts(found["categories"])[found["codes"][:]])
-    return _texts(found["values"])
+        codes = found["codes"][:]
+        texts, missing = _texts(found["categories"])[codes], codes < 0
+    else:
+        texts = _texts(found["values"])
+        missing = found["mask"][:] if "mask" in found else np.zeros(len(texts), bool)
+    texts[missing] = None
+    return np.asarray(texts, object)
 
 
 def _read_tensor(path: Path) -> NDArray[Any]:
