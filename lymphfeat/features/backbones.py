@@ -263,6 +263,7 @@ def load_weights(backbone: Backbone, path: Path) -> None:
     """
     model = backbone.model
     state = as_timm(_without_classifier(read_weights(path), model), model)
+    state = _without_classifier(state, model)  # one that was wrapped
     expected = backbone.model.state_dict()
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
