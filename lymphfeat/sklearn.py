@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit
+from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError
+from lymphfeat.evaluation.calibration import logit
 from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.engine import fit_stacked
@@ -185,8 +186,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if self.head_.of_logits:
                 return np.asarray(self.head_.patient_logits(kept, bags).double().numpy())
             chance = self.head_.patient_probability(kept, bags).double().numpy()
-        smallest = np.finfo(np.float32).eps
-        return np.asarray(logit(chance.clip(smallest, 1 - smallest)))
+        return logit(chance)
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Return the probability of each of `classes_` for each bag: (B, 2)."""

@@ -110,7 +110,8 @@ def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
             f"{path}: column {column} of obs must name the patient of every row; row "
             f"{int(names.isna().argmax())} has none. Leave such rows out."
         )
-    return {str(name): rows for name, rows in names.groupby(names, sort=False).indices.items()}
+    rows = names.groupby(names, sort=False).indices
+    return {str(name): np.asarray(own, np.int64) for name, own in rows.items()}
 
 
 def _texts(found: h5py.Group | h5py.Dataset) -> NDArray[np.object_]:

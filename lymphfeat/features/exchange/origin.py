@@ -29,7 +29,7 @@ class Origin:
     backbone: str
     weights_sha256: str = ""
     provenance: Provenance = NOBODY
-    images: Mapping[str, pd.DataFrame] | None = None  # by patient: image, crc32, hash
+    images: Mapping[str, pd.DataFrame] | None = None  # by patient: image, hash
 
     def names_of(self, id: str, rows: int) -> Sequence[str] | None:
         """Return the names of a patient's images; None where they are not known."""
