@@ -55,6 +55,14 @@ def test_splits_that_overlap_are_repeats(tmp_path: Path) -> None:
     assert [split.repeat for split in read_splits(tmp_path)] == [0, 1, 2]
 
 
+def test_it_is_read_as_the_table_of_a_cohort(tmp_path: Path) -> None:
+    decomposed = "A\u0308"  # Ä in two characters, as some systems write it
+    rows = (f"{decomposed};1", "b;1", "", "c;2", "d;2")
+    plain = ("\u00c4,1", "b,1", "c,2", "d,2")
+    found = read_splits(write_text(tmp_path / "f.csv", "id;fold", *rows))
+    assert found == read_splits(write_text(tmp_path / "f.csv", "id,fold", *plain))
+
+
 def test_folds_have_inner_folds_like_the_protocols_own(tmp_path: Path) -> None:
     ids = [f"P{number}" for number in range(16)]
     labels = np.arange(16) % 2

@@ -58,7 +58,7 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
 
     Raises CohortError for a file that is not a CSV table, has no column `id` or repeats a column.
     """
-    records, delimiter = _read_records(path)
+    records, delimiter = read_records(path)
     if not records:
         raise CohortError(f"{path} is empty; it must have a header and one row per patient.")
     header = _column_names(records[0][1])
@@ -83,7 +83,7 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     return rows
 
 
-def _read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
+def read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
     """Return (row number, cells) for every row that is not blank, and the delimiter."""
     try:
         text = _decode(path.read_bytes())

@@ -1,13 +1,14 @@
 """Splits that other tools have published: CSV files of folds, of training and test patients."""
 
-import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
-from lymphfeat.cohort.csv_rows import name_some
-from lymphfeat.errors import SettingsError
+from lymphfeat.cohort.csv_rows import name_some, read_records
+from lymphfeat.errors import CohortError, SettingsError
 
 _IDS = ("id", "bag_name", "slide_id", "patient", "case_id")  # columns that name a patient
 _TRAIN, _VALIDATION, _TEST = "train", ("val", "validation", "valid"), "test"
@@ -63,18 +64,17 @@ def read_folds(path: Path) -> list[Fold]:
 
 def _read(path: Path) -> Rows:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            return list(_rows(csv.reader(stream)))
-    except (OSError, ValueError, csv.Error) as error:
+        records, _ = read_records(path)
+    except CohortError as error:
         raise SettingsError(f"{path}: {_HINT}; it cannot be read ({error}).") from None
+    header, *lines = [cells for _, cells in records] or [[]]
+    names = [name.strip().lower() for name in header]
+    rows = (map(_plain, cells[: len(names)]) for cells in lines)
+    return [dict(zip_longest(names, row, fillvalue="")) for row in rows]
 
 
-def _rows(lines: Iterator[list[str]]) -> Iterator[dict[str, str]]:
-    header = [name.strip().lower() for name in next(lines, [])]
-    for line in lines:
-        if any(cell.strip() for cell in line):
-            padded = [*line, *[""] * (len(header) - len(line))]
-            yield {name: own.strip() for name, own in zip(header, padded, strict=False)}
+def _plain(cell: str) -> str:
+    return unicodedata.normalize("NFC", cell.strip())  # as ids of cohorts are
 
 
 def _of_folds(pairs: Sequence[tuple[str, str]]) -> list[Fold]:
