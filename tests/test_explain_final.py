@@ -370,6 +370,10 @@ def test_members_are_explained_together(agg: str, red: Cohort) -> None:
     np.testing.assert_allclose(
         found.decisions.total, np.mean([own.decisions.total for own in each], axis=0), atol=1e-4
     )
+    moved = replace(ensemble, recalibration=MOVED)
+    again, expected = explain(moved, red, ON_CPU), moved.predict(red, ON_CPU.scoring)
+    for name in ("probability", "predicted", "calibrated", "spread"):
+        np.testing.assert_allclose(again.patients[name], expected.patients[name], atol=1e-5)
     page = render_page(found)
     assert "averages 2 members" in page
     assert ("Attention is the weight that the network gives" in page) == (agg == "attention")

@@ -17,7 +17,7 @@ from torch import Tensor
 from lymphfeat.cohort.provenance import PatientKey
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.calibration import Calibration, logit
-from lymphfeat.evaluation.decision import average, combine
+from lymphfeat.evaluation.decision import combine
 from lymphfeat.heads.aggregators.networks import Attention
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
@@ -195,7 +195,7 @@ class _Members(Subject):
     """Models of `endtoend --folds`, averaged: their scores, weights and contributions are means."""
 
     def __init__(self, model: Ensemble) -> None:
-        self.model, self._models = model, model.models
+        self.model, self._ensemble, self._models = model, model, model.models
         self.members, self.tta = len(model.models), any(each.tta for each in model.models)
         self.sources = tuple(
             BackboneSource(backbone=m.backbone, recipe=m.recipe) for m in model.models
@@ -212,27 +212,29 @@ class _Members(Subject):
             )
 
     def _together(self, probabilities: Sequence[Floats], patients: Rows) -> Floats:
-        return average([each.decision for each in self._models], np.stack(probabilities))
+        return self._ensemble.together(np.stack(probabilities))[0]
 
     def judge(self, read: Sequence[ReadOut], images: Bags, patients: Rows) -> Judgement:
         def mean(name: str) -> Floats:
             return np.asarray(np.mean([_numbers(each, name) for each in read], axis=0))
 
-        each = [_numbers(own, "probability") for own in read]
-        calibrated = [m.decision.calibrate(p) for m, p in zip(self._models, each, strict=True)]
+        each = np.stack([_numbers(own, "probability") for own in read])  # (M, P)
+        probability, calibrated = self._ensemble.together(each)
         return Judgement(
-            probability=self._together(each, patients),
+            probability=probability,
             total=mean("total"),
             score=mean("score"),
             weight=mean("weight"),
             contribution=mean("contribution"),
             shares=np.zeros((len(patients), 0)),
             spread=np.std(calibrated, axis=0),
-            members=logit(np.stack(calibrated)),
+            members=logit(calibrated),
         )
 
     def out_of_fold(self, keys: Sequence[PatientKey], members: Floats | None) -> pd.DataFrame:
         found = super().out_of_fold(keys, members)
+        if self._ensemble.recalibration is not None:  # by patients of another laboratory
+            return found
         seen = np.array([each.seen(keys) for each in self._models]) == "label"  # (M, P)
         for row in np.flatnonzero(seen.any(0) & ~seen.all(0)).tolist():
             (own,) = np.nonzero(~seen[:, row])

@@ -16,6 +16,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision, average, combine
 from lymphfeat.model.model import Model
 from lymphfeat.model.predictions import SEEN, Predictions, decided_columns, measure_by_role
+from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.files import recover, replace_file
 from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.runtime.strict_json import json_text
@@ -125,21 +126,25 @@ class Ensemble:
 
     def average(self, members: Sequence[Predictions]) -> Predictions:
         """Average what `predict_each` returned, by the members' present decisions."""
-        decisions = [model.decision for model in self.models]
         raw = np.stack([member.patients["probability"].to_numpy(np.float64) for member in members])
-        last = self.recalibration or Decision()
-        probability = last.calibrate(average(decisions, raw))  # (M, P) -> (P,)
-        each = [decision.calibrate(p) for decision, p in zip(decisions, raw, strict=True)]
+        probability, each = self.together(raw)
         patients = members[0].patients.assign(
             probability=probability,
             **decided_columns(probability, self.decision),
-            spread=np.std(last.calibrate(np.stack(each)), axis=0),
+            spread=np.std(each, axis=0),
             seen=_most_seen([member.patients["seen"] for member in members]),
         )
         images = members[0].images.copy()
         for name in ("logit", "probability", "weight", "contribution"):
             images[name] = np.mean([member.images[name] for member in members], axis=0)
         return Predictions(patients=patients, images=images)
+
+    def together(self, probabilities: Floats) -> tuple[Floats, Floats]:
+        """Return the calibrated probability of all members, and of each: (M, P) -> (P,), (M, P)."""
+        decisions = [model.decision for model in self.models]
+        last = self.recalibration or Decision()
+        each = [own.calibrate(p) for own, p in zip(decisions, probabilities, strict=True)]
+        return last.calibrate(average(decisions, probabilities)), last.calibrate(np.stack(each))
 
     def measure(self, patients: pd.DataFrame) -> dict[str, dict[str, float | None]]:
         """Measure predicted patients with a label, as `Model.measure` does."""
