@@ -85,6 +85,24 @@ def test_columns_that_do_not_divide_are_left_out() -> None:
     assert sum(by == "many" for by, _ in found) == 6
 
 
+def test_no_group_is_empty_and_any_column_will_do() -> None:
+    table = pd.DataFrame(
+        {
+            "count": [0] * 12 + list(range(1, 9)),  # half and more are the least
+            "ward": pd.array(["a", "b", None, "a"] * 5, dtype="string"),
+            "year": np.arange(1980.0, 2000),
+            "weight": pd.array([None, *range(60, 79)], dtype="Float64"),
+        }
+    )
+    found: dict[str, dict[str, int]] = {}
+    for by, group, own in groups_of(table):
+        found.setdefault(by, {})[group] = int(own.sum())
+    assert "count" not in found  # one group alone
+    assert found["ward"] == {"a": 10, "b": 5, "missing": 5}
+    assert found["year"] == {"below 1990": 10, "1990 or more": 10}
+    assert found["weight"] == {"below 69": 9, "69 or more": 10, "missing": 1}
+
+
 def test_a_class_that_shares_no_fold_has_no_auc() -> None:
     labels = np.repeat([0, 1], 10)
     found = measure_subgroups(

@@ -54,7 +54,7 @@ def groups_of(table: pd.DataFrame) -> Iterator[tuple[str, str, NDArray[np.bool_]
     yield ALL, "", np.ones(len(table), bool)
     for name, column in table.items():
         missing = column.isna().to_numpy(bool)
-        groups = [*_cut(column), *([("missing", missing)] if missing.any() else [])]
+        groups = [(group, own) for group, own in (*_cut(column), ("missing", missing)) if own.any()]
         if len(groups) > 1:
             yield from ((str(name), group, own) for group, own in groups)
 
@@ -63,11 +63,16 @@ def _cut(column: "pd.Series[float]") -> Iterator[tuple[str, NDArray[np.bool_]]]:
     if not pd.api.types.is_numeric_dtype(column) or column.nunique() <= _FEW:
         for value in sorted(column.value_counts().index[:MOST], key=str):
             told = f"{value:g}" if isinstance(value, float) else str(value)
-            yield told, (column == value).to_numpy(bool)
+            yield told, (column == value).to_numpy(bool, na_value=False)
         return
     middle = float(column.median())
-    yield f"below {middle:.3g}", (column < middle).to_numpy(bool)
-    yield f"{middle:.3g} or more", (column >= middle).to_numpy(bool)
+    yield f"below {shown(middle)}", (column < middle).to_numpy(bool, na_value=False)
+    yield f"{shown(middle)} or more", (column >= middle).to_numpy(bool, na_value=False)
+
+
+def shown(value: float) -> str:
+    """Show three digits of a number, but a year or an amount whole."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def measure_group(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lymphfeat.evaluation.fusion import ExpertsFusion, SumFusion
-from lymphfeat.evaluation.subgroups import FEWEST
+from lymphfeat.evaluation.subgroups import FEWEST, shown
 from lymphfeat.explanation.explanation import Explanation, Subgroups
 from lymphfeat.explanation.faithfulness import Deletion
 from lymphfeat.explanation.findings import Finding, Findings
@@ -293,7 +293,7 @@ def named_value(explanation: Explanation, part: str, patient: int) -> str:
     value = table[part].iloc[patient] if part in table else None
     if pd.isna(value):
         return f"{name} (missing)"
-    return f"{name} {value:.3g}" if isinstance(value, float | int) else f"{name} {value}"
+    return f"{name} {shown(value) if isinstance(value, float | int) else value}"
 
 
 def alone(explanation: Explanation, patient: int) -> list[tuple[str, str]]:
