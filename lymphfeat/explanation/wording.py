@@ -70,8 +70,8 @@ class Wording:
         """Word the results of a model."""
         each = [cls.of(settings) for settings in subject.heads]
         found = each[0] if len(each) == 1 else _of_several(each)
-        if not any(reader.sees_fields for reader in subject.readers) or subject.joint:
-            found = replace(found, mapped=False, maps=_JOINT if subject.joint else found.maps)
+        if subject.joint:
+            found = replace(found, mapped=False, maps=_JOINT)
         if subject.model_is_final:
             return _of_final(found, subject)
         return _of_members(found, subject) if subject.members > 1 else found

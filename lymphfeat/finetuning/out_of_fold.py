@@ -116,8 +116,8 @@ class OutOfFold:
 def read_attributes(cohort: Cohort, settings: EndToEndSettings) -> AttributeRecipe:
     """Return how the clinical attributes of a cohort are read.
 
-    Raises SettingsError for a column that does not exist or has no logarithm, and for a fusion
-    without attributes.
+    Raises SettingsError for a column that does not exist, a number without a logarithm, and a
+    fusion without attributes.
     """
     table = cohort.labelled().table
     names = choose_attributes(table, settings.attributes)
