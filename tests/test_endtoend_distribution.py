@@ -200,10 +200,12 @@ def test_members_and_penalty(cohort: Cohort, tmp_path: Path) -> None:
 
 
 @pytest.mark.seconds
-def test_a_store_of_backbones_trained_so(cohort: Cohort, tmp_path: Path) -> None:
+@pytest.mark.parametrize("agg", ["mean+std", "attention"])
+def test_a_store_of_backbones_trained_so(agg: str, cohort: Cohort, tmp_path: Path) -> None:
+    finetune = tiny_settings(agg, epochs=1)
     settings = ExtractSettings(
         backbone=BACKBONE,
-        finetune=tiny_settings("mean+std", epochs=1),
+        finetune=finetune,
         precision="float32",
         device="cpu",
         threads=1,
@@ -211,6 +213,9 @@ def test_a_store_of_backbones_trained_so(cohort: Cohort, tmp_path: Path) -> None
     splits = find_splits("kfold:2", cohort.ids, cohort.labels)
     store = extract(cohort, tmp_path / "tuned.h5", settings, splits=splits)
     assert sorted(store.feature_sets) == sorted(split.id for split in splits)
+    # What happens after training is no part of a recipe.
+    fused = replace(settings, finetune=replace(finetune, fusion="late"))
+    assert extract(cohort, store.path, fused, splits=splits).recipe == store.recipe
 
 
 def test_what_is_refused(cohort: Cohort, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Networks through the backbone: on features standardised as they are when training starts."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.cohort.splits import find_splits
 from lymphfeat.errors import SettingsError
 from lymphfeat.explanation.explanation import explain
-from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import build_backbone
 from lymphfeat.finetuning.job import hold_out, prepare
 from lymphfeat.finetuning.loop import decode, make_fine_tuner
@@ -27,7 +24,6 @@ from lymphfeat.model.predictions import Predictions
 from lymphfeat.settings import (
     EndToEndSettings,
     ExplainSettings,
-    ExtractSettings,
     HeadSettings,
     PredictSettings,
 )
@@ -118,24 +114,6 @@ def test_members_and_an_explanation(cohort: Cohort, tmp_path: Path) -> None:
     found = explain(members.models[0], cohort, settings)
     expected = members.models[0].predict(cohort, ON_CPU).patients["probability"]
     np.testing.assert_allclose(found.patients["probability"], expected, rtol=1e-5)
-
-
-@pytest.mark.seconds
-def test_a_store_of_backbones_trained_by_attention(cohort: Cohort, tmp_path: Path) -> None:
-    settings = ExtractSettings(
-        backbone=BACKBONE,
-        finetune=settings_for("attention", epochs=1),
-        precision="float32",
-        device="cpu",
-        threads=1,
-    )
-    splits = find_splits("kfold:2", cohort.ids, cohort.labels)
-    store = extract(cohort, tmp_path / "tuned.h5", settings, splits=splits)
-    assert sorted(store.feature_sets) == sorted(split.id for split in splits)
-    # What happens after training is no part of a recipe.
-    assert settings.finetune is not None
-    fused = replace(settings, finetune=replace(settings.finetune, fusion="late"))
-    assert extract(cohort, store.path, fused, splits=splits).recipe == store.recipe
 
 
 def test_a_network_does_not_start_from_another_head(cohort: Cohort, tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lymphfeat_cli.options import FILE, PATH, Output, cache_path, note, writing_options
+from lymphfeat_cli.options import (
+    FILE,
+    PATH,
+    Output,
+    cache_path,
+    note,
+    reference_date_option,
+    writing_options,
+)
 
 if TYPE_CHECKING:
     from lymphfeat.features.store import FeatureStore
@@ -46,13 +54,7 @@ of torchmil (features, labels) or SCEMILA (data/<label>/<id>/*.npy); or one .h5a
     is_flag=True,
     help="Skip patients without features and bags without a table row (each is reported).",
 )
-@click.option(
-    "--reference-date",
-    type=click.DateTime(["%Y-%m-%d"]),
-    default="2021-01-01",
-    show_default=True,
-    help="Date for computing age from the date of birth.",
-)
+@reference_date_option
 @writing_options
 def command(
     source: Path,

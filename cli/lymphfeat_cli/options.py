@@ -121,6 +121,13 @@ def built_in_truth() -> Path:
     return cache_path("synthetic") / "truth.csv"
 
 
+reference_date_option = click.option(
+    "--reference-date",
+    type=click.DateTime(["%Y-%m-%d"]),
+    default="2021-01-01",
+    show_default=True,
+    help="Date for computing age from the date of birth.",
+)
 cohort_options = gather(
     "cohort",
     {
@@ -139,13 +146,7 @@ cohort_options = gather(
             is_flag=True,
             help="Skip patients without images and images without a table row (each is reported).",
         ),
-        "reference_date": click.option(
-            "--reference-date",
-            type=click.DateTime(["%Y-%m-%d"]),
-            default="2021-01-01",
-            show_default=True,
-            help="Date for computing age from the date of birth.",
-        ),
+        "reference_date": reference_date_option,
     },
     lambda values: CohortChoice(**values),
 )
