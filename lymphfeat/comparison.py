@@ -18,7 +18,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.comparison import Comparison
 from lymphfeat.evaluation.intervals import estimate, estimate_metric, holm
 from lymphfeat.evaluation.metrics import METRICS, metric_bounds
-from lymphfeat.evaluation.run_provenance import RunProvenance
+from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
 from lymphfeat.runtime.files import recover
 
 
@@ -39,6 +39,7 @@ class SavedRun:
         recover(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            check_version(folder, config)
             predictions = pd.read_csv(
                 folder / "predictions.csv", dtype={"patient": str}, keep_default_na=False
             )
@@ -50,6 +51,8 @@ class SavedRun:
                 labels=dict(zip(predictions["patient"], predictions["label"], strict=True)),
                 provenance=RunProvenance.read(folder),
             )
+        except SettingsError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise SettingsError(
                 f"run (={folder}) must be a run folder of `lymphfeat fit-head`; got "

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
+from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, find_normalization, stream_crops
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
-from lymphfeat.errors import SettingsError, StoreError
+from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_from_settings
 from lymphfeat.features.map_encoder import MapEncoder
 from lymphfeat.features.store import FORMAT_VERSION, FROZEN, FeatureSet, FeatureStore, Recipe
@@ -69,8 +70,10 @@ def extract(
     finished if its whole recipe is the same, and ends with the same bytes as an uninterrupted run.
     What `force` overwrites stays until the new store is finished.
 
+    The images that `leave_out_unusable` left out of the cohort are named in the recipe.
+
     Raises StoreError when `out` holds a store of another recipe and `force` is not set, and
-    CohortError for an image that cannot be read.
+    CohortError for images that cannot be read, nearly always before the first is encoded.
 
     >>> settings = lf.ExtractSettings(backbone=lf.BackboneSettings(crop=64))
     >>> lf.extract(lf.Cohort.load("cohort"), "features.h5", settings).shape
@@ -86,6 +89,7 @@ def extract(
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
         if from_first(out.exists()) and not force:
             return _reuse(out, recipe)
+        check_images([path for own in cohort.images for path in own], recipe["crop"])
         if settings.finetune is None:
             networks = {_frozen(settings, weights): backbone}
         else:
@@ -214,6 +218,15 @@ def _frozen_recipe(
             "timm": timm.__version__,
         },
         "cohort": cohort_fingerprint(cohort),
+        **({"left_out": _left_out(cohort)} if cohort.left_out else {}),
+    }
+
+
+def _left_out(cohort: Cohort) -> dict[str, list[str]]:
+    """Return the images that were left out, by patient, below the cohort's folder."""
+    return {
+        id: [path.relative_to(cohort.root).as_posix() for path in paths]
+        for id, paths in cohort.left_out.items()
     }
 
 
@@ -345,4 +358,10 @@ def _decoded(
         measured=True,
     )
     for start, block in blocks:
-        yield start, [next(crops) for _ in block]
+        try:
+            yield start, [next(crops) for _ in block]
+        except CohortError as error:
+            raise CohortError(
+                f"{error} The images before it are kept for the same line again; without this "
+                "image, or with another in its place, start over with --force."
+            ) from None

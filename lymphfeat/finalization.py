@@ -24,7 +24,7 @@ from lymphfeat.evaluation.fusion import FUSIONS
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
 from lymphfeat.evaluation.rows import Row, default_row, find_row
-from lymphfeat.evaluation.run_provenance import RunProvenance
+from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
 from lymphfeat.evaluation.scores import Scores, find_best
 from lymphfeat.features.backbones import build_backbone
 from lymphfeat.features.store import FeatureStore
@@ -134,6 +134,7 @@ class _Recorded:
             raise SettingsError(
                 f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."
             ) from None
+        check_version(folder, config)
         if config.get("format") != RUN_FORMAT or config["settings"]["protocol"] != "honest":
             raise SettingsError(
                 f"run (={folder}) must be fitted with --protocol honest: a model needs "

@@ -25,7 +25,12 @@ from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_image
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
 from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
-from lymphfeat.evaluation.run_provenance import PROVENANCE_FILE, RUN_FILES, RunProvenance
+from lymphfeat.evaluation.run_provenance import (
+    PROVENANCE_FILE,
+    RUN_FILES,
+    RUN_VERSION,
+    RunProvenance,
+)
 from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.grid import expand, head_name, resolve
@@ -409,6 +414,7 @@ def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
     )
     return {
         "format": RUN_FORMAT,
+        "format_version": RUN_VERSION,
         "lymphfeat": __version__,
         "torch": torch.__version__,
         "settings": asdict(run.settings),

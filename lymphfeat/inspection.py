@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.run_provenance import RUN_FILES
+from lymphfeat.evaluation.run_provenance import RUN_FILES, check_version
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
 from lymphfeat.settings import SHIPPED
@@ -75,6 +75,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        check_version(path, config)
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         missing = [name for name in RUN_FILES if not (path / name).is_file()]
         return {
@@ -86,5 +87,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
             "store": config["store"]["path"],
             "balanced accuracy": {row["head"]: _accuracy(row) for row in summary},
         }
+    except SettingsError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is a damaged run ({error}); fit it again.") from None

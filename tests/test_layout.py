@@ -105,6 +105,7 @@ INSIDE = {
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (
         *(
+            "image_checks",
             "image_folders",
             "fingerprints",
             "cohort",
@@ -118,7 +119,7 @@ INSIDE = {
     ),
     "runtime": (
         *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),
-        "arrays",
+        *("arrays", "versions"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

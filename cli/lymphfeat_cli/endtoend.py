@@ -13,7 +13,7 @@ from lymphfeat_cli.options import (
     CohortChoice,
     Output,
     built_in_truth,
-    cohort_options,
+    images_options,
     is_first,
     note,
     writing_options,
@@ -55,7 +55,7 @@ Examples:
   lymphfeat endtoend --cohort DIR --folds 5 --fusion late --attributes age,lymph_count
 Run the same command again to resume an interrupted training.""",
 )
-@cohort_options
+@images_options
 @click.option(
     "--out",
     type=PATH,
@@ -93,7 +93,7 @@ def command(
     """
     from lymphfeat.training import train
 
-    patients = cohort.load(output)
+    patients = cohort.usable(cohort.load(output), settings.backbone.crop, output)
     if cohort.built_in:
         settings, truth = _for_built_in(settings), truth or _read_truth()
     with output.progress("endtoend") as progress:

@@ -12,7 +12,7 @@ from lymphfeat_cli.options import (
     CohortChoice,
     Output,
     cache_path,
-    cohort_options,
+    images_options,
     note,
     writing_options,
 )
@@ -34,7 +34,7 @@ Examples:
   lymphfeat extract --cohort DIR --finetune-epochs 20 --splits kfold:5 --out cache/tuned.h5
   torchrun --nproc-per-node 8 -m lymphfeat_cli extract --cohort DIR""",
 )
-@cohort_options
+@images_options
 @click.option("--out", type=FILE, help="The store to write. [default: cache/features.h5]")
 @settings_options(ExtractSettings())
 @click.option(
@@ -79,7 +79,7 @@ def command(
     if finetune_epochs:
         settings = replace(settings, finetune=replace(finetune, epochs=finetune_epochs))
         splits = splits or "kfold:5"
-    patients = cohort.load(output)
+    patients = cohort.usable(cohort.load(output), settings.backbone.crop, output)
     with output.progress("extracting") as progress:
         store = extract(
             patients,
@@ -120,6 +120,11 @@ def _show(store: "FeatureStore") -> None:
         f"({store.recipe['backbone']}, weights {store.recipe['weights']}, "
         f"{store.recipe['precision']})"
     )
+    if left_out := store.recipe.get("left_out"):
+        click.echo(
+            f"Left out because they cannot be used: {sum(map(len, left_out.values()))} images of "
+            f"{len(left_out)} patients (`lymphfeat info` lists them)."
+        )
     if store.splits:
         click.echo(
             f"One backbone was fine-tuned per split, for {len(store.splits)} splits: "

@@ -34,6 +34,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 COHORT_VARIABLE = "LYMPHFEAT_COHORT"
 CACHE_VARIABLE = "LYMPHFEAT_CACHE"
+LISTED = 50  # images left out that are named one by one
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -82,6 +83,7 @@ class CohortChoice:
     table: Path | None
     allow_missing: bool
     reference_date: datetime
+    on_error: str = "stop"
 
     @property
     def built_in(self) -> bool:
@@ -98,6 +100,19 @@ class CohortChoice:
             allow_missing=self.allow_missing,
             reference_date=self.reference_date.date(),
         )
+
+    def usable(self, patients: "Cohort", crop: int, output: "Output") -> "Cohort":
+        """Leave out, and name, the images that cannot be used, if the user wants to."""
+        if self.on_error == "stop":
+            return patients
+        from lymphfeat.cohort.image_checks import leave_out_unusable
+
+        with output.progress("checking images") as progress:
+            kept = leave_out_unusable(patients, crop, progress=progress)
+        lines = kept.notes[len(patients.notes) :]
+        for line in (*lines[:LISTED], *lines[LISTED:][-2:]):  # the last two count them
+            note(f"Warning: {line}")
+        return kept
 
 
 def _synthetic_cohort(output: "Output") -> Path:
@@ -128,28 +143,37 @@ reference_date_option = click.option(
     show_default=True,
     help="Date for computing age from the date of birth.",
 )
-cohort_options = gather(
-    "cohort",
-    {
-        "cohort": click.option(
-            "--cohort",
-            type=PATH,
-            envvar=COHORT_VARIABLE,
-            help="Cohort folder (challenge layout, or a CSV and one image folder per id). "
-            f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
-        ),
-        "table": click.option(
-            "--table", type=PATH, help="The cohort's CSV file, if it is not in the cohort folder."
-        ),
-        "allow_missing": click.option(
-            "--allow-missing",
-            is_flag=True,
-            help="Skip patients without images and images without a table row (each is reported).",
-        ),
-        "reference_date": reference_date_option,
-    },
-    lambda values: CohortChoice(**values),
-)
+_COHORT = {
+    "cohort": click.option(
+        "--cohort",
+        type=PATH,
+        envvar=COHORT_VARIABLE,
+        help="Cohort folder (challenge layout, or a CSV and one image folder per id). "
+        f"[env: {COHORT_VARIABLE}; default: the built-in synthetic cohort]",
+    ),
+    "table": click.option(
+        "--table", type=PATH, help="The cohort's CSV file, if it is not in the cohort folder."
+    ),
+    "allow_missing": click.option(
+        "--allow-missing",
+        is_flag=True,
+        help="Skip patients without images and images without a table row (each is reported).",
+    ),
+    "reference_date": reference_date_option,
+}
+_ON_ERROR = {
+    "on_error": click.option(
+        "--on-error",
+        type=click.Choice(["stop", "skip"]),
+        default="stop",
+        show_default=True,
+        help="What to do when images cannot be read, or are smaller than the crop. stop: name "
+        "them and end before the work begins. skip: leave them out; each is reported and recorded.",
+    )
+}
+cohort_options = gather("cohort", _COHORT, lambda values: CohortChoice(**values))
+# Of commands that can do without some of the images.
+images_options = gather("cohort", _COHORT | _ON_ERROR, lambda values: CohortChoice(**values))
 
 
 @dataclass(frozen=True, kw_only=True)

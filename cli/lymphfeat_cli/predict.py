@@ -21,8 +21,8 @@ from lymphfeat_cli.options import (
     PATH,
     CohortChoice,
     Output,
-    cohort_options,
     gather,
+    images_options,
     note,
     writing_options,
 )
@@ -119,7 +119,7 @@ A cohort to predict needs a CSV with a column id, and one folder of images per i
     help="Model folder written by `endtoend` or `finalize`. Repeatable: several models of "
     "endtoend, or k-fold members, are averaged over calibrated logits; their spread is written.",
 )
-@cohort_options
+@images_options
 @patient_options
 @deciding_options
 @file_options
@@ -171,7 +171,10 @@ def _predict(
         stores = [FeatureStore.open(path) for path in choice.stores]
         found = final_only(model, "--store").predict_stores(*stores, settings=settings)
         return found, stores[0].submission_ids
-    patients = choice.load(cohort, output)
+    from lymphfeat.model.loading import largest_crop
+
+    crop = largest_crop(model, settings.um_per_px)
+    patients = cohort.usable(choice.load(cohort, output), crop, output)
     with output.progress("predicting") as progress:
         return model.predict(patients, settings, progress=progress), patients.submission_ids
 

@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -42,6 +42,8 @@ class Cohort:
     images: per patient, in the order of `table`, at least one path, sorted by name.
     notes: one line per irregularity found and how it was resolved.
     submission_ids: the patients with label -1, in the order of the test CSV, or else of the table.
+    left_out: of each patient's id the images that cannot be used, where they were left out.
+    allow_missing: whether patients without images are left out, rather than an error.
     """
 
     root: Path
@@ -49,6 +51,8 @@ class Cohort:
     images: tuple[tuple[Path, ...], ...]
     notes: tuple[str, ...] = ()
     submission_ids: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    allow_missing: bool = False
 
     def __post_init__(self) -> None:
         if len(self.table) != len(self.images) or not all(self.images):
@@ -123,6 +127,7 @@ class Cohort:
             images=tuple(tuple(found.images[id]) for id in ids),
             notes=(*clinical.notes, *unread, *found.notes, *missing, *split_notes),
             submission_ids=tuple(id for id in clinical.submission_ids if id in found.images),
+            allow_missing=allow_missing,
         )
 
     @classmethod
@@ -199,6 +204,26 @@ class Cohort:
             table=self.table.iloc[keep],
             images=tuple(self.images[index] for index in keep),
             submission_ids=tuple(id for id in self.submission_ids if id in wanted),
+            left_out={id: own for id, own in self.left_out.items() if id in wanted},
+        )
+
+    def without_images(self, faults: Mapping[Path, str]) -> "Cohort":
+        """Leave out images, path -> what is wrong with it, and patients who then have none.
+
+        Each is noted, and the images are in `left_out`.
+        """
+        left_out = {
+            id: tuple(path for path in own if path in faults)
+            for id, own in zip(self.ids, self.images, strict=True)
+            if not faults.keys().isdisjoint(own)
+        }
+        images = [tuple(path for path in own if path not in faults) for own in self.images]
+        kept = {id: own for id, own in zip(self.ids, images, strict=True) if own}
+        return replace(
+            self.select(list(kept)),
+            images=tuple(kept.values()),
+            notes=(*self.notes, *faults.values(), *_left_out_notes(left_out, kept)),
+            left_out={**self.left_out, **left_out},
         )
 
     def labelled(self) -> "Cohort":
@@ -208,6 +233,16 @@ class Cohort:
     def unlabelled(self) -> "Cohort":
         """Keep the patients with label -1."""
         return self.select(self.table.index[self.table["label"] == UNKNOWN])
+
+
+def _left_out_notes(
+    left_out: Mapping[str, Sequence[Path]], kept: Mapping[str, Sequence[Path]]
+) -> Iterator[str]:
+    if left_out:
+        count = sum(map(len, left_out.values()))
+        yield f"left out {count} image(s) that cannot be used, of {len(left_out)} patient(s)"
+    if lost := [id for id in left_out if id not in kept]:
+        yield f"left out {len(lost)} patient(s) without a usable image: {', '.join(lost)}"
 
 
 def _image_names(paths: Sequence[Path], root: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """Cell images: decode, centre crop, normalisation constants, augmented views."""
 
 import io
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from lymphfeat.runtime.progress import Progress, silent
 
 # Modes whose conversion to RGB keeps 8 bits per channel; 16-bit and float files would be clipped.
 _CONVERTIBLE_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
-
+_JPEG_END = b"\xff\xd9"
 VIEWS = ("identity", "hflip", "vflip", "both")
 
 
@@ -65,25 +67,62 @@ class Crop:
     statistics: NDArray[np.float32] | None = None  # (S,) of the pixels, where they were asked for
 
 
+class ImageError(CohortError):
+    """An image that cannot be used, why, and what to do."""
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"{path}: {reason}; {remedy}")
+        self.summary = f"{path}: {reason}"
+
+
 def decode_crop(path: Path, crop: int) -> Crop:
     """Decode the centre `crop` x `crop` pixels of an image file.
 
-    Raises CohortError, naming the file, when it cannot be read or is smaller than the crop.
+    Raises ImageError, naming the file, when it cannot be read or is smaller than the crop.
     """
-    try:
+    with _one_error(path):
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            _check_image(path, image, crop)
+            _check_size(path, image, crop)
             rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
-    except CohortError:
-        raise
-    except Exception as error:  # each format fails in its own way; the user sees one message
-        raise CohortError(
-            f"{path}: cannot be read as an image ({error}); "
-            "restore or remove it (`lymphfeat audit` lists every such file)."
-        ) from None
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
     return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
+
+
+def check_image(path: Path, crop: int) -> None:
+    """Check an image file by its header and its end; decode it only where these are in doubt.
+
+    Raises ImageError as `decode_crop` does.
+    """
+    with _one_error(path):
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            _check_size(path, image, crop)
+            if image.format == "PNG":
+                image.verify()  # by the checksums of its parts
+            elif image.format != "JPEG" or not content.endswith(_JPEG_END):
+                image.load()
+
+
+@contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Raise one ImageError for whatever a decoder raises: each format fails in its own way."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        reason = "the file is empty" if _is_empty(path) else str(error) or type(error).__name__
+        raise ImageError(
+            path,
+            f"cannot be read as an image ({reason.removesuffix('.')})",
+            "restore or remove it (`lymphfeat audit` lists every such file), or leave it out with "
+            "--on-error skip (extract, endtoend, predict).",
+        ) from None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
 
 
 def _measure_crop(path: Path, crop: int) -> Crop:
@@ -91,16 +130,24 @@ def _measure_crop(path: Path, crop: int) -> Crop:
     return replace(decoded, statistics=measure_image(decoded.pixels))
 
 
-def _check_image(path: Path, image: Image.Image, crop: int) -> None:
+def _check_size(path: Path, image: Image.Image, crop: int) -> None:
     if image.mode not in _CONVERTIBLE_MODES:
-        raise CohortError(
-            f"{path}: pixel mode (={image.mode}) must be 8 bits per channel; "
-            "convert the image to 8-bit RGB."
+        raise ImageError(
+            path,
+            f"pixel mode (={image.mode}) must be 8 bits per channel",
+            "convert the image to 8-bit RGB.",
         )
     if min(image.size) < crop:
-        raise CohortError(
-            f"{path}: size (={image.width}x{image.height}) must be at least the crop "
-            f"(={crop}); choose a smaller --crop or remove the image."
+        raise ImageError(
+            path,
+            f"size (={image.width}x{image.height}) must be at least the crop (={crop})",
+            "choose a smaller --crop or remove the image.",
+        )
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ImageError(
+            path,
+            f"size (={image.width}x{image.height}) must be at most {Image.MAX_IMAGE_PIXELS} pixels",
+            "an image must show one cell; cut the cells out.",
         )
 
 

@@ -10,7 +10,9 @@ from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_fro
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.store import FROZEN, FeatureStore
+from lymphfeat.runtime.versions import refuse_newer
 
+RUN_VERSION = 1  # runs of earlier versions do not say it
 PROVENANCE_FILE = "provenance.json"
 RUN_FILES = (
     "summary.png",
@@ -23,6 +25,14 @@ RUN_FILES = (
     PROVENANCE_FILE,
     "config.json",
 )
+
+
+def check_version(run: Path, config: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a run, by the content of its config.json, of a newer version."""
+    if not isinstance(config, dict):
+        raise SettingsError(f"{run / 'config.json'} must hold a run's settings; fit the run again.")
+    found = config.get("format_version", 1)
+    refuse_newer(run / "config.json", found, RUN_VERSION, SettingsError)
 
 
 @dataclass(frozen=True, kw_only=True)

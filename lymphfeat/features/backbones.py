@@ -23,11 +23,13 @@ from lymphfeat.features.conversions import as_timm
 from lymphfeat.features.offline_weights import find_offline_weights
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.versions import refuse_newer
 from lymphfeat.settings import AS_IT_IS, SHIPPED, BackboneSettings, MapLayout
 
 SHIPPED_FOR = "resnet18"
 SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
+FACTS_VERSION = 1  # of these facts; files of earlier versions do not say it
 _SHOWN_KEYS = 5
 
 
@@ -309,17 +311,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise WeightsError(f"{path}: must hold a state dict of tensors; got {type(content)}.")
+    read_facts(path)  # refuses a newer version, before its tensors are compared with the backbone's
     return {
         key: value.float() if value.is_floating_point() else value for key, value in content.items()
     }
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return what `write_weights` wrote next to the tensors; empty for other files."""
+    """Return what `write_weights` wrote next to the tensors; empty for other files.
+
+    Raises WeightsError for a file of a newer version.
+    """
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
         facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
+    refuse_newer(path, facts.get("format_version", 1), FACTS_VERSION, WeightsError)
     return facts
 
 
@@ -360,7 +367,7 @@ def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> s
     backbone.model.load_state_dict(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in state.items()}
-    metadata = {FACTS_KEY: json_text(facts)}
+    metadata = {FACTS_KEY: json_text({"format_version": FACTS_VERSION, **facts})}
     replace_file(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
     return weights_sha256(backbone.model)
 

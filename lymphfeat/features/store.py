@@ -24,6 +24,7 @@ from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.cohort.splits import Split, with_guessed_parents
 from lymphfeat.errors import StoreError
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.versions import refuse_newer
 
 FORMAT = "lymphfeat"
 FROZEN = "frozen"  # the features of given weights; those of fine-tuned ones have their split's id
@@ -371,12 +372,7 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
 def _check_format(file: h5py.File, path: Path) -> None:
     if file.attrs.get("format") != FORMAT:
         raise StoreError(f"{path}: is an HDF5 file but not a lymphfeat feature store.")
-    version = _version(file)
-    if version > FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: format_version (={version}) must be at most {FORMAT_VERSION}; "
-            "update lymphfeat to read it."
-        )
+    refuse_newer(path, _version(file), FORMAT_VERSION, StoreError)
     if not file.attrs["complete"]:
         raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.cohort.splits import Split, read_splits
 from lymphfeat.errors import LeakageError, SettingsError
-from lymphfeat.evaluation.run_provenance import RunProvenance
+from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.runtime.files import recover
 from lymphfeat.settings import HeadSettings
@@ -52,6 +52,7 @@ def read_initial_head(
     """
     recover(run)
     config = _read_json(run / "config.json")
+    check_version(run, config)
     _check_weights(run, config["store"]["recipe"], weights_sha256)
     tensors = _read_tensors(run)
     provenance = RunProvenance.read(run)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.images import Normalization, decode_crops
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.views import normalize
@@ -118,6 +119,7 @@ class PixelCache:
     ) -> "PixelCache":
         """Decode every image of a cohort."""
         paths = [path for images in cohort.images for path in images]
+        check_images(paths, crop)
 
         def report(done: int, total: int, text: str = "") -> None:
             progress(done, total, "decoding images")

@@ -20,9 +20,11 @@ from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.files import recover, replace_file
 from lymphfeat.runtime.progress import Progress, part_of, silent
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.versions import refuse_newer
 from lymphfeat.settings import PredictSettings
 
 MEMBERS_FILE, FORMAT = "members.json", "lymphfeat-members"
+FORMAT_VERSION = 1  # files of earlier versions do not say it
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Ensemble:
             model.save(Path(folder, name))
         content = {
             "format": FORMAT,
+            "format_version": FORMAT_VERSION,
             "members": names,
             **self.decision.to_json(),
             "metrics": self.metrics,
@@ -171,6 +174,7 @@ def _read_members(folder: Path) -> dict[str, Any]:
             raise ValueError("it names no members")
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: is damaged ({error}); copy the model folder again.") from None
+    refuse_newer(path, content.get("format_version", 1), FORMAT_VERSION, ModelError)
     return content
 
 

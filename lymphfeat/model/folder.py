@@ -13,6 +13,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.features.backbones import weights_sha256
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.versions import refuse_newer
 
 
 def write_model(network: nn.Module, tensors: Path, content: Mapping[str, Any], facts: Path) -> None:
@@ -43,12 +44,7 @@ def read_facts(path: Path, format: str, version: int, *, hint: str) -> dict[str,
         ) from None
     if not isinstance(facts, dict) or facts.get("format") != format:
         raise ModelError(f"{path}: is JSON but not a lymphfeat model.")
-    found = facts.get("format_version")
-    if not isinstance(found, int) or found > version:
-        raise ModelError(
-            f"{path}: format_version (={found}) must be at most {version}; "
-            "update lymphfeat to read it."
-        )
+    refuse_newer(path, facts.get("format_version"), version, ModelError)
     return facts
 
 

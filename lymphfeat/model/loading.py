@@ -7,6 +7,7 @@ from lymphfeat.errors import ModelError
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.model import FINAL_FILE, Model
+from lymphfeat.model.sources import refuse_imported
 from lymphfeat.runtime.files import recover
 
 AnyModel = Model | Ensemble | FinalModel
@@ -34,6 +35,20 @@ def load_model(folder: str | os.PathLike[str], *others: str | os.PathLike[str]) 
             )
         models.append(model)
     return Ensemble.of(models)
+
+
+def largest_crop(model: AnyModel, um_per_px: float | None = None) -> int:
+    """Return the side, in pixels, of the largest crop that a model reads of images.
+
+    `um_per_px` is the scale of the images, of a model whose crop is in µm. Raises ModelError for a
+    model of imported features, which reads none.
+    """
+    if isinstance(model, FinalModel):
+        recipes = [source.recipe for source in refuse_imported(model.sources)]
+    else:
+        models = model.models if isinstance(model, Ensemble) else (model,)
+        recipes = [each.recipe for each in models]
+    return max(recipe.at_scale(um_per_px).crop for recipe in recipes)
 
 
 def _load(folder: Path) -> AnyModel:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
 from lymphfeat.errors import ModelError
@@ -143,6 +144,7 @@ class CohortScorer:
             held = held[:, len(paths) :]
 
     def _score_batches(self, paths: Sequence[Path], progress: Progress) -> Iterator[Tensor]:
+        check_images(paths, self._recipe.crop)
         meter = RateMeter(progress, len(paths))
         threads = torch.get_num_threads()
         crops = stream_crops(paths, self._recipe.crop, threads=threads, measured=self._measured)
