@@ -362,6 +362,6 @@ def _decoded(
             yield start, [next(crops) for _ in block]
         except CohortError as error:
             raise CohortError(
-                f"{error} The images before it are kept for the same line again; without this "
-                "image, or with another in its place, start over with --force."
+                f"{error} The images before it are kept: with this one restored, removed or left "
+                "out, the same command goes on from here."
             ) from None

@@ -28,7 +28,6 @@ from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import (
     PROVENANCE_FILE,
     RUN_FILES,
-    RUN_VERSION,
     RunProvenance,
 )
 from lymphfeat.features.store import FROZEN, FeatureStore
@@ -414,7 +413,6 @@ def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
     )
     return {
         "format": RUN_FORMAT,
-        "format_version": RUN_VERSION,
         "lymphfeat": __version__,
         "torch": torch.__version__,
         "settings": asdict(run.settings),

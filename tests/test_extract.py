@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 
 from lymphfeat.cohort.cohort import Cohort
+from lymphfeat.cohort.image_checks import leave_out_unusable
 from lymphfeat.cohort.image_statistics import NAMES, measure_image
-from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
+from lymphfeat.cohort.images import NORMALIZATIONS, check_image, decode_crop
 from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import Backbone, build_backbone
@@ -329,20 +330,92 @@ def test_goes_on_after_an_interruption(cohort: Cohort, tmp_path: Path, written: 
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
-def test_a_restored_image_is_another(cohort: Cohort, root: Path, tmp_path: Path) -> None:
-    extract(cohort, tmp_path / "whole.h5", SETTINGS)
-    bad = root / "P10" / "000004.png"  # the last of three blocks
-    good = bad.read_bytes()
-    bad.write_bytes(good[:100] + bytes(len(good) - 100))
+# --- images that cannot be used ------------------------------------------------------------------
+
+
+def test_unreadable_images_are_named_before_the_work_begins(
+    cohort: Cohort, root: Path, tmp_path: Path, written: list[int]
+) -> None:
+    for name in ("P10/000004.png", "P2/000000.png"):
+        good = (root / name).read_bytes()
+        (root / name).write_bytes(good[:100] + bytes(len(good) - 100))
+    with pytest.raises(CohortError, match=r"P2.*: cannot be read .* 1 more .*P10.000004.png: can"):
+        extract(cohort, tmp_path / "out" / "s.h5", SETTINGS)
+    assert written == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Path:
+    """Write JPEG cells, of which the ninth is damaged where only decoding it notices."""
+    write_own(tmp_path / "late", "id,label", "P1,0", "P2,1", "P10,", bags={})
+    write_bags(tmp_path / "late", BAGS, ".jpg", SIDE)
+    path = tmp_path / "late" / "P10" / "000004.jpg"
+    path.with_suffix(".good").write_bytes(good := path.read_bytes())
+    path.write_bytes(good[:-200] + b"\xff\xc0" + good[-198:])  # another image begins in its middle
+    check_image(path, CROP)
+    return path
+
+
+@pytest.mark.parametrize("then", ["restored", "removed", "left out"])
+def test_a_late_damage_costs_no_finished_block(
+    late: Path, then: str, tmp_path: Path, written: list[int]
+) -> None:
+    root, out = late.parents[1], tmp_path / "s.h5"
+    with pytest.raises(CohortError, match=r"broken data stream.*--on-error skip.*goes on from"):
+        extract(Cohort.load(root), out, SETTINGS)
+    assert written == [0, 4]
+    cohort = Cohort.load(root)
+    if then == "restored":
+        late.write_bytes(late.with_suffix(".good").read_bytes())
+    elif then == "removed":
+        late.unlink()
+        cohort = Cohort.load(root)
+    else:
+        cohort = leave_out_unusable(cohort, CROP)
+    store = extract(cohort, out, SETTINGS)
+    assert written == ([0, 4, 8] if then == "restored" else [0, 4])
+    store.verify()
+    assert len(store.image_names) == (9 if then == "restored" else 8)
+    assert not list(tmp_path.glob("s.h5.*"))
+    again = extract(cohort, tmp_path / "again.h5", SETTINGS)
+    assert out.read_bytes() == again.path.read_bytes()
+
+
+def test_finished_blocks_of_other_images_are_not_taken_over(
+    cohort: Cohort, root: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "s.h5"
-    with pytest.raises(CohortError, match=re.escape(f"{bad}: cannot be read as an image")):
-        extract(cohort, out, SETTINGS)
-    assert not out.exists()
-    bad.write_bytes(good)
+    with pytest.raises(KeyboardInterrupt):
+        extract(cohort, out, SETTINGS, progress=interrupt)
+    write_image(root / "P1" / "000000.png", 99, SIDE)
     with pytest.raises(StoreError, match=r"cohort\.sha256 is .* start over with --force"):
         extract(cohort, out, SETTINGS)
-    extract(cohort, out, SETTINGS, force=True)
-    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    extract(cohort, out, SETTINGS, force=True).verify()
+    assert out.read_bytes() == extract(cohort, tmp_path / "t.h5", SETTINGS).path.read_bytes()
+
+
+def test_images_left_out_are_in_the_recipe(cohort: Cohort, root: Path, tmp_path: Path) -> None:
+    (root / "P1" / "000001.png").write_bytes(b"")
+    write_image(root / "P10" / "000000.png", 7, CROP - 1)
+    usable = leave_out_unusable(cohort, CROP)
+    store = extract(usable, tmp_path / "s.h5", SETTINGS)
+    assert store.recipe["left_out"] == {"P1": ["P1/000001.png"], "P10": ["P10/000000.png"]}
+    assert store.n_images.tolist() == [2, 1, 4]
+    for told in ("the file is empty", "size (=47x47) must be", "left out 2 image(s)"):
+        assert told in "\n".join(usable.notes)
+    assert extract(usable, tmp_path / "s.h5", SETTINGS).notes == ()  # is reused
+
+
+def test_a_patient_without_a_usable_image_needs_consent(root: Path) -> None:
+    (root / "P2" / "000000.png").write_bytes(b"")
+    with pytest.raises(CohortError, match=r"without a usable image: P2 \(1 images\).*--allow-mis"):
+        leave_out_unusable(Cohort.load(root), CROP)
+    usable = leave_out_unusable(Cohort.load(root, allow_missing=True), CROP)
+    assert usable.ids == ("P1", "P10")
+    assert usable.notes[-1] == "left out 1 patient(s) without a usable image: P2"
+    with pytest.raises(CohortError, match="without a usable image: P1"):  # nobody would be left
+        leave_out_unusable(Cohort.load(root, allow_missing=True), SIDE + 1)
 
 
 def test_maps_too_large_for_float16_are_refused(

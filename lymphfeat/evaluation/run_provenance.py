@@ -12,7 +12,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.runtime.versions import refuse_newer
 
-RUN_VERSION = 1  # runs of earlier versions do not say it
+RUN_VERSION = 1  # which a run need not say; the next one must
 PROVENANCE_FILE = "provenance.json"
 RUN_FILES = (
     "summary.png",
@@ -30,7 +30,9 @@ RUN_FILES = (
 def check_version(run: Path, config: Mapping[str, Any]) -> None:
     """Raise SettingsError for a run, by the content of its config.json, of a newer version."""
     if not isinstance(config, dict):
-        raise SettingsError(f"{run / 'config.json'} must hold a run's settings; fit the run again.")
+        raise SettingsError(
+            f"{run} is a damaged run (config.json holds no settings); fit it again."
+        )
     found = config.get("format_version", 1)
     refuse_newer(run / "config.json", found, RUN_VERSION, SettingsError)
 

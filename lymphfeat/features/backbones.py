@@ -29,7 +29,7 @@ from lymphfeat.settings import AS_IT_IS, SHIPPED, BackboneSettings, MapLayout
 SHIPPED_FOR = "resnet18"
 SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
-FACTS_VERSION = 1  # of these facts; files of earlier versions do not say it
+FACTS_VERSION = 1  # of these facts, which a file need not say; the next one must
 _SHOWN_KEYS = 5
 
 
@@ -367,7 +367,7 @@ def write_weights(backbone: Backbone, path: Path, facts: Mapping[str, Any]) -> s
     backbone.model.load_state_dict(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in state.items()}
-    metadata = {FACTS_KEY: json_text({"format_version": FACTS_VERSION, **facts})}
+    metadata = {FACTS_KEY: json_text(facts)}
     replace_file(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
     return weights_sha256(backbone.model)
 

@@ -10,7 +10,7 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ from lymphfeat.runtime.files import flush_file, lock_file
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.strict_json import json_text
 
+_OF_IMAGES = ("cohort", "left_out")  # fields of the recipe that say which images there are
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -70,6 +71,7 @@ class StoreWriter:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.journal_path = path.with_name(path.name + ".journal")
+        self._earlier = path.with_name(path.name + ".partial.earlier")
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             if not opened.enter_context(lock_file(path.with_name(path.name + ".lock"))):
@@ -80,15 +82,22 @@ class StoreWriter:
             self._journal = _Journal(
                 opened.enter_context(self.journal_path.open("a+", encoding="utf-8"))
             )
-            if not self._continues(recipe, force):
+            blocks = self._blocks_to_copy(recipe, image_hashes, statistics)
+            if blocks or not self._continues(recipe, force):
+                if blocks:
+                    self.partial.replace(self._earlier)
                 self._journal.clear()
                 self.partial.unlink(missing_ok=True)
                 _create(
                     *(self.partial, recipe, cohort, shape, feature_sets, image_hashes),
                     statistics,
                 )
+                _copy_rows(self._earlier, self.partial, blocks)
                 flush_file(self.partial)
+                self._earlier.unlink(missing_ok=True)
                 self._journal.start(recipe)
+                for (start, stop), checksums in blocks.items():
+                    self._journal.add(start, stop, checksums)
             self._maps: dict[str, np.memmap[Any, Any]] = {
                 name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
             }
@@ -117,6 +126,31 @@ class StoreWriter:
                 "--out, or start over with --force."
             )
         return not differences
+
+    def _blocks_to_copy(
+        self, recipe: Recipe, image_hashes: Sequence[str], statistics: Sequence[str]
+    ) -> dict[tuple[int, int], dict[str, int]]:
+        """Return the finished blocks of an earlier try whose recipe differs in its images alone.
+
+        That is so when a damaged image was restored or left out. No block is returned unless all of
+        them hold the images that belong into their rows now.
+        """
+        if not self._journal.recipe or not self.partial.exists():
+            return {}
+        before, now = (
+            {key: each[key] for key in each if key not in _OF_IMAGES}
+            for each in (self._journal.recipe, recipe)
+        )
+        same = not differing_fields(recipe, self._journal.recipe)
+        if same or differing_fields(now, before):
+            return {}
+        with h5py.File(self.partial, "r") as file:
+            if "images/hash" not in file or (STATISTICS in file) != bool(statistics):
+                return {}  # of an earlier version
+            known = [hash.decode() for hash in file["images/hash"][:]]
+        blocks = self._journal.blocks
+        kept = all(known[slice(*block)] == list(image_hashes[slice(*block)]) for block in blocks)
+        return blocks if kept else {}
 
     def finished(self, start: int, stop: int) -> bool:
         """Return whether an earlier try has written this block."""
@@ -177,6 +211,14 @@ class StoreWriter:
                     )
         if expected != n:
             raise StoreError(f"{self.partial}: rows {expected}:{n} were never written.")
+
+
+def _copy_rows(source: Path, target: Path, blocks: Collection[tuple[int, int]]) -> None:
+    for name in _row_names(source) if blocks else ():
+        rows, copies = map_rows(source, name, "r"), map_rows(target, name, "r+")
+        for start, stop in blocks:
+            copies[start:stop] = rows[start:stop]
+        copies.flush()
 
 
 class _Journal:

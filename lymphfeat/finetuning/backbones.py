@@ -15,7 +15,7 @@ from safetensors.torch import save
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import ModelError
-from lymphfeat.features.backbones import FACTS_KEY, FACTS_VERSION, read_facts
+from lymphfeat.features.backbones import FACTS_KEY, read_facts
 from lymphfeat.finetuning.curves import CURVES, write_curves
 from lymphfeat.finetuning.job import Job
 from lymphfeat.finetuning.per_split import SplitTraining
@@ -101,7 +101,6 @@ def _save(job: Job, path: Path) -> None:
     model = job.model.backbone.model
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     facts = {
-        "format_version": FACTS_VERSION,
         "identity": job.identity,
         "provenance": job.model.facts.provenance.to_json(),
     }

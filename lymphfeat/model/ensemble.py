@@ -24,7 +24,7 @@ from lymphfeat.runtime.versions import refuse_newer
 from lymphfeat.settings import PredictSettings
 
 MEMBERS_FILE, FORMAT = "members.json", "lymphfeat-members"
-FORMAT_VERSION = 1  # files of earlier versions do not say it
+FORMAT_VERSION = 1  # which a file need not say; the next one must
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class Ensemble:
             model.save(Path(folder, name))
         content = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "members": names,
             **self.decision.to_json(),
             "metrics": self.metrics,
