@@ -620,6 +620,32 @@ class PretrainSettings(Settings):
     supervised: float = setting(
         0.1, "Weight of the classification loss, if folders are classes.", at_least=0
     )
+    stain: float = setting(
+        1.0,
+        "How strongly views differ in stain, light and colour: 0 not at all, 1 as laboratories do.",
+        at_least=0,
+    )
+    teachers: tuple[str, ...] = setting(
+        (),
+        "Learn from these backbones in place of pairs of views (distillation): timm names with "
+        "their ImageNet weights, or BACKBONE=WEIGHTS; separated by commas.",
+    )
+    teacher_size: int = setting(
+        160, "Side of a teacher's view in pixels.", at_least=32, python_only=True
+    )
+    teacher_views: int = setting(
+        3, "Views of each cell that teachers see.", at_least=1, python_only=True
+    )
+    components: int = setting(
+        256, "Principal components of the teachers' features.", at_least=1, python_only=True
+    )
+    whitening: float = setting(
+        0.5,
+        "Power of its deviation that a component is divided by.",
+        at_least=0,
+        at_most=1,
+        python_only=True,
+    )
     projection: int = setting(
         1024,
         "Width of the projector, used only in pre-training.",

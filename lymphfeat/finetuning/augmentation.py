@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lymphfeat.features.augmentation import recolour, sample
+from lymphfeat.features.augmentation import sample
 from lymphfeat.runtime.devices import to_device
 from lymphfeat.settings import EndToEndSettings
 
@@ -93,3 +93,15 @@ def _place(images: Tensor, places: Tensor) -> Tensor:
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     rows = [torch.stack([cos, -sin, shift[0]], dim=1), torch.stack([sin, cos, shift[1]], dim=1)]
     return sample(images, torch.stack(rows, dim=1), len(images), images.shape[-1])
+
+
+def recolour(views: Tensor, gain: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """Change the colours of views (n, 3, H, W) by factors: gain (n, 3, 1, 1), others (n, 1, 1, 1).
+
+    Saturation moves a pixel from its grey, contrast from the mean of its view and channel.
+    """
+    views = views * gain
+    grey = views.mean(1, keepdim=True)  # (n, 1, H, W)
+    views = grey + (views - grey) * saturation
+    mean = views.mean((2, 3), keepdim=True)  # (n, 3, 1, 1)
+    return mean + (views - mean) * contrast

@@ -1,7 +1,7 @@
 """A complete pre-training: a folder of cells -> a weights file, its curve and its plot."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone
 from lymphfeat.finetuning.curves import EpochRow
 from lymphfeat.plots.pretraining import draw_curve
 from lymphfeat.pretraining.curve import write_curve
+from lymphfeat.pretraining.distillation import Distiller
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
-from lymphfeat.pretraining.trainer import PairTrainer
+from lymphfeat.pretraining.teachers import Lessons, Teacher, teach
+from lymphfeat.pretraining.trainer import Trainer
+from lymphfeat.pretraining.vicreg import PairTrainer
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
 from lymphfeat.runtime.devices import (
     choose_device,
@@ -34,6 +37,7 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
+_LESSONS_FILE = "lessons.pt"  # beside the checkpoint
 _TIMED_STEPS = 8  # to estimate how many fit in the minutes; no checkpoint before
 
 
@@ -69,7 +73,7 @@ def pretrain(
     csv, png = (out.with_suffix(suffix).name for suffix in (".csv", ".png"))
     beside = dict.fromkeys((csv, png))
     with (
-        result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE,)) as folder,
+        result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE, _LESSONS_FILE)) as folder,
         cpu_threads(settings.threads),
         whole_float32(),
     ):
@@ -79,13 +83,18 @@ def pretrain(
             seed=settings.seed,
             image_size=settings.view_size,
         )
-        recipe = _recipe(cells, settings, init)
+        teachers = [Teacher.load(text, settings.teacher_size) for text in settings.teachers]
+        recipe = _recipe(cells, settings, init, teachers)
         provenance = init.provenance | cells.provenance()
-        checkpoint = Checkpoint(
-            unfinished_folder(out) / CHECKPOINT_FILE, recipe, provenance.to_json()
+        checkpoint, kept = (
+            Checkpoint(unfinished_folder(out) / name, recipe, provenance.to_json())
+            for name in (CHECKPOINT_FILE, _LESSONS_FILE)
         )
-        checkpoint.check(force=force)  # before images are decoded
-        trainer, fields, groups = _prepare(cells, backbone, settings, progress)
+        for each in (checkpoint, kept):
+            each.check(force=force)  # before images are decoded
+        fields, groups = _decode(cells, settings, progress)
+        lessons = _learn_lessons(teachers, fields, settings, kept, progress)
+        trainer = _make_trainer(cells, backbone, fields, groups, lessons, settings)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
         facts = _facts(cells, recipe | {"steps": trainer.step}, provenance)
         sha256 = write_weights(backbone, folder / out.name, facts)
@@ -110,11 +119,14 @@ def _check(cells: Cells, out: Path, settings: PretrainSettings) -> None:
         )
 
 
-def _recipe(cells: Cells, settings: PretrainSettings, init: LoadedWeights) -> dict[str, Any]:
+def _recipe(
+    cells: Cells, settings: PretrainSettings, init: LoadedWeights, teachers: Sequence[Teacher]
+) -> dict[str, Any]:
     """Collect everything that determines the weights."""
     facts = asdict(settings) | {"init": init.source, "init_sha256": init.sha256}
     return facts | {
-        "method": "vicreg",
+        "method": "distillation" if teachers else "vicreg",
+        "teachers": [{"name": each.name, "sha256": each.sha256} for each in teachers],
         "grouping": cells.grouping,
         "images": len(cells.paths),
         "cells_sha256": cells.fingerprint(),
@@ -137,25 +149,47 @@ def _classes(cells: Cells) -> dict[str, int]:
     return dict(zip(cells.names, np.bincount(cells.groups).tolist(), strict=True))
 
 
-def _prepare(
-    cells: Cells, backbone: Backbone, settings: PretrainSettings, progress: Progress
-) -> tuple[PairTrainer, Tensor, Tensor]:
+def _decode(cells: Cells, settings: PretrainSettings, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Return fields of pixels (N, 3, F, F) uint8 and their groups (N,), on the device."""
     device = choose_device(settings.device)
     pixels = decode_crops(
         cells.paths, settings.field, threads=torch.get_num_threads(), progress=progress
     )
-    fields = torch.from_numpy(pixels).to(device)  # (N, 3, F, F) uint8
-    groups = torch.from_numpy(cells.groups).to(device)
-    trainer = PairTrainer(
-        backbone,
-        fields,
-        groups,
-        settings,
-        supervised=cells.grouping == "classes" and settings.supervised > 0,
-        normalization=find_normalization("imagenet"),
-        dtype=choose_precision(settings.precision, device),
-    )
-    return trainer, fields, groups
+    return torch.from_numpy(pixels).to(device), torch.from_numpy(cells.groups).to(device)
+
+
+def _learn_lessons(
+    teachers: Sequence[Teacher],
+    fields: Tensor,
+    settings: PretrainSettings,
+    kept: Checkpoint,
+    progress: Progress,
+) -> Lessons | None:
+    """Show the cells to the teachers, unless an interrupted run has kept what they said."""
+    if not teachers:
+        return None
+    state = kept.read()
+    if state is None:
+        dtype = choose_precision(settings.precision, fields.device)
+        state = vars(teach(teachers, fields, settings, dtype, progress))
+        kept.write(state, last=True)
+    return Lessons(**state).to(fields.device)
+
+
+def _make_trainer(
+    cells: Cells,
+    backbone: Backbone,
+    fields: Tensor,
+    groups: Tensor,
+    lessons: Lessons | None,
+    settings: PretrainSettings,
+) -> Trainer:
+    dtype = choose_precision(settings.precision, fields.device)
+    classes = cells.grouping == "classes"
+    if lessons is not None:
+        return Distiller(backbone, fields, groups, lessons, settings, balanced=classes, dtype=dtype)
+    supervised = classes and settings.supervised > 0
+    return PairTrainer(backbone, fields, groups, settings, supervised=supervised, dtype=dtype)
 
 
 class _Probe:
@@ -174,7 +208,7 @@ class _Probe:
 
 
 def _train(
-    trainer: PairTrainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
+    trainer: Trainer, probe: _Probe, checkpoint: Checkpoint, progress: Progress
 ) -> list[EpochRow]:
     """Train from the checkpoint if one exists; return one row per epoch, starting at epoch 0."""
     state = checkpoint.read()
@@ -201,7 +235,7 @@ def _train(
     return curve
 
 
-def _row(trainer: PairTrainer, sums: Tensor, probe: _Probe) -> EpochRow:
+def _row(trainer: Trainer, sums: Tensor, probe: _Probe) -> EpochRow:
     """Return the results of the epoch just ended; `sums` are over its steps."""
     loss, class_loss, class_accuracy = (sums / trainer.steps_per_epoch).tolist()
     classes = {"class_loss": class_loss, "class_accuracy": class_accuracy}
@@ -216,7 +250,7 @@ def _row(trainer: PairTrainer, sums: Tensor, probe: _Probe) -> EpochRow:
 class _Meter:
     """Shows steps, views per second and the latest results."""
 
-    def __init__(self, progress: Progress, trainer: PairTrainer, row: EpochRow) -> None:
+    def __init__(self, progress: Progress, trainer: Trainer, row: EpochRow) -> None:
         self._progress, self._trainer = progress, trainer
         self._first, self._begin = trainer.step, time.perf_counter()
         self.show(row)
@@ -227,7 +261,7 @@ class _Meter:
 
     def show(self, row: EpochRow) -> None:
         steps = self._trainer.step - self._first
-        rate = 2 * steps * self._trainer.batch_size / self.seconds
+        rate = steps * self._trainer.views_per_step / self.seconds
         figures = " ".join(f"{name} {row[name]:.3f}" for name in ("loss", "probe") if name in row)
         self._progress(
             self._trainer.step, self._trainer.total_steps, f"{figures} {rate:.0f} views/s"

@@ -1,70 +1,46 @@
-"""VICReg on pairs of views, plus a classifier where folders are classes.
-
-VICReg (Bardes et al. 2022) requires the projections of two views to be alike, every dimension to
-vary over the batch, and dimensions to be uncorrelated. It needs neither negatives nor
-large batches, so it works on two cores. The loss and the projector are lightly's.
-"""
+"""The state of a pre-training, and its next step; its subclasses say what is learnt."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightly.loss import VICRegLoss
-from lightly.models.modules.heads import VICRegProjectionHead
 from torch import Tensor, nn
 
-from lymphfeat.cohort.images import Normalization
+from lymphfeat.cohort.images import find_normalization
 from lymphfeat.features.augmentation import Augmentation
 from lymphfeat.features.backbones import Backbone
 from lymphfeat.features.views import normalize
-from lymphfeat.pretraining.pairs import PairSampler
 from lymphfeat.runtime.devices import autocast
 from lymphfeat.settings import PretrainSettings
 
 _WARMUP_STEPS = 50
-_INVARIANCE = 25.0  # VICReg's own weight of its first two terms; divided out of the loss
-_LABEL_SMOOTHING = 0.05
 _MAX_GRADIENT = 5.0
 
 
-class PairTrainer:
-    """The state of a pre-training, and its next step."""
+class Trainer(ABC):
+    """Trains a backbone on views of cells."""
+
+    supervised = False  # whether there is a class loss
 
     def __init__(
         self,
         backbone: Backbone,
+        heads: dict[str, nn.Module],
         fields: Tensor,
-        groups: Tensor,
         settings: PretrainSettings,
-        *,
-        supervised: bool,
-        normalization: Normalization,
         dtype: torch.dtype,
     ) -> None:
-        """Take fields of pixels (N, 3, F, F) uint8 and the group of each (N,), on one device."""
+        """Take fields of pixels (N, 3, F, F) uint8, and what is trained beside the backbone."""
         device = fields.device
-        self.supervised = supervised
         self.backbone = backbone.train().to(device).to(memory_format=torch.channels_last)
-        self._fields, self._groups, self._settings = fields, groups, settings
-        self._normalization, self._dtype = normalization, dtype
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # layers initialise from the global generator
-            width = settings.projection
-            self._projector = VICRegProjectionHead(backbone.channels, width, width).to(device)
-            self._classifier: nn.Module = nn.Identity()
-            if supervised:
-                n_classes = int(groups.max()) + 1
-                self._classifier = nn.Linear(backbone.channels, n_classes).to(device)
+        self._heads = {name: head.to(device) for name, head in heads.items()}
+        self._fields, self._settings, self._dtype = fields, settings, dtype
         self._generator = torch.Generator(device).manual_seed(settings.seed)
-        self._pairs = PairSampler(
-            groups,
-            same_group=settings.patient_pairs,
-            balanced=supervised,
-            generator=self._generator,
+        self._augmentation = Augmentation(
+            size=settings.view_size, zoom=settings.zoom, stain=settings.stain
         )
-        self._augmentation = Augmentation(size=settings.view_size, zoom=settings.zoom)
-        self._vicreg = VICRegLoss()
+        self._normalization = find_normalization("imagenet")
         self._parameters = [p for module in self._modules().values() for p in module.parameters()]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -75,6 +51,15 @@ class PairTrainer:
         epochs = settings.epochs if settings.minutes is None else 10**6
         self.total_steps = epochs * self.steps_per_epoch
         self.step = 0
+
+    @property
+    @abstractmethod
+    def views_per_step(self) -> int:
+        """Return how many views a step shows to the backbone."""
+
+    @abstractmethod
+    def _losses(self) -> Tensor:
+        """Draw a batch; return loss, its main term, class loss, share of classes correct: (4,)."""
 
     @property
     def minutes(self) -> float | None:
@@ -88,43 +73,28 @@ class PairTrainer:
         self.total_steps = max(epochs, -(-self.step // self.steps_per_epoch)) * self.steps_per_epoch
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {
-            "backbone": self.backbone,
-            "projector": self._projector,
-            "classifier": self._classifier,
-        }
+        return {"backbone": self.backbone, **self._heads}
 
     def advance(self) -> Tensor:
-        """Take one step; return (similarity loss, class loss, share of classes correct), (3,)."""
+        """Take one step; return (main loss, class loss, share of classes correct), (3,)."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * self._rate()
-        anchors, partners = self._pairs.draw(self.batch_size)
-        views = [
-            self._augmentation.draw(self._fields[rows], self._generator)
-            for rows in (anchors, partners)
-        ]
-        images = normalize(torch.cat(views), self._normalization)  # (2n, 3, size, size)
-        with autocast(images.device, self._dtype):
-            maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
-            pooled = maps.mean((2, 3))  # (2n, C)
-            projected = self._projector(pooled)  # (2n, projection)
-            logits = self._classifier(pooled)  # (2n, classes); unused without classes
-        first, second = projected.float().chunk(2)
-        similarity = self._vicreg(first, second) / _INVARIANCE
-        classes, right = self._class_loss(logits.float(), torch.cat([anchors, partners]))
-        (similarity + self._settings.supervised * classes).backward()
+        losses = self._losses()
+        losses[0].backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        return torch.stack([similarity, classes, right]).detach()
+        return losses[1:].detach()
 
-    def _class_loss(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.supervised:
-            return logits.new_zeros(()), logits.new_zeros(())
-        targets = self._groups[rows]
-        loss = F.cross_entropy(logits, targets, label_smoothing=_LABEL_SMOOTHING)
-        return loss, (logits.argmax(1) == targets).float().mean()
+    def _through(self, views: Tensor, *heads: str) -> list[Tensor]:
+        """Return what each head says of the pooled features of views (n, 3, size, size)."""
+        images = normalize(views, self._normalization)
+        with autocast(images.device, self._dtype):
+            maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
+            pooled = maps.mean((2, 3))  # (n, C)
+            said = [self._heads[name](pooled) for name in heads]
+        return [each.float() for each in said]
 
     def _rate(self) -> float:
         """Return the learning rate's factor: a short warm-up, then half a cosine to near 0."""
