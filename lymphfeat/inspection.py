@@ -6,9 +6,9 @@ from typing import Any
 
 from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.run_provenance import RUN_FILES, check_version
+from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
-from lymphfeat.settings import SHIPPED
 
 
 def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
     checked; with `verify` every map is. A model's tensors are always checked by their hash.
     """
     recover(path)
-    if path.suffix == ".safetensors" or str(path) == SHIPPED:
+    if path.suffix == ".safetensors" or find_shipped_weights(str(path)):
         return _describe_network(path)
     if path.is_file() or path.suffix in (".h5", ".hdf5"):
         return _describe_store(path, verify)

@@ -16,7 +16,6 @@ from lymphfeat.errors import SettingsError
 
 T = TypeVar("T")
 
-SHIPPED = "bloodcells"  # the weights inside the package
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -625,6 +624,13 @@ class PretrainSettings(Settings):
         "How strongly views differ in stain, light and colour: 0 not at all, 1 as laboratories do.",
         at_least=0,
     )
+    small_views: float = setting(
+        0.6,
+        "Share of the steps, the first ones, whose views have two thirds of the side.",
+        at_least=0,
+        at_most=1,
+        python_only=True,
+    )
     teachers: tuple[str, ...] = setting(
         (),
         "Learn from these backbones in place of pairs of views (distillation): timm names with "
@@ -664,6 +670,10 @@ class PretrainSettings(Settings):
         require(
             self.zoom[0] <= self.zoom[1],
             f"zoom (={self.zoom}) must be two factors above 0, low then high.",
+        )
+        require(
+            not (self.teachers and self.patient_pairs),
+            f"patient_pairs (={self.patient_pairs:g}) must be 0 with teachers: there are no pairs.",
         )
 
 

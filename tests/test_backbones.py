@@ -16,13 +16,13 @@ from torch import Tensor
 from lymphfeat.cohort.images import NORMALIZATIONS, VIEWS
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.features.backbones import (
-    SHIPPED_PATH,
     Backbone,
     build_backbone,
     load_weights,
     read_facts,
     weights_sha256,
 )
+from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.features.views import flip_view, normalize, parse_views
 from lymphfeat.runtime.devices import (
     choose_device,
@@ -278,23 +278,30 @@ def test_auto_is_bfloat16_where_the_processor_computes_it(
 
 # --- shipped weights -----------------------------------------------------------------------------
 
+VERSIONS = ("bloodcells-v1",)  # the last is the default
+
 
 def test_shipped_weights_are_the_default_of_resnet18() -> None:
     _, default = build_backbone("resnet18")
     _, named = build_backbone("resnet18", weights="bloodcells")
     assert default == named
-    assert default.source == "bloodcells"
-    assert read_facts(SHIPPED_PATH)["recipe"]["method"] == "vicreg"
+    assert default.source == VERSIONS[-1]
     assert build_backbone("test_resnet")[1].source == "none"
 
 
-def test_shipped_weights_are_what_their_card_says() -> None:
-    card = SHIPPED_PATH.with_suffix(".md").read_text(encoding="utf-8")
-    content = SHIPPED_PATH.read_bytes()
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shipped_weights_are_what_their_card_says(version: str) -> None:
+    path = find_shipped_weights(version)
+    assert path is not None
+    card = path.with_suffix(".md").read_text(encoding="utf-8")
+    content = path.read_bytes()
     assert hashlib.sha256(content).hexdigest() in card
-    assert build_backbone("resnet18")[1].sha256 in card
+    _, loaded = build_backbone("resnet18", weights=version)
+    assert loaded.source == version
+    assert loaded.sha256 in card
     assert len(content) <= 24e6
-    assert SHIPPED_PATH.with_suffix(".csv").is_file()
+    assert path.with_suffix(".csv").is_file()
+    assert read_facts(path)["recipe"]["method"] in card.lower()
 
 
 def test_shipped_weights_for_another_backbone() -> None:

@@ -39,7 +39,10 @@ INSIDE = {
         *("report", "figures", "page", "text", "explanation", "faithfulness", "curves", "scores"),
         *("findings", "maps", "wording", "subjects", "thumbnails"),
     ),
-    "pretraining": ("run", "trainer", "pairs", "probe", "curve"),
+    "pretraining": (
+        *("run", "vicreg", "distillation", "trainer", "teachers"),
+        *("curve", "pairs", "probe"),
+    ),
     "plots": (
         *("summary", "optimism", "comparison", "reproduction", "pretraining", "learning_curves"),
         "axes",
@@ -100,7 +103,7 @@ INSIDE = {
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
         *("exchange", "store_writer", "map_encoder", "store", "backbones", "conversions"),
-        *("offline_weights", "views", "augmentation"),
+        *("offline_weights", "shipped_weights", "views", "augmentation"),
     ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),
     "cohort": (

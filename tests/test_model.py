@@ -97,7 +97,7 @@ def test_loading_reads_no_shipped_weights(tmp_path: Path, monkeypatch: pytest.Mo
         facts=tiny.facts,
     )
     model.save(tmp_path)
-    monkeypatch.setattr("lymphfeat.features.backbones.SHIPPED_PATH", tmp_path / "gone.safetensors")
+    monkeypatch.setattr("lymphfeat.features.shipped_weights._FOLDER", tmp_path / "gone")
     with pytest.raises(WeightsError):
         build_backbone("resnet18", image_size=SIDE)
     weight = Model.load(tmp_path).backbone.state_dict()["model.conv1.weight"]

@@ -23,6 +23,7 @@ Examples:
   lymphfeat pretrain my-cohort --minutes 20 --out mine.safetensors
   lymphfeat pretrain my-cohort --patient-pairs 0.5 --epochs 40 --out mine.safetensors
   lymphfeat pretrain folder-of-class-folders --init none --out cells.safetensors
+  lymphfeat pretrain my-cohort --teachers tf_efficientnet_lite0 --out distilled.safetensors
   lymphfeat extract --cohort my-cohort --weights mine.safetensors""",
 )
 @click.argument("folder", type=PATH)

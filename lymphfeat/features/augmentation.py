@@ -18,38 +18,32 @@ class Augmentation:
     """How far views of one cell may differ. At a `stain` of 1 colours differ as laboratories do."""
 
     size: int  # pixels of a view's side
-    zoom: tuple[float, float] = (0.8, 1.15)  # magnification, log-uniform
     shift: float = 0.07  # of half the field, either way, along each axis
     stain: float = 1.0  # how strongly colours change; 0: not at all
     blur: float = 0.5  # share of views that are blurred, by up to a deviation of 1.2 pixels
     noise: float = 4.0  # largest standard deviation of pixel noise
 
-    def draw(
-        self, fields: Tensor, generator: torch.Generator, zoom: Tensor | None = None
-    ) -> Tensor:
-        """Draw one view of each field of pixels; `zoom` (n,) is each one's magnification if given.
+    def draw(self, fields: Tensor, generator: torch.Generator, zooms: Tensor) -> Tensor:
+        """Draw one view of each field of pixels, at magnifications `zooms` (n,).
 
         `fields` (n, 3, F, F) are 0..255 of any dtype; the views (n, 3, size, size) are float32, 0
         to 255. The generator must be on the fields' device.
         """
         dice = _Dice(len(fields), generator)
-        views = self._place(fields.float(), dice, zoom)  # (n, 3, size, size)
+        views = self._place(fields.float(), dice, zooms)  # (n, 3, size, size)
         if self.stain:
             views = self._stain(views, dice)
         if self.blur:
-            views = _blurred(views, dice.share(self.blur) * dice.uniform(0, 1))
+            views = blurred(views, dice.share(self.blur) * dice.uniform(0, 1))
         if self.noise:
             noise = torch.randn(views.shape, generator=generator, device=views.device)
             views = views + noise * dice.uniform(0, self.noise)
         return views.clamp_(0, 255)
 
-    def _place(self, fields: Tensor, dice: "_Dice", zoom: Tensor | None) -> Tensor:
+    def _place(self, fields: Tensor, dice: "_Dice", zooms: Tensor) -> Tensor:
         """Rotate, mirror, magnify and shift."""
         n, side = len(fields), fields.shape[-1]
-        if zoom is None:
-            low, high = (math.log(factor) for factor in self.zoom)
-            zoom = dice.uniform(low, high).exp().flatten()
-        scale = self.size / side / zoom  # (n,)
+        scale = self.size / side / zooms  # (n,)
         mirror = torch.where(dice.share(0.5).flatten(), -1.0, 1.0)
         cos, sin = dice.right_angles()
         shifts = [dice.uniform(-self.shift, self.shift).flatten() for _ in range(2)]
@@ -98,7 +92,7 @@ def sample(fields: Tensor, matrices: Tensor, n: int, size: int) -> Tensor:
     return F.grid_sample(fields, grid, padding_mode="reflection", align_corners=False)
 
 
-def _blurred(views: Tensor, weight: Tensor) -> Tensor:
+def blurred(views: Tensor, weight: Tensor) -> Tensor:
     """Mix views with blurred ones, whose weight is (n, 1, 1, 1)."""
     soft = views
     for axis in (

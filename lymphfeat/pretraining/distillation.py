@@ -45,8 +45,7 @@ class Distiller(Trainer):
         rows, _ = self._sampler.draw(self.batch_size)
         views, zooms = self._choose(rows)
         targets = self._lessons.targets[rows, views]  # (n, D)
-        pixels = self._augmentation.draw(self._fields[rows], self._generator, zooms)
-        (answers,) = self._through(pixels, "answer")  # (n, D)
+        (answers,) = self._through(self._draw(rows, zooms), "answer")  # (n, D)
         loss = F.mse_loss(answers, targets)
         return torch.stack([loss, loss, loss.new_zeros(()), loss.new_zeros(())])
 

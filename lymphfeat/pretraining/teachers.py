@@ -89,7 +89,7 @@ def teach(
             done = view * len(fields) + int(rows[-1]) + 1
             progress(done, zooms.numel(), "views shown to the teachers")
     targets = [torch.cat(said).view(settings.teacher_views, len(fields), -1) for said in features]
-    return Lessons(zooms=zooms, targets=_components(targets, settings))
+    return Lessons(zooms=zooms, targets=principal_components(targets, settings))
 
 
 def _draw_zooms(n: int, settings: PretrainSettings, generator: torch.Generator) -> Tensor:
@@ -109,7 +109,7 @@ def _pooled(teacher: Teacher, pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return maps.float().mean((2, 3)).half().cpu()  # (n, C)
 
 
-def _components(features: Sequence[Tensor], settings: PretrainSettings) -> Tensor:
+def principal_components(features: Sequence[Tensor], settings: PretrainSettings) -> Tensor:
     """Return the principal components of standardised features (V, N, C each) as (N, V, D)."""
     views, n, _ = features[0].shape
     standard = [_standardised(part.flatten(0, 1).float()) for part in features]
@@ -119,7 +119,7 @@ def _components(features: Sequence[Tensor], settings: PretrainSettings) -> Tenso
     scores = torch.from_numpy(pca.fit_transform(together)).float()  # (V·N, D)
     scores /= scores.std(0).clamp_min(1e-6) ** settings.whitening
     scores = (scores / scores.std()).view(views, n, -1)
-    return scores.transpose(0, 1).contiguous()  # (N, V, D)
+    return torch.transpose(scores, 0, 1).contiguous()  # (N, V, D)
 
 
 def _standardised(features: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lymphfeat.settings import PretrainSettings
 
 _WARMUP_STEPS = 50
 _MAX_GRADIENT = 5.0
+_SMALL = 2 / 3  # of the side: what a view costs falls to less than half
 
 
 class Trainer(ABC):
@@ -37,9 +38,10 @@ class Trainer(ABC):
         self._heads = {name: head.to(device) for name, head in heads.items()}
         self._fields, self._settings, self._dtype = fields, settings, dtype
         self._generator = torch.Generator(device).manual_seed(settings.seed)
-        self._augmentation = Augmentation(
-            size=settings.view_size, zoom=settings.zoom, stain=settings.stain
-        )
+        self._views = {
+            scale: Augmentation(size=round(settings.view_size * scale), stain=settings.stain)
+            for scale in (_SMALL, 1.0)
+        }
         self._normalization = find_normalization("imagenet")
         self._parameters = [p for module in self._modules().values() for p in module.parameters()]
         self._optimizer = torch.optim.AdamW(
@@ -86,6 +88,18 @@ class Trainer(ABC):
         self._optimizer.zero_grad()
         self.step += 1
         return losses[1:].detach()
+
+    def _draw(self, rows: Tensor, zooms: Tensor | None = None) -> Tensor:
+        """Draw a view of each of these cells; `zooms` (n,) are the magnifications if given.
+
+        The first steps see small views of the same region: cells are learnt coarsely, then finely.
+        """
+        scale = _SMALL if self.step < self._settings.small_views * self.total_steps else 1.0
+        if zooms is None:
+            low, high = (math.log(zoom) for zoom in self._settings.zoom)
+            part = torch.rand(len(rows), generator=self._generator, device=rows.device)
+            zooms = torch.exp(low + (high - low) * part)
+        return self._views[scale].draw(self._fields[rows], self._generator, zooms * scale)
 
     def _through(self, views: Tensor, *heads: str) -> list[Tensor]:
         """Return what each head says of the pooled features of views (n, 3, size, size)."""

@@ -60,10 +60,7 @@ class PairTrainer(Trainer):
 
     def _losses(self) -> Tensor:
         anchors, partners = self._pairs.draw(self.batch_size)
-        views = [
-            self._augmentation.draw(self._fields[rows], self._generator)
-            for rows in (anchors, partners)
-        ]  # (n, 3, size, size) each
+        views = [self._draw(rows) for rows in (anchors, partners)]  # (n, 3, size, size) each
         # projected (2n, projection); logits (2n, classes), unused without classes
         projected, logits = self._through(torch.cat(views), "projector", "classifier")
         similarity = self._vicreg(*projected.chunk(2)) / _INVARIANCE

@@ -1,0 +1,134 @@
+"""Distillation: what teachers say, what a student learns of it, and interruption."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lymphfeat.cohort.image_folders import Cells
+from lymphfeat.cohort.images import decode_crops
+from lymphfeat.errors import LymphfeatError, SettingsError
+from lymphfeat.features.backbones import build_backbone, read_facts
+from lymphfeat.pretraining.run import pretrain
+from lymphfeat.pretraining.teachers import Teacher, principal_components, teach
+from tests.test_pretraining import write_cells
+from tests.tiny import PRETRAINING
+
+DISTILLING = replace(
+    PRETRAINING,
+    teachers=("test_resnet=none", "test_efficientnet=none"),
+    teacher_size=64,
+    teacher_views=2,
+    components=6,
+    stain=0.5,
+)
+
+
+def test_components_are_those_of_a_full_decomposition() -> None:
+    rng = np.random.default_rng(0)
+    mixed = [rng.normal(size=(2 * 30, 3)) @ rng.normal(size=(3, width)) for width in (8, 20)]
+    features = [torch.from_numpy(part.reshape(2, 30, -1)).float() for part in mixed]
+    scores = principal_components(features, DISTILLING)  # (30, 2, 6)
+    assert scores.shape == (30, 2, 6)
+
+    scaled = [(part - part.mean(0)) / (part.std(0, ddof=1) + 1e-3) for part in mixed]
+    together = np.hstack([part / np.sqrt(part.shape[1]) for part in scaled])
+    u, s, _ = np.linalg.svd(together - together.mean(0), full_matrices=False)
+    expected = (u * s)[:, :6]
+    expected /= expected.std(0, ddof=1) ** DISTILLING.whitening
+    expected = (expected / expected.std(ddof=1)).reshape(2, 30, 6).transpose(1, 0, 2)
+    for axis in range(6):  # the sign of an axis is arbitrary
+        ours, theirs = scores[..., axis].numpy(), expected[..., axis]
+        assert min(np.abs(ours - theirs).max(), np.abs(ours + theirs).max()) < 1e-2
+
+
+def test_every_part_of_the_zoom_is_shown(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    fields = torch.from_numpy(decode_crops(cells.paths, DISTILLING.field))
+    teachers = [Teacher.load(text, 64) for text in DISTILLING.teachers]
+    shown: list[int] = []
+    lessons = teach(
+        teachers, fields, DISTILLING, torch.float32, lambda done, total, text="": shown.append(done)
+    )
+    low, high = DISTILLING.zoom
+    middle = (low * high) ** 0.5
+    assert lessons.targets.shape == (24, 2, 6)
+    assert shown[-1] == 48
+    assert (low <= lessons.zooms[:, 0]).all()
+    assert (lessons.zooms[:, 0] <= middle).all()
+    assert (middle <= lessons.zooms[:, 1]).all()
+    assert (lessons.zooms[:, 1] <= high).all()
+
+
+def test_a_teacher_sees_what_it_was_trained_on() -> None:
+    teacher = Teacher.load("test_resnet=none", 64)
+    assert teacher.normalization.mean == (0.5, 0.5, 0.5)  # timm's, of this model
+    assert not teacher.backbone.training
+
+
+@pytest.mark.seconds
+def test_a_student_learns_what_its_teachers_say(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    settings = replace(DISTILLING, epochs=12, batch_size=12, lr=1e-2, weight_decay=0.0)
+    trained = pretrain(cells, tmp_path / "w.safetensors", settings)
+    losses = [row["loss"] for row in trained.curve[1:]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "class_loss" not in trained.curve[-1]  # labels of classes are not used
+    recipe = read_facts(trained.weights)["recipe"]
+    assert recipe["method"] == "distillation"
+    assert [teacher["name"] for teacher in recipe["teachers"]] == [
+        "test_resnet",
+        "test_efficientnet",
+    ]
+    _, loaded = build_backbone(PRETRAINING.backbone, weights=str(trained.weights), image_size=32)
+    assert loaded.sha256 == trained.sha256
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("during", "at"), [("views shown", 24), ("views/s", 0), ("views/s", 9)])
+def test_interrupted_ends_with_the_same_bits(during: str, at: int, tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    whole = pretrain(cells, tmp_path / "whole.safetensors", DISTILLING)
+    out = tmp_path / "parts.safetensors"
+
+    def interrupt(done: int, total: int, text: str = "") -> None:
+        if during in text and done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cells, out, DISTILLING, progress=interrupt)
+    seen: list[str] = []
+    parts = pretrain(cells, out, DISTILLING, progress=lambda *told: seen.append(str(told[-1])))
+    assert parts.sha256 == whole.sha256
+    assert out.read_bytes() == whole.weights.read_bytes()
+    assert any("views shown" in text for text in seen) == (during == "views shown")
+    assert {path.name for path in tmp_path.glob("parts*")} == {
+        f"parts.{suffix}" for suffix in ("safetensors", "csv", "png")
+    }
+
+
+@pytest.mark.seconds
+def test_what_teachers_said_for_other_settings_is_refused(tmp_path: Path) -> None:
+    cells = Cells.find(write_cells(tmp_path / "cells"))
+    out = tmp_path / "w.safetensors"
+
+    def interrupt(done: int, total: int, text: str = "") -> None:
+        if "views/s" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cells, out, DISTILLING, progress=interrupt)
+    other = replace(DISTILLING, zoom=(1.0, 1.2))
+    with pytest.raises(LymphfeatError, match=re.escape("zoom is [0.8, 1.15] there, [1.0, 1.2]")):
+        pretrain(cells, out, other)
+    assert pretrain(cells, out, other, force=True).weights == out
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(SettingsError, match="must be a timm model"):
+        Teacher.load("resnett18", 64)
+    with pytest.raises(SettingsError, match=r"patient_pairs \(=0.5\) must be 0 with teachers"):
+        replace(DISTILLING, patient_pairs=0.5)
