@@ -116,7 +116,7 @@ def principal_components(features: Sequence[Tensor], settings: PretrainSettings)
     together = torch.cat(standard, dim=1).numpy()  # (V·N, C of all)
     width = min(settings.components, *together.shape)
     pca = PCA(width, svd_solver="randomized", random_state=settings.seed)
-    scores = torch.from_numpy(pca.fit_transform(together)).float()  # (V·N, D)
+    scores: Tensor = torch.from_numpy(pca.fit_transform(together)).float()  # (V·N, D)
     scores /= scores.std(0).clamp_min(1e-6) ** settings.whitening
     scores = (scores / scores.std()).view(views, n, -1)
     return torch.transpose(scores, 0, 1).contiguous()  # (N, V, D)
