@@ -643,14 +643,7 @@ class PretrainSettings(Settings):
         3, "Views of each cell that teachers see.", at_least=1, python_only=True
     )
     components: int = setting(
-        256, "Principal components of the teachers' features.", at_least=1, python_only=True
-    )
-    whitening: float = setting(
-        0.5,
-        "Power of its deviation that a component is divided by.",
-        at_least=0,
-        at_most=1,
-        python_only=True,
+        128, "Components of the teachers' features.", at_least=1, python_only=True
     )
     projection: int = setting(
         1024,

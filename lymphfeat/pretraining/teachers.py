@@ -1,8 +1,8 @@
 """What larger backbones say of each cell: the targets that a smaller one is distilled on.
 
 Every cell is shown in a few views of different magnification. Each teacher's pooled features are
-standardised over all views; their principal components, together, are what the student learns to
-predict from another view of the same magnification, in other colours.
+standardised over all views; the components that views of one cell agree on are what the student
+learns to predict, from views in other colours.
 """
 
 import math
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -25,6 +28,9 @@ from lymphfeat.settings import PretrainSettings
 _STAIN = 0.4  # of the student's: a teacher that was not made for such changes is not to be misled
 _BLUR = 0.2
 _BATCH = 64
+_BASIS = 512  # principal components in which directions are sought
+_RIDGE = 1e-6
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +94,10 @@ def teach(
                 said.append(_pooled(teacher, pixels, dtype))
             done = view * len(fields) + int(rows[-1]) + 1
             progress(done, zooms.numel(), "views shown to the teachers")
-    targets = [torch.cat(said).view(settings.teacher_views, len(fields), -1) for said in features]
-    return Lessons(zooms=zooms, targets=principal_components(targets, settings))
+    shape = (settings.teacher_views, len(fields), -1)
+    together = [torch.cat(said).view(shape) for said in features]  # (V, N, C) of each
+    targets = steady_components(together, zooms, settings.components, settings.seed)
+    return Lessons(zooms=zooms, targets=targets)
 
 
 def _draw_zooms(n: int, settings: PretrainSettings, generator: torch.Generator) -> Tensor:
@@ -109,18 +117,45 @@ def _pooled(teacher: Teacher, pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return maps.float().mean((2, 3)).half().cpu()  # (n, C)
 
 
-def principal_components(features: Sequence[Tensor], settings: PretrainSettings) -> Tensor:
-    """Return the principal components of standardised features (V, N, C each) as (N, V, D)."""
-    views, n, _ = features[0].shape
-    standard = [_standardised(part.flatten(0, 1).float()) for part in features]
-    together = torch.cat(standard, dim=1).numpy()  # (V·N, C of all)
-    width = min(settings.components, *together.shape)
-    pca = PCA(width, svd_solver="randomized", random_state=settings.seed)
-    scores: Tensor = torch.from_numpy(pca.fit_transform(together)).float()  # (V·N, D)
-    scores /= scores.std(0).clamp_min(1e-6) ** settings.whitening
-    scores = (scores / scores.std()).view(views, n, -1)
-    return torch.transpose(scores, 0, 1).contiguous()  # (N, V, D)
+def steady_components(features: Sequence[Tensor], zooms: Tensor, n: int, seed: int) -> Tensor:
+    """Return what views agree on in features (V, N, C each) of all teachers: (N, V, n).
+
+    Each teacher's features are standardised and, together, reduced to principal components. What
+    magnification does to them is fitted (a parabola in its logarithm) and taken out. Then the
+    directions are found in which cells differ most, relative to how views of one cell differ:
+    eigenvectors of the covariance between cells against the total one; the eigenvalue is the share
+    of the variance that a view tells of its cell. The targets are the means over a cell's views and
+    the effect of each view's magnification, in these directions; their deviation is that share,
+    scaled to a mean square of 1.
+    """
+    views, cells, _ = features[0].shape
+    together = torch.cat([_standardised(part.flatten(0, 1).float()) for part in features], dim=1)
+    width = min(_BASIS, *together.shape)
+    pca = PCA(width, svd_solver="randomized", random_state=seed)
+    scores = pca.fit_transform(together.numpy()).astype(np.float64)  # (V·N, width)
+    magnified = _fit_zooms(zooms.cpu().numpy(), scores)
+    rest = (scores - magnified).reshape(views, cells, -1)
+    means = rest.mean(0)  # (N, width)
+    spread = (rest - means).reshape(views * cells, -1)
+    within = spread.T @ spread / (cells * max(views - 1, 1))
+    between = means.T @ means / cells - within / views
+    shares, directions = eigh(between, between + within + _RIDGE * np.eye(width))  # ascending
+    steady, shares = directions[:, ::-1][:, :n], shares[::-1][:n].clip(min=0)
+    targets = (means + magnified.reshape(views, cells, -1)) @ steady  # (V, N, n)
+    targets *= shares / np.sqrt((shares**2).mean()) / targets.std((0, 1))
+    return torch.from_numpy(targets.astype(np.float32).transpose(1, 0, 2).copy())
+
+
+def _fit_zooms(zooms: Doubles, scores: Doubles) -> Doubles:
+    """Return what magnifications (N, V) explain of centred scores (V·N, width)."""
+    log = np.log(zooms).T.ravel()  # (V·N,), as the scores
+    powers = np.stack([log, log**2], axis=1)
+    powers -= powers.mean(0)
+    found, *_ = np.linalg.lstsq(powers, scores, rcond=None)
+    explained: Doubles = powers @ found
+    return explained
 
 
 def _standardised(features: Tensor) -> Tensor:
-    return (features - features.mean(0)) / (features.std(0) + 1e-3) / features.shape[1] ** 0.5
+    centred: Tensor = features - features.mean(0)
+    return centred / (features.std(0) + 1e-3) / math.sqrt(features.shape[1])
