@@ -21,6 +21,7 @@ from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, find_normalization, stream_crops
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
+from lymphfeat.cohort.stains import stain_normaliser
 from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_from_settings
 from lymphfeat.features.map_encoder import MapEncoder
@@ -195,13 +196,14 @@ def _frozen_recipe(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    layout = settings.backbone.layout
+    layout, stains = settings.backbone.layout, settings.backbone.stain_normalization
     return {
         "backbone": settings.backbone.backbone,
         "output_stride": settings.backbone.output_stride,
         # Recipes of earlier versions have neither.
         **({} if layout == AS_IT_IS else {"layout": asdict(layout)}),
         **({"field_um": settings.backbone.field_um} if settings.backbone.field_um else {}),
+        **({} if stains == "none" else {"stain_normalization": stains}),
         "weights": weights.source,
         "weights_sha256": weights.sha256,
         "crop": settings.backbone.crop,
@@ -310,7 +312,7 @@ def _write_rows(
         blocks = [(start, paths[start : start + size]) for start in starts]
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
-        for round_ in _rounds(_decoded(blocks[rank() :: count()], settings), len(blocks)):
+        for round_ in _rounds(_decoded(blocks[rank() :: count()], cohort, settings), len(blocks)):
             for start, maps, crc32, statistics in to_first(_encoded(round_, encoders)):
                 if writer and maps:
                     writer.write(start, maps, crc32, statistics)
@@ -348,14 +350,16 @@ def _encoded(block: Block, encoders: Mapping[FeatureSet, MapEncoder]) -> Encoded
 
 
 def _decoded(
-    blocks: Sequence[tuple[int, Sequence[Path]]], settings: ExtractSettings
+    blocks: Sequence[tuple[int, Sequence[Path]]], cohort: Cohort, settings: ExtractSettings
 ) -> Iterator[tuple[int, list[Crop]]]:
+    how, crop = settings.backbone.stain_normalization, settings.backbone.crop
     crops = stream_crops(
         [path for _, block in blocks for path in block],
-        settings.backbone.crop,
+        crop,
         threads=settings.threads or torch.get_num_threads(),
         ahead=4 * settings.batch_size,
         measured=True,
+        normalise=stain_normaliser(how, cohort.images, crop),
     )
     for start, block in blocks:
         try:

@@ -29,6 +29,7 @@ RankingLoss = Literal["instance", "bag"]  # bag: of the mean of the selected log
 ClassWeights = Literal["none", "balanced"]
 BlockWeights = Literal["equal", "chosen"]  # chosen: inside each training set
 ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_threshold
+StainNormalization = Literal["none", "image", "patient"]  # cohort.stains
 Token = Literal["patches", "mean", "cls"]
 DEFAULT_CROP = 112  # report §4.1
 Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibrations
@@ -286,6 +287,11 @@ class BackboneSettings(Settings):
     )
     normalization: Literal["imagenet", "challenge", "inception"] = setting(  # METHOD §3
         "imagenet", "Channel means and scales; use those the weights were trained with."
+    )
+    stain_normalization: StainNormalization = setting(
+        "none",
+        "Give each image, or all images of a patient together, the background and the stain of "
+        "one reference.",
     )
     output_stride: OutputStride | None = setting(
         None, "Stride of the feature maps, by dilation.", unset="the backbone's own"

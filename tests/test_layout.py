@@ -118,7 +118,7 @@ INSIDE = {
             "attributes",
             "tables",
         ),
-        *("cell_values", "csv_rows", "images", "image_statistics", "provenance"),
+        *("cell_values", "csv_rows", "stains", "images", "image_statistics", "provenance"),
     ),
     "runtime": (
         *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),

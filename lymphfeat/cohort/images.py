@@ -4,7 +4,7 @@ import io
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lymphfeat.cohort.image_statistics import measure_image
+from lymphfeat.cohort.image_statistics import Pixels, measure_image
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.runtime.progress import Progress, silent
 
 # Modes whose conversion to RGB keeps 8 bits per channel; 16-bit and float files would be clipped.
 _CONVERTIBLE_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
 _JPEG_END = b"\xff\xd9"
+Normalise = Callable[[Path, Pixels], Pixels]  # cohort.stains
 VIEWS = ("identity", "hflip", "vflip", "both")
 
 
@@ -163,12 +164,19 @@ def stream_crops(
     threads: int = 2,
     ahead: int = 512,
     measured: bool = False,
+    normalise: Normalise | None = None,
 ) -> Iterator[Crop]:
     """Yield the decoded crops in order, at most `ahead` of them waiting in memory.
 
-    With `measured` they have their image statistics.
+    With `measured` they have their image statistics. `normalise` changes their pixels after that.
     """
-    decode = _measure_crop if measured else decode_crop
+
+    def decode(path: Path, crop: int) -> Crop:
+        decoded = _measure_crop(path, crop) if measured else decode_crop(path, crop)
+        if normalise is None:
+            return decoded
+        return replace(decoded, pixels=normalise(path, decoded.pixels))
+
     remaining = iter(paths)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         waiting = deque(pool.submit(decode, path, crop) for path in islice(remaining, ahead))
@@ -186,11 +194,12 @@ def decode_crops(
     *,
     into: NDArray[np.uint8] | None = None,
     threads: int = 2,
+    normalise: Normalise | None = None,
     progress: Progress = silent,
 ) -> NDArray[np.uint8]:
     """Decode all centre crops into one array, (N, 3, crop, crop) uint8; `into` if given."""
     pixels = np.empty((len(paths), 3, crop, crop), np.uint8) if into is None else into
-    for row, image in enumerate(stream_crops(paths, crop, threads=threads)):
+    for row, image in enumerate(stream_crops(paths, crop, threads=threads, normalise=normalise)):
         pixels[row] = image.pixels
         progress(row + 1, len(paths))
     return pixels

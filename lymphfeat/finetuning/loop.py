@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.cohort.images import find_normalization
 from lymphfeat.errors import SettingsError
 from lymphfeat.finetuning.curves import EpochRow, metric_columns, unmeasured
 from lymphfeat.finetuning.encoder import Encoder
@@ -27,14 +26,8 @@ def decode(
     cohort: Cohort, settings: EndToEndSettings, progress: Progress = silent
 ) -> DecodedCohort:
     """Decode the images of a cohort as a training needs them."""
-    recipe = settings.backbone
-    pixels = PixelCache.decode(
-        cohort,
-        recipe.crop,
-        find_normalization(recipe.normalization),
-        choose_device(settings.device),
-        progress,
-    )
+    device = choose_device(settings.device)
+    pixels = PixelCache.decode(cohort, settings.backbone, device, progress)
     return DecodedCohort(cohort=cohort, pixels=pixels)
 
 

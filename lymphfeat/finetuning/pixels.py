@@ -18,13 +18,15 @@ from torch import Tensor
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_checks import check_images
-from lymphfeat.cohort.images import Normalization, decode_crops
+from lymphfeat.cohort.images import Normalization, decode_crops, find_normalization
+from lymphfeat.cohort.stains import stain_normaliser
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.views import normalize
 from lymphfeat.finetuning.augmentation import Views, unaltered
 from lymphfeat.runtime.devices import available_memory, to_device
 from lymphfeat.runtime.processes import share
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.settings import BackboneSettings
 
 # Of a GPU's free memory; beyond it the crops stay in host memory and are copied batch by batch.
 _RESIDENT_SHARE = 0.4
@@ -112,12 +114,12 @@ class PixelCache:
     def decode(
         cls,
         cohort: Cohort,
-        crop: int,
-        normalization: Normalization,
+        settings: BackboneSettings,
         device: torch.device,
         progress: Progress = silent,
     ) -> "PixelCache":
         """Decode every image of a cohort."""
+        crop = settings.crop
         paths = [path for images in cohort.images for path in images]
         check_images(paths, crop)
 
@@ -126,8 +128,14 @@ class PixelCache:
 
         room = _make_room((len(paths), 3, crop, crop))
         pixels = decode_crops(
-            paths, crop, into=room, threads=torch.get_num_threads(), progress=report
+            paths,
+            crop,
+            into=room,
+            threads=torch.get_num_threads(),
+            normalise=stain_normaliser(settings.stain_normalization, cohort.images, crop),
+            progress=report,
         )
+        normalization = find_normalization(settings.normalization)
         return cls(torch.from_numpy(pixels), normalization, device)
 
     def __len__(self) -> int:

@@ -16,13 +16,21 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.image_statistics import NAMES
 from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.cohort.stains import stain_normaliser
 from lymphfeat.errors import ModelError
 from lymphfeat.features.backbones import Backbone, make_backbone
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.heads.head import Head
 from lymphfeat.runtime.devices import autocast, choose_device, choose_precision
 from lymphfeat.runtime.progress import Progress, RateMeter
-from lymphfeat.settings import AS_IT_IS, BackboneSettings, MapLayout, PredictSettings, crop_of
+from lymphfeat.settings import (
+    AS_IT_IS,
+    BackboneSettings,
+    MapLayout,
+    PredictSettings,
+    StainNormalization,
+    crop_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,7 @@ class ModelRecipe:
     normalization: Normalization
     layout: MapLayout = AS_IT_IS
     field_um: float | None = None  # side of the crop in µm, where the pixels' size was known
+    stain_normalization: StainNormalization = "none"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelRecipe":
@@ -50,6 +59,7 @@ class ModelRecipe:
             normalization=normalization,
             layout=MapLayout(**content.get("layout", {})),
             field_um=content.get("field_um"),
+            stain_normalization=content.get("stain_normalization", "none"),
         )
 
     @classmethod
@@ -62,6 +72,7 @@ class ModelRecipe:
             normalization=find_normalization(settings.normalization),
             layout=settings.layout,
             field_um=settings.field_um,
+            stain_normalization=settings.stain_normalization,
         )
 
     def make_backbone(self) -> Backbone:
@@ -131,11 +142,11 @@ class CohortScorer:
     def score(self, cohort: Cohort, progress: Progress) -> Tensor:
         """Return what the head keeps of all images in every view: (V, N, U, D) on the CPU."""
         paths = [path for images in cohort.images for path in images]
-        return _finite(torch.cat(list(self._score_batches(paths, progress)), dim=1), paths)
+        return _finite(torch.cat(list(self._score_batches(cohort, progress)), dim=1), paths)
 
     def score_patients(self, cohort: Cohort, progress: Progress) -> Iterator[Tensor]:
         """Yield the same of one patient after another, without holding the others: (V, n, U, D)."""
-        batches = self._score_batches([path for own in cohort.images for path in own], progress)
+        batches = self._score_batches(cohort, progress)
         held = next(batches)
         for paths in cohort.images:
             while held.shape[1] < len(paths):
@@ -143,11 +154,17 @@ class CohortScorer:
             yield _finite(held[:, : len(paths)], paths)
             held = held[:, len(paths) :]
 
-    def _score_batches(self, paths: Sequence[Path], progress: Progress) -> Iterator[Tensor]:
-        check_images(paths, self._recipe.crop)
+    def _score_batches(self, cohort: Cohort, progress: Progress) -> Iterator[Tensor]:
+        paths, recipe = [path for images in cohort.images for path in images], self._recipe
+        check_images(paths, recipe.crop)
         meter = RateMeter(progress, len(paths))
-        threads = torch.get_num_threads()
-        crops = stream_crops(paths, self._recipe.crop, threads=threads, measured=self._measured)
+        crops = stream_crops(
+            paths,
+            recipe.crop,
+            threads=torch.get_num_threads(),
+            measured=self._measured,
+            normalise=stain_normaliser(recipe.stain_normalization, cohort.images, recipe.crop),
+        )
         for batch in _batches(crops, self._batch_size):
             self._statistics += [own.statistics for own in batch if own.statistics is not None]
             yield self._score_batch(np.stack([crop.pixels for crop in batch]))
