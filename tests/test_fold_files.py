@@ -79,8 +79,14 @@ def test_folds_have_inner_folds_like_the_protocols_own(tmp_path: Path) -> None:
     [
         ((), "must have the columns id and fold.*; got nothing"),
         (("a,b", "1,2"), "; got a, b"),
-        (("id,split", "a,train", "a,test"), "must not share patients; got a in both"),
-        (("id,fold", "a,1", "a,1", "b,2"), "must name each patient once"),
+        (("id,fold",), "has a header but no patients"),
+        (("id,split", "a,train", "b,tets"), r"f.csv row 3 \(b\), column split: .*; got 'tets'"),
+        (("id,fold", "a,1", ",2"), "f.csv row 3, column id: must name a patient"),
+        (
+            ("id,split", "a,train", "a,test"),
+            r"f.csv rows 2 and 3: each patient must have one row; got a twice",
+        ),
+        (("id,fold", "a,1", "a,1", "b,2"), r"f.csv rows 2 and 3: .* got a twice"),
     ],
 )
 def test_anything_else_is_refused(lines: tuple[str, ...], message: str, tmp_path: Path) -> None:

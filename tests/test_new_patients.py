@@ -60,7 +60,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         "must have the columns gender, age, lymph_count, which this model reads",
     ),
     "age in words": (put("age", "old"), "row 5 (P3), column age: must be a number"),
-    "age as a date": (put_all("age", "1950-01-01"), "got none named age"),
+    "age as a date": (
+        put_all("age", "1950-01-01"),
+        "column age: must be in years; got '1950-01-01'; name a column of dates of birth `dob`",
+    ),
     "an unknown gender": (put("gender", "woman"), "row 5 (P3), column gender: must be"),
     "a count in words": (put("lymph_count", "high"), "row 5 (P3), column lymph_count: must be"),
     "a count of nothing": (put("lymph_count", "0"), "(P3), column lymph_count: must be"),

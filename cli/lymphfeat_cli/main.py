@@ -6,6 +6,7 @@ import os
 import sys
 import tomllib
 import traceback
+import warnings
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def cli(ctx: click.Context, debug: bool, config: Path | None) -> None:
     With your own patients, check the cohort first:
       lymphfeat audit --cohort DIR
     """
+    warnings.filterwarnings("ignore", module="PIL")  # what matters becomes an error or a finding
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     path = config or Path(CONFIG_FILE)
     if path.is_file():

@@ -11,6 +11,8 @@ from datetime import date
 MISSING = frozenset({"", "na", "n/a", "nan", "null"})
 UNKNOWN = -1
 MAX_AGE = 120
+MAX_COUNT = 2000  # 10⁹/L; more is a count per another volume
+MAX_ID_BYTES = 255  # of a folder's name
 DAYS_PER_YEAR = 365.25
 
 # METHOD §6: the separator alone determines the convention, so no date is ambiguous.
@@ -23,6 +25,7 @@ _LIKE_A_DATE = re.compile(
     r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}([ T]\d.*)?|\d{1,2}[ -][A-Za-z]{3,9}[ -]\d{2,4}", re.ASCII
 )
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_WITH_COMMA = re.compile(r"[+-]?\d[\d.]*,[\d.,]*\d", re.ASCII)
 GENDERS = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
 
@@ -108,4 +111,33 @@ def parse_count(text: str) -> float:
     value = parse_number(text)
     if value <= 0:
         raise ValueError(f"must be above 0, or empty; got {text!r}")
+    if value > MAX_COUNT:
+        raise ValueError(
+            f"must be in 10⁹/L, at most {MAX_COUNT}, or empty; got {text!r}; give a column of "
+            "another unit another name"
+        )
     return value
+
+
+def parse_years(text: str) -> float:
+    """Read an age in years, in [0, 120]."""
+    if looks_like_date(text):
+        raise ValueError(f"must be in years; got {text!r}; name a column of dates of birth `dob`")
+    value = parse_number(text)
+    if not 0 <= value <= MAX_AGE:
+        raise ValueError(f"must be in years, 0 to {MAX_AGE}, or empty; got {text!r}")
+    return value
+
+
+def is_number_with_comma(text: str) -> bool:
+    """Return whether a cell is a number with a decimal comma, or with commas between thousands."""
+    return _WITH_COMMA.fullmatch(text) is not None
+
+
+def wrong_id(id: str) -> str:
+    """Say why an id cannot be the name of a folder of images; empty if it can."""
+    if not id.isprintable():
+        return "has characters that are not printed"
+    if len(id.encode(errors="surrogateescape")) > MAX_ID_BYTES:
+        return f"is longer than {MAX_ID_BYTES} bytes"
+    return "cannot be a folder's name" if "/" in id or id in (".", "..") else ""

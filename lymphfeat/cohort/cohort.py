@@ -125,7 +125,10 @@ class Cohort:
             root=root,
             table=frame[[*_NOT_COVARIATES, *frame.columns.drop([*_NOT_COVARIATES])]],
             images=tuple(tuple(found.images[id]) for id in ids),
-            notes=(*clinical.notes, *unread, *found.notes, *missing, *split_notes),
+            notes=(
+                *(*clinical.notes, *unread, *found.notes, *missing, *split_notes),
+                *_similar_ids(ids),
+            ),
             submission_ids=tuple(id for id in clinical.submission_ids if id in found.images),
             allow_missing=allow_missing,
         )
@@ -391,13 +394,17 @@ def _sort_loose(loose: dict[Path, list[str]], found: _Found) -> None:
 
 def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing: bool) -> list[str]:
     """Refuse patients without images and images without a patient, or return them as notes."""
+    folders = {_like(place.name): place for place in found.orphans}
     absent = [id for id in ids if id not in found.images]
+    similar = [
+        f"{id} (the folder {folders[_like(id)]}?)" if _like(id) in folders else id for id in absent
+    ]
     orphans = [
         f"{folder} ({count} images)" if count else str(folder)
         for folder, count in found.orphans.items()
     ]
     kinds = {
-        "patient(s) without images": absent,
+        "patient(s) without images": similar,
         f"{found.holder}(s) without table row": orphans,
     }
     kinds = {kind: names for kind, names in kinds.items() if names}
@@ -410,6 +417,24 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
         remedy = "Add or rename them, or leave them out with --allow-missing."
         complain(str(root), missing, remedy)
     return [f"left out {len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items()]
+
+
+def _like(name: str) -> str:
+    """Return what a name has in common with others of other case, spaces or leading zeros."""
+    plain = re.sub(r"[\s_-]+", "", _normal(name).casefold())
+    return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
+
+
+def _similar_ids(ids: Sequence[str]) -> Iterator[str]:
+    groups: dict[str, list[str]] = {}
+    for id in ids:
+        groups.setdefault(_like(id), []).append(id)
+    for alike in groups.values():
+        if len(alike) > 1:
+            yield (
+                f"ids {', '.join(alike)}: read as different patients, although they differ only in "
+                "case, spaces or leading zeros"
+            )
 
 
 def _splits(frame: pd.DataFrame, found: _Found) -> tuple[list[str], list[str]]:

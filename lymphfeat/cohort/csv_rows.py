@@ -27,13 +27,13 @@ class Row:
     """One patient's row in one file: column -> text, without surrounding spaces."""
 
     path: Path
-    number: int  # as a spreadsheet counts: the header is row 1
+    number: int  # as a spreadsheet counts: the header is row 1; 0 where there is no table
     cells: dict[str, str]
 
     @property
     def where(self) -> str:
         """Return file and row, for messages."""
-        return f"{self.path} row {self.number}"
+        return f"{self.path} row {self.number}" if self.number else str(self.path)
 
     @property
     def id(self) -> str:
@@ -86,11 +86,16 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
 def read_records(path: Path) -> tuple[list[tuple[int, list[str]]], str]:
     """Return (row number, cells) for every row that is not blank, and the delimiter."""
     try:
-        text = _decode(path.read_bytes())
-    except UnicodeError:
-        raise CohortError(f"{path} is not UTF-8 text; save it as `CSV UTF-8`.") from None
+        data = path.read_bytes()
     except OSError as error:
         raise CohortError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        text = _decode(data)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CohortError(
+            f"{path} line {line} is not UTF-8 text; save it as `CSV UTF-8`."
+        ) from None
     delimiter = _delimiter(text.splitlines())
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True

@@ -17,7 +17,7 @@ _HINT = (
     "must have the columns id and fold, id and split (train, val, test), or those of CLAM (train, "
     "val, test)"
 )
-Rows = Sequence[Mapping[str, str]]
+Rows = Mapping[int, Mapping[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +48,53 @@ def read_folds(path: Path) -> list[Fold]:
         if not files:
             raise SettingsError(f"splits (={path}) must hold splits_0.csv, splits_1.csv, …")
         return [fold for _, file in files for fold in read_folds(file)]
-    rows = _read(path)
-    columns = set(rows[0]) if rows else set()
+    columns, rows = _read(path)
     ids = next((name for name in _IDS if name in columns), None)
-    if ids and "fold" in columns:
-        return _of_folds([(row[ids], row["fold"]) for row in rows])
-    if ids and "split" in columns:
-        sides = [(row["split"].lower(), row[ids]) for row in rows]
+    column = next((name for name in ("fold", "split") if name in columns), None)
+    if ids and column:
+        _check_rows(path, rows, ids, column)
+        pairs = [(row[ids], row[column]) for row in rows.values()]
+        if column == "fold":
+            return _of_folds(pairs)
+        sides = [(side.lower(), id) for id, side in pairs]
     elif _TRAIN in columns:
-        sides = [(name, id) for row in rows for name, id in row.items() if id and name]
+        sides = [(name, id) for row in rows.values() for name, id in row.items() if id and name]
     else:
         raise SettingsError(f"{path}: {_HINT}; got {name_some(sorted(columns)) or 'nothing'}.")
     return [_of_sides(path, sides)]
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path) -> tuple[list[str], Rows]:
+    """Return the columns, and the rows by their number in a spreadsheet."""
     try:
         records, _ = read_records(path)
     except CohortError as error:
         raise SettingsError(f"{path}: {_HINT}; it cannot be read ({error}).") from None
-    header, *lines = [cells for _, cells in records] or [[]]
+    (_, header), *lines = records or [(1, [])]
     names = [name.strip().lower() for name in header]
-    rows = (map(_plain, cells[: len(names)]) for cells in lines)
-    return [dict(zip_longest(names, row, fillvalue="")) for row in rows]
+    rows = {number: map(_plain, cells[: len(names)]) for number, cells in lines}
+    return names, {n: dict(zip_longest(names, row, fillvalue="")) for n, row in rows.items()}
+
+
+def _check_rows(path: Path, rows: Rows, ids: str, column: str) -> None:
+    """Refuse rows without a patient, patients with several rows, and sides of unknown names."""
+    if not rows:
+        raise SettingsError(f"{path} has a header but no patients; write a row for each.")
+    first: dict[str, int] = {}
+    for number, row in rows.items():
+        id, side = row[ids], row[column]
+        if not id:
+            raise SettingsError(f"{path} row {number}, column {ids}: must name a patient.")
+        if first.setdefault(id, number) != number:
+            raise SettingsError(
+                f"{path} rows {first[id]} and {number}: each patient must have one row; got {id} "
+                "twice. Keep one."
+            )
+        if column == "split" and side.lower() not in ("", _TRAIN, *_VALIDATION, _TEST):
+            raise SettingsError(
+                f"{path} row {number} ({id}), column split: must be train, val, test or empty; got "
+                f"{side!r}."
+            )
 
 
 def _plain(cell: str) -> str:

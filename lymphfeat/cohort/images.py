@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lymphfeat.cohort.image_statistics import Pixels, measure_image
 from lymphfeat.errors import CohortError, SettingsError
@@ -113,17 +113,22 @@ def _one_error(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        reason = "the file is empty" if _is_empty(path) else str(error) or type(error).__name__
         raise ImageError(
             path,
-            f"cannot be read as an image ({reason.removesuffix('.')})",
+            f"cannot be read as an image ({_reason(path, error)})",
             "restore or remove it (`lymphfeat audit` lists every such file), or leave it out with "
             "--on-error skip (extract, endtoend, predict).",
         ) from None
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_file() and not path.stat().st_size
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and not path.stat().st_size:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of any known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).removesuffix(".") or type(error).__name__
 
 
 def _measure_crop(path: Path, crop: int) -> Crop:

@@ -22,6 +22,8 @@ from lymphfeat.cohort import cell_values
 from lymphfeat.cohort.csv_rows import Row, complain, name_some, peek_columns, read_rows
 from lymphfeat.errors import CohortError
 
+_SHOWN_ID = 40  # characters
+_SHOWN_TABLES = 4
 Value = float | int | str | None
 
 MAIN_TABLE = "clinical_annotation.csv"
@@ -65,7 +67,7 @@ def read_tables(paths: Sequence[Path], reference_date: date) -> ClinicalTable:
 
 def read_patient(id: str, cells: Mapping[str, str], reference_date: date) -> ClinicalTable:
     """Read the attributes of one unlabelled patient, column -> text, as a row of a table."""
-    row = Row(path=Path("attributes"), number=1, cells={**cells, "id": id})
+    row = Row(path=Path("attributes"), number=0, cells={**cells, "id": id})
     return _tabulate([row], [], reference_date)
 
 
@@ -107,7 +109,7 @@ def choose_tables(root: Path, candidates: Sequence[Path]) -> tuple[list[Path], l
         raise CohortError(
             f"{root} has no table: it must hold a CSV with the columns `id` and `label` (and "
             f"optionally `split` and covariates), or {MAIN_TABLE}; "
-            f"{_found(root, candidates)}name one elsewhere with --table."
+            f"{_found(root, candidates)}rename its columns, or name a table elsewhere with --table."
         )
     if others and len(chosen) > 1:
         complain(
@@ -133,8 +135,14 @@ def _is_beside(path: Path) -> bool:
 
 
 def _found(root: Path, candidates: Sequence[Path]) -> str:
-    names = [str(path.relative_to(root)) for path in candidates]
+    names = [
+        f"{path.relative_to(root)} ({_some_columns(path)})" for path in candidates[:_SHOWN_TABLES]
+    ]
     return f"found only {name_some(names)}; " if names else ""
+
+
+def _some_columns(path: Path) -> str:
+    return name_some(sorted(peek_columns(path)), shown=_SHOWN_TABLES) or "not a CSV table"
 
 
 # --- rows -> parsed columns -------------------------------------------------------------------
@@ -144,6 +152,13 @@ def _check_ids(rows: Sequence[Row]) -> None:
     nameless = [row.where for row in rows if not row.id]
     if nameless:
         complain("patients without an id", nameless, "Write the id, or delete the row.")
+    wrong = [
+        f"{row.where}: {row.id[:_SHOWN_ID]!r} {why}"
+        for row in rows
+        if (why := cell_values.wrong_id(row.id))
+    ]
+    if wrong:
+        complain("ids must be the names of image folders", wrong, "Rename the patients.")
     first: dict[tuple[Path, str], Row] = {}
     repeats = [
         f"{row.id} in {row.where} and row {first[row.path, row.id].number}"
@@ -167,7 +182,7 @@ def _parse_columns(rows: Sequence[Row], reference_date: date) -> _Columns:
         if name not in ("id", "label", "split"):
             _parse_covariate(rows, name, reference_date, columns)
     if columns.mistakes:
-        complain("values that cannot be read", columns.mistakes, "Fix them in the table.")
+        complain("values that cannot be read", columns.mistakes, "Fix them.")
     return columns
 
 
@@ -185,6 +200,8 @@ def _parse_covariate(
         _parse(rows, name, cell_values.parse_gender, columns, missing=None)
         columns.texts.add(name)
         columns.notes.extend(_gender_notes(first.values()))
+    elif name == "age":
+        _parse(rows, name, cell_values.parse_years, columns)
     elif name == "lymph_count":
         _parse(rows, name, cell_values.parse_count, columns)
     elif not texts:
@@ -221,6 +238,8 @@ def _is_numeric(texts: Sequence[str]) -> bool:
 
 
 def _is_number(text: str) -> bool:
+    if cell_values.is_number_with_comma(text):
+        return True  # and a mistake
     try:
         cell_values.parse_number(text)
     except ValueError:

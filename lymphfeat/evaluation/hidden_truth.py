@@ -5,6 +5,8 @@ from any CSV with at least ID, FILE, IS_WITNESS, or from any CSV with ID, LABEL.
 for training.
 """
 
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lymphfeat.cohort.csv_rows import complain, read_records
 from lymphfeat.errors import CohortError
 from lymphfeat.evaluation.metrics import all_metrics, roc_auc
 
@@ -75,10 +78,11 @@ def read_truth(path: Path) -> pd.DataFrame:
     )
     twice = frame.duplicated(["patient", "image"])
     if twice.any():
-        row = int(np.flatnonzero(twice)[0])
+        first = int(np.flatnonzero(twice)[0])
+        patient, image = frame["patient"].iloc[first], frame["image"].iloc[first]
         raise CohortError(
-            f"{path} row {row + 2}: image {frame['image'][row]} of {frame['patient'][row]} must "
-            "occur once; remove the repeated row."
+            f"{path} row {frame.index[first]}: image {image} of {patient} must occur once; remove "
+            "the repeated row."
         )
     return frame
 
@@ -144,12 +148,24 @@ def _hidden_metrics(
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CohortError(f"truth (={path}) must be a readable CSV file; got: {reason}.") from None
-    return table.rename(columns=lambda name: str(name).strip().upper())
+    """Read a CSV file as a cohort's table is: cells are text, the index is the row's number."""
+    records, _ = read_records(path)
+    header = [name.strip().upper() for name in (records[0][1] if records else ())]
+    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+        complain(f"{path} row 1 names columns twice", twice, "Keep one of each.")
+    for number, cells in records[1:]:
+        if len(cells) != len(header):
+            raise CohortError(
+                f"{path} row {number} has {len(cells)} cells, the header {len(header)}; quote "
+                "values that contain a comma, and write every cell."
+            )
+    rows = [[_plain(cell) for cell in cells] for _, cells in records[1:]]
+    numbers = [number for number, _ in records[1:]]
+    return pd.DataFrame(rows, columns=header, index=numbers, dtype=str)
+
+
+def _plain(cell: str) -> str:
+    return unicodedata.normalize("NFC", cell.strip())  # as ids of cohorts are
 
 
 def _has_instances(table: pd.DataFrame) -> bool:
@@ -162,7 +178,7 @@ def _has_labels(table: pd.DataFrame) -> bool:
 
 def _missing_columns(path: Path, table: pd.DataFrame, wanted: Sequence[str]) -> CohortError:
     return CohortError(
-        f"{path}: columns must hold {', '.join(wanted)}; got {', '.join(table.columns)}."
+        f"{path}: columns must hold {', '.join(wanted)}; got {', '.join(table.columns) or 'none'}."
     )
 
 
@@ -171,5 +187,5 @@ def _check_binary(path: Path, column: pd.Series) -> None:
     if len(wrong):
         row = column.index[wrong[0]]
         raise CohortError(
-            f"{path} row {row + 2}, column {column.name}: must be 0 or 1; got {column[row]!r}."
+            f"{path} row {row}, column {column.name}: must be 0 or 1; got {column[row]!r}."
         )

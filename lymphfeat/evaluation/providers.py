@@ -206,6 +206,7 @@ def _load(
         )
 
     def read(name: str) -> Features:
+        store.check_finite(name)
         return Features(
             store.features(name)[:, :views],  # (N, V, C, h, w)
             store.pooled(name)[:, :views],  # (N, V, C)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -190,6 +190,20 @@ class FeatureStore:
             for start, stop in pairwise(self.offsets):
                 self._check_maps(name, int(start), int(stop))
 
+    def check_finite(self, name: str) -> None:
+        """Raise StoreError, naming image and patient, for a pooled feature that is no number."""
+        wrong = np.flatnonzero(~np.isfinite(self.pooled(name)).all((1, 2)))
+        if len(wrong):
+            self.refuse(name, int(wrong[0]), "features must be finite numbers")
+
+    def refuse(self, name: str, image: int, rule: str) -> NoReturn:
+        """Raise StoreError for the features of an image, by its row, that break a rule."""
+        patient = self.ids[int(np.searchsorted(self.offsets, image, side="right")) - 1]
+        raise StoreError(
+            f"{self.path}: /features/{name}, image {self.image_names[image]} of {patient}: {rule}; "
+            "the file is damaged, extract it again with --force."
+        )
+
     def _check_sizes(self, name: str) -> None:
         wanted = self.shape.rows(len(self.image_names))
         for group, found, expected in (
@@ -207,14 +221,9 @@ class FeatureStore:
         maps, pooled = self.features(name)[start:stop], self.pooled(name)[start:stop]
         with np.errstate(invalid="ignore"):  # a damaged map may hold inf and -inf
             averages = maps.mean((3, 4), dtype=np.float32)
-        damaged = np.flatnonzero((averages != pooled).any((1, 2)))
+        damaged = np.flatnonzero(((averages != pooled) | ~np.isfinite(averages)).any((1, 2)))
         if len(damaged):
-            image = start + int(damaged[0])
-            patient = self.ids[int(np.searchsorted(self.offsets, image, side="right")) - 1]
-            raise StoreError(
-                f"{self.path}: /features/{name}, image {self.image_names[image]} of {patient}: map "
-                "and pooled feature must agree; the file is damaged, extract it again with --force."
-            )
+            self.refuse(name, start + int(damaged[0]), "map and pooled feature must agree")
 
     def check_same_images(self, other: "FeatureStore") -> None:
         """Raise StoreError unless another store has the same patients and images, in one order."""
@@ -357,7 +366,10 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise StoreError(f"{path}: is not a readable HDF5 file ({error}).") from None
+        raise StoreError(
+            f"{path}: is not a readable HDF5 file ({error}); if it should be a store, copy it "
+            "again, or make it again with `lymphfeat extract`."
+        ) from None
     with file:
         try:
             yield file

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import ModelError, StoreError
 from lymphfeat.features.backbones import Backbone, weights_sha256
-from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.head import Head
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, instances_of
 from lymphfeat.runtime.identity import differing_fields
@@ -67,7 +67,11 @@ class Source(ABC):
                 _keep_views(head, maps[start : start + batch_size, : len(views)])
                 for start in range(0, len(maps), batch_size)
             ]
-        return torch.cat(chunks, dim=1)
+        kept = torch.cat(chunks, dim=1)
+        wrong = (~kept.isfinite()).any(2).any(0).nonzero()
+        if len(wrong):
+            store.refuse(FROZEN, int(wrong[0]), "features must be finite numbers")
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.images import VIEWS
+from lymphfeat.errors import StoreError
 from lymphfeat.features.views import flip_view
 from lymphfeat.heads.bags import Bags
 from lymphfeat.runtime.devices import available_memory
@@ -236,7 +237,19 @@ class Features:
             for start in range(0, n, step):
                 stop = min(start + step, n)
                 pixels[view, start:stop] = source.pixels(start, stop, view)
+                self._check_finite(pixels[view, start:stop], start)
         return pixels.flatten(1, 2)
+
+    def _check_finite(self, pixels: Tensor, start: int) -> None:
+        """Raise StoreError, naming the patient, unless the images from `start` on are finite."""
+        wrong = (~pixels.isfinite()).flatten(1).any(1).nonzero()
+        if len(wrong):
+            image = start + int(wrong[0])
+            patient = list(self.row)[int(np.searchsorted(self.offsets, image, side="right")) - 1]
+            raise StoreError(
+                f"features of {patient} (row {image} of the store) must be finite numbers; the "
+                "store is damaged, extract it again with --force."
+            )
 
     def of_unit(self, unit: str) -> Instances:
         """Return the instances of a unit: pixel, image, or patient (the mean of its images)."""
