@@ -856,10 +856,20 @@ TRUTH_FILES = (
     ),
 )
 
-CASES = (
-    *(*CELLS_OF_TABLES, *DATES, *IDS, *FILES_OF_TABLES, *FOLDERS, *IMAGES),
-    *(*STORES, *MODELS, *OPTIONS, *FOLD_FILES, *TRUTH_FILES),
-)
+GROUPS = {
+    "cells of tables": CELLS_OF_TABLES,
+    "dates": DATES,
+    "ids": IDS,
+    "files of tables": FILES_OF_TABLES,
+    "folders": FOLDERS,
+    "images": IMAGES,
+    "stores": STORES,
+    "models, runs, weights": MODELS,
+    "options": OPTIONS,
+    "fold files": FOLD_FILES,
+    "truth files": TRUTH_FILES,
+}
+CASES = tuple(case for cases in GROUPS.values() for case in cases)
 
 
 # --- the tests -----------------------------------------------------------------------------------
@@ -932,3 +942,14 @@ def test_in_a_process_of_its_own(odd: str, here: Path) -> None:
 
 def test_cases_have_names_of_their_own() -> None:
     assert [name for name, count in Counter(case.odd for case in CASES).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_page_counts_them(group: str) -> None:
+    counts = Counter(case.then.kind for case in GROUPS[group])
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {re.escape(group)} \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert found, f"a row {group!r} in docs/reliability.md"
+    assert tuple(map(int, found.groups())) == tuple(
+        counts[k] for k in ("read", "warned", "refused")
+    )
