@@ -76,6 +76,12 @@ def interrupt(done: int, total: int, text: str = "") -> None:
         raise KeyboardInterrupt
 
 
+def interrupt_early(done: int, total: int, text: str = "") -> None:
+    """Press Ctrl-C after the first image."""
+    if done == 1:
+        raise KeyboardInterrupt
+
+
 FLIPS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "identity": lambda image: image,
     "hflip": ImageOps.mirror,
@@ -380,6 +386,18 @@ def test_a_late_damage_costs_no_finished_block(
     assert not list(tmp_path.glob("s.h5.*"))
     again = extract(cohort, tmp_path / "again.h5", SETTINGS)
     assert out.read_bytes() == again.path.read_bytes()
+
+
+def test_finished_blocks_are_not_taken_over_where_a_patients_images_share_a_stain(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    backbone = replace(SETTINGS.backbone, stain_normalization="patient")
+    settings = replace(SETTINGS, backbone=backbone, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        extract(cohort, tmp_path / "s.h5", settings, progress=interrupt_early)
+    left = cohort.without_images({cohort.images[0][2]: "is damaged"})  # the third of the patient
+    with pytest.raises(StoreError, match="start over with --force"):
+        extract(left, tmp_path / "s.h5", settings)
 
 
 def test_finished_blocks_of_other_images_are_not_taken_over(

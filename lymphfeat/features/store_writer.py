@@ -133,7 +133,8 @@ class StoreWriter:
         """Return the finished blocks of an earlier try whose recipe differs in its images alone.
 
         That is so when a damaged image was restored or left out. No block is returned unless all of
-        them hold the images that belong into their rows now.
+        them hold the images that belong into their rows now; nor where the stain of an image is
+        measured on the patient's other images, too.
         """
         if not self._journal.recipe or not self.partial.exists():
             return {}
@@ -142,7 +143,7 @@ class StoreWriter:
             for each in (self._journal.recipe, recipe)
         )
         same = not differing_fields(recipe, self._journal.recipe)
-        if same or differing_fields(now, before):
+        if same or differing_fields(now, before) or now.get("stain_normalization") == "patient":
             return {}
         with h5py.File(self.partial, "r") as file:
             if "images/hash" not in file or (STATISTICS in file) != bool(statistics):
