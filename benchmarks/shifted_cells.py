@@ -32,16 +32,18 @@ from torchvision.transforms.v2 import functional as colour
 
 import lymphfeat as lf
 from lymphfeat.cohort.images import decode_crops, find_normalization
+from lymphfeat.cohort.stains import Stain
 from lymphfeat.features.augmentation import sample
 from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.features.map_encoder import MapEncoder
-from lymphfeat.settings import BackboneSettings, FitSettings, HeadSettings
+from lymphfeat.settings import BackboneSettings, FitSettings, HeadSettings, StainNormalization
 
 FIELD, CROP = 224, 112
 HEADS = ("mean", "std")
 UNSEEN_CLASSES = ("lymphocyte", "monocyte")
 PLAIN = -1  # the draw in which nothing is moved
 BATCH = 64
+_FORM = "BACKBONE:WEIGHTS:RESIZE:NORMALIZATION:STAIN_NORMALIZATION"
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 Wins = tuple[Floats, Floats]  # won and compared, (tumoral, reactive), summed over splits
@@ -49,7 +51,9 @@ Wins = tuple[Floats, Floats]  # won and compared, (tumoral, reactive), summed ov
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", nargs="*", help="NAME=BACKBONE:WEIGHTS[:RESIZE[:NORMALIZATION]]")
+    parser.add_argument(
+        "weights", nargs="*", help="NAME=BACKBONE:WEIGHTS[:RESIZE[:NORMALIZATION[:STAINS]]]"
+    )
     parser.add_argument("--data", type=Path, required=True, help="holds pbc-mil, pbc-cells")
     parser.add_argument("--work", type=Path, default=Path("cache/shifted"))
     parser.add_argument("--draws", type=int, default=20)
@@ -100,13 +104,14 @@ class Candidate:
     @classmethod
     def parse(cls, text: str) -> "Candidate":
         name, _, rest = text.partition("=")
-        backbone, weights, resize, normalization = [*rest.split(":"), "", ""][:4]
+        backbone, weights, resize, normalization, stains = [*rest.split(":"), "", "", ""][:5]
         settings = BackboneSettings(
             backbone=backbone,
             weights=weights,
             crop=CROP,
             resize=int(resize) if resize else None,
             normalization=normalization or "imagenet",  # type: ignore[arg-type]
+            stain_normalization=stains or "none",  # type: ignore[arg-type]
         )
         return cls(name=name, settings=settings)
 
@@ -181,6 +186,15 @@ class Look:
         return crops.numpy()  # type: ignore[no-any-return]
 
 
+def normalised(crops: Pixels, how: StainNormalization) -> Pixels:
+    """Normalise the crops of a patient as `extract` does."""
+    if how == "none":
+        return crops
+    stain = Stain.measure(list(crops))
+    stains = [stain if how == "patient" else Stain.measure([crop]) for crop in crops]
+    return np.stack([each.normalise(crop) for each, crop in zip(stains, crops, strict=True)])
+
+
 def _centre(fields: Tensor, zoom: float) -> Pixels:
     """Return the centre of each picture at one magnification, (n, 3, 112, 112)."""
     scale = CROP / FIELD / zoom
@@ -213,7 +227,8 @@ class Cache:
         encoder, bags = candidate.encoder(), self._folder / f"bags-{draw}"
         shutil.rmtree(bags, ignore_errors=True)
         bags.mkdir()
-        for id, crops in zip(self._patients.ids, self._patients.crops(draw), strict=True):
+        for id, moved in zip(self._patients.ids, self._patients.crops(draw), strict=True):
+            crops = normalised(moved, candidate.settings.stain_normalization)
             parts = [encoder.encode(crops[at : at + BATCH]) for at in range(0, len(crops), BATCH)]
             np.save(bags / f"{id}.npy", np.concatenate(parts)[:, 0].mean((2, 3)))
         table = bags / "labels.csv"
