@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lymphfeat.cohort.cell_values import UNKNOWN
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.cohort.images import decode_crop
+from lymphfeat.cohort.images import FORMATS, decode_crop
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.shortcuts import Predictor, find_predictors
 from lymphfeat.runtime.progress import Progress, silent
@@ -195,7 +195,7 @@ def _strict_decoding() -> Iterator[None]:
 
 def _inspect(patient: int, path: Path) -> _Picture:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             frames = getattr(image, "n_frames", 1)
             kind = f"{image.format} {image.mode}"
             rgb = image.convert("RGB")

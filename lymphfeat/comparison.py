@@ -1,6 +1,5 @@
 """compare: rows of several runs, paired by split (METHOD §4)."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lymphfeat.evaluation.intervals import estimate, estimate_metric, holm
 from lymphfeat.evaluation.metrics import METRICS, metric_bounds
 from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
 from lymphfeat.runtime.files import recover
+from lymphfeat.runtime.strict_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class SavedRun:
         """Read a run folder; raises SettingsError for anything else."""
         recover(folder)
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
             check_version(folder, config)
             predictions = pd.read_csv(
                 folder / "predictions.csv", dtype={"patient": str}, keep_default_na=False

@@ -1,8 +1,23 @@
 """The exceptions that lymphfeat raises for a user's mistake; every other exception is a bug."""
 
+_LONGEST = 8000  # characters of a message: a damaged file may be quoted in it
+
 
 class LymphfeatError(Exception):
-    """A mistake that the user can fix: one line that says what, where and what to do next."""
+    """A mistake that the user can fix: one line that says what, where and what to do next.
+
+    Text of the user's files in it can neither break the line nor steer a terminal.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[:_LONGEST]}… ({len(text)} characters)"
+        if text.isprintable():
+            return text
+        return "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        )
 
 
 class CohortError(LymphfeatError, ValueError):

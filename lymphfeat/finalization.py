@@ -1,6 +1,5 @@
 """From a row of a `fit-head` run to a final model for new patients; the maps are cached already."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +46,7 @@ from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.files import ResultKind, recover, result_folder
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.settings import FitSettings, HeadSettings, Way
 
 FINAL_MODEL = ResultKind(name="final model", marks=(FINAL_FILE,), files=(FINAL_FILE, TENSORS_FILE))
@@ -128,8 +128,8 @@ class _Recorded:
     def read(cls, folder: Path) -> "_Recorded":
         recover(folder)
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+            summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."

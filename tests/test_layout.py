@@ -102,7 +102,7 @@ INSIDE = {
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
-        *("exchange", "store_writer", "map_encoder", "store", "backbones", "conversions"),
+        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "backbones", "conversions"),
         *("offline_weights", "shipped_weights", "views", "augmentation"),
     ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),
@@ -122,7 +122,7 @@ INSIDE = {
     ),
     "runtime": (
         *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),
-        *("arrays", "versions"),
+        *("saved_tensors", "arrays", "versions"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

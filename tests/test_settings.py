@@ -40,7 +40,7 @@ ALL = [
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (BackboneSettings, {"crop": 7}, "crop (=7) must be at least 8."),
+        (BackboneSettings, {"crop": 7}, "crop (=7) must lie in [8, 4096]."),
         (
             BackboneSettings,
             {"normalization": "mine"},

@@ -87,11 +87,11 @@ def _error() -> str:
     return "Error" if rank == "0" else f"Error in process {rank}"
 
 
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """Read option defaults, one table per command, from `lymphfeat.toml`."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"{path} is not valid TOML: {error}.") from None
     for name, table in tables.items():
         if name not in COMMANDS or not isinstance(table, dict):
@@ -104,18 +104,32 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 def _option_defaults(path: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
     module = importlib.import_module(f"lymphfeat_cli.{name.replace('-', '_')}")
-    names = {
-        option.lstrip("-").replace("-", "_"): parameter.name  # --json sets as_json
+    named = {
+        option.lstrip("-").replace("-", "_"): parameter
         for parameter in module.command.params
         for option in parameter.opts
     }
     given = {key.replace("-", "_"): _plain(value) for key, value in table.items()}
-    unknown = sorted(set(given) - set(names))
+    unknown = sorted(set(given) - set(named))
     if unknown:
         raise click.UsageError(
             f"{path}: [{name}] has no option {', '.join(unknown)}; see `lymphfeat {name} --help`."
         )
-    return {names[key]: value for key, value in given.items()}
+    for key, value in given.items():
+        _check_kind(named[key], value, f"{path}: [{name}] {key}")
+    return {named[key].name: value for key, value in given.items()}  # --json sets as_json
+
+
+def _check_kind(parameter: click.Parameter, value: Any, where: str) -> None:
+    """Refuse values that click cannot read; those that it refuses it names where they are used."""
+    try:
+        parameter.type_cast_value(click.Context(click.Command(None)), value)
+    except click.UsageError:
+        pass
+    except Exception:  # click takes the kind of a default on trust
+        raise click.UsageError(
+            f"{where} must be what the command line takes; got {value!r:.60}."
+        ) from None
 
 
 def _plain(value: Any) -> Any:
@@ -153,7 +167,7 @@ def cli(ctx: click.Context, debug: bool, config: Path | None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     path = config or Path(CONFIG_FILE)
     if path.is_file():
-        ctx.default_map = _read_config(path)
+        ctx.default_map = read_config(path)
 
 
 def main() -> None:

@@ -262,7 +262,12 @@ def _numeric_order(ids: Iterable[str]) -> list[str]:
 def _number_key(id: str) -> tuple[str | int, ...]:
     """Split P10 into ("P", 10, ""): text and numbers alternate, so keys always compare."""
     parts = re.split(r"([0-9]+)", id)
-    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
+    # 12 after 9: numbers by their digits, because there may be thousands of them
+    return tuple(
+        number
+        for index, part in enumerate(parts)
+        for number in ((len(part.lstrip("0")), part.lstrip("0")) if index % 2 else (part,))
+    )
 
 
 # --- what the folder contains -----------------------------------------------------------------
@@ -300,6 +305,8 @@ def walk_folder(root: Path) -> Files:
         _enter(root, (), files)
     except OSError as error:
         raise CohortError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise CohortError(f"{root}: has too many folders within each other.") from None
     files.tables.sort()
     return files
 
@@ -316,8 +323,10 @@ def _enter(folder: Path, above: tuple[tuple[int, int], ...], files: Files) -> No
                 files.hidden.append(Path(entry.path))
             elif entry.is_dir():
                 _enter(Path(entry.path), (*above, here), files)
-            else:
+            elif entry.is_file() or not Path(entry.path).exists():  # a link to nothing fails later
                 _sort_file(folder, entry.name, files)
+            else:  # reading it might never end
+                raise CohortError(f"{entry.path} must be a file or a folder; remove it.")
 
 
 def _sort_file(folder: Path, name: str, files: Files) -> None:

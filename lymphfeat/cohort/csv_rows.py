@@ -17,7 +17,9 @@ from lymphfeat.errors import CohortError
 
 KNOWN_COLUMNS = ("id", "label", "split", "gender", "dob", "age", "lymph_count")
 SHOWN_MISTAKES = 8
-_SEP_LINE = re.compile(r"\s*sep=(.)\s*$", re.IGNORECASE)  # a spreadsheet's hint at the delimiter
+_SEP_LINE = re.compile(
+    r"\s*sep=([^\w\s\"]|\t)\s*$", re.IGNORECASE
+)  # a spreadsheet's hint at the delimiter
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _ROW_NUMBERS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
 

@@ -22,6 +22,10 @@ from lymphfeat.runtime.progress import Progress, silent
 # Modes whose conversion to RGB keeps 8 bits per channel; 16-bit and float files would be clipped.
 _CONVERTIBLE_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
 _JPEG_END = b"\xff\xd9"
+
+# What the suffixes of a cohort's images can be, whatever they say: Pillow would hand others to
+# programs of their own (EPS to Ghostscript).
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 Normalise = Callable[[Path, Pixels], Pixels]  # cohort.stains
 VIEWS = ("identity", "hflip", "vflip", "both")
 
@@ -83,7 +87,7 @@ def decode_crop(path: Path, crop: int) -> Crop:
     """
     with _one_error(path):
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(path, image, crop)
             rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
@@ -97,7 +101,7 @@ def check_image(path: Path, crop: int) -> None:
     """
     with _one_error(path):
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(path, image, crop)
             if image.format == "PNG":
                 image.verify()  # by the checksums of its parts

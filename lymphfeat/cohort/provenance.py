@@ -93,8 +93,8 @@ class Provenance:
     def of_ids(cls, labels: Iterable[str] = (), images: Iterable[str] = ()) -> "Provenance":
         """Build from the ids in a file that was written before images were hashed."""
         return cls(
-            labels=tuple(PatientKey(id=id) for id in labels),
-            images=tuple(PatientKey(id=id) for id in images),
+            labels=tuple(PatientKey(id=str(id)) for id in labels),
+            images=tuple(PatientKey(id=str(id)) for id in images),
         )
 
 
@@ -131,7 +131,7 @@ def keys_from_json(content: Iterable[Any]) -> tuple[PatientKey, ...]:
     return tuple(
         PatientKey(id=item)
         if isinstance(item, str)
-        else PatientKey(id=item["id"], images=tuple(item["images"].split()))
+        else PatientKey(id=str(item["id"]), images=tuple(item["images"].split()))
         for item in content
     )
 

@@ -1,6 +1,5 @@
 """Patient-level splits (training and validation patients, and a seed): make, write, read."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort.fold_files import Fold, read_folds
 from lymphfeat.errors import SettingsError
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +346,7 @@ def read_splits(path: Path) -> list[Split]:
     if path.is_dir() or path.suffix.lower() == ".csv":
         return _of_folds(read_folds(path))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return [
             Split(
                 id=name,

@@ -1,6 +1,5 @@
 """The provenance of a run: whose labels and images its features come from, and its patients."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_fro
 from lymphfeat.cohort.splits import Split
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.store import FROZEN, FeatureStore
+from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.runtime.versions import refuse_newer
 
 RUN_VERSION = 1  # which a run need not say; the next one must
@@ -63,7 +63,7 @@ class RunProvenance:
         if not path.is_file():
             return cls(patients={}, features={})
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             return cls(
                 patients={key.id: key for key in keys_from_json(content["patients"])},
                 features={

@@ -1,6 +1,7 @@
 """The report as one HTML file: no network, everything in it, text of the user's tables escaped."""
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,7 @@ def _render(
 ) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_file("page.html"))
+    js = _file("page.js")
     return template.render(
         title=data["title"],
         summary=summary(explanation),
@@ -90,7 +92,8 @@ def _render(
         extremes=explanation.wording.extremes,
         facts=model_facts(explanation.subject),
         css=Markup(_file("page.css")),
-        js=Markup(_file("page.js")),
+        js=Markup(js),
+        js_hash=_hash(f"\n{js}\n"),
         data=_json(data),
         blocks=[_json(block) for block in blocks],
     )
@@ -98,6 +101,11 @@ def _render(
 
 def _file(name: str) -> str:
     return resources.files("lymphfeat.explanation").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> Markup:
+    """Return a script's hash for the policy of the page: no other is run, whatever is injected."""
+    return Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
 def _json(content: Any) -> Markup:

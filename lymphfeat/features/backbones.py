@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from lymphfeat.features.conversions import as_timm
 from lymphfeat.features.offline_weights import find_offline_weights
 from lymphfeat.features.shipped_weights import SHIPPED, SHIPPED_FOR, find_shipped_weights
 from lymphfeat.runtime.files import replace_file
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.saved_tensors import read_saved
+from lymphfeat.runtime.strict_json import json_text, parse_json
 from lymphfeat.runtime.versions import refuse_newer
 from lymphfeat.settings import AS_IT_IS, BackboneSettings, MapLayout
 
@@ -294,11 +294,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "got no such file."
         )
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        content = load_file(path) if path.suffix == ".safetensors" else read_saved(path)
     except Exception as error:  # each format fails in its own ways; all mean the same to the user
         # torch's own words would have the user load a pickle, which may run any code.
         pickled = isinstance(error, pickle.UnpicklingError)
@@ -310,8 +306,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for wrapper in ("teacher", "state_dict", "model"):  # how training scripts wrap a state dict
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{path}: must hold a state dict of tensors; got {type(content)}.")
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(own, Tensor) for key, own in content.items()
+    ):
+        raise WeightsError(
+            f"{path}: must hold a state dict of tensors; got {type(content).__name__}."
+        )
     read_facts(path)  # refuses a newer version, before its tensors are compared with the backbone's
     return {
         key: value.float() if value.is_floating_point() else value for key, value in content.items()
@@ -321,12 +321,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def read_facts(path: Path) -> dict[str, Any]:
     """Return what `write_weights` wrote next to the tensors; empty for other files.
 
-    Raises WeightsError for a file of a newer version.
+    Raises WeightsError for a damaged file, and for one of a newer version.
     """
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, "pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS_KEY, "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            facts: dict[str, Any] = dict(parse_json((file.metadata() or {}).get(FACTS_KEY, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{path}: its header cannot be read ({_first_line(error)}); copy the file again."
+        ) from None
     refuse_newer(path, facts.get("format_version", 1), FACTS_VERSION, WeightsError)
     return facts
 
@@ -334,10 +339,17 @@ def read_facts(path: Path) -> dict[str, Any]:
 def read_provenance(path: Path) -> Provenance:
     """Return whose labels and images a weights file comes from; nobody's for other files."""
     facts = read_facts(path)
-    if "provenance" in facts:
-        return Provenance.from_json(facts["provenance"])
-    # Files of earlier versions have only ids.
-    return Provenance.of_ids(labels=facts.get("trained_on", ()), images=facts.get("patients", ()))
+    try:
+        if "provenance" in facts:
+            return Provenance.from_json(facts["provenance"])
+        # Files of earlier versions have only ids.
+        old = facts.get("trained_on", ()), facts.get("patients", ())
+        return Provenance.of_ids(labels=old[0], images=old[1])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: its header does not say whose labels and images it has seen ({error}); copy "
+            "the file again."
+        ) from None
 
 
 def find_provenance(weights: str, backbone: str) -> Provenance:

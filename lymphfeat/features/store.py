@@ -5,15 +5,14 @@ a store larger than memory streams; hence features are contiguous and uncompress
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import h5py
 import numpy as np
@@ -23,7 +22,16 @@ from numpy.typing import NDArray
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.cohort.splits import Split, with_guessed_parents
 from lymphfeat.errors import StoreError
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.features.hdf5 import (
+    attribute,
+    dataset,
+    has,
+    member,
+    names_in,
+    numbers,
+    open_hdf5,
+)
+from lymphfeat.runtime.strict_json import json_text, parse_json
 from lymphfeat.runtime.versions import refuse_newer
 
 FORMAT = "lymphfeat"
@@ -32,6 +40,7 @@ FORMAT_VERSION = 2
 STATISTICS = "images/statistics"  # the dataset; stores of earlier versions have none
 SLASH = "\u2215"  # replaces the / in a covariate's name (CD4/CD8), which HDF5 takes for a path
 Recipe = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +110,9 @@ def encode_text(text: str) -> bytes:
 
 def map_rows(path: Path, name: str, mode: Any) -> np.memmap[Any, Any]:
     """Map a contiguous dataset of the file; `mode` as numpy.memmap's."""
-    with h5py.File(path, "r") as file:
-        dataset = file[name]
-        offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
+    with open_hdf5(path) as file:
+        found = member(file, name)
+        offset, shape, dtype = found.id.get_offset(), found.shape, found.dtype
     if offset is None or path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
         if mode == "r":
             raise StoreError(
@@ -139,29 +148,27 @@ class FeatureStore:
         >>> lf.FeatureStore.open("cache/features.h5").pooled().shape  # (N, V, C)
         """
         path = Path(path)
-        with _open_hdf5(path) as file:
+        with _opened(path) as file:
             _check_format(file, path)
-            sets = {name: _read_feature_set(file, name) for name in file["features"]}
-            first = file["features"][next(iter(sets))]
-            return cls(
+            sets = {name: _read_feature_set(file, name) for name in names_in(file, "features")}
+            if not sets:
+                raise ValueError("it has no features")
+            store = cls(
                 path=path,
-                recipe=json.loads(file.attrs["recipe"]),
-                recipe_sha256=str(file.attrs["recipe_sha256"]),
-                table=_read_patients(file["patients"]),
-                offsets=file["patients/offsets"][:],
-                image_names=tuple(_read_strings(file["images/name"])),
-                crc32=file["images/crc32"][:],
-                image_hashes=_read_image_hashes(file["images"]),
+                recipe=_checked(parse_json(attribute(file, "recipe")), dict),
+                recipe_sha256=str(attribute(file, "recipe_sha256")),
+                table=_read_patients(file),
+                offsets=numbers(file, "patients/offsets")[:],
+                image_names=tuple(_read_strings(file, "images/name")),
+                crc32=numbers(file, "images/crc32")[:],
+                image_hashes=_read_image_hashes(file),
                 statistic_names=_read_statistic_names(file),
                 feature_sets=sets,
-                shape=MapShape(
-                    views=first.shape[1],
-                    channels=first.shape[2],
-                    height=first.shape[3],
-                    width=first.shape[4],
-                ),
-                submission_ids=tuple(json.loads(file["patients"].attrs["submission_ids"])),
+                shape=_read_shape(file, next(iter(sets))),
+                submission_ids=_texts(attribute(member(file, "patients"), "submission_ids")),
             )
+            _check_parts(store)
+            return store
 
     def check(self) -> None:
         """Check recipe, sizes and the first and last map; raises StoreError for a damaged file.
@@ -354,7 +361,7 @@ class FeatureStore:
 
 
 @contextmanager
-def _open_hdf5(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         unfinished = path.with_name(path.name + ".partial").exists()
         hint = (
@@ -363,14 +370,14 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
             else "make it with `lymphfeat extract`"
         )
         raise StoreError(f"store (={path}) must be an existing file; {hint}.")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise StoreError(
-            f"{path}: is not a readable HDF5 file ({error}); if it should be a store, copy it "
-            "again, or make it again with `lymphfeat extract`."
-        ) from None
-    with file:
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open_hdf5(path))
+        except Exception as error:
+            raise StoreError(
+                f"{path}: is not a readable HDF5 file ({error}); if it should be a store, copy it "
+                "again, or make it again with `lymphfeat extract`."
+            ) from None
         try:
             yield file
         except StoreError:
@@ -382,46 +389,85 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 def _check_format(file: h5py.File, path: Path) -> None:
-    if file.attrs.get("format") != FORMAT:
+    if "format" not in file.attrs or attribute(file, "format") != FORMAT:
         raise StoreError(f"{path}: is an HDF5 file but not a lymphfeat feature store.")
     refuse_newer(path, _version(file), FORMAT_VERSION, StoreError)
-    if not file.attrs["complete"]:
+    if not attribute(file, "complete"):
         raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
 
 
 def _version(file: h5py.File) -> int:
-    return int(file.attrs["format_version"])
+    return int(attribute(file, "format_version"))
 
 
-def _read_strings(dataset: h5py.Dataset) -> list[str]:
-    return [value.decode(errors="surrogateescape") for value in dataset[:]]
+def _checked(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r:.40} must be a {kind.__name__}")
+    return value
 
 
-def _read_image_hashes(group: h5py.Group) -> tuple[str, ...]:
-    return tuple(_read_strings(group["hash"])) if "hash" in group else ()
+def _texts(text: str) -> tuple[str, ...]:
+    """Read a JSON list of texts."""
+    return tuple(_checked(value, str) for value in _checked(parse_json(text), list))
+
+
+def _read_strings(file: h5py.File, name: str) -> list[str]:
+    found = dataset(file, name)
+    if found.dtype.kind != "S" or found.ndim != 1:
+        raise ValueError(f"{name} must be a row of texts")
+    return [value.decode(errors="surrogateescape") for value in found[:]]
+
+
+def _read_image_hashes(file: h5py.File) -> tuple[str, ...]:
+    return tuple(_read_strings(file, "images/hash")) if has(file, "images/hash") else ()
 
 
 def _read_statistic_names(file: h5py.File) -> tuple[str, ...]:
-    return tuple(json.loads(file[STATISTICS].attrs["names"])) if STATISTICS in file else ()
+    if not has(file, STATISTICS):
+        return ()
+    return _texts(attribute(numbers(file, STATISTICS), "names"))
+
+
+def _read_shape(file: h5py.File, name: str) -> MapShape:
+    shape = numbers(file, f"features/{name}").shape
+    if len(shape) != 5 or 0 in shape:
+        raise ValueError(f"features/{name} must be maps (N, V, C, h, w); got {shape}")
+    return MapShape(views=shape[1], channels=shape[2], height=shape[3], width=shape[4])
+
+
+def _check_parts(store: FeatureStore) -> None:
+    """Raise ValueError unless the parts agree on how many patients and images there are."""
+    n, patients = len(store.image_names), len(store.table)
+    offsets = store.offsets
+    if offsets.shape != (patients + 1,) or offsets[0] or offsets[-1] != n:
+        raise ValueError("patients/offsets must divide the images among the patients")
+    if offsets.dtype.kind not in "iu" or (offsets[1:] <= offsets[:-1]).any():
+        raise ValueError("patients/offsets must rise: every patient has images")
+    if store.crc32.shape != (n,) or len(store.image_hashes) not in (0, n):
+        raise ValueError(f"images/crc32 and images/hash must have a row for each of {n} images")
+    if not store.table.index.is_unique or not store.table["label"].isin((-1, 0, 1)).all():
+        raise ValueError("patients must have ids of their own, and labels -1, 0 or 1")
 
 
 def _read_feature_set(file: h5py.File, name: str) -> FeatureSet:
-    attributes = file["features"][name].attrs
-    split = str(attributes["split"])
+    maps = numbers(file, f"features/{name}")
+    if maps.dtype != np.float16 or numbers(file, f"pooled/{name}").dtype != np.float32:
+        raise ValueError(f"features/{name} must be float16, and pooled/{name} float32")
+    split = str(attribute(maps, "split"))
     # In version 1 the training patients of a split were those of "trained_on".
     sides = ("trained_on" if _version(file) == 1 else "training", "validation")
     training, validation = (_read_ids(file, side, name) if split else () for side in sides)
     return FeatureSet(
         name=name,
-        backbone=str(attributes["backbone"]),
-        weights_sha256=str(attributes["weights_sha256"]),
+        backbone=str(attribute(maps, "backbone")),
+        weights_sha256=str(attribute(maps, "weights_sha256")),
         provenance=_read_provenance(file, name),
         split=split,
         training=training,
         validation=validation,
-        seed=int(attributes.get("seed", 0)),
-        repeat=int(attributes.get("repeat", 0)),
-        parents=_read_parents(attributes),
+        seed=int(attribute(maps, "seed")) if "seed" in maps.attrs else 0,
+        repeat=int(attribute(maps, "repeat")) if "repeat" in maps.attrs else 0,
+        parents=_read_parents(maps, split),
     )
 
 
@@ -431,29 +477,33 @@ def _read_provenance(file: h5py.File, name: str) -> Provenance:
             labels=_read_ids(file, "trained_on", name),
             images=_read_ids(file, "pretrained_on", name),
         )
-    (text,) = _read_strings(file["provenance"][name])
-    return Provenance.from_json(json.loads(text))
+    (text,) = _read_strings(file, f"provenance/{name}")
+    return Provenance.from_json(parse_json(text))
 
 
 def _read_ids(file: h5py.File, group: str, name: str) -> tuple[str, ...]:
-    return tuple(_read_strings(file[group][name])) if name in file.get(group, {}) else ()
+    place = f"{group}/{name}"
+    return tuple(_read_strings(file, place)) if has(file, place) else ()
 
 
-def _read_parents(attributes: h5py.AttributeManager) -> tuple[str, ...] | None:
-    if "parents" in attributes:
-        return tuple(json.loads(attributes["parents"]))
-    return None if attributes["split"] else ()
+def _read_parents(maps: h5py.Dataset, split: str) -> tuple[str, ...] | None:
+    if "parents" in maps.attrs:
+        return _texts(attribute(maps, "parents"))
+    return None if split else ()
 
 
-def _read_patients(group: h5py.Group) -> pd.DataFrame:
+def _read_patients(file: h5py.File) -> pd.DataFrame:
     table = pd.DataFrame(
-        {"label": group["label"][:].astype(np.int64), "split": _read_strings(group["split"])},
-        index=pd.Index(_read_strings(group["id"]), name="id"),
+        {
+            "label": numbers(file, "patients/label")[:].astype(np.int64),
+            "split": _read_strings(file, "patients/split"),
+        },
+        index=pd.Index(_read_strings(file, "patients/id"), name="id"),
     )
-    for key, column in group["covariates"].items():
-        name = key.replace(SLASH, "/")
-        if column.dtype.kind == "f":
-            table[name] = column[:]
+    for key in names_in(file, "patients/covariates"):
+        name, place = key.replace(SLASH, "/"), f"patients/covariates/{key}"
+        if dataset(file, place).dtype.kind == "f":
+            table[name] = numbers(file, place)[:]
         else:
-            table[name] = pd.Categorical([value or None for value in _read_strings(column)])
+            table[name] = pd.Categorical([value or None for value in _read_strings(file, place)])
     return table

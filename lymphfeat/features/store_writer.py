@@ -7,7 +7,6 @@
 - A lock that dies with its process keeps a second writer out.
 """
 
-import json
 import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import StoreError
+from lymphfeat.features.hdf5 import open_hdf5
 from lymphfeat.features.store import (
     FORMAT,
     FORMAT_VERSION,
@@ -38,7 +38,7 @@ from lymphfeat.features.store import (
 )
 from lymphfeat.runtime.files import flush_file, lock_file
 from lymphfeat.runtime.identity import differing_fields
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _OF_IMAGES = ("cohort", "left_out")  # fields of the recipe that say which images there are
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -267,8 +267,8 @@ class _Journal:
 
 def _parse_line(line: str) -> dict[str, Any] | None:
     try:
-        entry: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
+        entry: dict[str, Any] = parse_json(line)
+    except ValueError:
         return None
     return entry
 
@@ -387,7 +387,7 @@ def _allocate(
 
 def _row_names(path: Path) -> list[str]:
     """Return the datasets that have one row per image and are written in place."""
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         names = [f"{group}/{name}" for group in ("features", "pooled") for name in file[group]]
         found = [STATISTICS] if STATISTICS in file else []
     return ["images/crc32", *found, *names]

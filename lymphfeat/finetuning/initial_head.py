@@ -1,6 +1,5 @@
 """A head found by fit-head as the starting point of an end-to-end training."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lymphfeat.errors import LeakageError, SettingsError
 from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.runtime.files import recover
+from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.settings import HeadSettings
 
 _LEARNT = ("weight", "bias", "gamma", "beta", "running_mean", "running_var")
@@ -149,7 +149,7 @@ def _average(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"init_head (={path.parent}) must be a run of `lymphfeat fit-head --save` ({error})."

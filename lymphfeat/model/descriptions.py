@@ -1,7 +1,6 @@
 """What a model folder or a file of weights holds; each must be whole."""
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.model.ensemble import MEMBERS_FILE, Ensemble
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.model import FACTS_FILE, FINAL_FILE, Model
+from lymphfeat.runtime.strict_json import parse_json
 
 _LONG = ("provenance", "patients", "trained_on", "validated_on")  # lists of patients, counted here
 
@@ -77,7 +77,7 @@ def _counted(provenance: Provenance) -> dict[str, int]:
 
 def _describe_model(path: Path) -> dict[str, Any]:
     model = Model.load(path)  # refuses a model that is not whole
-    facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+    facts = parse_json((path / FACTS_FILE).read_text(encoding="utf-8"))
     training = {name: value for name, value in facts["training"].items() if name not in _LONG}
     facts["training"] = training | _counted(model.facts.provenance)
     return {"kind": "model", "whole": True, "path": str(path), **facts}
@@ -90,7 +90,7 @@ def _describe_members(path: Path) -> dict[str, Any]:
         "kind": "k-fold members",
         "whole": True,
         "path": str(path),
-        **json.loads((path / MEMBERS_FILE).read_text(encoding="utf-8")),
+        **parse_json((path / MEMBERS_FILE).read_text(encoding="utf-8")),
         "recipe": asdict(model.recipe),
         "head": asdict(model.head_settings),
         "tta": model.tta,

@@ -1,6 +1,5 @@
 """Several models as one: the mean of their calibrated logits."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from lymphfeat.model.predictions import SEEN, Predictions, decided_columns, meas
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.files import recover, replace_file
 from lymphfeat.runtime.progress import Progress, part_of, silent
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, parse_json
 from lymphfeat.runtime.versions import refuse_newer
 from lymphfeat.settings import PredictSettings
 
@@ -90,12 +89,7 @@ class Ensemble:
         """Read what `save` wrote; raises ModelError, saying what to do, if it is incomplete."""
         content = _read_members(Path(folder))
         models = tuple(Model.load(Path(folder, name)) for name in content["members"])
-        recalibration = content.get("recalibration")
-        return cls(
-            models,
-            content.get("metrics", {}),
-            None if recalibration is None else Decision.from_json(recalibration),
-        )
+        return cls(models, content["metrics"], content["recalibration"])
 
     def predict(
         self,
@@ -168,13 +162,26 @@ def _read_members(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"model (={folder}) must be a folder with {MEMBERS_FILE}; got none.")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not content["members"]:
-            raise ValueError("it names no members")
-    except (ValueError, KeyError, TypeError) as error:
+        content = dict(parse_json(path.read_bytes()))
+        refuse_newer(path, content.get("format_version", 1), FORMAT_VERSION, ModelError)
+        _check_names(content["members"])
+        recalibration = content.get("recalibration")
+        content["recalibration"] = recalibration and Decision.from_json(recalibration)
+        content["metrics"] = {name: dict(own) for name, own in content.get("metrics", {}).items()}
+    except ModelError:
+        raise
+    except Exception as error:  # damaged content fails in as many ways as there is of it
         raise ModelError(f"{path}: is damaged ({error}); copy the model folder again.") from None
-    refuse_newer(path, content.get("format_version", 1), FORMAT_VERSION, ModelError)
     return content
+
+
+def _check_names(members: Sequence[str]) -> None:
+    """Raise ValueError unless there are members, all of them right in the folder."""
+    if not members:
+        raise ValueError("it names no members")
+    for name in members:
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"member {name!r} must lie in the folder")
 
 
 def _most_seen(members: "Sequence[Sequence[str] | pd.Series[str]]") -> list[str]:

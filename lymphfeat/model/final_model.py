@@ -34,7 +34,7 @@ from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head, ReadOut
 from lymphfeat.model.facts import TrainingFacts
 from lymphfeat.model.familiarity import Familiarity
-from lymphfeat.model.folder import load_tensors, read_facts, write_model
+from lymphfeat.model.folder import build_blank, load_tensors, read_facts, write_model
 from lymphfeat.model.held_out import GUARANTEES, MEASURED, HeldOut, answers
 from lymphfeat.model.members import IMAGES, Member
 from lymphfeat.model.model import FINAL_FILE
@@ -449,13 +449,7 @@ class FinalModel:
         recover(folder)
         hint = "make one with `lymphfeat finalize`"
         content = read_facts(folder / FINAL_FILE, FORMAT, FORMAT_VERSION, hint=hint)
-        try:
-            model = _build(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"{folder / FINAL_FILE}: is damaged ({type(error).__name__}: {error}); copy the "
-                "model folder again or make the model again."
-            ) from None
+        model = build_blank(content, _build, folder / FINAL_FILE, folder / TENSORS_FILE)
         sha256 = str(content.get("tensors_sha256"))
         load_tensors(model._network(), folder / TENSORS_FILE, sha256, facts=FINAL_FILE)
         return model
@@ -463,7 +457,10 @@ class FinalModel:
 
 def _build_member(content: Mapping[str, Any], channels: Sequence[int]) -> Member:
     """Build a member, its heads blank, of a model whose sources have these numbers of channels."""
-    own = [channels[number] for number in content.get("sources") or range(len(channels))]
+    places = content.get("sources") or range(len(channels))
+    if not content["heads"] or any(place < 0 for place in places):
+        raise ValueError("a member must have heads, and sources by their numbers")
+    own = [channels[place] for place in places]
     heads = [empty_head(HeadSettings(**each), *own) for each in content["heads"]]
     return Member.from_json(content, heads)
 
@@ -473,13 +470,15 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
     channels = [source.channels for source in sources]
     members = [_build_member(member, channels) for member in content["members"]]
     known = content.get("familiarity")
-    return FinalModel(
+    if not members or not sources:
+        raise ValueError("it must have members and sources")
+    model = FinalModel(
         row=str(content["row"]),
         sources=sources,
         members=tuple(members),
         attributes=AttributeRecipe.from_json(content["attributes"]),
         facts=TrainingFacts.from_json(content["training"]),
-        figures=content["figures"],
+        figures=dict(content["figures"]),
         tta=bool(content.get("tta", False)),  # models of earlier versions have none
         recalibration={
             name: Decision.from_json(each)
@@ -490,3 +489,8 @@ def _build(content: Mapping[str, Any]) -> FinalModel:
         },
         familiarity=None if known is None else Familiarity.from_json(known, channels),
     )
+    _ = model.decision, model.without_attributes().decision  # members that do not agree fail here
+    for known_of in model.held_out.values():
+        if not np.isin(known_of.member, range(len(members))).all():
+            raise ValueError("held-out patients must be judged by a member")
+    return model

@@ -126,12 +126,20 @@ class HeldOut:
         """Read what `to_json` returned; raises KeyError, TypeError or ValueError if damaged."""
         if content["scheme"] not in GUARANTEES:
             raise ValueError(f"unknown scheme {content['scheme']}")
+        logits = np.array(content["logits"], np.float64)
+        labels = np.array(content["labels"], np.int64)
+        member = np.array(content["member"], np.int64)
+        ids = tuple(map(str, content.get("ids", ())))
+        if not (logits.shape == labels.shape == member.shape == (len(labels),)):
+            raise ValueError("logits, labels and member must be of the same patients")
+        if not np.isin(labels, (0, 1)).all() or len(ids) not in (0, len(labels)):
+            raise ValueError("labels must be 0 or 1, and every patient must have an id")
         return cls(
             scheme=content["scheme"],
-            logits=np.array(content["logits"], np.float64),
-            labels=np.array(content["labels"], np.int64),
-            member=np.array(content["member"], np.int64),
-            ids=tuple(content.get("ids", ())),
+            logits=logits,
+            labels=labels,
+            member=member,
+            ids=ids,
             rates=rates_from_json(content["rates"]),
             calibrated_for=content["calibrated_for"],
         )

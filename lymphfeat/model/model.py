@@ -21,14 +21,13 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.images import VIEWS
 from lymphfeat.cohort.provenance import PatientKey
-from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.features.backbones import Backbone, weights_sha256
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.head import Head
 from lymphfeat.model.facts import TrainingFacts
-from lymphfeat.model.folder import load_tensors, read_facts, write_model
+from lymphfeat.model.folder import build_blank, load_tensors, read_facts, write_model
 from lymphfeat.model.predictions import Predictions, image_table, measure_by_role, patient_table
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
@@ -115,13 +114,7 @@ class Model:
         folder = Path(folder)
         recover(folder)
         facts = _read_facts(folder)
-        try:
-            model = _build(facts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"{folder / FACTS_FILE}: is damaged ({type(error).__name__}: {error}); "
-                "copy the model folder again or retrain the model."
-            ) from None
+        model = build_blank(facts, _build, folder / FACTS_FILE, folder / WEIGHTS_FILE)
         network = _network(model.backbone, model.head)
         sha256 = str(facts.get("weights_sha256"))
         load_tensors(network, folder / WEIGHTS_FILE, sha256, facts=FACTS_FILE)

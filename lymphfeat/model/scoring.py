@@ -52,12 +52,13 @@ class ModelRecipe:
         normalization = Normalization(
             name=constants["name"], mean=tuple(constants["mean"]), std=tuple(constants["std"])
         )
+        sides = {name: content[name] for name in ("backbone", "output_stride", "crop")}
+        layout = content.get("layout", {})
+        BackboneSettings(**sides, **layout)  # refuses values out of their range
         return cls(
-            backbone=content["backbone"],
-            output_stride=content["output_stride"],
-            crop=content["crop"],
+            **sides,
             normalization=normalization,
-            layout=MapLayout(**content.get("layout", {})),
+            layout=MapLayout(**layout),
             field_um=content.get("field_um"),
             stain_normalization=content.get("stain_normalization", "none"),
         )

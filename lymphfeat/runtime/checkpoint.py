@@ -4,7 +4,6 @@ It carries the identity of its run (settings, cohort, initial weights): a run of
 does not continue from it.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from lymphfeat.errors import ModelError
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.identity import differing_fields
-from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.runtime.saved_tensors import read_saved
+from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 
 CHECKPOINT_FILE = "checkpoint.pt"  # in the folder of an unfinished result
 _FORMAT = "lymphfeat-checkpoint-1"
@@ -50,7 +50,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         content = self._load()
-        differences = differing_fields(self._identity, json.loads(content["identity"]))
+        differences = differing_fields(self._identity, content["identity"])
         if differences:
             raise ModelError(
                 f"{self.path} belongs to an unfinished training with other settings: "
@@ -61,15 +61,15 @@ class Checkpoint:
 
     def _load(self) -> dict[str, Any]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = read_saved(self.path)
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}")
+            return {"identity": dict(parse_json(content["identity"])), "state": content["state"]}
         except Exception as error:  # a damaged file fails in many ways; the user sees one message
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{self.path}: cannot be read as a checkpoint ({reason}); start over with --force."
             ) from None
-        return dict(content)
 
     def write(self, state: Mapping[str, Any], *, last: bool = False) -> None:
         """Replace the checkpoint when the last write is long enough ago.

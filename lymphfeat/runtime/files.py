@@ -13,7 +13,6 @@ writer or reader calls, continues from there. Checkpoints of an unfinished train
 parts of an unfinished run, are in `<name>.partial`.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +24,7 @@ from pathlib import Path, PurePath
 from filelock import FileLock, Timeout
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
 _CHECKPOINT_SUFFIX = ".pt"
@@ -333,8 +332,9 @@ def _go_on(out: Path) -> None:
     swap = unfinished / _SWAP
     if not swap.exists():
         return
+    parts = _read_swap(swap)
     (unfinished / _OLD).mkdir(exist_ok=True)
-    for name, written in json.loads(swap.read_text(encoding="utf-8")).items():
+    for name, written in parts.items():
         place, new = out.parent / name, unfinished / _NEW / name
         if written and not new.exists():
             continue  # it is in its place already
@@ -347,3 +347,16 @@ def _go_on(out: Path) -> None:
     for path in filter(_is_checkpoint, list(unfinished.iterdir())):
         _remove(path)
     swap.unlink()  # last: checkpoints without it are an unfinished training
+
+
+def _read_swap(swap: Path) -> dict[str, bool]:
+    """Read which parts of a result there are; their names must not lead out of its folder."""
+    try:
+        parts = dict(parse_json(swap.read_bytes()))
+    except (ValueError, TypeError):
+        parts = {"": False}
+    if any(PurePath(name).name != name or name in ("", "..") or "\0" in name for name in parts):
+        raise SettingsError(
+            f"{swap} must name the files of a result; it is damaged. Move {swap.parent} away."
+        )
+    return parts

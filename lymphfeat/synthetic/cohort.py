@@ -9,7 +9,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lymphfeat.errors import CohortError
 from lymphfeat.runtime.files import check_file
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 from lymphfeat.settings import SyntheticSettings
 from lymphfeat.synthetic.patients import (
     TABLE_COLUMNS,
@@ -147,7 +146,7 @@ class _Manifest:
     @classmethod
     def read(cls, path: Path) -> "_Manifest":
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if content["format"] != _FORMAT or not all(map(_FOLDER.fullmatch, content["images"])):
                 return cls()
             settings = _YOUNGER | content["settings"]

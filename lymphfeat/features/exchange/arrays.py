@@ -1,5 +1,7 @@
 """One file of another tool -> the feature maps of a bag. Nothing in a file is ever executed."""
 
+import math
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from lymphfeat.errors import StoreError
+from lymphfeat.features.hdf5 import arrays_in, dataset, member, numbers, open_hdf5, unpacked
+from lymphfeat.runtime.saved_tensors import read_saved
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 META_SUFFIX = ".meta.json"  # beside a grid of slide2vec
@@ -36,15 +40,14 @@ def read_maps(path: Path, rows: NDArray[np.int64] | None = None) -> NDArray[np.f
     except Exception as error:  # damaged files fail in as many ways as there are libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{path}: cannot be read ({reason}); write it again.") from None
-    maps = _as_maps(path, values).astype(np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        maps = _as_maps(path, values).astype(np.float32)
     _check_values(path, maps)
     return maps
 
 
 def _as_maps(path: Path, values: NDArray[Any]) -> NDArray[Any]:
-    if not np.issubdtype(values.dtype, np.number) or np.issubdtype(
-        values.dtype, np.complexfloating
-    ):
+    if values.dtype.kind not in "iuf":
         raise StoreError(f"{path}: features must be numbers; got {values.dtype}.")
     grid = path.with_name(path.stem + META_SUFFIX).exists()
     if values.ndim == 3 and grid:
@@ -78,19 +81,22 @@ def _check_values(path: Path, maps: NDArray[np.float32]) -> None:
 
 
 def _read_hdf5(path: Path) -> NDArray[Any]:
-    with h5py.File(path, "r") as file:
-        arrays = {name: own for name, own in file.items() if isinstance(own, h5py.Dataset)}
-        return np.asarray(_choose(path, arrays)[()])
+    with open_hdf5(path) as file:
+        names = {name: name for name in arrays_in(file)}
+        return np.asarray(numbers(file, _choose(path, names))[()])
 
 
 def _read_rows(path: Path, rows: NDArray[np.int64]) -> NDArray[Any]:
-    with h5py.File(path, "r") as file:
-        if not isinstance(file["X"], h5py.Dataset):
+    with open_hdf5(path) as file:
+        if not isinstance(member(file, "X"), h5py.Dataset):
             raise StoreError(f"{path}: X must be a dense array; write it again with .toarray().")
+        x = numbers(file, "X")
         first, last = int(rows[0]), int(rows[-1])
+        if not x.ndim or last >= len(x):
+            raise StoreError(f"{path}: X must have a row for each of obs; write it again.")
         if last - first + 1 == len(rows):  # picking single rows is slow
-            return np.asarray(file["X"][first : last + 1])
-        return np.asarray(file["X"][rows])
+            return np.asarray(x[first : last + 1])
+        return np.asarray(x[rows])
 
 
 def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
@@ -99,9 +105,9 @@ def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
     Raises StoreError for a file that cannot be read or lacks the column.
     """
     try:
-        with h5py.File(path, "r") as file:
-            names = pd.Series(_texts(file["obs"][column]))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        with open_hdf5(path) as file:
+            names = pd.Series(_read_column(file, f"obs/{column}"))
+    except Exception as error:  # damaged files fail in as many ways as h5py has
         raise StoreError(
             f"{path}: must be a file of AnnData whose obs has a column {column} ({error})."
         ) from None
@@ -114,34 +120,48 @@ def read_patients(path: Path, column: str) -> Mapping[str, NDArray[np.int64]]:
     return {str(name): np.asarray(own, np.int64) for name, own in rows.items()}
 
 
-def _texts(found: h5py.Group | h5py.Dataset) -> NDArray[np.object_]:
+def _read_column(file: h5py.File, place: str) -> NDArray[np.object_]:
     """Return a column written as texts, with a mask, or as categories; None where missing."""
+    found = member(file, place)
+    if isinstance(found, h5py.Dataset) or "categories" not in found:
+        return _read_masked(file, place)
+    codes = numbers(file, f"{place}/codes")[:]
+    texts = np.asarray(_read_masked(file, f"{place}/categories")[codes], object)
+    texts[codes < 0] = None
+    return texts
+
+
+def _read_masked(file: h5py.File, place: str) -> NDArray[np.object_]:
+    found = member(file, place)
     if isinstance(found, h5py.Dataset):
-        return np.asarray(found.asstr()[:], object)
-    if "categories" in found:
-        codes = found["codes"][:]
-        texts, missing = _texts(found["categories"])[codes], codes < 0
-    else:
-        texts = _texts(found["values"])
-        missing = found["mask"][:] if "mask" in found else np.zeros(len(texts), bool)
-    texts[missing] = None
-    return np.asarray(texts, object)
+        return _read_texts(file, place)
+    texts = _read_texts(file, f"{place}/values")
+    if "mask" in found:
+        texts[numbers(file, f"{place}/mask")[:].astype(bool)] = None
+    return texts
+
+
+def _read_texts(file: h5py.File, place: str) -> NDArray[np.object_]:
+    found = dataset(file, place)
+    if found.ndim != 1:
+        raise ValueError(f"{place} must be a row of texts")
+    return np.asarray(found.asstr()[:], object)
 
 
 def _read_tensor(path: Path) -> NDArray[Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_saved(path)
     except Exception:  # of pickle, zip and torch, with advice to trust the file
         raise StoreError(
             f"{path}: must hold a tensor and nothing that would have to be executed; save it again "
             "with torch.save(tensor, path)."
         ) from None
     if isinstance(content, Mapping):
-        tensors = {str(key): own for key, own in content.items() if isinstance(own, torch.Tensor)}
-        content = _choose(path, tensors)
+        tensors = {key: own for key, own in content.items() if isinstance(own, torch.Tensor)}
+        content = _choose(path, {key: own for key, own in tensors.items() if isinstance(key, str)})
     if not isinstance(content, torch.Tensor):
         raise StoreError(f"{path}: must hold a tensor; got {type(content).__name__}.")
-    return np.asarray(content.detach().to_dense().float().numpy())
+    return np.asarray(content.detach().float().numpy())
 
 
 def _read_numpy(path: Path) -> NDArray[Any]:
@@ -149,8 +169,26 @@ def _read_numpy(path: Path) -> NDArray[Any]:
 
 
 def _read_zipped(path: Path) -> NDArray[Any]:
+    _check_entries(path)
     with np.load(path, allow_pickle=False) as arrays:
         return np.asarray(arrays[_choose(path, {name: name for name in arrays.files})])
+
+
+def _check_entries(path: Path) -> None:
+    """Raise ValueError for arrays that declare more than the file holds: it would be allocated."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if entry.file_size > unpacked(min(entry.compress_size, size)):
+                raise ValueError(f"{entry.filename} becomes {entry.file_size} bytes when unpacked")
+            with file.open(entry) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = {1: np.lib.format.read_array_header_1_0}.get(
+                    version[0], np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(stream)
+            if math.prod(shape) * dtype.itemsize > entry.file_size:
+                raise ValueError(f"{entry.filename} declares {shape}, more than the file holds")
 
 
 def _choose(path: Path, arrays: Mapping[str, Any]) -> Any:

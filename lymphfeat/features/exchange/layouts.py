@@ -79,6 +79,7 @@ def _of_torchmil(root: Path) -> dict[str, BagFiles]:
     return {
         _id_of(path.stem): BagFiles(files=(path,), label=_label(root / "labels" / path.name))
         for path in sorted(_features_folder(root / "features").glob("*.npy"))
+        if path.is_file()
     }
 
 
@@ -95,7 +96,7 @@ def _features_folder(folder: Path) -> Path:
 
 
 def _label(path: Path) -> str | None:
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         return str(np.load(path, allow_pickle=False).item())

@@ -4,7 +4,6 @@
 a line per row of the bags, with the image's name and hash, by which patients are recognised.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import StoreError
 from lymphfeat.features.store import FeatureSet, FeatureStore
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, parse_json
 
 ORIGIN_FILE, IMAGES_FILE = "export.json", "images.csv"
 FORMAT = "lymphfeat-export"
@@ -60,7 +59,7 @@ def read_origin(root: Path, backbone: str) -> Origin:
     if not path.exists():
         return Origin(backbone=backbone)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         images = pd.read_csv(
             root / IMAGES_FILE, dtype=str, keep_default_na=False, encoding_errors="surrogateescape"
         )

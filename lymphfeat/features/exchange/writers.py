@@ -37,7 +37,7 @@ def _bags(store: FeatureStore, features: str) -> Bags:
     for id, label, start, stop in zip(
         store.ids, store.labels.tolist(), store.offsets[:-1], store.offsets[1:], strict=True
     ):
-        if "/" in id or id.startswith("."):
+        if id.startswith(".") or any(char in id for char in "/\\:\0"):  # also on Windows
             raise StoreError(f"{store.path}: patient {id} must have an id that can name a file.")
         yield id, label, np.array(pooled[start:stop, 0])
 

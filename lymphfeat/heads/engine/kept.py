@@ -6,7 +6,6 @@ fits of another run are refused. Everything is kept to the last bit.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.identity import differing_fields
-from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 
 Arrays = Mapping[str, NDArray[Any]]
 _IDENTITY_FILE = "identity.json"
@@ -61,7 +60,7 @@ class KeptFits:
         if not self._folder.exists():
             return []
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = parse_json(path.read_text(encoding="utf-8"))
             return differing_fields(self._identity, theirs)
         except (OSError, ValueError, AttributeError):
             return [f"{path.name} cannot be read"]

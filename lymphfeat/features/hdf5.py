@@ -1,0 +1,190 @@
+"""HDF5 files that someone else has made: what they declare is checked before it is read.
+
+A header of a few bytes can declare an array of any size, and send its reader to other files. So
+everything here is read through `dataset` and `attribute`, which allow only what lies in the file
+itself, in plain types, and as much of it as the file can hold. They raise KeyError for what is not
+there and ValueError for what must not be; a damaged file fails in as many more ways as h5py has.
+"""
+
+import io
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
+_COMPRESSING = (_DEFLATE, _LZF)
+_FILTERS = (*_COMPRESSING, _SHUFFLE, _FLETCHER32)
+_DENSEST = 64  # bytes that a byte of compressed features may become, beyond …
+_SMALL = 2**24  # … this many
+_NUMBERS = "biuf"
+_HEAP, _OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HHxxxxQ")  # HDF5 file format, III.E
+_SIGNATURE = b"GCOL"
+_METADATA = 2**16  # bytes of a read that may be of a heap
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading; raises OSError for what is none."""
+    with _Watched(path) as stream, h5py.File(stream, "r") as file:
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise OSError("its addresses must have 64 bits")
+        yield file
+
+
+class _Watched(io.FileIO):
+    """The bytes of a file, of which those are checked that libhdf5 does not check.
+
+    Texts of variable length lie in heaps, and in one with an object of no size it would search for
+    ever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._known: set[int] = set()  # addresses of heaps
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.tell()
+        count = super().readinto(buffer) or 0
+        if count <= _METADATA:
+            self._check(start, count)
+            self.seek(start + count)
+        return count
+
+    def _check(self, start: int, count: int) -> None:
+        """Check the heaps that begin among some bytes, or across their borders."""
+        first = max(0, start - len(_SIGNATURE) + 1)
+        around = self._at(first, start + count + len(_SIGNATURE) - 1 - first)
+        place = around.find(_SIGNATURE)
+        while place >= 0:
+            if first + place not in self._known:
+                self._walk(first + place)
+                self._known.add(first + place)
+            place = around.find(_SIGNATURE, place + 1)
+
+    def _at(self, address: int, size: int) -> bytes:
+        self.seek(address)
+        return self.read(size) or b""
+
+    def _walk(self, address: int) -> None:
+        """Go from object to object to the end of a heap; raises OSError if that is not possible."""
+        header = self._at(address, _HEAP.size).ljust(_HEAP.size, b"\0")
+        _, _, size = _HEAP.unpack(header)
+        heap = self._at(address, size) if size < self.seek(0, io.SEEK_END) else b""
+        place, end = _HEAP.size, len(heap)
+        while place + _OBJECT.size <= end:
+            number, _, length = _OBJECT.unpack_from(heap, place)
+            needed = _OBJECT.size + -(-length // 8) * 8 if number else length  # 0: what is free
+            if not _OBJECT.size <= needed <= end - place:
+                raise OSError("a heap of texts is damaged")
+            place += needed
+
+
+def member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
+    """Return what lies at a path in a file; no link is followed, which could lead out of it."""
+    found: h5py.Group | h5py.Dataset = group
+    for name in path.split("/"):
+        if not isinstance(found, h5py.Group):
+            raise ValueError(f"{path} must lie in a group")
+        if (link := found.get(name, getlink=True)) is None:
+            raise KeyError(f"there is no {path}")
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{path} must lie in the file itself; it is a link")
+        found = found[name]
+    return found
+
+
+def has(group: h5py.Group, path: str) -> bool:
+    """Return whether something lies at a path in a file."""
+    try:
+        member(group, path)
+    except KeyError:
+        return False
+    return True
+
+
+def names_in(group: h5py.Group, path: str) -> list[str]:
+    """Return the names in a group; of an array they would be all its values."""
+    found = member(group, path)
+    if not isinstance(found, h5py.Group):
+        raise ValueError(f"{path} must be a group")
+    return list(found)
+
+
+def arrays_in(group: h5py.Group) -> list[str]:
+    """Return the names of the arrays right in a group."""
+    own = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
+    return [name for name in own if group.get(name, getclass=True) is h5py.Dataset]
+
+
+def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
+    """Return an array that can be read whole: of numbers or texts, in the file, as it says."""
+    found = member(group, path)
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{path} must be an array")
+    _check_type(path, found.dtype)
+    if found.shape is None:
+        raise ValueError(f"{path} must have a shape")
+    properties = found.id.get_create_plist()
+    if properties.get_layout() == h5py.h5d.VIRTUAL or properties.get_external_count():
+        raise ValueError(f"{path} must lie in the file itself; it is read from others")
+    filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
+    if unknown := [str(each) for each in filters if each not in _FILTERS]:
+        raise ValueError(
+            f"{path} must be compressed by gzip or lzf, or not; got filter {unknown[0]}"
+        )
+    _check_size(path, found, any(each in _COMPRESSING for each in filters))
+    return found
+
+
+def numbers(group: h5py.Group, path: str) -> h5py.Dataset:
+    """Return an array of numbers, as `dataset` does."""
+    found = dataset(group, path)
+    if found.dtype.kind not in _NUMBERS:
+        raise ValueError(f"{path} must hold numbers; got {found.dtype}")
+    return found
+
+
+def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
+    """Return a text or a number that an item has."""
+    if name not in item.attrs:
+        raise KeyError(f"{item.name} has no attribute {name}")
+    own = item.attrs.get_id(name)
+    _check_type(name, own.dtype)
+    if own.shape != ():
+        raise ValueError(f"{name} of {item.name} must be one value")
+    return item.attrs[name]
+
+
+def _check_type(path: str, dtype: Any) -> None:
+    if dtype.kind not in _NUMBERS + "S" and h5py.check_string_dtype(dtype) is None:
+        raise ValueError(f"{path} must hold numbers or texts; got {dtype}")
+
+
+def _check_size(path: str, found: h5py.Dataset, compressed: bool) -> None:
+    size = max(found.dtype.itemsize, found.id.get_type().get_size())
+    volume = math.prod(found.shape) * size
+    if volume and found.chunks:  # the last ones reach beyond the array
+        counts = (-(-side // chunk) for side, chunk in zip(found.shape, found.chunks, strict=True))
+        volume = math.prod(counts) * math.prod(found.chunks) * size
+    stored = _stored(found)
+    if volume > (unpacked(stored) if compressed else stored):
+        raise ValueError(f"{path} declares {found.shape}, more than the file holds")
+
+
+def unpacked(size: int) -> int:
+    """Return how many bytes so many compressed ones may become: of features, rarely twice."""
+    return max(_DENSEST * size, _SMALL if size else 0)
+
+
+def _stored(found: h5py.Dataset) -> int:
+    """Return how many bytes of an array the file can hold at most."""
+    left = found.file.id.get_filesize()
+    if found.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS:
+        offset = found.id.get_offset()
+        left = 0 if offset is None else left - offset
+    return int(max(0, min(left, found.id.get_storage_size())))
