@@ -481,7 +481,7 @@ def test_folders_too_deep_are_refused(tmp_path: Path) -> None:
 def test_only_formats_of_images_are_decoded(tmp_path: Path) -> None:
     """Whatever the suffix says: EPS would be handed to Ghostscript."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(CohortError, match="cannot identify image file"):
+    with pytest.raises(CohortError, match="not an image of any known format"):
         decode_crop(tmp_path / "a.png", 8)
 
 
