@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lymphfeat.importing import import_bags
     from lymphfeat.model.loading import load_model
     from lymphfeat.recalibration import recalibrate
+    from lymphfeat.repetition import rerun
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
@@ -74,6 +75,7 @@ __all__ = [
     "import_bags",
     "load_model",
     "recalibrate",
+    "rerun",
     "train",
 ]
 
@@ -91,6 +93,7 @@ _MODULES = {
     "import_bags": "importing",
     "load_model": "model.loading",
     "recalibrate": "recalibration",
+    "rerun": "repetition",
     "train": "training",
 }
 

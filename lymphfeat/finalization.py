@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from lymphfeat import __version__
 from lymphfeat.cohort.attributes import AttributeRecipe, choose_attributes
-from lymphfeat.cohort.splits import Plan, Split, read_splits
+from lymphfeat.cohort.splits import Plan, Split
 from lymphfeat.errors import ModelError, SettingsError
 from lymphfeat.evaluation.averaging import LEARNERS
 from lymphfeat.evaluation.calibration import logit
@@ -22,12 +22,12 @@ from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import FUSIONS
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
 from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
+from lymphfeat.evaluation.recorded_run import RecordedRun
 from lymphfeat.evaluation.rows import Row, default_row, find_row
-from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
+from lymphfeat.evaluation.run_provenance import RunProvenance
 from lymphfeat.evaluation.scores import Scores, find_best
 from lymphfeat.features.backbones import build_backbone
 from lymphfeat.features.store import FeatureStore
-from lymphfeat.fitting import RUN_FORMAT
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.results import EVERYBODY, Fit
 from lymphfeat.heads.engine.sampling import Sampling
@@ -44,10 +44,9 @@ from lymphfeat.model.scoring import ModelRecipe
 from lymphfeat.model.sources import BackboneSource, ImportedSource, Source
 from lymphfeat.runtime.arrays import Floats, Labels
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
-from lymphfeat.runtime.files import ResultKind, recover, result_folder
+from lymphfeat.runtime.files import ResultKind, result_folder
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import parse_json
-from lymphfeat.settings import FitSettings, HeadSettings, Way
+from lymphfeat.settings import FitSettings, Way
 
 FINAL_MODEL = ResultKind(name="final model", marks=(FINAL_FILE,), files=(FINAL_FILE, TENSORS_FILE))
 Ints = NDArray[np.int64]
@@ -81,7 +80,7 @@ def finalize(
     """
     recorded = _Recorded.read(Path(run))
     chosen = recorded.find(row)
-    opened = recorded.open_stores(stores)
+    opened = recorded.run.open_stores(stores)
     sources = tuple(_source(store, [Path(each) for each in weights]) for store in opened)
     settings = recorded.settings
     with (
@@ -115,82 +114,45 @@ def finalize(
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """What a run folder says of how it was fitted."""
+    """What a run folder says of how it was fitted, and of its rows."""
 
-    folder: Path
+    run: RecordedRun
     settings: FitSettings
-    heads: tuple[HeadSettings, ...]
     splits: tuple[Split, ...]  # of the first repeat
-    stores: tuple[Mapping[str, Any], ...]  # path, recipe_sha256
-    summary: tuple[Mapping[str, Any], ...]
 
     @classmethod
     def read(cls, folder: Path) -> "_Recorded":
-        recover(folder)
-        try:
-            config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-            summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."
-            ) from None
-        check_version(folder, config)
-        if config.get("format") != RUN_FORMAT or config["settings"]["protocol"] != "honest":
+        run = RecordedRun.read(folder)
+        if run.settings.protocol != "honest":
             raise SettingsError(
                 f"run (={folder}) must be fitted with --protocol honest: a model needs "
                 "out-of-fold probabilities."
             )
-        if config["settings"]["epoch"] == "nested":
+        if run.settings.epoch == "nested":
             raise SettingsError(
                 f"run (={folder}) must be fitted with --choose-epoch last: a model has the weights "
                 "of the last epoch, not of those that were chosen inside."
             )
-        splits = read_splits(folder / "splits.json")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config["settings"].items()
-        }
+        first = run.splits[0].repeat
         return cls(
-            folder=folder,
-            settings=FitSettings(**values | {"precision": "float32"}),
-            heads=tuple(HeadSettings(**each) for each in config["heads"].values()),
-            splits=tuple(split for split in splits if split.repeat == splits[0].repeat),
-            stores=(config["store"], *config.get("other_stores", ())),
-            summary=tuple(summary),
+            run=run,
+            settings=replace(run.settings, precision="float32"),
+            splits=tuple(split for split in run.splits if split.repeat == first),
         )
 
     def find(self, row: str) -> Row:
         if row:
-            return find_row(row, self.heads, self._fusions)
-        return default_row(self.heads, self._fusions)
+            return find_row(row, self.run.heads, self._fusions)
+        return default_row(self.run.heads, self._fusions)
 
     @property
     def _fusions(self) -> list[Way]:
         asked = self.settings.fusions
         return [way for way in get_args(Way) if way in asked or "all" in asked]
 
-    def open_stores(self, paths: Sequence[str | os.PathLike[str]]) -> list[FeatureStore]:
-        """Open the run's stores, where they were or at `paths`."""
-        if paths and len(paths) != len(self.stores):
-            raise SettingsError(
-                f"store (={', '.join(map(str, paths))}) must name the {len(self.stores)} stores of "
-                "the run, in its order."
-            )
-        opened = [
-            FeatureStore.open(path)
-            for path in (paths or [recorded["path"] for recorded in self.stores])
-        ]
-        for store, recorded in zip(opened, self.stores, strict=True):
-            if store.recipe_sha256 != recorded["recipe_sha256"]:
-                raise ModelError(
-                    f"{store.path}: must be the store that {self.folder} was fitted on; it has "
-                    "another recipe. Fit the heads again on this store."
-                )
-        return opened
-
     def figures(self, row: Row) -> dict[str, Mapping[str, Any]]:
         """Return the row's line of the summary, and that of its images alone."""
-        lines = {str(line["head"]): line for line in self.summary}
+        lines = {str(line["head"]): line for line in self.run.summary}
         names = {"row": row.name, "images": row.images_only.name}
         return {key: lines[name] for key, name in names.items() if name in lines}
 
@@ -243,7 +205,7 @@ class _Fitting:
     ) -> "_Fitting":
         settings = replace(recorded.settings, fusions=(row.fusion,) if row.fusion else ())
         plan = features.plan(settings, recorded.splits)
-        _check_covered(plan, store, recorded.folder)
+        _check_covered(plan, store, recorded.run.folder)
         outcome = run_protocol(
             features, plan, row.heads, settings, table=store.table, progress=progress
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from lymphfeat import __version__
 from lymphfeat.cohort.groups import Groups, group_splits, read_groups
 from lymphfeat.cohort.provenance import refuse_seen
-from lymphfeat.cohort.splits import Split, write_splits
+from lymphfeat.cohort.splits import Plan, Split, splits_to_json, write_splits
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.groups import check_groups, measure_by_group, warn_of_groups
 from lymphfeat.evaluation.hidden_truth import Truth
@@ -26,8 +26,12 @@ from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, repor
 from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.run_provenance import (
+    CONFIG_FILE,
     PROVENANCE_FILE,
     RUN_FILES,
+    RUN_FORMAT,
+    SPLITS_FILE,
+    SUMMARY_FILE,
     RunProvenance,
 )
 from lymphfeat.features.store import FROZEN, FeatureStore
@@ -36,6 +40,7 @@ from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
 from lymphfeat.plots.optimism import draw_optimism
 from lymphfeat.plots.summary import draw_summary
+from lymphfeat.runtime.circumstances import circumstances
 from lymphfeat.runtime.devices import (
     choose_device,
     choose_precision,
@@ -57,18 +62,18 @@ from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
 Store = FeatureStore | str | os.PathLike[str]  # open, or its path
-RUN_FORMAT = "lymphfeat-run"
 HEADS_FILE = "heads.safetensors"
+BOTH = ("report", "honest")  # folders of a run of both protocols
 OPTIMISM_FILES = ("optimism.csv", "optimism.png")
 GROUPS_FILE = "groups.csv"  # with groups only
 _ONE_RUN = (*RUN_FILES, HEADS_FILE, GROUPS_FILE)
 RUN = ResultKind(
     name="run",
-    marks=("config.json", *OPTIMISM_FILES),
+    marks=(CONFIG_FILE, *OPTIMISM_FILES),
     files=(
         *_ONE_RUN,
         *OPTIMISM_FILES,
-        *(f"{protocol}/{name}" for protocol in ("report", "honest") for name in _ONE_RUN),
+        *(f"{protocol}/{name}" for protocol in BOTH for name in _ONE_RUN),
     ),
 )
 
@@ -153,6 +158,7 @@ class _Request:
     heads: Sequence[HeadSettings]
     settings: FitSettings
     splits: Sequence[Split] | None
+    truth: Path | None
     witness: NDArray[np.bool_] | None
     save: bool
     device: torch.device
@@ -178,6 +184,7 @@ class _Request:
             heads=heads,
             settings=replace(settings, precision=precision_name(dtype)),
             splits=splits,
+            truth=None if truth is None else Path(truth),
             witness=None if truth is None else _witnesses(stores[0], Path(truth)),
             save=save,
             device=device,
@@ -221,7 +228,7 @@ class _Request:
                 outcome = replace(outcome, warnings=(*outcome.warnings, *told))
             run = Run(folder=folder, settings=settings, outcome=outcome, by_group=by_group)
             if folder:
-                _write(run, self.stores, provenance, folder)
+                _write(run, self.stores, provenance, folder, self._origin())
             if folder and self.save:
                 tensors = _tensors(outcome)
                 replace_file(folder / HEADS_FILE, lambda path: save_file(tensors, path))
@@ -253,6 +260,15 @@ class _Request:
         if protocol == "report":
             settings = replace(self.settings, protocol="report", epoch="last", fusions=())
         return replace(self, settings=settings)
+
+    def _origin(self) -> dict[str, object]:
+        """Return what else a run must say to be repeated, and where it was computed."""
+        inner = Plan.recorded(self.splits).inner_once if self.splits else []
+        return {
+            **({"truth": str(self.truth)} if self.truth else {}),
+            **({"inner_splits": splits_to_json(inner)} if inner else {}),
+            "computed": circumstances(self.device),
+        }
 
     def _identity(self) -> dict[str, Any]:
         """Collect what the fits depend on; where they are computed may change."""
@@ -381,7 +397,11 @@ def _witnesses(store: FeatureStore, path: Path) -> NDArray[np.bool_]:
 
 
 def _write(
-    run: Run, stores: Sequence[FeatureStore], provenance: RunProvenance, folder: Path
+    run: Run,
+    stores: Sequence[FeatureStore],
+    provenance: RunProvenance,
+    folder: Path,
+    origin: Mapping[str, object],
 ) -> None:
     outcome = run.outcome
     runs = outcome.runs.drop(columns="ba_best_epochs", errors="ignore")
@@ -390,13 +410,13 @@ def _write(
         tables["groups"] = run.by_group
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-    write_splits(outcome.splits, folder / "splits.json")
+    write_splits(outcome.splits, folder / SPLITS_FILE)
     draw_summary(outcome, run.settings, folder / "summary.png")
     texts = {
         PROVENANCE_FILE: json_text(provenance.to_json()),
-        "summary.json": json_text(outcome.summary.to_dict("records"), indent=1),
+        SUMMARY_FILE: json_text(outcome.summary.to_dict("records"), indent=1),
         "warnings.txt": "".join(f"{line}\n" for line in outcome.warnings),
-        "config.json": json_text(_config(run, stores), indent=1),
+        CONFIG_FILE: json_text({**_config(run, stores), **origin}, indent=1),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -50,6 +50,7 @@ LINES = {
     "export": ["export", "store.h5", "--format", "torchmil", "--out", "bags"],
     "import": ["import", "bags", "--out", "imported.h5"],
     "predict": ["predict", "--cohort", "red", "--model", "model", *DEVICE, *TRUTH],
+    "rerun": ["rerun", "honest"],
     "finalize": ["finalize", "honest", "--out", "final"],
     "predict by a final model": [
         "predict",

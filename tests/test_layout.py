@@ -15,7 +15,8 @@ CLI = ROOT / "cli" / "lymphfeat_cli"
 
 # What the commands call. A module or package imports only from those to its right, and from HOUSES.
 COMMANDS = (
-    *("inspection", "explanation", "reproduction", "comparison", "finalization", "fitting"),
+    *("inspection", "repetition", "explanation", "reproduction", "comparison", "finalization"),
+    "fitting",
     *(
         "recalibration",
         "sklearn",
@@ -69,6 +70,7 @@ INSIDE = {
             "regression",
             "rows",
             "scores",
+            "recorded_run",
         ),
         *(
             "groups",
@@ -121,8 +123,8 @@ INSIDE = {
         *("cell_values", "csv_rows", "stains", "images", "image_statistics", "provenance"),
     ),
     "runtime": (
-        *("checkpoint", "identity", "devices", "processes", "files", "strict_json", "progress"),
-        *("saved_tensors", "arrays", "versions"),
+        *("checkpoint", "differences", "circumstances", "identity", "devices", "processes"),
+        *("files", "strict_json", "progress", "saved_tensors", "arrays", "versions"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -329,13 +330,32 @@ def _named_splits(
     )
 
 
-def write_splits(splits: Sequence[Split], path: Path) -> None:
-    """Write splits as JSON: id -> seed, repeat, training and validation patients, parents."""
-    content = {
+def splits_to_json(splits: Sequence[Split]) -> dict[str, Any]:
+    """Return id -> seed, repeat, training and validation patients, parents."""
+    return {
         split.id: {name: value for name, value in asdict(split).items() if name != "id"}
         for split in splits
     }
-    path.write_text(json_text(content, indent=1), encoding="utf-8")
+
+
+def write_splits(splits: Sequence[Split], path: Path) -> None:
+    """Write splits as JSON, as `splits_to_json` returns them."""
+    path.write_text(json_text(splits_to_json(splits), indent=1), encoding="utf-8")
+
+
+def splits_from_json(content: Mapping[str, Any]) -> list[Split]:
+    """Read what `splits_to_json` returned; raises ValueError, KeyError or TypeError otherwise."""
+    return [
+        Split(
+            id=name,
+            seed=int(entry["seed"]),
+            repeat=int(entry["repeat"]),
+            train=_texts(entry["train"]),
+            validation=_texts(entry["validation"]),
+            parents=_texts(entry.get("parents", [])),  # older files have none
+        )
+        for name, entry in content.items()
+    ]
 
 
 def read_splits(path: Path) -> list[Split]:
@@ -346,18 +366,7 @@ def read_splits(path: Path) -> list[Split]:
     if path.is_dir() or path.suffix.lower() == ".csv":
         return _of_folds(read_folds(path))
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        return [
-            Split(
-                id=name,
-                seed=int(entry["seed"]),
-                repeat=int(entry["repeat"]),
-                train=_texts(entry["train"]),
-                validation=_texts(entry["validation"]),
-                parents=_texts(entry.get("parents", [])),  # older files have none
-            )
-            for name, entry in content.items()
-        ]
+        return splits_from_json(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SettingsError):
             raise

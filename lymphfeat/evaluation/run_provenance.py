@@ -12,18 +12,20 @@ from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.runtime.versions import refuse_newer
 
+RUN_FORMAT = "lymphfeat-run"
 RUN_VERSION = 1  # which a run need not say; the next one must
-PROVENANCE_FILE = "provenance.json"
+CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+SPLITS_FILE, PROVENANCE_FILE = "splits.json", "provenance.json"
 RUN_FILES = (
     "summary.png",
-    "summary.json",
+    SUMMARY_FILE,
     "warnings.txt",
     "runs.csv",
     "epochs.csv",
     "predictions.csv",
-    "splits.json",
+    SPLITS_FILE,
     PROVENANCE_FILE,
-    "config.json",
+    CONFIG_FILE,
 )
 
 

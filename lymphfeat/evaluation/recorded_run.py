@@ -1,0 +1,96 @@
+"""What a run folder of `fit-head` says of how it was fitted."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lymphfeat.cohort.splits import Split, read_splits
+from lymphfeat.errors import ModelError, SettingsError
+from lymphfeat.evaluation.run_provenance import (
+    CONFIG_FILE,
+    RUN_FORMAT,
+    SPLITS_FILE,
+    SUMMARY_FILE,
+    check_version,
+)
+from lymphfeat.features.store import FeatureStore
+from lymphfeat.runtime.files import recover
+from lymphfeat.runtime.strict_json import parse_json
+from lymphfeat.settings import FitSettings, HeadSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """How a run was fitted."""
+
+    folder: Path
+    config: Mapping[str, Any]  # the content of config.json
+    settings: FitSettings
+    heads: tuple[HeadSettings, ...]
+    splits: tuple[Split, ...]
+    stores: tuple[Mapping[str, Any], ...]  # path, recipe_sha256
+    summary: tuple[Mapping[str, Any], ...]  # a line per row, the best first
+
+    @classmethod
+    def read(cls, folder: Path) -> "RecordedRun":
+        """Read a run folder; raises SettingsError for anything else, and for a damaged one."""
+        recover(folder)
+        try:
+            config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            summary = parse_json((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."
+            ) from None
+        check_version(folder, config)
+        if config.get("format") != RUN_FORMAT:
+            raise SettingsError(
+                f"run (={folder}) must be a run folder of `lymphfeat fit-head`; its config.json is "
+                "of something else."
+            )
+        try:
+            return cls(
+                folder=folder,
+                config=config,
+                settings=FitSettings(**_tuples(config["settings"])),
+                heads=tuple(HeadSettings(**each) for each in config["heads"].values()),
+                splits=tuple(read_splits(folder / SPLITS_FILE)),
+                stores=(config["store"], *config.get("other_stores", ())),
+                summary=tuple(summary),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"{folder / CONFIG_FILE} is damaged ({error}); fit the run again."
+            ) from None
+
+    def open_stores(self, paths: Sequence[str | os.PathLike[str]] = ()) -> list[FeatureStore]:
+        """Open the run's stores, where they were or at `paths`.
+
+        Raises SettingsError for another number of stores, StoreError for one that cannot be read,
+        and ModelError for one of another recipe.
+        """
+        if paths and len(paths) != len(self.stores):
+            raise SettingsError(
+                f"store (={', '.join(map(str, paths))}) must name the {len(self.stores)} stores of "
+                "the run, in its order."
+            )
+        opened = [
+            FeatureStore.open(path)
+            for path in (paths or [recorded["path"] for recorded in self.stores])
+        ]
+        for store, recorded in zip(opened, self.stores, strict=True):
+            if store.recipe_sha256 != recorded["recipe_sha256"]:
+                raise ModelError(
+                    f"{store.path}: must be the store that {self.folder} was fitted on; it has "
+                    "another recipe. Fit the heads again on this store."
+                )
+        return opened
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they were before JSON made lists of their tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
