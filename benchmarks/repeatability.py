@@ -1,4 +1,4 @@
-"""Whether `extract`, `fit-head` and `endtoend` give the same bytes with one CPU thread and with two.
+"""Whether `extract`, `fit-head` and `endtoend` give the same bytes with one CPU thread and two.
 
 Every result is made three times by processes of their own: with one thread, with one again, and
 with two, which also decode images on as many threads. Prints the files that differ.
