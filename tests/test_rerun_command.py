@@ -21,6 +21,7 @@ from lymphfeat.runtime.differences import compare_files, largest_difference
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings
 from lymphfeat_cli.main import cli
 from tests.cohorts import write_bags, write_text
+from tests.test_json import validator
 
 PATIENTS, IMAGES = 18, 2
 HEADS = [HeadSettings(agg="topk", k_agg=2), HeadSettings(agg="mean")]
@@ -109,6 +110,7 @@ def test_a_run_is_repeated_to_the_byte(
     result = CliRunner().invoke(cli, ["rerun", str(run), "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
+    validator("rerun").validate(told)
     assert told["same"]
     assert not told["changed"]
     names = {each["name"] for each in told["files"] + told["figures"]}
