@@ -167,7 +167,7 @@ def test_a_folder_of_an_earlier_version_is_read(
 ) -> None:
     model = final(trained)
     (first, *_), (source, *_) = model.members, model.sources
-    one = replace(model, members=(replace(first, sources=()),), sources=(source,))
+    one = replace(model, members=(replace(first, sources=()),), sources=(source,), held_out={})
     one.save(tmp_path)
     content = json.loads((tmp_path / "final.json").read_text())
     del content["tta"], content["members"][0]["sources"]

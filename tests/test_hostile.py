@@ -495,6 +495,13 @@ EVIL = (
 )
 
 
+SLASH = "\u2215"  # like /, which no file system has in a name
+
+
+def _id(number: int, word: str) -> str:
+    return f"P{number}{word}".replace("/", SLASH).replace("\u2028", "")  # ids must be printable
+
+
 class _Parsed(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -517,15 +524,14 @@ class _Parsed(HTMLParser):
 def render(root: Path, words: tuple[str, ...]) -> _Parsed:
     """Render a cohort with these words wherever a user's words can be."""
     for number, word in enumerate(words):
-        word = word.replace("/", "\u2215")  # no file system has it in a name
         own = root / f"P{number}"
-        (own / "0.png").rename(own / f"0{word}.png")
-        own.rename(root / f"P{number}{word}")
+        (own / "0.png").rename(own / f"0{word.replace('/', SLASH)}.png")
+        own.rename(root / _id(number, word))
     lines = (root / "cohort.csv").read_text().splitlines()
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]
     rows = [",".join([lines[0], quoted[0], quoted[1]])]
     for number, word in enumerate(words):
-        id = f"P{number}{word}".replace("/", "\u2215").replace('"', '""')
+        id = _id(number, word).replace('"', '""')
         rows.append(f'"{id}",{number % 2},{quoted[number]},{number}')
     write_text(root / "cohort.csv", *rows)
     cohort = Cohort.load(root)

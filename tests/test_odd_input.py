@@ -744,7 +744,7 @@ MODELS = (
         "a model without tensors",
         lambda: Path("model/model.safetensors").unlink(),
         PREDICT,
-        Refused("model.safetensors: cannot be read .*No such file"),
+        Refused("model.safetensors: cannot be read .*there is no such file"),
     ),
 )
 
