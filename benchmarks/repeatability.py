@@ -72,7 +72,7 @@ def differences(first: Path, second: Path) -> list[str]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        settings = SyntheticSettings(patients=16, test_patients=2, images=6)
+        settings = SyntheticSettings(patients=12, test_patients=2, images=4)
         cohort = write_synthetic_cohort(settings, root / "cohort", workers=1)
         for name, line in commands(cohort).items():
             for time, threads in TIMES.items():

@@ -11,6 +11,8 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.recorded_run import RecordedRun
 from lymphfeat.evaluation.run_provenance import CONFIG_FILE
 from lymphfeat.fitting import BOTH, HEADS_FILE, RUN, fit_both, fit_heads
+from lymphfeat.model.ensemble import MEMBERS_FILE
+from lymphfeat.model.model import FACTS_FILE, FINAL_FILE
 from lymphfeat.runtime.differences import FileDifference, compare_files
 from lymphfeat.runtime.files import ResultKind, files_in, recover
 from lymphfeat.runtime.identity import differing_fields
@@ -71,6 +73,7 @@ def rerun(
     >>> lf.rerun("runs/spread").same
     """
     folder = Path(run)
+    _refuse_others(folder)
     target = _beside(folder) if out is None else Path(out)
     if target.resolve() == folder.resolve():
         raise SettingsError(f"out (={target}) must be another folder than the run.")
@@ -87,6 +90,21 @@ def rerun(
         figures=tuple(each for each in files if each.name.endswith(_FIGURE)),
         changed=tuple(_changed(recorded.computed, _Recorded.read(target).computed)),
     )
+
+
+def _refuse_others(run: Path) -> None:
+    """Raise SettingsError for a store or a model, saying how it is made again."""
+    again = ""
+    if run.is_file():
+        again = "a store is made again by `lymphfeat extract`, with its settings (`lymphfeat info`)"
+    elif (run / FINAL_FILE).is_file():
+        again = "a final model is made again by the same `lymphfeat finalize` or `endtoend`"
+    elif any((run / name).is_file() for name in (FACTS_FILE, MEMBERS_FILE)):
+        again = "a model is made again by `lymphfeat endtoend`, with the settings in its model.json"
+    if again:
+        raise SettingsError(
+            f"run (={run}) must be a run folder of `lymphfeat fit-head`; {again} and another --out."
+        )
 
 
 def _beside(run: Path) -> Path:

@@ -21,7 +21,7 @@ Examples:
   lymphfeat rerun runs/topk-honest --store elsewhere/features.h5 --out again
 Ends with status 0 if the result is the same, 1 if it differs, 2 for a mistake.""",
 )
-@click.argument("run", type=FOLDER)
+@click.argument("run", type=PATH)
 @click.option(
     "--store",
     "stores",
