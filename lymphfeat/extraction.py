@@ -33,6 +33,7 @@ from lymphfeat.runtime.devices import (
     choose_device,
     choose_precision,
     cpu_threads,
+    deterministic,
     precision_name,
     whole_float32,
 )
@@ -45,9 +46,10 @@ from lymphfeat.settings import AS_IT_IS, EndToEndSettings, ExtractSettings
 _BESIDE_TRAINING = (
     *("validation", "evaluate_every", "tta", "fusion", "attributes", "log_attributes"),
 )
+_WHERE = ("device", "deterministic", "threads")
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
-_INCIDENTAL = ("weights", "batch_size", "device", "threads", "versions")
+_INCIDENTAL = ("weights", "batch_size", *_WHERE, "versions")
 
 
 def extract(
@@ -84,7 +86,11 @@ def extract(
         raise StoreError(f"out (={out}) must be a file; got a folder. Choose another --out.")
     device = choose_device(settings.device)
     join_processes()
-    with cpu_threads(settings.threads), whole_float32():
+    with (
+        cpu_threads(settings.threads),
+        whole_float32(),
+        deterministic(device, wanted=settings.deterministic),
+    ):
         backbone, weights = build_from_settings(settings.backbone)
         dtype = choose_precision(settings.precision, device)
         recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
@@ -153,6 +159,7 @@ def _finetune_settings(settings: ExtractSettings) -> EndToEndSettings:
         backbone=settings.backbone,
         precision=settings.precision,
         device=settings.device,
+        deterministic=settings.deterministic,
         threads=settings.threads,
     )
 
@@ -178,7 +185,7 @@ def make_recipe(
 
 def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict[str, Any]:
     fields = asdict(_finetune_settings(settings))
-    for name in ("backbone", "precision", "device", "threads", "seed", *_BESIDE_TRAINING):
+    for name in ("backbone", "precision", "seed", *_WHERE, *_BESIDE_TRAINING):
         del fields[name]
     # What the backbones learn from: not which split serves which.
     learnt = [
@@ -212,6 +219,7 @@ def _frozen_recipe(
         "precision": precision_name(dtype),
         "batch_size": settings.batch_size,
         "device": device.type,
+        **({"deterministic": True} if settings.deterministic and device.type != "cpu" else {}),
         # Convolutions on a CPU sum in another order with another number of threads.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {

@@ -219,6 +219,14 @@ def _device() -> Device:
     return setting("auto", "Compute device; auto uses a GPU if available.")
 
 
+def _deterministic() -> bool:
+    return setting(
+        False,
+        "On a GPU, use only algorithms that give the same bits every time; slower. Changes nothing "
+        "on a CPU.",
+    )
+
+
 def _threads() -> int | None:
     return setting(None, "CPU threads.", at_least=1, unset="all cores")
 
@@ -598,6 +606,7 @@ class EndToEndSettings(Settings):
     seed: int = _seed()
     precision: Precision = _precision("auto")
     device: Device = _device()
+    deterministic: bool = _deterministic()
     threads: int | None = _threads()
 
 
@@ -670,6 +679,7 @@ class PretrainSettings(Settings):
     seed: int = _seed()
     precision: Precision = _precision("auto")
     device: Device = _device()
+    deterministic: bool = _deterministic()
     threads: int | None = _threads()
 
     def __post_init__(self) -> None:
@@ -706,6 +716,7 @@ class ExtractSettings(Settings):
     batch_size: int = _image_batch()
     finetune: EndToEndSettings | None = None
     device: Device = _device()
+    deterministic: bool = _deterministic()
     threads: int | None = _threads()
 
 

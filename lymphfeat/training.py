@@ -29,7 +29,12 @@ from lymphfeat.model.submission import (
 )
 from lymphfeat.plots.learning_curves import draw_curves
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE
-from lymphfeat.runtime.devices import cpu_threads, whole_float32
+from lymphfeat.runtime.devices import (
+    choose_device,
+    cpu_threads,
+    deterministic,
+    whole_float32,
+)
 from lymphfeat.runtime.files import ResultKind, result_folder, unfinished_folder
 from lymphfeat.runtime.processes import is_first, join_processes
 from lymphfeat.runtime.progress import Progress, part_of, silent
@@ -113,6 +118,7 @@ def train(
         result_folder(out, MODEL, force=force, resumes=resumes, writes=is_first()) as folder,
         cpu_threads(settings.threads),
         whole_float32(),
+        deterministic(choose_device(settings.device), wanted=settings.deterministic),
     ):
         jobs = [training.prepare(split) for split in splits]
         checkpoints = [unfinished_folder(out) / name for name in resumes]

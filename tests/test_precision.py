@@ -1,6 +1,8 @@
 """float32 is float32: nothing in torch shortens it while something is computed."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.grid import resolve
 from lymphfeat.model.model import Model
 from lymphfeat.pretraining.run import pretrain
-from lymphfeat.runtime.devices import whole_float32
+from lymphfeat.runtime.devices import deterministic, whole_float32
 from lymphfeat.settings import (
     ExplainSettings,
     ExtractSettings,
@@ -103,3 +105,32 @@ def test_all_that_computes_closes_them(
     finally:
         hook.remove()
     assert seen == {("ieee",) * len(PARTS)}
+
+
+def flags() -> tuple[object, ...]:
+    """Return all that decides whether a GPU computes the same bits every time."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_a_gpu_computes_the_same_bits_for_a_while(
+    workspace: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = flags()
+    with suppress(KeyError), deterministic(torch.device("cuda"), wanted=True):
+        assert flags() == (True, False, True, False, ":4096:8")
+        raise KeyError  # an error restores them, too
+    assert flags() == before
+    for device, wanted in (("cuda", False), ("cpu", True)):
+        with deterministic(torch.device(device), wanted=wanted):
+            assert flags() == before

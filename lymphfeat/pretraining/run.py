@@ -29,6 +29,7 @@ from lymphfeat.runtime.devices import (
     choose_device,
     choose_precision,
     cpu_threads,
+    deterministic,
     precision_name,
     whole_float32,
 )
@@ -76,6 +77,7 @@ def pretrain(
         result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE, _LESSONS_FILE)) as folder,
         cpu_threads(settings.threads),
         whole_float32(),
+        deterministic(choose_device(settings.device), wanted=settings.deterministic),
     ):
         backbone, init = build_backbone(
             settings.backbone,
@@ -124,6 +126,8 @@ def _recipe(
 ) -> dict[str, Any]:
     """Collect everything that determines the weights."""
     facts = asdict(settings) | {"init": init.source, "init_sha256": init.sha256}
+    if not settings.deterministic:  # as in recipes of earlier versions
+        del facts["deterministic"]
     return facts | {
         "method": "distillation" if teachers else "vicreg",
         "teachers": [{"name": each.name, "sha256": each.sha256} for each in teachers],

@@ -66,6 +66,36 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic(device: torch.device, *, wanted: bool) -> Iterator[None]:
+    """Compute the same bits every time on a GPU inside the context; on a CPU, change nothing.
+
+    An operation that has no such algorithm raises RuntimeError.
+    """
+    if not wanted or device.type == "cpu":
+        yield
+        return
+    cudnn, workspace = torch.backends.cudnn, os.environ.get(_CUBLAS)
+    before = cudnn.deterministic, cudnn.benchmark
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        os.environ[_CUBLAS] = ":4096:8"  # read when cuBLAS starts, at the first product
+        cudnn.deterministic, cudnn.benchmark = True, False
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms, warn_only=only_warns)
+        cudnn.deterministic, cudnn.benchmark = before
+        if workspace is None:
+            del os.environ[_CUBLAS]
+        else:
+            os.environ[_CUBLAS] = workspace
+
+
 # The parts of torch.backends that may round the factors of float32 products: GPUs to TF32, with 10
 # bits after the point instead of 23 (torch's default in convolutions), CPUs to bfloat16, with 7.
 _FLOAT32_PRODUCTS = (
