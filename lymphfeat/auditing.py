@@ -25,6 +25,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import FORMATS, decode_crop
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.shortcuts import Predictor, find_predictors
+from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value
 
@@ -114,9 +115,8 @@ class Audit:
 
     def save(self, path: Path) -> None:
         """Write `to_dict` as JSON; a file already there is replaced, whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json_text(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        text = json_text(self.to_dict(), indent=2) + "\n"
+        replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def audit(cohort: Cohort, *, crop: int = 112, progress: Progress = silent) -> Audit:

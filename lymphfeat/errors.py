@@ -42,3 +42,7 @@ class ModelError(LymphfeatError, ValueError):
 
 class LeakageError(LymphfeatError, ValueError):
     """An evaluation would use what was learnt from the patients it is measured on."""
+
+
+class OutputError(LymphfeatError, OSError):
+    """A result cannot be written: the disk is full or the place is closed to the user."""

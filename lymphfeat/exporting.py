@@ -8,6 +8,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.features.exchange.origin import IMAGES_FILE, ORIGIN_FILE, write_origin
 from lymphfeat.features.exchange.writers import FORMATS, TABLE_FILE, write_table
 from lymphfeat.features.store import FROZEN, FeatureStore
+from lymphfeat.runtime.disks import require_room
 from lymphfeat.runtime.files import ResultKind, files_in, result_folder
 from lymphfeat.settings import ExportFormat, require
 
@@ -63,8 +64,9 @@ def export_bags(
     require(format in FORMATS, f"format (={format}) must be one of {', '.join(FORMATS)}.")
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     name = features or _only_set(opened)
-    opened.pooled(name)  # raises StoreError for an unknown name
+    pooled = opened.pooled(name)  # raises StoreError for an unknown name
     with result_folder(Path(out), EXPORT, force=force) as folder:
+        require_room(folder, pooled[:, 0].nbytes)
         FORMATS[format].write(opened, name, folder)
         write_table(opened, folder)
         write_origin(opened, opened.feature_sets[name], format, folder)

@@ -26,7 +26,7 @@ from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_from_settings
 from lymphfeat.features.map_encoder import MapEncoder
 from lymphfeat.features.store import FORMAT_VERSION, FROZEN, FeatureSet, FeatureStore, Recipe
-from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.features.store_writer import StoreWriter, clear_leavings
 from lymphfeat.features.views import parse_views
 from lymphfeat.finetuning.backbones import fine_tune
 from lymphfeat.runtime.devices import (
@@ -242,6 +242,7 @@ def _left_out(cohort: Cohort) -> dict[str, list[str]]:
 
 def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
     store = FeatureStore.open(out)
+    clear_leavings(out)
     differences = differing_fields(_decisive(recipe), _decisive(store.recipe))
     if differences:
         raise StoreError(

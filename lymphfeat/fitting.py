@@ -1,6 +1,7 @@
 """fit-head: heads fitted on a feature store under a protocol, and the run folder."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from lymphfeat import __version__
 from lymphfeat.cohort.groups import Groups, group_splits, read_groups
 from lymphfeat.cohort.provenance import refuse_seen
-from lymphfeat.cohort.splits import Plan, Split, splits_to_json, write_splits
+from lymphfeat.cohort.splits import Plan, Split, read_splits, splits_to_json, write_splits
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.groups import check_groups, measure_by_group, warn_of_groups
 from lymphfeat.evaluation.hidden_truth import Truth
@@ -58,7 +59,7 @@ from lymphfeat.runtime.files import (
 )
 from lymphfeat.runtime.processes import count, is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.strict_json import json_text, json_value
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
 Store = FeatureStore | str | os.PathLike[str]  # open, or its path
@@ -148,6 +149,31 @@ def fit_heads(
         )
         run = request.run(folder, kept, tell, progress)
     return replace(run, folder=None if out is None else Path(out))
+
+
+def holds_run(
+    folder: str | os.PathLike[str],
+    store: Store | Sequence[Store],
+    heads: Sequence[HeadSettings],
+    settings: FitSettings,
+    *,
+    splits: Sequence[Split] | None = None,
+    save: bool = False,
+) -> bool:
+    """Return whether a folder holds a finished run of these very heads, settings and stores."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fitted = read_splits(folder / "splits.json")
+    except (OSError, ValueError):
+        return False
+    request = _Request.of(store, heads, settings, splits, None, save=save)
+    asked = json_value(_asked(request.settings, request.heads, request.stores))
+    return (
+        {name: config.get(name) for name in asked} == asked
+        and all(split in fitted for split in splits or ())
+        and (not save or (folder / HEADS_FILE).exists())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,6 +449,14 @@ def _write(
 
 
 def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
+    asked = _asked(run.settings, run.outcome.heads, stores)
+    return {**asked, "thresholds": run.outcome.thresholds}
+
+
+def _asked(
+    settings: FitSettings, heads: Sequence[HeadSettings], stores: Sequence[FeatureStore]
+) -> dict[str, object]:
+    """Return what was asked for, and of which versions."""
     first, *others = (
         {
             "path": str(store.path),
@@ -435,11 +469,10 @@ def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
         "torch": torch.__version__,
-        "settings": asdict(run.settings),
-        "heads": {head_name(head): asdict(head) for head in run.outcome.heads},
+        "settings": asdict(settings),
+        "heads": {head_name(head): asdict(head) for head in heads},
         "store": first,
         **({"other_stores": others} if others else {}),
-        "thresholds": run.outcome.thresholds,
     }
 
 

@@ -29,7 +29,7 @@ from lymphfeat.features.store import (
     MapShape,
     Recipe,
 )
-from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.features.store_writer import StoreWriter, clear_leavings
 from lymphfeat.runtime.identity import differing_fields, file_hashes
 from lymphfeat.runtime.progress import Progress, RateMeter, silent
 
@@ -215,6 +215,7 @@ def _recipe(
 
 def _reuse(out: Path, recipe: Recipe, cohort: Cohort) -> FeatureStore:
     store = FeatureStore.open(out)
+    clear_leavings(out)
     differences = differing_fields(recipe, store.recipe)
     if differences:
         raise StoreError(

@@ -14,6 +14,7 @@ from lymphfeat.runtime.files import (
     check_file,
     files_in,
     recover,
+    replace_files,
     result_files,
     result_folder,
     unfinished_folder,
@@ -213,6 +214,27 @@ def test_a_reader_leaves_a_swap_to_the_process_that_is_about_it(tmp_path: Path) 
         if waits:
             break
     assert contents(tmp_path) == {"run/mark": b"new", "run/part-1/table": b"new"}
+
+
+def test_a_lock_that_was_left_alone_is_removed(tmp_path: Path) -> None:
+    make(tmp_path / "run", "old")
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "lock").touch()
+    recover(tmp_path / "run")
+    assert names_in(tmp_path) == {"run"}
+
+
+def test_files_of_one_command_come_together_or_not_at_all(tmp_path: Path) -> None:
+    def fail_late(path: Path) -> None:
+        path.write_text("half")
+        raise ValueError("stop")
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(ValueError, match="stop"):
+        replace_files({one: lambda path: path.write_text("1"), two: fail_late})
+    assert not names_in(tmp_path)
+    replace_files({one: lambda path: path.write_text("1"), two: lambda path: path.write_text("2")})
+    assert contents(tmp_path) == {"one": b"1", "two": b"2"}
 
 
 def test_strangers_among_the_unfinished_are_kept(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ INSIDE = {
     ),
     "runtime": (
         *("checkpoint", "differences", "circumstances", "identity", "devices", "processes"),
-        *("files", "strict_json", "progress", "saved_tensors", "arrays", "versions"),
+        *("files", "disks", "strict_json", "progress", "saved_tensors", "arrays", "versions"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

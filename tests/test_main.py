@@ -216,10 +216,19 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
     return run("info", "x")
 
 
-def test_a_full_disk_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch) -> None:
     result = fail_with(OSError(28, "No space left on device", "s.h5"), monkeypatch)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: s.h5: cannot be written (No space left on device); make room, then run the same "
+        "line again: finished work is kept.\n"
+    )
+
+
+def test_another_fault_of_the_system_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fail_with(OSError(24, "Too many open files", "s.h5"), monkeypatch)
     assert result.exit_code == 1
-    assert result.stderr == "Error: [Errno 28] No space left on device: 's.h5'\n"
+    assert result.stderr == "Error: [Errno 24] Too many open files: 's.h5'\n"
 
 
 def test_interruption_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.provenance import PatientKey, Provenance
 from lymphfeat.errors import StoreError
 from lymphfeat.features.store import FeatureSet, FeatureStore, MapShape, recipe_sha256
-from lymphfeat.features.store_writer import StoreWriter
+from lymphfeat.features.store_writer import StoreWriter, clear_leavings
 from tests.stores import (
     FROZEN,
     RECIPE,
@@ -335,8 +335,12 @@ def test_killed_between_completion_and_publication(
 ) -> None:
     path = tmp_path / "new" / "s.h5"
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    rename = Path.replace
+
+    def killed(unfinished: Path, target: Path) -> None:
+        if target == path:
+            raise KeyboardInterrupt
+        rename(unfinished, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
@@ -608,3 +612,24 @@ def test_the_writer_still_writes_the_newest_format(tmp_path: Path) -> None:
             if isinstance(golden[name], h5py.Dataset):
                 assert now[name].dtype == golden[name].dtype
                 np.testing.assert_array_equal(now[name][()], golden[name][()])
+
+
+def test_what_a_process_killed_at_the_very_end_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+    for name in ("s.h5.lock", "s.h5.journal"):
+        (tmp_path / name).touch()
+    clear_leavings(path)
+    assert siblings(path) == ["s.h5"]
+
+
+def test_what_belongs_to_a_store_that_is_being_written_stays(tmp_path: Path) -> None:
+    path = tmp_path / "s.h5"
+    write_store(path)
+    with open_writer(path, made_up_cohort(), recipe={**RECIPE, "crop": 9}) as writer:
+        write_rows(writer, made_up_maps(7), 0, 3)
+        before = siblings(path)
+        clear_leavings(path)
+        assert siblings(path) == before
+    clear_leavings(path)  # nobody is writing it, but it is to be continued
+    assert siblings(path) == [name for name in before if name != "s.h5.lock"]

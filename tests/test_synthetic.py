@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.errors import CohortError, OutputError, SettingsError
 from lymphfeat.evaluation.hidden_truth import read_labels, read_truth
 from lymphfeat.settings import Sign
 from lymphfeat.synthetic import cohort as synthetic
@@ -529,7 +529,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(CohortError, match="is a file"):
         write_synthetic_cohort(SMALL, path)
-    with pytest.raises(CohortError, match="cannot be written"):
+    with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\); choose another"):
         write_synthetic_cohort(SMALL, path / "below", force=True)
 
 

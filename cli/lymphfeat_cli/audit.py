@@ -52,7 +52,7 @@ def command(cohort: CohortChoice, crop: int, out: Path | None, output: Output) -
     predict the label.
     """
     if out is not None:
-        output.check_file(out)
+        output.claim(out)
     from lymphfeat.auditing import audit
 
     patients = cohort.load(output)

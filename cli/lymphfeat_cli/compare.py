@@ -59,7 +59,7 @@ def command(runs: tuple[Path, ...], out: Path, output: Output, **chosen: Any) ->
     comparisons simultaneously, and p-values are Holm-adjusted. The runs must use the same splits:
     if they do not, refit one with the --splits of the other.
     """
-    output.check_file(out)
+    output.claim(out)
     from lymphfeat.comparison import compare
     from lymphfeat.plots.comparison import draw_comparison
 

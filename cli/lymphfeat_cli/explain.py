@@ -79,7 +79,7 @@ def command(
     highest-scored cells changes probabilities more than deleting random cells.
     """
     out = out or (CELL if image else PAGE)
-    output.check_file(out)
+    output.claim(out)
     from lymphfeat.explanation.report import check_report
 
     if image:

@@ -1,5 +1,6 @@
 """`lymphfeat fit-head`: feature store -> heads fitted on every split, and a table."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from lymphfeat.runtime.files import files_in
+from lymphfeat.runtime.files import check_folder, files_in, recover
 from lymphfeat.settings import FitSettings, HeadGrid, ProtocolName, choices
 from lymphfeat_cli.options import (
     EXISTING,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
     from lymphfeat.cohort.splits import Split
     from lymphfeat.evaluation.protocol import FinishedHead, Outcome
+    from lymphfeat.features.store import FeatureStore
     from lymphfeat.fitting import Run
+    from lymphfeat.settings import HeadSettings
 
 
 def _read_splits(values: dict[str, Any]) -> "list[Split] | None":
@@ -133,12 +136,24 @@ def command(
     heads = expand(grid)
     if model_out:  # refused before anything is fitted
         _check_final(model_out, protocol, output)
-    folder = out or _free_folder(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
+    named = _named_folders(f"{'+'.join(dict.fromkeys(grid.agg))}-{protocol}")
+    folders = [out] if out else named
+    settings = settings if protocol == "both" else replace(settings, protocol=protocol)
+    inside = "honest" if protocol == "both" else ""  # the run of which a model is made
+    opened = [FeatureStore.open(path) for path in stores or [cache_path("features.h5")]]
+    if model_out and not output.force:
+        made = _find_made(folders, inside, opened, heads, settings, given)
+        if made:
+            note(f"{made} holds this run already; only its model was missing.")
+            _finalize(made / inside, model_out, model_row, force=False)
+            output.show(lambda: _read_result(made, made / inside), lambda: _show_files(made))
+            return
+    folder = folders[-1]
     with output.progress(f"fitting {len(heads)} heads") as progress:
         found = (fit_both if protocol == "both" else fit_heads)(
-            [FeatureStore.open(path) for path in stores or [cache_path("features.h5")]],
+            opened,
             heads,
-            settings if protocol == "both" else replace(settings, protocol=protocol),
+            settings,
             folder,
             force=output.force,
             tell=lambda head: progress.say(_finished(head, named=protocol == "both")),
@@ -148,9 +163,30 @@ def command(
     runs = [found] if isinstance(found, Run) else [found.report, found.honest]
     optimism = None if isinstance(found, Run) else found.table
     if model_out:
-        honest = folder if isinstance(found, Run) else folder / "honest"
-        _finalize(honest, model_out, model_row, force=output.force)
+        _finalize(folder / inside, model_out, model_row, force=output.force)
     output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
+
+
+def _find_made(
+    folders: "list[Path]",
+    inside: str,
+    stores: "list[FeatureStore]",
+    heads: "list[HeadSettings]",
+    settings: FitSettings,
+    given: dict[str, Any],
+) -> Path | None:
+    """Return the folder to which an earlier call, interrupted as it made the model, wrote the run.
+
+    None if there is none. `inside` is the run's own folder in it.
+    """
+    from lymphfeat.fitting import holds_run
+
+    for folder in reversed(folders):
+        recover(folder)
+        run, splits, save = folder / inside, given["splits"], given["save"]
+        if holds_run(run, stores, heads, settings, splits=splits, save=save):
+            return folder
+    return None
 
 
 def _finalize(run: Path, out: Path, row: str, *, force: bool) -> None:
@@ -163,7 +199,6 @@ def _finalize(run: Path, out: Path, row: str, *, force: bool) -> None:
 
 def _check_final(out: Path, protocol: str, output: Output) -> None:
     from lymphfeat.finalization import FINAL_MODEL
-    from lymphfeat.runtime.files import check_folder
 
     if protocol == "report":
         raise click.UsageError(
@@ -175,6 +210,7 @@ def _check_final(out: Path, protocol: str, output: Output) -> None:
             "--model-out must be used without torchrun; run `lymphfeat finalize` on the run "
             "afterwards."
         )
+    recover(out)
     check_folder(out, FINAL_MODEL, force=output.force)
 
 
@@ -205,6 +241,16 @@ def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") ->
     return result
 
 
+def _read_result(folder: Path, run: Path) -> dict[str, object]:
+    """Return the result of a run that an earlier call wrote to (or into) a folder."""
+    return {
+        "folder": str(folder),
+        "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
+        "warnings": (run / "warnings.txt").read_text(encoding="utf-8").splitlines(),
+        "files": [str(path) for path in files_in(folder)],
+    }
+
+
 def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> None:
     for run in runs:
         _show_run(run.outcome, run.settings)
@@ -214,6 +260,10 @@ def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> N
         _show_optimism(optimism)
     for warning in runs[-1].outcome.warnings:
         click.echo(f"Warning: {warning}")
+    _show_files(folder)
+
+
+def _show_files(folder: Path) -> None:
     click.echo("Wrote " + ", ".join(map(str, files_in(folder))))
 
 
@@ -256,12 +306,12 @@ def _show_optimism(table: "pd.DataFrame") -> None:
     )
 
 
-def _free_folder(name: str) -> Path:
-    """Return runs/<name>, or the first of runs/<name>-2, -3, … that does not exist yet."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
+def _named_folders(name: str) -> list[Path]:
+    """Return runs/<name>, runs/<name>-2, … up to the first that does not exist yet."""
+    folders = [Path("runs") / name]
+    while folders[-1].exists():
+        folders.append(Path("runs") / f"{name}-{len(folders) + 1}")
+    return folders
 
 
 # Columns of the summary, by the titles shown.

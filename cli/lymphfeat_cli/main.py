@@ -15,6 +15,7 @@ import click
 
 from lymphfeat import __version__
 from lymphfeat.errors import LymphfeatError
+from lymphfeat.runtime.disks import disk_error
 
 # Idle OpenMP threads sleep rather than spin (read when torch is imported). On a machine shared with
 # other work, spinning made the head engine 50 times slower.
@@ -72,11 +73,12 @@ class LazyGroup(click.Group):
             ctx.exit(EXIT_BAD_INPUT)
         except BrokenPipeError:
             raise
-        except OSError as error:  # a full disk, a folder without write permission
+        except OSError as error:
+            refused = disk_error(error)  # a full disk, a folder without write permission
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"{_error()}: {error}", err=True)
-            ctx.exit(EXIT_FAILED)
+            click.echo(f"{_error()}: {refused or error}", err=True)
+            ctx.exit(EXIT_BAD_INPUT if refused else EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("Interrupted. Finished work is kept; run the same command again.", err=True)
             ctx.exit(EXIT_FAILED)

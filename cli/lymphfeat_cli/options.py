@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lymphfeat.runtime.files import check_file
+from lymphfeat.runtime.files import claimed
 from lymphfeat_cli.progress_lines import Display, Nothing, progress_lines
 
 if TYPE_CHECKING:
@@ -197,11 +197,16 @@ class Output:
         else:
             text()
 
-    def check_file(self, path: Path) -> None:
-        """Refuse a file that exists, unless it may be overwritten, or whose folder does not."""
-        check_file(path, force=self.force)
-        if not path.parent.is_dir():
-            raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
+    def claim(self, *paths: Path) -> None:
+        """Refuse files that may not be written, and keep them from other processes until the end.
+
+        Refused are one that exists, unless it may be overwritten, one whose folder does not exist,
+        and one that another process is writing.
+        """
+        for path in paths:
+            if not path.parent.is_dir():
+                raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
+        click.get_current_context().with_resource(claimed(paths, force=self.force))
 
 
 _SHOWING = {

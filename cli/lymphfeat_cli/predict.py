@@ -1,6 +1,6 @@
 """`lymphfeat predict`: model + cohort -> predictions; no labels needed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,25 +51,23 @@ class Files:
     submission: Path | None
     submission_header: str
 
-    def check(self, output: Output) -> None:
-        """Refuse files that may not be written."""
-        for path in filter(None, (self.out, self.images_out, self.submission)):
-            output.check_file(path)
+    def claim(self, output: Output) -> None:
+        """Refuse files that may not be written, and keep them from other processes."""
+        output.claim(*filter(None, (self.out, self.images_out, self.submission)))
 
     def write(self, predictions: "Predictions", submission_ids: Sequence[str]) -> list[Path]:
         """Write the files; return those written."""
         from lymphfeat.model.submission import write_submission
 
-        predictions.save(self.out, self.images_out)
-        written = [path for path in (self.out, self.images_out) if path]
+        beside: dict[Path, Callable[[Path], object]] = {}
         if self.submission and submission_ids:
-            write_submission(
-                predictions.patients, submission_ids, self.submission, self.submission_header
+            beside[self.submission] = lambda path: write_submission(
+                predictions.patients, submission_ids, path, self.submission_header
             )
-            return [*written, self.submission]
-        if self.submission:
+        elif self.submission:
             note("No submission written: the cohort has no unlabelled patients.")
-        return written
+        predictions.save(self.out, self.images_out, beside)
+        return [self.out, *([self.images_out] if self.images_out else []), *beside]
 
 
 file_options = gather(
@@ -143,7 +141,7 @@ def command(
     labelled patients are evaluated, separately for the patients the model was trained on.
     """
     choice.check()
-    files.check(output)
+    files.claim(output)
     from lymphfeat.model.loading import load_model
 
     model = deciding.apply(load_model(*folders))

@@ -35,6 +35,7 @@ from lymphfeat.runtime.files import (
     check_file,
     check_folder,
     files_in,
+    recover,
     replace_file,
     result_files,
 )
@@ -94,6 +95,7 @@ def check_report(out: Path, *, force: bool) -> None:
 
     Other files in the folder of figures are never overwritten.
     """
+    recover(out)
     check_file(out, force=force)
     check_file(subgroups_file(out), force=force)
     check_folder(figures_folder(out), FIGURES, force=force)

@@ -1,19 +1,20 @@
 """Writing a feature store so that it survives `kill -9`.
 
-- All HDF5 metadata is written first, into a temporary sibling, which is closed; rows then go in
-  place through memmaps, so no HDF5 structure is ever half written.
+- All HDF5 metadata is written first, into a temporary sibling, which is closed; rows then go to
+  their places in the file, so no HDF5 structure is ever half written.
 - A journal next to it lists the finished blocks of rows with their checksums. At the end every
   block is read back and compared, the store is marked complete and renamed.
 - A lock that dies with its process keeps a second writer out.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 import h5py
 import numpy as np
@@ -36,11 +37,13 @@ from lymphfeat.features.store import (
     map_rows,
     recipe_sha256,
 )
-from lymphfeat.runtime.files import flush_file, lock_file
+from lymphfeat.runtime.disks import require_room, writing
+from lymphfeat.runtime.files import flush_file, lock_file, replace_file
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _OF_IMAGES = ("cohort", "left_out")  # fields of the recipe that say which images there are
+_NAMES, _METADATA = 100, 16_384  # bytes: of an image's name, hash and checksum; of all else
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -49,7 +52,8 @@ class StoreWriter:
 
     A block is a range of rows [start, stop); blocks may be written in any order, each once.
     `force` drops an unfinished store of another recipe, which is an error otherwise. An existing
-    store at `path` stays as it is until this one is finished.
+    store at `path` stays as it is until this one is finished. OutputError where the disk is full or
+    closed: what was written before is kept.
     """
 
     def __init__(
@@ -72,8 +76,8 @@ class StoreWriter:
         self.partial = path.with_name(path.name + ".partial")
         self.journal_path = path.with_name(path.name + ".journal")
         self._earlier = path.with_name(path.name + ".partial.earlier")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as opened:
+        with writing(path), ExitStack() as opened:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not opened.enter_context(lock_file(path.with_name(path.name + ".lock"))):
                 raise StoreError(
                     f"{path}: another process is writing this store; wait for it or choose another "
@@ -84,24 +88,40 @@ class StoreWriter:
             )
             blocks = self._blocks_to_copy(recipe, image_hashes, statistics)
             if blocks or not self._continues(recipe, force):
-                if blocks:
-                    self.partial.replace(self._earlier)
-                self._journal.clear()
-                self.partial.unlink(missing_ok=True)
-                _create(
-                    *(self.partial, recipe, cohort, shape, feature_sets, image_hashes),
-                    statistics,
-                )
-                _copy_rows(self._earlier, self.partial, blocks)
-                flush_file(self.partial)
-                self._earlier.unlink(missing_ok=True)
-                self._journal.start(recipe)
-                for (start, stop), checksums in blocks.items():
-                    self._journal.add(start, stop, checksums)
+                content = (cohort, shape, feature_sets, image_hashes, statistics)
+                self._begin(recipe, blocks, *content)
             self._maps: dict[str, np.memmap[Any, Any]] = {
                 name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
             }
+            self._file = opened.enter_context(self.partial.open("r+b"))
             self._opened = opened.pop_all()
+
+    def _begin(
+        self,
+        recipe: Recipe,
+        blocks: Mapping[tuple[int, int], dict[str, int]],
+        cohort: Cohort,
+        shape: MapShape,
+        feature_sets: Sequence[FeatureSet],
+        image_hashes: Sequence[str],
+        statistics: Sequence[str],
+    ) -> None:
+        """Begin a store; only `blocks` of what an earlier try has written are taken over."""
+        if not blocks:
+            self._journal.clear()
+            self.partial.unlink(missing_ok=True)
+        require_room(self.path, _size(cohort, shape, feature_sets, statistics))
+        if blocks:
+            self.partial.replace(self._earlier)
+            self._journal.clear()
+        content = (recipe, cohort, shape, feature_sets, image_hashes, statistics)
+        replace_file(self.partial, lambda path: _create(path, *content))
+        _copy_rows(self._earlier, self.partial, blocks)
+        flush_file(self.partial)
+        self._earlier.unlink(missing_ok=True)
+        self._journal.start(recipe)
+        for (start, stop), checksums in blocks.items():
+            self._journal.add(start, stop, checksums)
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +132,8 @@ class StoreWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._opened.close()
+        with writing(self.path):
+            self._opened.close()
 
     def _continues(self, recipe: Recipe, force: bool) -> bool:
         """Return whether an earlier try with an equal recipe is to be continued."""
@@ -177,25 +198,31 @@ class StoreWriter:
         for name, maps in features.items():
             rows[f"features/{name}"] = _to_float16(maps, name, start)
             rows[f"pooled/{name}"] = rows[f"features/{name}"].mean((3, 4), dtype=np.float32)
-        checksums = {}
-        for name, values in rows.items():
-            self._maps[name][start:stop] = values
-            checksums[name] = zlib.crc32(self._maps[name][start:stop].tobytes())
-            self._maps[name].flush()
-        flush_file(self.partial)  # rows are on disk before the journal lists them
-        self._journal.add(start, stop, checksums)
+        with writing(self.path):
+            for name, values in rows.items():
+                _put_rows(self._file, self._maps[name], start, values)
+            self._file.flush()
+            os.fsync(self._file.fileno())  # rows are on disk before the journal lists them
+            self._journal.add(
+                start, stop, {name: self._checksum(name, start, stop) for name in rows}
+            )
+
+    def _checksum(self, name: str, start: int, stop: int) -> int:
+        return zlib.crc32(self._maps[name][start:stop].tobytes())
 
     def finish(self) -> None:
         """Verify every block against the journal, mark the store complete and publish it."""
         self._check_whole()
         self._maps.clear()
-        with h5py.File(self.partial, "r+") as file:
-            file.attrs.modify("complete", np.uint8(1))
-        flush_file(self.partial)
-        self.partial.replace(self.path)
-        _fsync_folder(self.path.parent)
-        self._journal.close()  # Windows removes no open file
-        self.journal_path.unlink()
+        with writing(self.path):
+            self._file.close()  # Windows renames no open file
+            with h5py.File(self.partial, "r+") as file:
+                file.attrs.modify("complete", np.uint8(1))
+            flush_file(self.partial)
+            self.partial.replace(self.path)
+            _fsync_folder(self.path.parent)
+            self._journal.close()  # nor removes one
+            self.journal_path.unlink()
 
     def _check_whole(self) -> None:
         expected, n = 0, len(self._maps["images/crc32"])
@@ -204,7 +231,7 @@ class StoreWriter:
                 break
             expected = stop
             for name, crc32 in checksums.items():
-                if zlib.crc32(self._maps[name][start:stop].tobytes()) != crc32:
+                if self._checksum(name, start, stop) != crc32:
                     self._journal.clear()  # so that the next try starts over
                     raise StoreError(
                         f"{self.partial}: rows {start}:{stop} of /{name} read back differently "
@@ -215,11 +242,32 @@ class StoreWriter:
 
 
 def _copy_rows(source: Path, target: Path, blocks: Collection[tuple[int, int]]) -> None:
-    for name in _row_names(source) if blocks else ():
-        rows, copies = map_rows(source, name, "r"), map_rows(target, name, "r+")
-        for start, stop in blocks:
-            copies[start:stop] = rows[start:stop]
-        copies.flush()
+    names = _row_names(source) if blocks else []
+    with target.open("r+b") as file:
+        for name in names:
+            rows, copies = map_rows(source, name, "r"), map_rows(target, name, "r+")
+            for start, stop in blocks:
+                _put_rows(file, copies, start, rows[start:stop])
+
+
+def _put_rows(
+    file: BinaryIO, mapped: np.memmap[Any, Any], start: int, values: NDArray[Any]
+) -> None:
+    """Write rows to their place in a file, at which they are mapped.
+
+    Not through the map: where the disk is full that would kill the process (SIGBUS).
+    """
+    file.seek(mapped.offset + start * mapped.strides[0])
+    file.write(np.ascontiguousarray(values, mapped.dtype).data)
+
+
+def clear_leavings(path: Path) -> None:
+    """Remove what a process left that was killed just after its store was complete."""
+    lock, journal = (path.with_name(path.name + suffix) for suffix in (".lock", ".journal"))
+    if lock.exists() or journal.exists():
+        with suppress(OSError), lock_file(lock) as alone:
+            if alone and not path.with_name(path.name + ".partial").exists():
+                journal.unlink(missing_ok=True)
 
 
 class _Journal:
@@ -295,6 +343,18 @@ def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.
         )
     # In C order, for means to be summed in the order in which `verify` sums them.
     return maps.astype(np.float16, order="C")
+
+
+def _size(
+    cohort: Cohort,
+    shape: MapShape,
+    feature_sets: Sequence[FeatureSet],
+    statistics: Sequence[str],
+) -> int:
+    """Return about how many bytes a store takes."""
+    n = int(cohort.offsets[-1])
+    maps, pooled = 2 * math.prod(shape.rows(n)), 4 * n * shape.views * shape.channels
+    return len(feature_sets) * (maps + pooled) + n * (_NAMES + 4 * len(statistics)) + _METADATA
 
 
 def _create(

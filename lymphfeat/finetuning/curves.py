@@ -37,9 +37,16 @@ def write_curves(rows: Sequence[EpochRow], folder: Path) -> None:
 
 
 def mean_curves(curves: Sequence[Sequence[EpochRow]]) -> list[EpochRow]:
-    """Return the mean of several trainings' curves, epoch by epoch."""
+    """Return the mean of several trainings' curves, epoch by epoch.
+
+    One that an earlier version began may have more columns.
+    """
     return [
-        {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        {
+            name: float(np.mean([row[name] for row in rows]))
+            for name in rows[0]
+            if all(name in row for row in rows)
+        }
         for rows in zip(*curves, strict=True)
     ]
 

@@ -58,6 +58,7 @@ def fit(
     tuner = make_fine_tuner(job, decoded)
     held_out = None if job.validation is None else decoded.roster(job.validation)
     history: list[EpochRow] = []
+    pace = ""
     state = from_first(checkpoint.read() if is_first() else None)
     if state is None:
         tuner.prepare_head()
@@ -65,7 +66,7 @@ def fit(
         tuner.load_state(state["trainer"])
         history = state["history"]
     while len(history) < job.settings.epochs:
-        row = _run_epoch(job, tuner, history, progress)
+        row, pace = _run_epoch(job, tuner, history, pace, progress)
         history.append(row if held_out is None else row | _judge(job, tuner, held_out, row))
         last = len(history) == job.settings.epochs
         if is_first():
@@ -77,11 +78,12 @@ def fit(
 
 
 def _run_epoch(
-    job: Job, tuner: FineTuner, history: Sequence[EpochRow], progress: Progress
-) -> dict[str, float]:
+    job: Job, tuner: FineTuner, history: Sequence[EpochRow], pace: str, progress: Progress
+) -> tuple[dict[str, float], str]:
+    """Return the row of the next epoch, and how fast it was, which no file has."""
     epoch, epochs = len(history), job.settings.epochs
     start = time.perf_counter()
-    results = _shown(history) if history else ""
+    results = _shown(history) + pace if history else ""
 
     def report(done: int, total: int, text: str = "") -> None:
         progress(epoch * total + done, epochs * total, f"epoch {epoch + 1}/{epochs}{results}")
@@ -93,20 +95,22 @@ def _run_epoch(
             f"lr (={job.settings.head.lr}) must keep the loss finite; got {result.loss} in epoch "
             f"{epoch + 1}. Start again with a smaller --lr."
         )
-    return _row(job, epoch, result, seconds)
+    return _row(job, epoch, result), _pace(job, result.images / seconds)
 
 
-def _row(job: Job, epoch: int, result: EpochResult, seconds: float) -> dict[str, float]:
-    threshold = job.model.threshold
+def _row(job: Job, epoch: int, result: EpochResult) -> dict[str, float]:
     labels = job.train.labels[result.patients]
     return {
         "epoch": float(epoch + 1),
         "loss": result.loss,
-        **metric_columns("train", result.probability, labels, threshold),
-        "seconds": seconds,
-        "images_per_second": result.images / seconds,
-        "peak_memory_gb": peak_memory(job.device) / 1e9,
+        **metric_columns("train", result.probability, labels, job.model.threshold),
     }
+
+
+def _pace(job: Job, images_per_second: float) -> str:
+    gigabytes = peak_memory(job.device) / 1e9
+    memory = f" {gigabytes:.1f} GB" if math.isfinite(gigabytes) else ""
+    return f" {images_per_second:.0f} images/s{memory}"
 
 
 def _judge(job: Job, tuner: FineTuner, held_out: Roster, row: EpochRow) -> dict[str, float]:
@@ -129,9 +133,4 @@ def _shown(history: Sequence[EpochRow]) -> str:
     row = history[-1]
     known = [ba for row in history if math.isfinite(ba := row.get("validation_ba", math.nan))]
     validation = f" validation BA {known[-1]:.3f}" if known else ""
-    gigabytes = row["peak_memory_gb"]
-    memory = f" {gigabytes:.1f} GB" if math.isfinite(gigabytes) else ""
-    return (
-        f" loss {row['loss']:.3f} BA {row['train_ba']:.3f}{validation}"
-        f" {row['images_per_second']:.0f} images/s{memory}"
-    )
+    return f" loss {row['loss']:.3f} BA {row['train_ba']:.3f}{validation}"

@@ -1,6 +1,6 @@
 """The predictions of a model on a cohort: tables of patients and images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.scores import patient_metrics
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.model.familiarity import Judgement
-from lymphfeat.runtime.files import replace_file
+from lymphfeat.runtime.files import replace_files
 
 # What a model has seen of a patient: its label in training; its label in validation, where nothing
 # was learnt from it; its images without its label; nothing.
@@ -61,11 +61,16 @@ class Predictions:
         ]
         return replace(self, patients=patients, images=self.images.assign(**judgement.images))
 
-    def save(self, patients: Path | None = None, images: Path | None = None) -> None:
-        """Write either table as CSV, completely or not at all."""
-        for table, path in ((self.patients, patients), (self.images, images)):
-            if path is not None:
-                replace_file(path, partial(_write_table, table))
+    def save(
+        self,
+        patients: Path | None = None,
+        images: Path | None = None,
+        beside: Mapping[Path, Callable[[Path], object]] | None = None,
+    ) -> None:
+        """Write either table as CSV, and other files `beside`: all completely or none at all."""
+        tables = ((self.patients, patients), (self.images, images))
+        writes = {path: partial(_write_table, table) for table, path in tables if path is not None}
+        replace_files({**writes, **(beside or {})})
 
     @classmethod
     def read(cls, patients: Path, images: Path) -> "Predictions":

@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.runtime.files import replace_file
 
 PATIENTS_FILE, IMAGES_FILE = "predictions.csv", "images.csv"
 SUBMISSION_FILE = "submission.csv"
@@ -24,5 +23,4 @@ def write_submission(
         raise SettingsError(f"submission header (={header}) must be one of {'; '.join(HEADERS)}.")
     predicted = patients.set_index("id")["predicted"]
     lines = [header, *(f"{id},{int(predicted[id])}" for id in ids)]
-    text = "".join(line + "\n" for line in lines)
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

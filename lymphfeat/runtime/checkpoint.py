@@ -6,13 +6,14 @@ does not continue from it.
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lymphfeat.errors import ModelError
-from lymphfeat.runtime.files import replace_file
+from lymphfeat.runtime.files import replace_file, write_buffered
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.saved_tensors import read_saved
 from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
@@ -86,7 +87,7 @@ class Checkpoint:
             "state": dict(state),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, lambda path: torch.save(content, path))
+        replace_file(self.path, lambda path: write_buffered(path, partial(torch.save, content)))
         self._written = self._clock()
 
     def _is_due(self) -> bool:

@@ -13,17 +13,20 @@ writer or reader calls, continues from there. Checkpoints of an unfinished train
 parts of an unfinished run, are in `<name>.partial`.
 """
 
+import io
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
+from typing import BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.runtime.disks import writing
 from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _NEW, _OLD, _SWAP, _LOCK = "new", "old", "swap.json", "lock"
@@ -56,15 +59,42 @@ class ResultKind:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name and rename it: it appears complete or not at all.
 
-    Its permissions follow the umask, even if `write` makes it private, as safetensors does.
+    Its permissions follow the umask, even if `write` makes it private, as safetensors does. Raises
+    OutputError where the disk is full or closed.
     """
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.unlink(missing_ok=True)
-    unfinished.touch()
-    mode = unfinished.stat().st_mode
-    write(unfinished)
-    unfinished.chmod(mode)
-    unfinished.replace(path)
+    replace_files({path: write})
+
+
+def replace_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files as `replace_file` does, and rename them when all are complete."""
+    unfinished = {path: path.with_name(path.name + ".partial") for path in writes}
+    try:
+        for path, write in writes.items():
+            with writing(path):
+                _write_anew(unfinished[path], write)
+    except BaseException:
+        for path in unfinished.values():  # a full disk gets its room back
+            with suppress(OSError):
+                path.unlink()
+        raise
+    for path, complete in unfinished.items():
+        with writing(path):
+            complete.replace(path)
+
+
+def _write_anew(path: Path, write: Callable[[Path], object]) -> None:
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)
+
+
+def write_buffered(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Save to memory and write that: NumPy and torch do not say which fault of the disk it was."""
+    buffer = io.BytesIO()
+    save(buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:
@@ -107,6 +137,30 @@ def lock_file(path: Path) -> Iterator[bool]:
         with suppress(OSError):
             path.unlink()
         lock.release()
+
+
+@contextmanager
+def claimed(paths: Iterable[Path], *, force: bool) -> Iterator[None]:
+    """Keep other processes from writing some files meanwhile.
+
+    Raises SettingsError, at once, for files that may not be written (see `check_file`) or that
+    another process has claimed.
+    """
+    with ExitStack() as locks:
+        for path in dict.fromkeys(paths):
+            with writing(path):
+                alone = locks.enter_context(lock_file(path.with_name(f"{path.name}.lock")))
+            if not alone:
+                refuse_second(path)
+            check_file(path, force=force)
+        yield
+
+
+def refuse_second(out: Path) -> NoReturn:
+    """Raise SettingsError: another process is writing `out`."""
+    raise SettingsError(
+        f"{out}: another process is writing it; wait for it or choose another --out."
+    )
 
 
 def flush_file(path: Path) -> None:
@@ -243,34 +297,39 @@ def _staged(
     if not writes:
         yield new
         return
-    recover(out)
-    _check_free(out, kinds, force=force)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with _locked(unfinished) as alone:
-        if not alone:
-            raise SettingsError(
-                f"{out}: another process is writing it; wait for it or choose another --out."
-            )
-        _go_on(out)
-        _check_unfinished(unfinished, resumes, force=force)
-        for name in (_NEW, _OLD):
-            shutil.rmtree(unfinished / name, ignore_errors=True)
-        new.mkdir()
-        try:
-            yield new
-            for name, kind in kinds.items():
-                _check_names(new / name, kind)
-            _flush(new)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        try:
-            _check_free(out, kinds, force=force)  # a long time has passed
-        except SettingsError as error:
-            raise SettingsError(f"{error} The new result is in {new}.") from None
-        plan = {name: (new / name).exists() for name in kinds}
-        replace_file(unfinished / _SWAP, lambda path: _write_flushed(path, json_text(plan)))
-        _go_on(out)
+    with writing(out):
+        recover(out)
+        _check_free(out, kinds, force=force)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with _locked(unfinished) as alone:
+            if not alone:
+                refuse_second(out)
+            _go_on(out)
+            _check_unfinished(unfinished, resumes, force=force)
+            for name in (_NEW, _OLD):
+                shutil.rmtree(unfinished / name, ignore_errors=True)
+            new.mkdir()
+            try:
+                yield new
+                for name, kind in kinds.items():
+                    _check_names(new / name, kind)
+                _flush(new)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+            _publish(out, kinds, force=force)
+
+
+def _publish(out: Path, kinds: Mapping[str, ResultKind | None], *, force: bool) -> None:
+    unfinished = unfinished_folder(out)
+    new = unfinished / _NEW
+    try:
+        _check_free(out, kinds, force=force)  # a long time has passed
+    except SettingsError as error:
+        raise SettingsError(f"{error} The new result is in {new}.") from None
+    plan = {name: (new / name).exists() for name in kinds}
+    replace_file(unfinished / _SWAP, lambda path: _write_flushed(path, json_text(plan)))
+    _go_on(out)
 
 
 @contextmanager
@@ -314,12 +373,16 @@ def _write_flushed(path: Path, text: str) -> None:
 
 
 def recover(out: Path) -> None:
-    """Continue a swap that was interrupted; without one, do nothing.
+    """Continue a swap that was interrupted, or remove what is left of one; else do nothing.
 
     Also do nothing where another process is doing it, or where the user may not write.
     """
     unfinished = unfinished_folder(out)
-    if not (unfinished / _SWAP).exists() or not os.access(unfinished, os.W_OK):
+    try:
+        left = {path.name for path in unfinished.iterdir()}
+    except OSError:  # there is none
+        return
+    if not (_SWAP in left or left == {_LOCK}) or not os.access(unfinished, os.W_OK):
         return
     with _locked(unfinished) as alone:
         if alone:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from lymphfeat.errors import CohortError
-from lymphfeat.runtime.files import check_file
+from lymphfeat.runtime.disks import writing
+from lymphfeat.runtime.files import check_file, lock_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 from lymphfeat.settings import SyntheticSettings
@@ -89,24 +91,35 @@ def write_synthetic_cohort(
         other things. A file that is not ours is never overwritten or removed.
     workers: threads that render; the bytes do not depend on it.
 
-    Raises CohortError when `out` holds something in the way, naming it.
+    Raises CohortError when `out` holds something in the way, naming it, or when another process is
+    writing it; OutputError where the disk is full or closed.
     """
     out = Path(out)
     patients = plan_patients(settings)
     manifest = _Manifest.of(settings, patients)
-    try:
+    if not force and manifest.is_of(out):
+        return out
+    with _alone(out):
         if not _is_finished(out, manifest, force):
             _write(out / MANIFEST, manifest.to_bytes())
             _write_tables(out, settings, patients)
             _render_patients(out, settings, patients, workers, progress)
             rows = [row for patient in patients for row in _truth_rows(settings, patient)]
             _write_table(out / TRUTH, TRUTH_COLUMNS, rows)
-    except OSError as error:
-        raise CohortError(
-            f"{error.filename or out} cannot be written: {error.strerror}; "
-            "fix that or choose another folder."
-        ) from None
     return out
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from writing a cohort or a plate."""
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file(out.absolute().with_name(f"{out.absolute().name}.lock")) as alone:
+            if not alone:
+                raise CohortError(
+                    f"{out}: another process is writing it; wait for it or choose another name."
+                )
+            yield
 
 
 def count_synthetic_cohort(out: Path) -> dict[str, int]:
@@ -154,6 +167,10 @@ class _Manifest:
         except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
+    def is_of(self, out: Path) -> bool:
+        """Return whether a folder holds this very cohort, finished."""
+        return (out / TRUTH).exists() and _Manifest.read(out / MANIFEST) == self
+
     def to_bytes(self) -> bytes:
         settings = {
             name: value
@@ -181,7 +198,7 @@ def _is_finished(out: Path, wanted: _Manifest, force: bool) -> bool:
     if not force:
         _check_ours(out, there)
         _check_same(out, there, wanted)
-        if there == wanted and (out / TRUTH).exists():
+        if wanted.is_of(out):
             return True
     _check_nothing_in_the_way(out, there, wanted)
     if force:
@@ -248,9 +265,13 @@ def _remove(out: Path, there: _Manifest) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_bytes(content)
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -409,10 +430,15 @@ def write_plate(
 
     Where no cell is atypical: one row per patient of the cohort, reactive and tumoral in turn.
 
-    Raises SettingsError when `path` exists and `force` is not given, CohortError when it cannot be
-    written.
+    Raises SettingsError when `path` exists and `force` is not given, CohortError when another
+    process is writing it, OutputError where the disk is full or closed.
     """
-    check_file(path, force=force)
+    with _alone(path):
+        check_file(path, force=force)
+        return _save_plate(_draw_plate(settings, columns), path)
+
+
+def _draw_plate(settings: SyntheticSettings, columns: int) -> Image.Image:
     rows = _class_rows(settings) if settings.sign == "witness" else _patient_rows(settings)
     side, band = settings.image_size, 24
     plate = Image.new("RGB", (columns * side, len(rows) * (side + band)), "white")
@@ -422,7 +448,7 @@ def write_plate(
         draw.text((6, top + 4), title, "black", ImageFont.load_default(14))
         for column in range(columns):
             plate.paste(Image.fromarray(render(column)), (column * side, top + band))
-    return _save_plate(plate, path)
+    return plate
 
 
 def _class_rows(settings: SyntheticSettings) -> list[_PlateRow]:
@@ -469,8 +495,5 @@ def _patient_rows(settings: SyntheticSettings) -> list[_PlateRow]:
 def _save_plate(plate: Image.Image, path: Path) -> Path:
     stream = io.BytesIO()
     plate.save(stream, "PNG")
-    try:
-        _write(path, stream.getvalue())
-    except OSError as error:
-        raise CohortError(f"{path} cannot be written: {error.strerror}.") from None
+    _write(path, stream.getvalue())
     return path

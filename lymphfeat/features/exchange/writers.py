@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.errors import StoreError
 from lymphfeat.features.store import FeatureStore
+from lymphfeat.runtime.files import write_buffered
 
 TABLE_FILE = "patients.csv"
 Bags = Iterator[tuple[str, int, NDArray[np.float32]]]
@@ -53,7 +55,8 @@ def _write_clam(store: FeatureStore, features: str, folder: Path) -> None:
         with h5py.File(folder / "h5_files" / f"{id}.h5", "w") as file:
             file["features"] = own
             file["coords"] = np.stack([np.arange(len(own)), np.zeros(len(own))], 1).astype(np.int64)
-        torch.save(torch.from_numpy(own), folder / "pt_files" / f"{id}.pt")
+        tensor = torch.from_numpy(own)
+        write_buffered(folder / "pt_files" / f"{id}.pt", partial(torch.save, tensor))
     labelled = store.table[store.labels >= 0]
     rows = {"case_id": labelled.index, "slide_id": labelled.index, "label": labelled["label"]}
     pd.DataFrame(rows).to_csv(folder / "dataset.csv", index=False)
@@ -63,8 +66,8 @@ def _write_torchmil(store: FeatureStore, features: str, folder: Path) -> None:
     for name in ("features", "labels"):
         (folder / name).mkdir()
     for id, label, own in _bags(store, features):
-        np.save(folder / "features" / f"{id}.npy", own)
-        np.save(folder / "labels" / f"{id}.npy", np.array(label))
+        for name, values in (("features", own), ("labels", np.array(label))):
+            write_buffered(folder / name / f"{id}.npy", partial(np.save, arr=values))
 
 
 def _write_zipped(store: FeatureStore, features: str, folder: Path) -> None:
