@@ -1,7 +1,6 @@
 """fit-head: heads fitted on a feature store under a protocol, and the run folder."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ from lymphfeat.runtime.files import (
 )
 from lymphfeat.runtime.processes import count, is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
 Store = FeatureStore | str | os.PathLike[str]  # open, or its path
@@ -163,7 +162,7 @@ def holds_run(
     """Return whether a folder holds a finished run of these very heads, settings and stores."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         fitted = read_splits(folder / "splits.json")
     except (OSError, ValueError):
         return False
