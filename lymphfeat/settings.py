@@ -644,7 +644,7 @@ class PretrainSettings(Settings):
     )
     stain: float = setting(
         1.0,
-        "How strongly views differ in stain, light and colour: 0 not at all, 1 as laboratories do.",
+        "How strongly views differ in stain, light and colour; 0: not at all.",
         at_least=0,
     )
     small_views: float = setting(
@@ -663,7 +663,7 @@ class PretrainSettings(Settings):
         160, "Side of a teacher's view in pixels.", at_least=32, python_only=True
     )
     teacher_views: int = setting(
-        3, "Views of each cell that teachers see.", at_least=1, python_only=True
+        3, "Views of each cell that teachers see.", at_least=2, python_only=True
     )
     components: int = setting(
         128, "Components of the teachers' features.", at_least=1, python_only=True

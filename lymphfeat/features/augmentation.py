@@ -15,7 +15,7 @@ _BLUR = tuple(share / 64 for share in (1, 6, 15, 20, 15, 6, 1))  # deviation 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How far views of one cell may differ. At a `stain` of 1 colours differ as laboratories do."""
+    """How far views of one cell may differ."""
 
     size: int  # pixels of a view's side
     shift: float = 0.07  # of half the field, either way, along each axis
@@ -95,10 +95,8 @@ def sample(fields: Tensor, matrices: Tensor, n: int, size: int) -> Tensor:
 def blurred(views: Tensor, weight: Tensor) -> Tensor:
     """Mix views with blurred ones, whose weight is (n, 1, 1, 1)."""
     soft = views
-    for axis in (
-        2,
-        3,
-    ):  # sums of slices: on a CPU ten times as fast as a convolution of one channel
+    # Sums of slices: on a CPU several times as fast as a convolution of one channel.
+    for axis in (2, 3):
         side = soft.shape[axis]
         border = (3, 3, 0, 0) if axis == 3 else (0, 0, 3, 3)
         padded = F.pad(soft, border, mode="reflect")

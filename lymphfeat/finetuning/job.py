@@ -176,7 +176,7 @@ def _versions() -> dict[str, str]:
 
 def _identity(facts: TrainingFacts) -> dict[str, Any]:
     """Collect what training depends on; where it runs may change."""
-    incidental = {"device", "deterministic", "threads", "tta", "threshold", "allow_shared_images"}
+    incidental = {"device", "threads", "tta", "threshold", "allow_shared_images"}
     incidental |= {"fusion", "attributes", "log_attributes", "evaluate_every"}
     fields = {name: value for name, value in facts.settings.items() if name not in incidental}
     fields["backbone"] = {**fields["backbone"], "weights": facts.initial_weights_sha256}

@@ -126,8 +126,6 @@ def _recipe(
 ) -> dict[str, Any]:
     """Collect everything that determines the weights."""
     facts = asdict(settings) | {"init": init.source, "init_sha256": init.sha256}
-    if not settings.deterministic:  # as in recipes of earlier versions
-        del facts["deterministic"]
     return facts | {
         "method": "distillation" if teachers else "vicreg",
         "teachers": [{"name": each.name, "sha256": each.sha256} for each in teachers],

@@ -82,6 +82,8 @@ def teach(
     """
     generator = torch.Generator(fields.device).manual_seed(settings.seed)
     zooms = _draw_zooms(len(fields), settings, generator)  # (N, V)
+    for teacher in teachers:
+        teacher.backbone.to(fields.device)
     augmentation = Augmentation(
         size=settings.teacher_size, stain=_STAIN * settings.stain, blur=_BLUR, noise=0
     )
@@ -137,7 +139,7 @@ def steady_components(features: Sequence[Tensor], zooms: Tensor, n: int, seed: i
     rest = (scores - magnified).reshape(views, cells, -1)
     means = rest.mean(0)  # (N, width)
     spread = (rest - means).reshape(views * cells, -1)
-    within = spread.T @ spread / (cells * max(views - 1, 1))
+    within = spread.T @ spread / (cells * (views - 1))
     between = means.T @ means / cells - within / views
     shares, directions = eigh(between, between + within + _RIDGE * np.eye(width))  # ascending
     steady, shares = directions[:, ::-1][:, :n], shares[::-1][:n].clip(min=0)
