@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from lymphfeat import __version__
 from lymphfeat.cohort.groups import Groups, group_splits, read_groups
 from lymphfeat.cohort.provenance import refuse_seen
-from lymphfeat.cohort.splits import Plan, Split, read_splits, splits_to_json, write_splits
+from lymphfeat.cohort.splits import Plan, Split, splits_to_json, write_splits
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.groups import check_groups, measure_by_group, warn_of_groups
 from lymphfeat.evaluation.hidden_truth import Truth
@@ -25,6 +25,7 @@ from lymphfeat.evaluation.leakage import find_shared_images, refuse_shared_image
 from lymphfeat.evaluation.optimism import honest_calls, optimism_interval, report_calls
 from lymphfeat.evaluation.protocol import Outcome, Tell, run_protocol, untold, witness_aucs
 from lymphfeat.evaluation.providers import FeatureProvider, load_features
+from lymphfeat.evaluation.recorded_run import RecordedRun
 from lymphfeat.evaluation.run_provenance import (
     CONFIG_FILE,
     PROVENANCE_FILE,
@@ -58,7 +59,7 @@ from lymphfeat.runtime.files import (
 )
 from lymphfeat.runtime.processes import count, is_first, join_processes
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
+from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings, require
 
 Store = FeatureStore | str | os.PathLike[str]  # open, or its path
@@ -157,22 +158,18 @@ def holds_run(
     settings: FitSettings,
     *,
     splits: Sequence[Split] | None = None,
+    truth: str | os.PathLike[str] | None = None,
     save: bool = False,
 ) -> bool:
-    """Return whether a folder holds a finished run of these very heads, settings and stores."""
+    """Return whether a folder holds the finished run that `fit_heads` would write now."""
     folder = Path(folder)
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        fitted = read_splits(folder / "splits.json")
-    except (OSError, ValueError):
+        config = RecordedRun.read(folder).config
+    except SettingsError:
         return False
-    request = _Request.of(store, heads, settings, splits, None, save=save)
-    asked = json_value(_asked(request.settings, request.heads, request.stores))
-    return (
-        {name: config.get(name) for name in asked} == asked
-        and all(split in fitted for split in splits or ())
-        and (not save or (folder / HEADS_FILE).exists())
-    )
+    request = _Request.of(store, _choose_heads(heads, ()), settings, splits, truth, save=save)
+    same = config.get("request") == request.fingerprint()
+    return same and (not save or (folder / HEADS_FILE).exists())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,8 +289,14 @@ class _Request:
         return {
             **({"truth": str(self.truth)} if self.truth else {}),
             **({"inner_splits": splits_to_json(inner)} if inner else {}),
+            "request": self.fingerprint(),
             "computed": circumstances(self.device),
         }
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the results depend on."""
+        truth = None if self.truth is None else hashlib.sha256(self.truth.read_bytes()).hexdigest()
+        return _hash_of([self.settings.protocol, self._identity(), truth])
 
     def _identity(self) -> dict[str, Any]:
         """Collect what the fits depend on; where they are computed may change."""
@@ -448,14 +451,6 @@ def _write(
 
 
 def _config(run: Run, stores: Sequence[FeatureStore]) -> dict[str, object]:
-    asked = _asked(run.settings, run.outcome.heads, stores)
-    return {**asked, "thresholds": run.outcome.thresholds}
-
-
-def _asked(
-    settings: FitSettings, heads: Sequence[HeadSettings], stores: Sequence[FeatureStore]
-) -> dict[str, object]:
-    """Return what was asked for, and of which versions."""
     first, *others = (
         {
             "path": str(store.path),
@@ -468,10 +463,11 @@ def _asked(
         "format": RUN_FORMAT,
         "lymphfeat": __version__,
         "torch": torch.__version__,
-        "settings": asdict(settings),
-        "heads": {head_name(head): asdict(head) for head in heads},
+        "settings": asdict(run.settings),
+        "heads": {head_name(head): asdict(head) for head in run.outcome.heads},
         "store": first,
         **({"other_stores": others} if others else {}),
+        "thresholds": run.outcome.thresholds,
     }
 
 

@@ -75,8 +75,8 @@ def rerun(
     folder = Path(run)
     _refuse_others(folder)
     target = _beside(folder) if out is None else Path(out)
-    if target.resolve() == folder.resolve():
-        raise SettingsError(f"out (={target}) must be another folder than the run.")
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise SettingsError(f"out (={target}) must be another folder than the run, outside it.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise SettingsError("a run must be repeated by one process; start it without torchrun.")
     recorded = _Recorded.read(folder)

@@ -3,8 +3,10 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Plan, read_splits, write_splits
 from lymphfeat.features.store import FeatureSet, MapShape
 from lymphfeat.features.store_writer import StoreWriter
-from lymphfeat.fitting import fit_both, fit_heads
+from lymphfeat.fitting import fit_both, fit_heads, holds_run
 from lymphfeat.runtime.differences import compare_files, largest_difference
 from lymphfeat.settings import FitSettings, HeadGrid, HeadSettings
 from lymphfeat_cli.main import cli
@@ -254,3 +256,46 @@ def test_files_of_any_kind(tmp_path: Path) -> None:
         found = compare_files(tmp_path / "first" / name, tmp_path / "second" / name, name)
         assert (found.same, found.largest) == (False, largest), name
         assert found.where
+
+
+def test_only_the_very_run_that_is_asked_for_is_taken_for_it(home: Path, tmp_path: Path) -> None:
+    store, run = home / "store.h5", tmp_path / "run"
+    found = fit_heads(store, HEADS, SETTINGS, run, truth=home / "truth.csv")
+    truth = home / "truth.csv"
+    assert holds_run(run, store, HEADS, SETTINGS, truth=truth)
+    assert holds_run(run, store, HEADS, replace(SETTINGS, threads=2), truth=truth)
+    assert not holds_run(run, store, HEADS, SETTINGS)
+    assert not holds_run(run, store, HEADS, SETTINGS, truth=truth, save=True)
+    assert not holds_run(run, store, HEADS[:1], SETTINGS, truth=truth)
+    assert not holds_run(run, store, HEADS, replace(SETTINGS, seed=1), truth=truth)
+    splits = found.outcome.splits
+    assert not holds_run(run, store, HEADS, SETTINGS, truth=truth, splits=splits)
+    fit_heads(store, HEADS, SETTINGS, tmp_path / "own", splits=splits)
+    assert holds_run(tmp_path / "own", store, HEADS, SETTINGS, splits=splits)
+    assert not holds_run(tmp_path / "own", store, HEADS, SETTINGS)
+
+    corrected = tmp_path / "corrected.h5"
+    shutil.copy(store, corrected)
+    with h5py.File(corrected, "r+") as file:
+        file["patients/label"][0] = 1 - file["patients/label"][0]
+    assert not holds_run(run, corrected, HEADS, SETTINGS, truth=truth)
+    (run / "config.json").write_text("[]", encoding="utf-8")
+    assert not holds_run(run, store, HEADS, SETTINGS, truth=truth)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("splits.json", "{}"),
+        ("summary.json", "[]"),
+        ("config.json", '{"store": "x"}'),
+        ("config.json", '{"computed": {"versions": null}}'),
+    ],
+)
+def test_a_damaged_run_is_one_line(name: str, content: str, run: Path) -> None:
+    if name == "config.json":
+        whole = json.loads((run / name).read_text())
+        content = json.dumps(whole | json.loads(content))
+    (run / name).write_text(content, encoding="utf-8")
+    with pytest.raises(lf.SettingsError, match=r"is damaged \(.*\); fit the run again"):
+        lf.rerun(run)

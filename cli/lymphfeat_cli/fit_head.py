@@ -183,8 +183,7 @@ def _find_made(
 
     for folder in reversed(folders):
         recover(folder)
-        run, splits, save = folder / inside, given["splits"], given["save"]
-        if holds_run(run, stores, heads, settings, splits=splits, save=save):
+        if holds_run(folder / inside, stores, heads, settings, **given):
             return folder
     return None
 

@@ -80,7 +80,7 @@ def _show(found: "Repetition") -> None:
         show_table(title, ["file", "largest difference", "in"], rows)
     drawn = [each.name for each in found.figures if not each.same]
     if drawn:
-        click.echo(f"Drawn otherwise: {', '.join(drawn)}.")
+        click.echo(f"Figures that differ: {', '.join(drawn)}.")
     for line in found.changed:
-        click.echo(f"Otherwise than then: {line}.")
+        click.echo(f"Changed since: {line}.")
     click.echo(f"The repeat is in {found.out}.")

@@ -51,7 +51,7 @@ class RecordedRun:
                 "of something else."
             )
         try:
-            return cls(
+            run = cls(
                 folder=folder,
                 config=config,
                 settings=FitSettings(**_tuples(config["settings"])),
@@ -60,10 +60,16 @@ class RecordedRun:
                 stores=(config["store"], *config.get("other_stores", ())),
                 summary=tuple(summary),
             )
+            for store in run.stores:
+                _ = store["path"], store["recipe_sha256"]
+            _ = dict(config.get("computed", {}).get("versions", {}))
         except (KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"{folder / CONFIG_FILE} is damaged ({error}); fit the run again."
             ) from None
+        if not run.splits or not run.summary:
+            raise SettingsError(f"{folder} is damaged (no splits, or no rows); fit the run again.")
+        return run
 
     def open_stores(self, paths: Sequence[str | os.PathLike[str]] = ()) -> list[FeatureStore]:
         """Open the run's stores, where they were or at `paths`.

@@ -23,7 +23,7 @@ _DENSEST = 64  # bytes that a byte of compressed features may become, beyond …
 _SMALL = 2**24  # … this many
 _NUMBERS = "biuf"
 _HEAP, _OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HHxxxxQ")  # HDF5 file format, III.E
-_SIGNATURE = b"GCOL"
+_SIGNATURE = b"GCOL\1"  # with the only version: a patient may be called GCOL
 _METADATA = 2**16  # bytes of a read that may be of a heap
 
 
@@ -49,7 +49,9 @@ class _Watched(io.FileIO):
 
     def readinto(self, buffer: Any) -> int:
         start = self.tell()
-        count = super().readinto(buffer) or 0
+        view, count = memoryview(buffer).cast("B"), 0
+        while count < len(view) and (got := super().readinto(view[count:])):
+            count += got  # one call gives at most 2 GiB
         if count <= _METADATA:
             self._check(start, count)
             self.seek(start + count)
