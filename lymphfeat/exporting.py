@@ -66,7 +66,7 @@ def export_bags(
     name = features or _only_set(opened)
     pooled = opened.pooled(name)  # raises StoreError for an unknown name
     with result_folder(Path(out), EXPORT, force=force) as folder:
-        require_room(folder, pooled[:, 0].nbytes)
+        require_room(folder, FORMATS[format].copies * pooled[:, 0].nbytes)
         FORMATS[format].write(opened, name, folder)
         write_table(opened, folder)
         write_origin(opened, opened.feature_sets[name], format, folder)

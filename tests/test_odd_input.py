@@ -449,8 +449,11 @@ FILES_OF_TABLES = (
     ),
     of_table(
         "the challenge's table without ids",
-        lambda: write_text(Path("cells/clinical_annotation.csv"), "PATIENT,LABEL", "P1,1"),
-        Refused("several tables|must name a column `id`; got PATIENT"),
+        all_of(
+            lambda: TABLE.unlink(),
+            lambda: write_text(Path("cells/clinical_annotation.csv"), "PATIENT,LABEL", "P1,1"),
+        ),
+        Refused("must name a column `id`; got PATIENT"),
     ),
     of_table(
         "tables that disagree",

@@ -204,7 +204,9 @@ class Output:
         and one that another process is writing.
         """
         for path in paths:
-            if not path.parent.is_dir():
+            if path.parent.exists() and not path.parent.is_dir():
+                raise click.UsageError(f"{path.parent} must be a folder; got a file.")
+            if not path.parent.exists():
                 raise click.UsageError(f"folder {path.parent} does not exist; create it first.")
         click.get_current_context().with_resource(claimed(paths, force=self.force))
 

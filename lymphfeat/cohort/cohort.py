@@ -429,8 +429,12 @@ def _check_missing(root: Path, ids: Sequence[str], found: _Found, allow_missing:
 
 
 def _like(name: str) -> str:
-    """Return what a name has in common with others of other case, spaces or leading zeros."""
-    plain = re.sub(r"[\s_-]+", "", _normal(name).casefold())
+    """Return what a name has in common with others of other case, spaces or leading zeros.
+
+    Hyphens and underscores count as spaces; between digits they divide numbers.
+    """
+    plain = re.sub(r"(?<=\d)[\s_-]+(?=\d)", "|", _normal(name).casefold())
+    plain = re.sub(r"[\s_-]+", "", plain)
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
 
 
@@ -442,7 +446,7 @@ def _similar_ids(ids: Sequence[str]) -> Iterator[str]:
         if len(alike) > 1:
             yield (
                 f"ids {', '.join(alike)}: read as different patients, although they differ only in "
-                "case, spaces or leading zeros"
+                "case, spaces, hyphens or leading zeros"
             )
 
 

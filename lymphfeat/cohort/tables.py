@@ -135,10 +135,8 @@ def _is_beside(path: Path) -> bool:
 
 
 def _found(root: Path, candidates: Sequence[Path]) -> str:
-    names = [
-        f"{path.relative_to(root)} ({_some_columns(path)})" for path in candidates[:_SHOWN_TABLES]
-    ]
-    return f"found only {name_some(names)}; " if names else ""
+    names = [f"{path.relative_to(root)} ({_some_columns(path)})" for path in candidates]
+    return f"found only {name_some(names, shown=_SHOWN_TABLES)}; " if names else ""
 
 
 def _some_columns(path: Path) -> str:

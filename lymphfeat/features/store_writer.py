@@ -139,6 +139,8 @@ class StoreWriter:
         """Return whether an earlier try with an equal recipe is to be continued."""
         if not self._journal.recipe or not self.partial.exists():
             return False
+        if not self._journal.blocks:  # nothing would be lost
+            return False
         differences = differing_fields(recipe, self._journal.recipe)
         if differences and not force:
             raise StoreError(

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lymphfeat.runtime.arrays import Floats
-from lymphfeat.runtime.strict_json import parse_json
+from lymphfeat.runtime.strict_json import json_text, parse_json
 
 Values = Mapping[str, NDArray[Any]]
 
@@ -45,7 +46,7 @@ def compare_files(first: Path, second: Path, name: str) -> FileDifference:
         return FileDifference(name=name, same=False, where="bytes")
     try:
         largest, where = largest_difference(read(first), read(second))
-    except ValueError as error:  # no longer what its name says
+    except (ValueError, SafetensorError) as error:  # no longer what its name says
         return FileDifference(name=name, same=False, where=f"cannot be read ({error})")
     return FileDifference(name=name, same=False, largest=largest, where=where)
 
@@ -98,16 +99,16 @@ def _read_json(path: Path) -> Values:
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the values of nested objects and lists, by the names of their fields."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
+    elif isinstance(value, list) and value:
         for number, item in enumerate(value):
             yield from _leaves(item, f"{name}[{number}]")
     elif isinstance(value, (bool, int, float)):
         yield name, np.array(value)
-    else:
-        yield name, np.array(value, object)
+    else:  # a text, null, or an empty object or list
+        yield name, np.array(json_text(value), object)
 
 
 _READERS: Mapping[str, Callable[[Path], Values]] = {

@@ -74,4 +74,5 @@ def _number_of(error: Exception) -> int:
 
 def _near(file: Path, path: Path) -> bool:
     """Return whether a file is `path`, one of a name that begins like it, or a folder above it."""
+    file, path = file.absolute(), path.absolute()
     return str(file).startswith(str(path)) or path.is_relative_to(file)

@@ -145,6 +145,8 @@ def _read_texts(file: h5py.File, place: str) -> NDArray[np.object_]:
     found = dataset(file, place)
     if found.ndim != 1:
         raise ValueError(f"{place} must be a row of texts")
+    if found.dtype.kind in "iu":  # ids may be numbers
+        return np.asarray(found[:].astype(str), object)
     return np.asarray(found.asstr()[:], object)
 
 

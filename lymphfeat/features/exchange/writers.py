@@ -26,6 +26,7 @@ class Format:
 
     files: tuple[str, ...]  # patterns
     write: Callable[[FeatureStore, str, Path], None]  # (store, set of features, folder)
+    copies: int = 1  # of every feature
 
 
 def write_table(store: FeatureStore, folder: Path) -> None:
@@ -138,7 +139,9 @@ def _encode(item: Any, kind: str, version: str) -> None:
 
 
 FORMATS: Mapping[str, Format] = {
-    "clam": Format(files=("h5_files/*.h5", "pt_files/*.pt", "dataset.csv"), write=_write_clam),
+    "clam": Format(
+        files=("h5_files/*.h5", "pt_files/*.pt", "dataset.csv"), write=_write_clam, copies=2
+    ),
     "torchmil": Format(files=("features/*.npy", "labels/*.npy"), write=_write_torchmil),
     "anndata": Format(files=("features.h5ad",), write=_write_anndata),
     "npz": Format(files=("*.npz",), write=_write_zipped),
