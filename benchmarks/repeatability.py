@@ -50,7 +50,6 @@ def run(line: list[str], out: Path, threads: int) -> None:
         check=True,
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
     )
 
 

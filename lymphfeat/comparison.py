@@ -17,7 +17,12 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.comparison import Comparison
 from lymphfeat.evaluation.intervals import estimate, estimate_metric, holm
 from lymphfeat.evaluation.metrics import METRICS, metric_bounds
-from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
+from lymphfeat.evaluation.run_provenance import (
+    CONFIG_FILE,
+    SPLITS_FILE,
+    RunProvenance,
+    check_version,
+)
 from lymphfeat.runtime.files import recover
 from lymphfeat.runtime.strict_json import parse_json
 
@@ -38,7 +43,7 @@ class SavedRun:
         """Read a run folder; raises SettingsError for anything else."""
         recover(folder)
         try:
-            config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             check_version(folder, config)
             predictions = pd.read_csv(
                 folder / "predictions.csv", dtype={"patient": str}, keep_default_na=False
@@ -46,7 +51,7 @@ class SavedRun:
             return cls(
                 folder=folder,
                 config=config,
-                splits=tuple(read_splits(folder / "splits.json")),
+                splits=tuple(read_splits(folder / SPLITS_FILE)),
                 runs=pd.read_csv(folder / "runs.csv"),
                 labels=dict(zip(predictions["patient"], predictions["label"], strict=True)),
                 provenance=RunProvenance.read(folder),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.evaluation.run_provenance import RUN_FILES, check_version
+from lymphfeat.evaluation.run_provenance import CONFIG_FILE, RUN_FILES, SUMMARY_FILE, check_version
 from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import find_checkpoints, find_kept, recover, unfinished_folder
@@ -30,7 +30,7 @@ def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
         )
     if path.suffix == ".partial":
         return _describe_unfinished(path.with_suffix(""))
-    if (path / "config.json").is_file():
+    if (path / CONFIG_FILE).is_file():
         return _describe_run(path)
     return _describe_network(path)
 
@@ -74,9 +74,9 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     try:
-        config = parse_json((path / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
         check_version(path, config)
-        summary = parse_json((path / "summary.json").read_text(encoding="utf-8"))
+        summary = parse_json((path / SUMMARY_FILE).read_text(encoding="utf-8"))
         missing = [name for name in RUN_FILES if not (path / name).is_file()]
         return {
             "kind": "run",

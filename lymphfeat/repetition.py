@@ -16,6 +16,7 @@ from lymphfeat.model.model import FACTS_FILE, FINAL_FILE
 from lymphfeat.runtime.differences import FileDifference, compare_files
 from lymphfeat.runtime.files import ResultKind, files_in, recover
 from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.processes import is_started_alone
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import Device
 
@@ -77,7 +78,7 @@ def rerun(
     target = _beside(folder) if out is None else Path(out)
     if target.resolve().is_relative_to(folder.resolve()):
         raise SettingsError(f"out (={target}) must be another folder than the run, outside it.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not is_started_alone():
         raise SettingsError("a run must be repeated by one process; start it without torchrun.")
     recorded = _Recorded.read(folder)
     here = _Here(stores=stores, truth=truth, device=device, threads=threads)

@@ -9,9 +9,9 @@ from lymphfeat.runtime.files import files_in
 from lymphfeat_cli.options import (
     EXISTING_FILE,
     FOLDER,
-    PATH,
     Output,
     number,
+    run_stores_option,
     with_interval,
     writing_options,
 )
@@ -41,13 +41,7 @@ The model is one folder to copy; it needs neither the run nor the store any more
     is_flag=True,
     help="Average the heads of the first repeat's folds. [default: one head, refit on everybody]",
 )
-@click.option(
-    "--store",
-    "stores",
-    type=PATH,
-    multiple=True,
-    help="Where the run's feature store is now; once per store of the run. [default: where it was]",
-)
+@run_stores_option
 @click.option(
     "--weights",
     type=EXISTING_FILE,

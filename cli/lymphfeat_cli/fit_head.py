@@ -1,7 +1,6 @@
 """`lymphfeat fit-head`: feature store -> heads fitted on every split, and a table."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,13 +197,14 @@ def _finalize(run: Path, out: Path, row: str, *, force: bool) -> None:
 
 def _check_final(out: Path, protocol: str, output: Output) -> None:
     from lymphfeat.finalization import FINAL_MODEL
+    from lymphfeat.runtime.processes import is_started_alone
 
     if protocol == "report":
         raise click.UsageError(
             "--model-out must go with --protocol honest or both: a model needs out-of-fold "
             "probabilities."
         )
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not is_started_alone():
         raise click.UsageError(
             "--model-out must be used without torchrun; run `lymphfeat finalize` on the run "
             "afterwards."

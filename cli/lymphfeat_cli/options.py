@@ -143,6 +143,13 @@ reference_date_option = click.option(
     show_default=True,
     help="Date for computing age from the date of birth.",
 )
+run_stores_option = click.option(
+    "--store",
+    "stores",
+    type=PATH,
+    multiple=True,
+    help="Where the run's feature store is now; once per store of the run. [default: where it was]",
+)
 _COHORT = {
     "cohort": click.option(
         "--cohort",

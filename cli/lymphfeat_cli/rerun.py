@@ -7,7 +7,15 @@ import click
 
 from lymphfeat.settings import FitSettings
 from lymphfeat_cli.main import EXIT_FAILED
-from lymphfeat_cli.options import EXISTING_FILE, FOLDER, PATH, Output, show_table, writing_options
+from lymphfeat_cli.options import (
+    EXISTING_FILE,
+    FOLDER,
+    PATH,
+    Output,
+    run_stores_option,
+    show_table,
+    writing_options,
+)
 
 if TYPE_CHECKING:
     from lymphfeat.repetition import Repetition
@@ -22,13 +30,7 @@ Examples:
 Ends with status 0 if the result is the same, 1 if it differs, 2 for a mistake.""",
 )
 @click.argument("run", type=PATH)
-@click.option(
-    "--store",
-    "stores",
-    type=PATH,
-    multiple=True,
-    help="Where the run's feature store is now; once per store of the run. [default: where it was]",
-)
+@run_stores_option
 @click.option(
     "--truth",
     type=EXISTING_FILE,

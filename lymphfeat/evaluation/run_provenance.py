@@ -36,7 +36,7 @@ def check_version(run: Path, config: Mapping[str, Any]) -> None:
             f"{run} is a damaged run (config.json holds no settings); fit it again."
         )
     found = config.get("format_version", 1)
-    refuse_newer(run / "config.json", found, RUN_VERSION, SettingsError)
+    refuse_newer(run / CONFIG_FILE, found, RUN_VERSION, SettingsError)
 
 
 @dataclass(frozen=True, kw_only=True)

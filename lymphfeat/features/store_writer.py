@@ -10,7 +10,7 @@
 import math
 import os
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from lymphfeat.features.store import (
     map_rows,
     recipe_sha256,
 )
+from lymphfeat.runtime.arrays import FLOAT16_MAX, beyond_float16
 from lymphfeat.runtime.disks import require_room, writing
 from lymphfeat.runtime.files import flush_file, lock_file, replace_file
 from lymphfeat.runtime.identity import differing_fields
@@ -44,7 +45,6 @@ from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _OF_IMAGES = ("cohort", "left_out")  # fields of the recipe that say which images there are
 _NAMES, _METADATA = 100, 16_384  # bytes: of an image's name, hash and checksum; of all else
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class StoreWriter:
@@ -88,8 +88,9 @@ class StoreWriter:
             )
             blocks = self._blocks_to_copy(recipe, image_hashes, statistics)
             if blocks or not self._continues(recipe, force):
-                content = (cohort, shape, feature_sets, image_hashes, statistics)
-                self._begin(recipe, blocks, *content)
+                content = (recipe, cohort, shape, feature_sets, image_hashes, statistics)
+                size = _size(cohort, shape, feature_sets, statistics)
+                self._begin(recipe, blocks, size, lambda new: _create(new, *content))
             self._maps: dict[str, np.memmap[Any, Any]] = {
                 name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
             }
@@ -100,22 +101,18 @@ class StoreWriter:
         self,
         recipe: Recipe,
         blocks: Mapping[tuple[int, int], dict[str, int]],
-        cohort: Cohort,
-        shape: MapShape,
-        feature_sets: Sequence[FeatureSet],
-        image_hashes: Sequence[str],
-        statistics: Sequence[str],
+        size: int,
+        create: Callable[[Path], None],
     ) -> None:
-        """Begin a store; only `blocks` of what an earlier try has written are taken over."""
+        """Begin a store of a size in bytes; only `blocks` of an earlier try are taken over."""
         if not blocks:
             self._journal.clear()
             self.partial.unlink(missing_ok=True)
-        require_room(self.path, _size(cohort, shape, feature_sets, statistics))
+        require_room(self.path, size)
         if blocks:
             self.partial.replace(self._earlier)
             self._journal.clear()
-        content = (recipe, cohort, shape, feature_sets, image_hashes, statistics)
-        replace_file(self.partial, lambda path: _create(path, *content))
+        replace_file(self.partial, create)
         _copy_rows(self._earlier, self.partial, blocks)
         flush_file(self.partial)
         self._earlier.unlink(missing_ok=True)
@@ -335,11 +332,10 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _to_float16(maps: NDArray[np.float32], name: str, start: int) -> NDArray[np.float16]:
-    largest = np.abs(maps).max(axis=tuple(range(1, maps.ndim)))  # (n,)
-    bad = np.flatnonzero(~(largest <= FLOAT16_MAX))  # catches NaN too
-    if len(bad):
+    if bad := beyond_float16(maps):
+        row, largest = bad
         raise StoreError(
-            f"features/{name}, row {start + bad[0]}: magnitude (={largest[bad[0]]}) must be at "
+            f"features/{name}, row {start + row}: magnitude (={largest}) must be at "
             f"most {FLOAT16_MAX:.0f} because a store holds float16. Check --weights, and use the "
             "--normalization that they were trained with."
         )

@@ -14,7 +14,13 @@ from torch import Tensor
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance
 from lymphfeat.cohort.splits import Split, read_splits
 from lymphfeat.errors import LeakageError, SettingsError
-from lymphfeat.evaluation.run_provenance import RunProvenance, check_version
+from lymphfeat.evaluation.run_provenance import (
+    CONFIG_FILE,
+    SPLITS_FILE,
+    SUMMARY_FILE,
+    RunProvenance,
+    check_version,
+)
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.runtime.files import recover
 from lymphfeat.runtime.strict_json import parse_json
@@ -51,7 +57,7 @@ def read_initial_head(
     such a choice; LeakageError when every split has seen the label of one of `held_out`.
     """
     recover(run)
-    config = _read_json(run / "config.json")
+    config = _read_json(run / CONFIG_FILE)
     check_version(run, config)
     _check_weights(run, config["store"]["recipe"], weights_sha256)
     tensors = _read_tensors(run)
@@ -86,7 +92,7 @@ def _innocent_splits(
     """Return the splits whose heads have not seen the label of any patient held out."""
     innocent = [
         split
-        for split in read_splits(run / "splits.json")
+        for split in read_splits(run / SPLITS_FILE)
         if not provenance.of_heads(split).labelled(held_out)
     ]
     if not innocent:
@@ -109,7 +115,7 @@ def _linear_heads(heads: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> li
 
 def _choose_best(run: Path, linear: Sequence[str]) -> str:
     """Return the first linear head of the summary, which is sorted best first."""
-    for row in _read_json(run / "summary.json"):
+    for row in _read_json(run / SUMMARY_FILE):
         if row["head"] in linear:
             return str(row["head"])
     raise SettingsError(

@@ -14,12 +14,17 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
+def is_started_alone() -> bool:
+    """Return whether torchrun has started no other process beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 def join_processes() -> None:
     """Join the processes of torchrun until this one ends; with one process, do nothing.
 
     Processes that leave and join again would find each other's old addresses.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
+    if is_started_alone() or _together():
         return
     gpu = torch.cuda.is_available()
     if gpu:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from lymphfeat.errors import StoreError
 from lymphfeat.features.hdf5 import arrays_in, dataset, member, numbers, open_hdf5, unpacked
+from lymphfeat.runtime.arrays import FLOAT16_MAX, beyond_float16
 from lymphfeat.runtime.saved_tensors import read_saved
 
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 META_SUFFIX = ".meta.json"  # beside a grid of slide2vec
 _NAMES = ("features", "feats", "X")  # of the features among other arrays of a file
 
@@ -70,11 +70,10 @@ def _as_maps(path: Path, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _check_values(path: Path, maps: NDArray[np.float32]) -> None:
-    largest = np.abs(maps).max(axis=(1, 2, 3))  # (n,)
-    bad = np.flatnonzero(~(largest <= FLOAT16_MAX))  # catches NaN too
-    if len(bad):
+    if bad := beyond_float16(maps):
+        row, largest = bad
         raise StoreError(
-            f"{path}: row {bad[0]}: magnitude (={largest[bad[0]]}) must be at most "
+            f"{path}: row {row}: magnitude (={largest}) must be at most "
             f"{FLOAT16_MAX:.0f} because a store holds float16. Make these features again, or scale "
             "them all."
         )
