@@ -19,7 +19,7 @@ def drawn(seed: int, n: int = 60) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]
     table = pd.DataFrame(
         {
             "gender": [("F", "M", None)[k] for k in rng.choice(3, n, p=[0.45, 0.45, 0.1])],
-            "age": np.where(rng.random(n) < 0.1, np.nan, rng.normal(60, 10, n)),
+            "age": np.where(rng.random(n) < 0.1, np.nan, rng.normal(60, 10, n).round()),
             "images": rng.integers(5, 100, n),
         }
     )
@@ -101,6 +101,16 @@ def test_no_group_is_empty_and_any_column_will_do() -> None:
     assert found["ward"] == {"a": 10, "b": 5, "missing": 5}
     assert found["year"] == {"below 1990": 10, "1990 or more": 10}
     assert found["weight"] == {"below 69": 9, "69 or more": 10, "missing": 1}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=5, max_size=30))
+def test_a_group_of_numbers_holds_whom_its_name_says(values: list[float]) -> None:
+    for by, group, own in groups_of(pd.DataFrame({"value": values})):
+        if by == ALL or len(set(values)) <= 3:
+            continue
+        below = group.startswith("below ")
+        cut = float(group.removeprefix("below ").removesuffix(" or more"))
+        np.testing.assert_array_equal(own, (np.array(values) < cut) == below)
 
 
 def test_a_class_that_shares_no_fold_has_no_auc() -> None:

@@ -66,8 +66,13 @@ def _cut(column: "pd.Series[float]") -> Iterator[tuple[str, NDArray[np.bool_]]]:
             yield told, (column == value).to_numpy(bool, na_value=False)
         return
     middle = float(column.median())
-    yield f"below {shown(middle)}", (column < middle).to_numpy(bool, na_value=False)
-    yield f"{shown(middle)} or more", (column >= middle).to_numpy(bool, na_value=False)
+    told, below = shown(middle), (column < middle).to_numpy(bool, na_value=False)
+    digits = 3
+    while ((column < float(told)).to_numpy(bool, na_value=False) != below).any():
+        digits += 1  # rounded so, a group would not hold whom its name says
+        told = f"{middle:.{digits}g}"
+    yield f"below {told}", below
+    yield f"{told} or more", ~below & column.notna().to_numpy(bool)
 
 
 def shown(value: float) -> str:
