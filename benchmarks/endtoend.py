@@ -1,11 +1,9 @@
-"""End-to-end training against its limit: the bare backbone, forward and backward, on ready tensors.
+"""End-to-end training: memory of large patients, and a whole cohort of the challenge's size.
 
-    python benchmarks/endtoend.py rate                  # a step's images/s by the bare backbone's
-    python benchmarks/endtoend.py rate --threads 1 --clock cpu   # on a machine that others use too
     python benchmarks/endtoend.py memory                # a patient of 512 and one of 5,000 images
     python benchmarks/endtoend.py challenge --epochs 40 # 163 patients, 13,453 images (wants a GPU)
 
-Images are random bytes. In `rate` every image of a step gets its gradient, and the two take turns.
+Images are random bytes. `make bench` compares a step with a plain loop and with the bare backbone.
 """
 
 import subprocess
@@ -22,15 +20,14 @@ from lymphfeat.cohort.images import find_normalization
 from lymphfeat.features.backbones import build_backbone
 from lymphfeat.finetuning.encoder import Encoder
 from lymphfeat.finetuning.fine_tuners import FINE_TUNERS, FineTuner
-from lymphfeat.finetuning.pixels import PixelCache, Roster, as_they_are
+from lymphfeat.finetuning.pixels import PixelCache, Roster
 from lymphfeat.heads.grid import resolve
 from lymphfeat.heads.registry import AGGREGATORS
 from lymphfeat.heads.stack import HeadStack, initial_scorer
-from lymphfeat.runtime.devices import autocast, choose_device, choose_precision, peak_memory
+from lymphfeat.runtime.devices import choose_device, choose_precision, peak_memory
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, Gradient, HeadSettings
 
 CROP = 112
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CHALLENGE = (163, 13_453)  # labelled patients, their images
 
 
@@ -40,7 +37,6 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
-    clock: Callable[[], float] = time.perf_counter
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -74,10 +70,10 @@ def make_fine_tuner(sizes: list[int], settings: EndToEndSettings, machine: Machi
 def seconds_of(work: Callable[[], object], machine: Machine) -> float:
     """Return how long some work takes."""
     machine.wait()
-    start = machine.clock()
+    start = time.perf_counter()
     work()
     machine.wait()
-    return machine.clock() - start
+    return time.perf_counter() - start
 
 
 @click.group()
@@ -97,61 +93,10 @@ def machine_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def _machine(device: str, precision: str, threads: int, clock: str = "wall") -> Machine:
+def _machine(device: str, precision: str, threads: int) -> Machine:
     torch.set_num_threads(threads)
     chosen = choose_device(device)
-    return Machine(device=chosen, dtype=choose_precision(precision, chosen), clock=CLOCKS[clock])
-
-
-@cli.command()
-@machine_options
-@click.option("--patients", default=4, show_default=True, help="A step's.")
-@click.option("--images", default=32, show_default=True, help="Each patient's.")
-@click.option("--repeats", default=7, show_default=True)
-@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", show_default=True)
-def rate(
-    backbone: str,
-    device: str,
-    precision: str,
-    threads: int,
-    patients: int,
-    images: int,
-    repeats: int,
-    clock: str,
-) -> None:
-    """Compare a training step with the bare backbone on the same images."""
-    machine = _machine(device, precision, threads, clock)
-    settings = EndToEndSettings(
-        backbone=BackboneSettings(backbone=backbone, weights="none", crop=CROP),
-        batch_size=patients,
-        max_backward_size=patients * images,
-    )
-    tuner = make_fine_tuner([images] * patients, settings, machine)
-    n = patients * images
-    ready = tuner.encoder.pixels.load(as_they_are(torch.arange(n)))
-    tuner.backbone.train()
-    with torch.no_grad():
-        shape = tuner.backbone(ready[:2]).shape[1:]
-    gradient = torch.randn(n, *shape, device=machine.device)
-
-    def bare() -> None:
-        tuner.backbone.zero_grad(set_to_none=True)
-        with autocast(machine.device, machine.dtype):
-            maps = tuner.backbone(ready)
-        maps.float().backward(gradient)
-
-    for _ in range(2):
-        bare()
-        tuner.run_epoch()
-    ratios = []
-    for _ in range(repeats):
-        limit, ours = seconds_of(bare, machine), seconds_of(tuner.run_epoch, machine)
-        ratios.append(limit / ours)
-        print(f"bare {n / limit:7.1f} images/s   step {n / ours:7.1f} images/s   {ratios[-1]:.3f}")
-    print(
-        f"{backbone}, {n} images per step, {machine.dtype}: median {np.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+    return Machine(device=chosen, dtype=choose_precision(precision, chosen))
 
 
 @cli.command()

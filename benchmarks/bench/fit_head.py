@@ -1,0 +1,141 @@
+"""`fit-head` under the honest protocol, ten seeds, on a store of the challenge's size."""
+
+from collections.abc import Sequence
+
+from benchmarks.bench import abmil
+from benchmarks.bench.inputs import challenge_features, challenge_store
+from benchmarks.bench.measure import LIMIT, LYMPHFEAT, OURS, Bench, in_turn, run, seconds_of
+from benchmarks.bench.plain_heads import PlainLoop, bare_ranking
+from benchmarks.bench.results import Goal, Line
+from lymphfeat.cohort.splits import Plan
+from lymphfeat.evaluation.providers import SharedFeatures
+from lymphfeat.heads.grid import expand
+from lymphfeat.settings import FitSettings, HeadGrid
+
+PLAIN = "a plain PyTorch loop"
+SEEDS, EPOCHS = 10, 40
+
+
+def measure(bench: Bench) -> list[Line]:
+    return [_topk(bench), _all(bench), _networks(bench)]
+
+
+class Command:
+    """`fit-head` of some aggregator, from its start to its end."""
+
+    def __init__(self, bench: Bench, agg: str) -> None:
+        self._bench, self._agg, self.stopped = bench, agg, False
+
+    def __call__(self) -> float:
+        bench = self._bench
+        words = ("fit-head", "--store", challenge_store(bench), "--agg", self._agg)
+        ran = run(bench, [*LYMPHFEAT, *words, *_options(bench), "--out", bench.new("run")])
+        self.stopped |= ran.stopped
+        return ran.seconds
+
+
+def _options(bench: Bench) -> Sequence[object]:
+    return (
+        *("--seeds", bench.size(SEEDS, 1), "--epochs", bench.size(EPOCHS, 2)),
+        *("--precision", "float32", "--device", "cpu", "--threads", bench.threads),
+    )
+
+
+def plan(bench: Bench, provider: SharedFeatures) -> Plan:
+    return provider.plan(FitSettings(seeds=bench.size(SEEDS, 1), threads=bench.threads))
+
+
+def _topk(bench: Bench) -> Line:
+    provider = challenge_features(bench)
+    splits, epochs = plan(bench, provider), bench.size(EPOCHS, 2)
+    outer, inner = len(splits.outer), len(splits.inner_once)
+    ours = Command(bench, "topk")
+
+    def limit() -> float:
+        return seconds_of(lambda: bare_ranking(provider.features.images, outer + inner, epochs))
+
+    samples = in_turn(
+        bench, {OURS: ours, PLAIN: lambda: _plain_seconds(provider, splits, epochs), LIMIT: limit}
+    )
+    return Line(
+        name="fit-head --agg topk, honest, 10 seeds",
+        unit="s",
+        samples=samples,
+        goals=(
+            Goal(text="≤ 8 s", at_most=8),
+            Goal(text=f"≥ 20 × {PLAIN}", at_least=20, against=PLAIN),
+        ),
+        note=f"{_counted(provider, splits, epochs)}. lymphfeat: the whole command, from its start "
+        "to its files, on a store that has unlabelled patients, too. The plain loop: training and "
+        "learning curves alone, an epoch of one outer and of one inner fit, multiplied. torchmil "
+        "has no top-k head; its ABMIL has a line of its own.",
+        stopped=ours.stopped,
+    )
+
+
+def _plain_seconds(provider: SharedFeatures, splits: Plan, epochs: int) -> float:
+    """Return how long the plain loop would take: what an epoch takes, times fits and epochs.
+
+    The held-out patients of outer splits are evaluated after every epoch, for the curves that
+    lymphfeat writes, too; those of inner splits in the end.
+    """
+    (head,) = expand(HeadGrid(agg=("topk",)))
+    total = 0.0
+    for own in (splits.outer, splits.inner_once):
+        loop = PlainLoop(provider.features, head, own[0])
+        held_out = provider.features.rows_of(own[0].validation).tolist()
+        training = seconds_of(loop.train_epoch)
+        evaluating = seconds_of(lambda loop=loop, held_out=held_out: loop.evaluate(held_out))  # type: ignore[misc]
+        evaluations = epochs if own is splits.outer else 1
+        total += len(own) * (epochs * training + evaluations * evaluating)
+    return total
+
+
+def _all(bench: Bench) -> Line:
+    ours = Command(bench, "all")
+    return Line(
+        name="fit-head --agg all (no networks), honest, 10 seeds",
+        unit="s",
+        samples=in_turn(bench, {OURS: ours}, warm_up=False),
+        goals=(Goal(text="≤ 60 s", at_most=60),),
+        note=f"the whole command; {_bounded(bench)}.",
+        stopped=ours.stopped,
+    )
+
+
+def _networks(bench: Bench) -> Line:
+    ours = Command(bench, "network")
+    contestants = {OURS: ours}
+    provider = challenge_features(bench)
+    splits = plan(bench, provider)
+    fits = len(splits.outer) + len(splits.inner_once)
+    if abmil.torchmil_is_there():
+        split, epochs = splits.outer[0], bench.size(EPOCHS, 2)
+        contestants["torchmil's ABMIL, plain loop"] = lambda: (  # type: ignore[assignment]
+            fits * abmil.loop_seconds(provider.features, split, epochs)
+        )
+    return Line(
+        name="fit-head --agg network, honest, 10 seeds",
+        unit="s",
+        samples=in_turn(bench, contestants, warm_up=False),
+        goals=(Goal(text="≤ 10 min", at_most=600),),
+        note="the whole command, four kinds of networks: attention, gated attention, transformer, "
+        f"LSTM; torchmil's loop is for one kind, its ABMIL: one fit, times {fits}"
+        f"{abmil.missing()}; {_bounded(bench)}.",
+        stopped=ours.stopped,
+    )
+
+
+def _counted(provider: SharedFeatures, splits: Plan, epochs: int) -> str:
+    fits = len(splits.outer) + len(splits.inner_once)
+    return (
+        f"{fits} fits × {epochs} epochs on {len(provider.ids)} patients, "
+        f"{len(provider.features.images)} images, 512×4×4 maps, float32"
+    )
+
+
+def _bounded(bench: Bench) -> str:
+    return (
+        f"no repeat begins after {bench.patience / 60:.0f} min, and a command is stopped after "
+        f"{bench.stop / 60:.0f} min"
+    )

@@ -1,0 +1,88 @@
+"""Heads as one writes them first, and the matrix products that no way of writing them avoids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lymphfeat.cohort.splits import Split
+from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
+from lymphfeat.settings import HeadSettings
+
+BATCH = 16
+
+
+class PlainLoop:
+    """One head on one split: a loop over bags, a bag at a time, torch's own layers."""
+
+    def __init__(self, features: Features, head: HeadSettings, split: Split) -> None:
+        instances = features.of_unit(head.unit if head.agg != "mean" else "image")
+        self.bags = [instances.of_patient(p).float() for p in range(len(features.row))]
+        self.labels = features.labels.float()
+        self.train = features.rows_of(split.train)
+        self.head, self.aggregator = head, AGGREGATORS[head.agg]
+        self.scorer = nn.Linear(features.channels, 1)
+        self.gamma, self.beta = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+        parameters = [*self.scorer.parameters(), self.gamma, self.beta]
+        self.optimizer = torch.optim.Adam(parameters, lr=head.lr)
+
+    def train_epoch(self) -> None:
+        """Learn from every training patient once."""
+        if isinstance(self.aggregator, RankingAggregator):
+            with torch.no_grad():
+                tops = [self.bags[p][self.scorer(self.bags[p])[:, 0].argmax()] for p in self.train]
+            for chosen in batches(len(self.train)):
+                logits = torch.cat([self.scorer(tops[i]) for i in chosen])
+                self._step(logits, self.train[chosen])
+        else:
+            for chosen in batches(len(self.train)):
+                scores = [self.scorer(self.bags[p])[:, 0] for p in self.train[chosen]]
+                every = torch.cat(scores).detach()
+                moments = every.mean(), (every.var(correction=0) + 1e-5).sqrt()
+                logits = torch.stack([self._patient_logit(score, *moments) for score in scores])
+                self._step(logits, self.train[chosen])
+
+    @torch.no_grad()
+    def evaluate(self, patients: Sequence[int]) -> list[float]:
+        """Return the probabilities of some patients."""
+        return [self._probability(self.scorer(self.bags[patient])[:, 0]) for patient in patients]
+
+    def _patient_logit(self, score: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if self.head.agg == "mean":
+            return score.mean()
+        if self.head.agg == "max":
+            return score.max()
+        normalized = (score.detach() - mean) / std
+        weights = torch.sigmoid(self.beta + self.gamma * normalized)
+        return (weights * score).sum() / weights.sum()
+
+    def _step(self, logits: Tensor, patients: NDArray[np.int64]) -> None:
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, self.labels[patients])
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+
+    def _probability(self, score: Tensor) -> float:
+        if not isinstance(self.aggregator, RankingAggregator):
+            return float(self._patient_logit(score, score.mean(), score.std()).sigmoid())
+        k = min(self.head.k_agg, len(score))
+        chosen = score.topk(k).values
+        if self.aggregator.bottom:
+            chosen = torch.cat([chosen, score.topk(k, largest=False).values])
+        return float(chosen.sigmoid().mean())
+
+
+def batches(n: int) -> list[NDArray[np.int64]]:
+    """Draw an order of n patients, and cut it into batches; an incomplete last one is left out."""
+    steps = max(1, n // BATCH)
+    return np.array_split(torch.randperm(n).numpy()[: steps * BATCH], steps)
+
+
+def bare_ranking(images: Tensor, fits: int, epochs: int) -> None:
+    """Score all images (N, C) by the scorers of all fits: before each epoch, and in the end."""
+    weights = torch.randn(fits, images.shape[1])
+    for _ in range(epochs + 1):
+        images @ weights.mT  # (N, fits)

@@ -1,0 +1,149 @@
+"""The table and the figure, from what was measured, written between two marks of a page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.bench.measure import LIMIT, OURS, ROOT
+from benchmarks.bench.results import Goal, Line, Result, Spread
+from lymphfeat.plots.axes import draw_grid
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- measured by make bench -->", "<!-- end of what was measured -->"
+COLUMNS = ("what", "lymphfeat", "beside it", "limit", "× beside it", "× limit", "goal", "met")
+_OURS_COLOUR, _BESIDE_COLOUR, _GOAL_COLOUR = "#2a6f97", "#c3ccd3", "#b3202c"
+
+
+def write_page(page: Path, results: Sequence[Result]) -> None:
+    """Write the table and the figure beside a page; its text outside the marks stays."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    figure = page.with_suffix("") / "limit.svg"
+    lines = [line for result in results for line in result.lines if LIMIT in line.samples]
+    figure.parent.mkdir(exist_ok=True)
+    draw(lines).savefig(figure, metadata={"Date": None}, bbox_inches="tight")
+    shown = f"![Speed by the limit's, row by row]({page.stem}/{figure.name})\n\n"
+    page.write_text(f"{before}{BEGIN}\n{shown}{render(results)}{END}{after}", encoding="utf-8")
+
+
+# --- table ----------------------------------------------------------------------------------------
+
+
+def render(results: Sequence[Result]) -> str:
+    """Return a table for every machine, with notes below it."""
+    machines: dict[str, list[Result]] = {}
+    for result in results:
+        machines.setdefault(json.dumps(result.machine, sort_keys=True), []).append(result)
+    return "\n".join(_of_machine(own) for own in machines.values())
+
+
+def _of_machine(results: Sequence[Result]) -> str:
+    lines = [line for result in results for line in result.lines]
+    dates = sorted({result.date for result in results})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, lines)]
+    return "\n".join(
+        [
+            f"{_describe(results[0].machine)} Measured {when}.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            *(f"- **{line.name}** ({_repeats(line)}): {line.note}" for line in lines),
+            "",
+        ]
+    )
+
+
+def _describe(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    return (
+        f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['system']}; {versions}."
+    )
+
+
+def _repeats(line: Line) -> str:
+    return "once" if line.repeats == 1 else f"{line.repeats} times"
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    limit = [LIMIT] if LIMIT in line.samples else []
+    return (
+        line.name,
+        ("> " if line.stopped else "") + _shown(line.figure(OURS), line.unit),
+        _stack(f"{name}: {_shown(line.figure(name), line.unit)}" for name in line.beside),
+        _stack(_shown(line.figure(name), line.unit) for name in limit),
+        _stack(_shown(line.speed(OURS, name)) for name in line.beside),
+        _stack(_shown(line.speed(OURS, name)) for name in limit),
+        _stack(goal.text for goal in line.goals),
+        _stack(_met(line, goal) for goal in line.goals),
+    )
+
+
+def _stack(cells: Any) -> str:
+    return "<br>".join(cells) or "–"
+
+
+def _met(line: Line, goal: Goal) -> str:
+    met = line.is_met(goal)
+    return "not measured" if met is None else "yes" if met else "**no**"
+
+
+def _shown(spread: Spread, unit: str = "") -> str:
+    """Return a median with its range, if there is more than one repeat: 230 (221–236) images/s."""
+    numbers = [_number(value) for value in (spread.median, spread.low, spread.high)]
+    ends = f" ({numbers[1]}–{numbers[2]})" if spread.low < spread.high else ""
+    return f"{numbers[0]}{ends} {unit}".strip()
+
+
+def _number(value: float) -> str:
+    """Return a number with three figures, without an exponent: 0.00123, 0.45, 45.3, 1,230."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:#.3g}"
+    return f"{value:.6f}".rstrip("0") if "e" in text else text.rstrip(".")
+
+
+# --- figure ---------------------------------------------------------------------------------------
+
+
+def draw(lines: Sequence[Line]) -> Figure:
+    """Draw the speed of every contestant by the limit's: 1 is the limit, a red tick the goal."""
+    figure = Figure(figsize=(8, 0.6 + 0.62 * max(1, len(lines))))
+    axes = figure.add_subplot()
+    for y, line in enumerate(reversed(lines)):
+        _draw_line(axes, y, line)
+    axes.axvline(1, color="0.2", linewidth=1)
+    axes.set_yticks(range(len(lines)), [line.name for line in reversed(lines)])
+    axes.set_xlim(0, max([1.1, *(1.05 * line.speed(OURS, LIMIT).high for line in lines)]))
+    axes.set_ylim(-0.6, len(lines) - 0.4)
+    axes.set_xlabel("speed by that of the limit (median; bars: lowest to highest repeat)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    draw_grid(axes, "x")
+    return figure
+
+
+def _draw_line(axes: Any, y: int, line: Line) -> None:
+    contestants = (OURS, *line.beside)
+    height = 0.8 / len(contestants)
+    for rank, name in enumerate(contestants):
+        at = y + 0.4 - height * (rank + 0.5)
+        spread = line.speed(name, LIMIT)
+        colour = _OURS_COLOUR if name == OURS else _BESIDE_COLOUR
+        axes.barh(at, spread.median, height * 0.9, color=colour)
+        if spread.low < spread.high:
+            axes.plot([spread.low, spread.high], [at, at], color="0.25", linewidth=1)
+        label = f"{spread.median:.2f}" if name == OURS else name
+        axes.text(0.01, at, f" {label}", va="center", fontsize=7, color=_ink(name))
+    for goal in line.goals:
+        if goal.against == LIMIT and goal.at_least is not None:
+            axes.plot([goal.at_least] * 2, [y - 0.42, y + 0.42], color=_GOAL_COLOUR, linewidth=1.5)
+
+
+def _ink(name: str) -> str:
+    return "white" if name == OURS else "0.15"
