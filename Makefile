@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE ?= cache
 
-.PHONY: demo test-fast test test-all lint check clean
+.PHONY: demo test-fast test test-all lint check bench clean
 
 $(BIN)/lymphfeat: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lymphfeat needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -46,6 +46,12 @@ lint: $(BIN)/lymphfeat
 	$(BIN)/mypy
 
 check: lint test-all
+
+# Side by side with what one would take instead and with the limit, into docs/benchmarks.md: wants a
+# quiet machine for an hour and a half. Some rows: make bench ROWS="extraction store".
+bench: $(BIN)/lymphfeat
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks.bench $(if $(ROWS),--rows $(ROWS))
 
 clean:
 	rm -rf .venv runs models $(CACHE)/synthetic $(CACHE)/*.h5*

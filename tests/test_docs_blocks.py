@@ -65,6 +65,7 @@ ELSEWHERE = {("docs/heads.md", "python"): "test_docs.py"}  # its aggregator is c
 NOT_RUN = {
     "README.md": ["sets up a virtual environment", "installs packages"],
     "docs/backbones.md": ["installs packages"],
+    "docs/benchmarks.md": ["measures for an hour and more"],
     "docs/reliability.md": ["takes a quarter of an hour and more"],
 }
 

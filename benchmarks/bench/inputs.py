@@ -28,7 +28,9 @@ MAPS = MapShape(views=1, channels=512, height=4, width=4)  # of ResNet-18 at a c
 
 def photographs(bench: Bench) -> Path:
     """Render a cohort of JPEGs of 224 px, once: 80 patients, about 2,000 images."""
-    settings = SyntheticSettings(patients=bench.size(80, 6), test_patients=0, images=25)
+    settings = SyntheticSettings(
+        patients=bench.size(80, 6), test_patients=0, images=bench.size(25, 4)
+    )
     return write_synthetic_cohort(settings, bench.folder / "photographs")
 
 

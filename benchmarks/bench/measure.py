@@ -28,7 +28,7 @@ class Bench:
     folder: Path
     threads: int = 1
     repeats: int = 5
-    patience: float = 600  # seconds of one line after which no further repeat begins
+    patience: float = 300  # seconds of one line after which no further repeat begins
     stop: float = 1800  # seconds after which a command is stopped
     quick: bool = False  # whether sizes are tiny, to try the scripts
 
@@ -83,24 +83,28 @@ class Ran:
 def run(bench: Bench, words: Sequence[object], *, folder: Path | None = None) -> Ran:
     """Run a process to its end, or stop it after `bench.stop` seconds; raises if it fails."""
     begin = time.perf_counter()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [str(word) for word in words],
         cwd=folder or bench.folder,
         env=environment(bench),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-    )
-    listener = _Listener(process, begin)
-    timer = threading.Timer(bench.stop, process.kill)
-    timer.start()
-    process.wait()
-    seconds = time.perf_counter() - begin
-    stopped = timer.finished.is_set()
-    timer.cancel()
-    listener.join()
-    if process.returncode and not stopped:
+    ) as process:
+        listener, stopped = _Listener(process, begin), threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            process.kill()
+
+        timer = threading.Timer(bench.stop, stop)
+        timer.start()
+        process.wait()
+        seconds = time.perf_counter() - begin
+        timer.cancel()
+        listener.join()
+    if process.returncode and not stopped.is_set():
         raise RuntimeError(f"{' '.join(map(str, words))} failed:\n{listener.said}")
-    return Ran(seconds=seconds, estimated=listener.estimated, stopped=stopped)
+    return Ran(seconds=seconds, estimated=listener.estimated, stopped=stopped.is_set())
 
 
 class _Listener(threading.Thread):
