@@ -10,7 +10,7 @@ import torch
 
 import lymphfeat as lf
 from benchmarks.bench import extraction
-from benchmarks.bench.__main__ import RESULTS, main
+from benchmarks.bench.__main__ import RESULTS, ROWS, main
 from benchmarks.bench.inputs import (
     IMAGES,
     LABELLED,
@@ -57,6 +57,23 @@ def test_a_quick_run_prints_its_table_and_writes_nothing(
     for name in ("one HDF5 file per bag", "HDF5, a chunk per image", "a single .npy"):
         assert printed.count(f"{name}: ") == 3
     assert (PAGE.read_bytes(), sorted(RESULTS.glob("*"))) == before
+
+
+def test_a_row_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(bench: Bench) -> list[Line]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(ROWS, "store", fail)
+    monkeypatch.setitem(ROWS, "abmil", lambda bench: [TIMES])
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    places = ["--results", str(tmp_path), "--page", str(page)]
+    with pytest.raises(SystemExit, match="some rows"):
+        main(["--rows", "store", "abmil", "--threads", "1", *places])
+    assert "| a line |" in page.read_text(encoding="utf-8")
+    assert not (tmp_path / "store.json").exists()
 
 
 # --- what is compared -----------------------------------------------------------------------------

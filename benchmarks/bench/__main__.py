@@ -15,9 +15,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import argparse
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.bench import (
@@ -52,7 +54,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "bench"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parse(arguments)
-    results = []
+    results = list(_measured(asked))
+    if asked.quick:
+        print(render(results))
+    else:
+        known = [asked.results / f"{row}.json" for row in ROWS]
+        write_page(asked.page, [Result.read(path) for path in known if path.exists()])
+    if len(results) < len(asked.rows):
+        sys.exit("some rows could not be measured")
+
+
+def _measured(asked: argparse.Namespace) -> Iterator[Result]:
+    """Measure one row after another; keep each at once, unless the run is quick."""
     with tempfile.TemporaryDirectory() as folder, cpu_threads(asked.threads):
         bench = Bench(
             folder=Path(folder),
@@ -62,15 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for row in asked.rows:
             begin = time.perf_counter()
-            results.append(Result.now(row, ROWS[row](bench), asked.threads))
+            try:
+                result = Result.now(row, ROWS[row](bench), asked.threads)
+            except Exception:  # the others are measured all the same
+                traceback.print_exc()
+                continue
             print(f"{row}: {time.perf_counter() - begin:.0f} s", flush=True)
             if not asked.quick:
-                results[-1].write(asked.results)
-    if asked.quick:
-        print(render(results))
-        return
-    known = [asked.results / f"{row}.json" for row in ROWS]
-    write_page(asked.page, [Result.read(path) for path in known if path.exists()])
+                result.write(asked.results)
+            yield result
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

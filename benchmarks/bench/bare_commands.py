@@ -28,7 +28,7 @@ def measure(bench: Bench) -> list[Line]:
         unit="s",
         samples=in_turn(bench, {OURS: ours}, warm_up=False),
         goals=(Goal(text="≤ 4 min", at_most=240),),
-        note="in an empty folder, on all cores; the first one also renders the built-in cohort. "
+        note="in an empty folder; the first one also renders the built-in cohort. "
         f"No repeat begins after {bench.patience / 60:.0f} min.",
         stopped=any(ran.stopped for each in rounds for ran in each),
     )

@@ -67,7 +67,7 @@ def _line(bench: Bench, precision: Precision) -> Line:
         unit="images/s",
         samples=in_turn(bench, {OURS: ours, PLAIN: plain, LIMIT: limit}),
         goals=GOALS,
-        note=f"{len(paths)} JPEGs of 224 px, ResNet-18, crop {CROP}, batches of {BATCH}, random "
+        note=f"{len(paths):,} JPEGs of 224 px, ResNet-18, crop {CROP}, batches of {BATCH}, random "
         f"weights; workers of the DataLoader: {bench.threads}. Best bare forward pass: {best}.",
     )
 

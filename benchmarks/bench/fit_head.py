@@ -130,7 +130,7 @@ def _counted(provider: SharedFeatures, splits: Plan, epochs: int) -> str:
     fits = len(splits.outer) + len(splits.inner_once)
     return (
         f"{fits} fits × {epochs} epochs on {len(provider.ids)} patients, "
-        f"{len(provider.features.images)} images, 512×4×4 maps, float32"
+        f"{len(provider.features.images):,} images, 512×4×4 maps, float32"
     )
 
 

@@ -24,7 +24,7 @@ from benchmarks.bench.measure import (
     peak_megabytes,
     seconds_of,
 )
-from benchmarks.bench.results import Goal, Line
+from benchmarks.bench.results import Goal, Line, number
 from lymphfeat.features.store import MapShape
 from lymphfeat.settings import (
     BackboneSettings,
@@ -123,10 +123,9 @@ def _line(growth: Growth, what: str, unit: str, samples: dict[str, list[float]])
     repeats = zip(samples[str(first)], samples[str(middle)], strict=True)
     straight = [low + (high - low) / (middle - first) * (last - first) for low, high in repeats]
     medians = {size: float(np.median(samples[str(size)])) for size in growth.sizes}
-    figures = ", ".join(f"{size:,}: {median:.3g}" for size, median in medians.items())
+    figures = ", ".join(f"{size:,}: {number(median)}" for size, median in medians.items())
     per_1000 = ", ".join(
-        f"{1e3 * (medians[size] - medians[first]) / (size - first):.3g}"
-        for size in growth.sizes[1:]
+        number(1e3 * (medians[size] - medians[first]) / (size - first)) for size in growth.sizes[1:]
     )
     return Line(
         name=f"growth: {growth.name}, {first:,} to {last:,}, {what}",

@@ -86,7 +86,7 @@ def run(bench: Bench, words: Sequence[object], *, folder: Path | None = None) ->
     with subprocess.Popen(
         [str(word) for word in words],
         cwd=folder or bench.folder,
-        env=environment(bench),
+        env=environment(bench, folder),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     ) as process:
@@ -130,8 +130,11 @@ def seconds_to_run(bench: Bench, words: Sequence[object]) -> float:
     return run(bench, words).seconds
 
 
-def environment(bench: Bench) -> dict[str, str]:
-    """Return the environment of processes: threads fixed, no GPU, no cohort, their own cache."""
+def environment(bench: Bench, folder: Path | None = None) -> dict[str, str]:
+    """Return the environment of a process: threads fixed, no GPU, no cohort, an empty cache.
+
+    Processes of one folder share a cache.
+    """
     kept = {name: value for name, value in os.environ.items() if "LYMPHFEAT" not in name}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(bench.threads))
     paths = [str(ROOT), str(ROOT / "cli"), kept.get("PYTHONPATH", "")]
@@ -140,7 +143,7 @@ def environment(bench: Bench) -> dict[str, str]:
         **threads,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "CUDA_VISIBLE_DEVICES": "",
-        "XDG_CACHE_HOME": str(bench.folder / "hashes"),
+        "XDG_CACHE_HOME": str(folder / ".cache" if folder else bench.new("hashes")),
     }
 
 

@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.bench.measure import LIMIT, OURS, ROOT
-from benchmarks.bench.results import Goal, Line, Result, Spread
+from benchmarks.bench.results import Goal, Line, Result, Spread, number
 from lymphfeat.plots.axes import draw_grid
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured by make bench -->", "<!-- end of what was measured -->"
 COLUMNS = ("what", "lymphfeat", "beside it", "limit", "× beside it", "× limit", "goal", "met")
+_WIDEST = 1.6  # of the figure; longer bars are cut off, their labels say how long they are
 _OURS_COLOUR, _BESIDE_COLOUR, _GOAL_COLOUR = "#2a6f97", "#c3ccd3", "#b3202c"
 
 
@@ -95,17 +98,9 @@ def _met(line: Line, goal: Goal) -> str:
 
 def _shown(spread: Spread, unit: str = "") -> str:
     """Return a median with its range, if there is more than one repeat: 230 (221–236) images/s."""
-    numbers = [_number(value) for value in (spread.median, spread.low, spread.high)]
+    numbers = [number(value) for value in (spread.median, spread.low, spread.high)]
     ends = f" ({numbers[1]}–{numbers[2]})" if spread.low < spread.high else ""
     return f"{numbers[0]}{ends} {unit}".strip()
-
-
-def _number(value: float) -> str:
-    """Return a number with three figures, without an exponent: 0.00123, 0.45, 45.3, 1,230."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    text = f"{value:#.3g}"
-    return f"{value:.6f}".rstrip("0") if "e" in text else text.rstrip(".")
 
 
 # --- figure ---------------------------------------------------------------------------------------
@@ -113,37 +108,35 @@ def _number(value: float) -> str:
 
 def draw(lines: Sequence[Line]) -> Figure:
     """Draw the speed of every contestant by the limit's: 1 is the limit, a red tick the goal."""
-    figure = Figure(figsize=(8, 0.6 + 0.62 * max(1, len(lines))))
+    bars = [1 + len(line.beside) for line in lines]
+    tops = np.cumsum([0, *(n + 1 for n in bars)])  # a bar's height between lines
+    figure = Figure(figsize=(8, 0.8 + 0.19 * tops[-1]))
     axes = figure.add_subplot()
-    for y, line in enumerate(reversed(lines)):
-        _draw_line(axes, y, line)
-    axes.axvline(1, color="0.2", linewidth=1)
-    axes.set_yticks(range(len(lines)), [line.name for line in reversed(lines)])
-    axes.set_xlim(0, max([1.1, *(1.05 * line.speed(OURS, LIMIT).high for line in lines)]))
-    axes.set_ylim(-0.6, len(lines) - 0.4)
-    axes.set_xlabel("speed by that of the limit (median; bars: lowest to highest repeat)")
+    for top, line in zip(tops, lines, strict=False):
+        _draw_line(axes, int(top), line)
+    axes.axvline(1, color="0.2", linewidth=1, zorder=1.5)
+    middles = [top + (n - 1) / 2 for top, n in zip(tops, bars, strict=False)]
+    axes.set_yticks(middles, [line.name for line in lines], fontsize=8)
+    axes.set_ylim(tops[-1] - 1, -1)  # the first line on top
+    axes.set_xlim(0, _WIDEST)
+    axes.set_xlabel("speed by that of the limit (thin lines: lowest to highest repeat)", fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
     draw_grid(axes, "x")
     return figure
 
 
-def _draw_line(axes: Any, y: int, line: Line) -> None:
-    contestants = (OURS, *line.beside)
-    height = 0.8 / len(contestants)
-    for rank, name in enumerate(contestants):
-        at = y + 0.4 - height * (rank + 0.5)
+def _draw_line(axes: Axes, top: int, line: Line) -> None:
+    for rank, name in enumerate((OURS, *line.beside)):
         spread = line.speed(name, LIMIT)
         colour = _OURS_COLOUR if name == OURS else _BESIDE_COLOUR
-        axes.barh(at, spread.median, height * 0.9, color=colour)
-        if spread.low < spread.high:
-            axes.plot([spread.low, spread.high], [at, at], color="0.25", linewidth=1)
-        label = f"{spread.median:.2f}" if name == OURS else name
-        axes.text(0.01, at, f" {label}", va="center", fontsize=7, color=_ink(name))
+        axes.barh(top + rank, spread.median, 0.85, color=colour)
+        ends = [min(value, _WIDEST) for value in (spread.low, spread.high)]
+        axes.plot(ends, [top + rank] * 2, color="0.25", linewidth=1)
+        label = f"  {name} {spread.median:.2g}"
+        axes.text(ends[1], top + rank, label, va="center", fontsize=7, color="0.15")
     for goal in line.goals:
         if goal.against == LIMIT and goal.at_least is not None:
-            axes.plot([goal.at_least] * 2, [y - 0.42, y + 0.42], color=_GOAL_COLOUR, linewidth=1.5)
-
-
-def _ink(name: str) -> str:
-    return "white" if name == OURS else "0.15"
+            ends = [top - 0.55, top + len(line.beside) + 0.55]
+            axes.plot([goal.at_least] * 2, ends, color=_GOAL_COLOUR, linewidth=1.5)

@@ -113,6 +113,14 @@ class Result:
         return cls(**content, lines=lines)
 
 
+def number(value: float) -> str:
+    """Return a number with three figures, without an exponent: 0.00123, 0.450, 45.3, 1,230."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:#.3g}"
+    return f"{value:.6f}".rstrip("0") if "e" in text else text.rstrip(".")
+
+
 def describe_machine(threads: int) -> dict[str, Any]:
     """Describe the processor, the threads and the versions."""
     import torch

@@ -112,7 +112,7 @@ def measure(bench: Bench) -> list[Line]:
     formats = Formats(bench, store)
     gigabytes = store.features().nbytes / 1e9
     what = (
-        f"{len(store.ids)} patients, {len(store.image_names)} maps, {gigabytes:.2f} GB; the limit "
+        f"{len(store.ids)} patients, {len(store.image_names):,} maps, {gigabytes:.2f} GB; the limit "
         f"is {MEMMAP} of a raw file"
     )
     return [
@@ -129,7 +129,7 @@ def measure(bench: Bench) -> list[Line]:
             unit="µs",
             samples=_random_images(bench, formats, store.n_images),
             goals=GOALS,
-            note=f"{what}. The mean of {bench.size(2000, 20)} images, copied to memory; files are "
+            note=f"{what}. The mean of {bench.size(2000, 20):,} images, copied to memory; files are "
             "in the page cache.",
         ),
         Line(
