@@ -21,7 +21,7 @@ from lymphfeat.runtime.devices import autocast, choose_precision
 from lymphfeat.settings import BackboneSettings, EndToEndSettings, Precision
 
 PLAIN = "timm + DataLoader, plain PyTorch"
-PATIENTS, IMAGES, STEPS = 4, 32, 4  # patients of a step, their images, steps of an epoch
+PATIENTS, IMAGES, STEPS = 4, 32, 8  # patients of a step, their images, steps of an epoch
 EPOCHS = 40  # the default; decoding is done once for them
 GOALS = (
     Goal(text="≥ .9 × the limit", at_least=0.9),

@@ -112,8 +112,8 @@ def measure(bench: Bench) -> list[Line]:
     formats = Formats(bench, store)
     gigabytes = store.features().nbytes / 1e9
     what = (
-        f"{len(store.ids)} patients, {len(store.image_names):,} maps, {gigabytes:.2f} GB; the limit "
-        f"is {MEMMAP} of a raw file"
+        f"{len(store.ids)} patients, {len(store.image_names):,} maps, {gigabytes:.2f} GB; the "
+        f"limit is {MEMMAP} of a raw file"
     )
     return [
         Line(
@@ -129,8 +129,8 @@ def measure(bench: Bench) -> list[Line]:
             unit="µs",
             samples=_random_images(bench, formats, store.n_images),
             goals=GOALS,
-            note=f"{what}. The mean of {bench.size(2000, 20):,} images, copied to memory; files are "
-            "in the page cache.",
+            note=f"{what}. The mean of {bench.size(2000, 20):,} images, copied to memory; files "
+            "are in the page cache.",
         ),
         Line(
             name="store: cold open and one bag",
