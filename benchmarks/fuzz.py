@@ -4,8 +4,8 @@ python benchmarks/fuzz.py [TARGET …] [--executions 100000] [--seed 0] [--keep 
 
 Each execution spoils a valid file (`tests/hostile.py`) and reads it, in a process of its own that
 may crash or hang. A failure is any exception but LymphfeatError, a message of several lines, a
-crash, more than 5 s of the processor, or more than 64 MiB of new memory. Failing inputs are written
-to FOLDER.
+crash, more than 5 s of the processor, or more than 64 MiB of new memory: the peak of the execution
+beyond what the process held before (on Linux). Failing inputs are written to FOLDER.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from types import FrameType
 import torch
 
 from tests.hostile import TARGETS, Target, refusal, spoil
+from tests.memory import peak, reset_peak
 
 SECONDS = 5.0  # of the processor, in an execution
-GROWTH = 64  # MiB of new peak memory in an execution
+GROWTH = 64  # MiB of new memory in an execution
 ADDRESSES = 8 * 2**30  # bytes of address space beside what is loaded: spares the machine
-_STATE = struct.Struct("<qqqdddd")  # index, refused, accepted, slowest, cpu, peak, started
+_STATE = struct.Struct("<qqqdddd")  # index, refused, accepted, slowest, cpu, growth, started
 _KEPT = 3  # inputs of a kind of failure
 _INPUT, _FAILURES = "input", "failures"
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"))
     options = parser.parse_args()
     print(
-        "target     executions  refused  accepted  failures  slowest s  peak MiB   CPU s",
+        "target     executions  refused  accepted  failures  slowest s   new MiB   CPU s",
         flush=True,
     )
     for name in options.targets or TARGETS:
@@ -80,11 +81,11 @@ class Run:
         return found
 
     def line(self) -> str:
-        index, refused, accepted, slowest, cpu, peak, _ = self._get()
+        index, refused, accepted, slowest, cpu, growth, _ = self._get()
         failures = sum(self.failures.values())
         return (
             f"{self.target.name:10} {index:10d} {refused:8d} {accepted:9d} {failures:9d} "
-            f"{slowest:10.2f} {peak:9.0f} {cpu:6.0f}"
+            f"{slowest:10.2f} {growth:9.1f} {cpu:6.0f}"
         )
 
     def run(self, executions: int) -> None:
@@ -119,32 +120,30 @@ class Run:
     def _work(self, executions: int, folder: Path) -> None:
         """Execute until all are done, in this process, and end it."""
         _prepare()
-        base = _peak()
         (folder / "work").mkdir(exist_ok=True)
         while (state := self._get())[0] < executions:
-            self._step(folder, base, *state[:-1])
+            self._step(folder, *state[:-1])
         os._exit(0)
 
     def _step(
         self,
         folder: Path,
-        base: float,
         index: int,
         refused: int,
         accepted: int,
         slowest: float,
         cpu: float,
-        peak: float,
+        growth: float,
     ) -> None:
         clock = time.process_time()
         rng = random.Random(f"{self.target.name} {self.seed} {index}")
         data = spoil(self.target, self.valid, rng)
         (folder / _INPUT).write_bytes(data)  # known, should this process end
-        begun, before = time.process_time(), _peak()
-        self._put(index, refused, accepted, slowest, cpu, peak, begun)
+        begun, before = time.process_time(), reset_peak()
+        self._put(index, refused, accepted, slowest, cpu, growth, begun)
         why = execute(self.target, data, folder / "work")
-        took, after = time.process_time() - begun, _peak()
-        if after - before > GROWTH and why in ("", "refused"):
+        took, new = time.process_time() - begun, peak() - before
+        if new > GROWTH and why in ("", "refused"):
             why = f"more than {GROWTH} MiB of new memory"
         if why not in ("", "refused"):
             self._fail(data, why)
@@ -152,7 +151,7 @@ class Run:
                 file.write(f"{why}\n")
         refused, accepted = refused + (why == "refused"), accepted + (why == "")
         cpu += time.process_time() - clock
-        self._put(index + 1, refused, accepted, max(slowest, took), cpu, max(peak, after - base), 0)
+        self._put(index + 1, refused, accepted, max(slowest, took), cpu, max(growth, new), 0)
 
     def _fail(self, data: bytes, why: str) -> None:
         """Keep an input that failed, unless there are enough of its kind."""
@@ -215,11 +214,6 @@ def _cpu_of(process: int) -> float:
     """Return the seconds of the processor that another process has used."""
     parts = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _peak() -> float:
-    """Return the most memory that this process has used, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _fast() -> str | None:

@@ -40,12 +40,14 @@ from lymphfeat.runtime.strict_json import json_text, parse_json
 from lymphfeat.settings import ExplainSettings
 from tests.cohorts import write_bags, write_text
 from tests.hostile import TARGETS, Target, refusal
+from tests.memory import peak, reset_peak
 from tests.stores import made_up_cohort, write_store
 from tests.test_model import make_model
 from tests.tiny import write_red_cohort
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
 HUGE = 2**40
+GROWTH = 64  # MiB, as in benchmarks/fuzz.py
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +76,11 @@ def test_valid_inputs_are_accepted(target: Target, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: path.stem)
 def test_what_once_did_harm_does_none(path: Path, tmp_path: Path) -> None:
-    told = refusal(TARGETS[path.parent.name], path.read_bytes(), tmp_path)
+    data = path.read_bytes()
+    held = reset_peak()
+    told = refusal(TARGETS[path.parent.name], data, tmp_path)
     assert told is None or len(told.splitlines()) == 1
+    assert peak() - held < GROWTH
 
 
 def test_text_of_files_cannot_steer_a_terminal() -> None:
