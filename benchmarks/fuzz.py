@@ -1,11 +1,14 @@
 """Whether damaged and hostile files are refused in one line, at once, and without much memory.
 
-python benchmarks/fuzz.py [TARGET …] [--executions 100000] [--seed 0] [--keep FOLDER]
+python benchmarks/fuzz.py [TARGET …] [--executions 100000] [--start 0] [--seed 0] [--keep FOLDER]
 
 Each execution spoils a valid file (`tests/hostile.py`) and reads it, in a process of its own that
 may crash or hang. A failure is any exception but LymphfeatError, a message of several lines, a
 crash, more than 5 s of the processor, or more than 64 MiB of new memory: the peak of the execution
 beyond what the process held before (on Linux). Failing inputs are written to FOLDER.
+
+A target that is stopped (Ctrl-C, SIGTERM) prints the line of what was done. An execution is known
+by its number, so --start goes on behind those.
 """
 
 import argparse
@@ -48,16 +51,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--executions", type=int, default=100_000)
+    parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(
         "target     executions  refused  accepted  failures  slowest s   new MiB   CPU s",
         flush=True,
     )
     for name in options.targets or TARGETS:
-        run = Run(TARGETS[name], options.seed, options.keep / name)
-        run.run(options.executions)
+        run = Run(TARGETS[name], options.start, options.seed, options.keep / name)
+        with suppress(KeyboardInterrupt):
+            run.run(options.executions)
         print(run.line(), flush=True)
         for kind, count in run.failures.most_common():
             print(f"    {count:6d} × {kind}", flush=True)
@@ -66,12 +72,12 @@ def main() -> None:
 class Run:
     """The executions of a target."""
 
-    def __init__(self, target: Target, seed: int, keep: Path) -> None:
-        self.target, self.seed, self.keep = target, seed, keep
+    def __init__(self, target: Target, start: int, seed: int, keep: Path) -> None:
+        self.target, self.start, self.seed, self.keep = target, start, seed, keep
         self.valid = list(target.valid())
         self.failures: Counter[str] = Counter()
         self._shared = mmap.mmap(-1, _STATE.size)
-        self._put(0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+        self._put(start, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
     def _put(self, *state: float) -> None:
         _STATE.pack_into(self._shared, 0, *state)
@@ -82,27 +88,38 @@ class Run:
 
     def line(self) -> str:
         index, refused, accepted, slowest, cpu, growth, _ = self._get()
-        failures = sum(self.failures.values())
+        failures, done = sum(self.failures.values()), index - self.start
         return (
-            f"{self.target.name:10} {index:10d} {refused:8d} {accepted:9d} {failures:9d} "
+            f"{self.target.name:10} {done:10d} {refused:8d} {accepted:9d} {failures:9d} "
             f"{slowest:10.2f} {growth:9.1f} {cpu:6.0f}"
         )
 
     def run(self, executions: int) -> None:
         """Execute in processes, a new one after each that ended early."""
         with tempfile.TemporaryDirectory(dir=_fast()) as folder:
-            while self._get()[0] < executions:
-                child = os.fork()
-                if child == 0:
-                    self._work(executions, Path(folder))
-                if why := self._watch(child):
-                    self.failures[why] += 1
-                    self._fail(Path(folder, _INPUT).read_bytes(), why)
-                    index, *state, _ = self._get()
-                    self._put(index + 1, *state, 0.0)
-            failures = Path(folder, _FAILURES)
-            if failures.exists():
-                self.failures.update(failures.read_text(encoding="utf-8").splitlines())
+            try:
+                self._execute(self.start + executions, Path(folder))
+            finally:
+                failures = Path(folder, _FAILURES)
+                if failures.exists():
+                    self.failures.update(failures.read_text(encoding="utf-8").splitlines())
+
+    def _execute(self, end: int, folder: Path) -> None:
+        while self._get()[0] < end:
+            child = os.fork()
+            if child == 0:
+                self._work(end, folder)
+            try:
+                why = self._watch(child)
+            except KeyboardInterrupt:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise
+            if why:
+                self.failures[why] += 1
+                self._fail((folder / _INPUT).read_bytes(), why)
+                index, *state, _ = self._get()
+                self._put(index + 1, *state, 0.0)
 
     def _watch(self, child: int) -> str:
         """Wait for a process; return why it ended early, if it did."""
@@ -117,11 +134,11 @@ class Run:
                 return f"hung for {3 * SECONDS:.0f} s in a library"
             time.sleep(0.05)
 
-    def _work(self, executions: int, folder: Path) -> None:
+    def _work(self, end: int, folder: Path) -> None:
         """Execute until all are done, in this process, and end it."""
         _prepare()
         (folder / "work").mkdir(exist_ok=True)
-        while (state := self._get())[0] < executions:
+        while (state := self._get())[0] < end:
             self._step(folder, *state[:-1])
         os._exit(0)
 
@@ -202,6 +219,8 @@ def _prepare() -> None:
         raise TooSlow
 
     signal.signal(signal.SIGPROF, alarm)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process sees to it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -29,7 +29,7 @@ from lymphfeat.explanation.explanation import explain
 from lymphfeat.explanation.page import render_page
 from lymphfeat.exporting import export_bags
 from lymphfeat.features.exchange.arrays import read_maps, read_patients
-from lymphfeat.features.hdf5 import numbers, open_hdf5
+from lymphfeat.features.hdf5 import attribute, numbers, open_hdf5
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.inspection import inspect
 from lymphfeat.model.loading import load_model
@@ -274,6 +274,110 @@ def test_a_patient_may_have_the_name_of_a_heap(tmp_path: Path) -> None:
     cohort = made_up_cohort()
     cohort.table.index = pd.Index(["GCOL1", "P3", "PATIENT4"], name="id", dtype="str")
     assert list(write_store(tmp_path / "a.h5", cohort).ids) == ["GCOL1", "P3", "PATIENT4"]
+
+
+# --- HDF5: texts that say they have gigabytes -----------------------------------------------------
+
+TEXT = b"a patient"
+TEXTS: dict[str, dict[str, Any]] = {
+    "row": {},
+    "gzip": {"chunks": (2,), "compression": "gzip"},
+    "shuffled": {"chunks": (2,), "compression": "gzip", "shuffle": True},
+    "lzf": {"chunks": (2,), "compression": "lzf"},
+}
+
+
+def put_texts(path: Path, libver: str = "earliest", **options: Any) -> None:
+    """Write four patients, and an attribute, in a file of AnnData."""
+    texts = np.array([TEXT] * 4, object)
+    with h5py.File(path, "w", libver=libver) as file:
+        file.create_dataset("obs/patient", data=texts, dtype=h5py.string_dtype(), **options)
+        file.attrs["name"] = TEXT.decode()
+
+
+def lie_in_file(path: Path) -> None:
+    """Let all lengths that can be seen in a file be gigabytes."""
+    data = bytearray(path.read_bytes())
+    place = -1
+    while (place := data.find(struct.pack("<I", len(TEXT)), place + 1)) >= 0:
+        heap = int.from_bytes(data[place + 4 : place + 12], "little")
+        if data[heap : heap + 4] == b"GCOL":
+            data[place : place + 4] = b"\xff" * 4
+    path.write_bytes(data)
+
+
+def lie_in_chunk(path: Path, unfiltered: bool) -> None:
+    with h5py.File(path, "r+") as file:
+        own = file["obs/patient"].id
+        mask, packed = own.read_direct_chunk((2,))
+        raw = b"\xff" * 4 + zlib.decompress(packed)[4:]
+        own.write_direct_chunk((2,), *((raw, 3) if unfiltered else (zlib.compress(raw), mask)))
+
+
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+@pytest.mark.parametrize("options", TEXTS.values(), ids=TEXTS)
+def test_texts_of_every_packing_are_read(
+    options: dict[str, Any], libver: str, tmp_path: Path
+) -> None:
+    put_texts(tmp_path / "a.h5ad", libver, **options)
+    assert list(read_patients(tmp_path / "a.h5ad", "patient")) == [TEXT.decode()]
+    with open_hdf5(tmp_path / "a.h5ad") as file:
+        assert attribute(file, "name") == TEXT.decode()
+
+
+@pytest.mark.parametrize("kind", ["row", "gzip", "shuffled", "shuffled, without filters"])
+def test_texts_that_claim_gigabytes_take_none(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    put_texts(path, **TEXTS[kind.split(",")[0]])
+    if kind == "row":
+        lie_in_file(path)
+    else:
+        lie_in_chunk(path, unfiltered="without" in kind)
+    held = reset_peak()
+    with pytest.raises(StoreError, match=r"declares texts of .* more than the file hold") as caught:
+        read_patients(path, "patient")
+    assert peak() - held < GROWTH
+    assert_one_line(caught.value.args[0])  # str() would escape it
+
+
+def test_an_attribute_that_claims_gigabytes_takes_none(tmp_path: Path) -> None:
+    put_texts(tmp_path / "a.h5ad")
+    lie_in_file(tmp_path / "a.h5ad")
+    held = reset_peak()
+    with (
+        open_hdf5(tmp_path / "a.h5ad") as file,
+        pytest.raises(ValueError, match="name declares texts of 4294967295 bytes, more than"),
+    ):
+        attribute(file, "name")
+    assert peak() - held < GROWTH
+
+
+def test_a_text_for_what_is_not_stored_takes_nothing(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        options = {"dtype": h5py.string_dtype(), "chunks": (2,), "fillvalue": TEXT.decode()}
+        file.create_dataset("obs/patient", (4,), **options)
+    lie_in_file(tmp_path / "a.h5ad")
+    held = reset_peak()
+    with pytest.raises(StoreError, match="must have no text for what is not stored"):
+        read_patients(tmp_path / "a.h5ad", "patient")
+    assert peak() - held < GROWTH
+
+
+def test_texts_that_cannot_be_looked_at_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_layout(h5py.h5d.COMPACT)
+        kind, space = (
+            h5py.h5t.py_create(h5py.string_dtype(), logical=1),
+            h5py.h5s.create_simple((2,)),
+        )
+        h5py.h5d.create(file.create_group("obs").id, b"patient", kind, space, properties)
+    with pytest.raises(StoreError, match="must be stored in a row or in chunks"):
+        read_patients(tmp_path / "a.h5ad", "patient")
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.attrs.update({f"a{number}": "x" for number in range(20)})
+    with open_hdf5(tmp_path / "a.h5") as file, pytest.raises(ValueError, match="too many attrib"):
+        attribute(file, "a0")
 
 
 @pytest.mark.slow

@@ -104,7 +104,8 @@ INSIDE = {
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
-        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "backbones", "conversions"),
+        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "hdf5_texts"),
+        *("backbones", "conversions"),
         *("offline_weights", "shipped_weights", "views", "augmentation"),
     ),
     "synthetic": ("cohort", "signs", "rendering", "patients"),

@@ -16,6 +16,8 @@ from typing import Any
 
 import h5py
 
+from lymphfeat.features.hdf5_texts import Read, has_fill, length_of_array, lengths_of_attribute
+
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _COMPRESSING = (_DEFLATE, _LZF)
 _FILTERS = (*_COMPRESSING, _SHUFFLE, _FLETCHER32)
@@ -24,7 +26,10 @@ _SMALL = 2**24  # … this many
 _NUMBERS = "biuf"
 _HEAP, _OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HHxxxxQ")  # HDF5 file format, III.E
 _SIGNATURE = b"GCOL\1"  # with the only version: a patient may be called GCOL
+_FIRST_PARTS = tuple(_SIGNATURE[:size] for size in range(1, len(_SIGNATURE)))
+_LAST_PARTS = tuple(_SIGNATURE[size:] for size in range(1, len(_SIGNATURE)))
 _METADATA = 2**16  # bytes of a read that may be of a heap
+_READERS: dict[int, Read] = {}  # of the bytes of open files, by their numbers in libhdf5
 
 
 @contextmanager
@@ -33,7 +38,12 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     with _Watched(path) as stream, h5py.File(stream, "r") as file:
         if file.id.get_create_plist().get_sizes() != (8, 8):
             raise OSError("its addresses must have 64 bits")
-        yield file
+        number = h5py.h5o.get_info(file.id).fileno
+        _READERS[number] = stream.at
+        try:
+            yield file
+        finally:
+            del _READERS[number]
 
 
 class _Watched(io.FileIO):
@@ -46,21 +56,23 @@ class _Watched(io.FileIO):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._known: set[int] = set()  # addresses of heaps
+        self._size = self.seek(0, io.SEEK_END)
 
     def readinto(self, buffer: Any) -> int:
-        start = self.tell()
-        view, count = memoryview(buffer).cast("B"), 0
+        view = memoryview(buffer).cast("B")
+        count = super().readinto(view) or 0
         while count < len(view) and (got := super().readinto(view[count:])):
             count += got  # one call gives at most 2 GiB
-        if count <= _METADATA:
-            self._check(start, count)
-            self.seek(start + count)
+        if count <= _METADATA and _may_touch_heap(bytes(view[:count])):
+            end = self.tell()
+            self._check(end - count, count)
+            self.seek(end)
         return count
 
     def _check(self, start: int, count: int) -> None:
         """Check the heaps that begin among some bytes, or across their borders."""
         first = max(0, start - len(_SIGNATURE) + 1)
-        around = self._at(first, start + count + len(_SIGNATURE) - 1 - first)
+        around = self.at(first, start + count + len(_SIGNATURE) - 1 - first)
         place = around.find(_SIGNATURE)
         while place >= 0:
             if first + place not in self._known:
@@ -68,15 +80,15 @@ class _Watched(io.FileIO):
                 self._known.add(first + place)
             place = around.find(_SIGNATURE, place + 1)
 
-    def _at(self, address: int, size: int) -> bytes:
+    def at(self, address: int, size: int) -> bytes:
         self.seek(address)
-        return self.read(size) or b""
+        return self.read(max(0, min(size, self._size))) or b""
 
     def _walk(self, address: int) -> None:
         """Go from object to object to the end of a heap; raises OSError if that is not possible."""
-        header = self._at(address, _HEAP.size).ljust(_HEAP.size, b"\0")
+        header = self.at(address, _HEAP.size).ljust(_HEAP.size, b"\0")
         _, _, size = _HEAP.unpack(header)
-        heap = self._at(address, size) if size < self.seek(0, io.SEEK_END) else b""
+        heap = self.at(address, size) if size < self._size else b""
         place, end = _HEAP.size, len(heap)
         while place + _OBJECT.size <= end:
             number, _, length = _OBJECT.unpack_from(heap, place)
@@ -84,6 +96,13 @@ class _Watched(io.FileIO):
             if not _OBJECT.size <= needed <= end - place:
                 raise OSError("a heap of texts is damaged")
             place += needed
+
+
+def _may_touch_heap(data: bytes) -> bool:
+    """Return whether a heap may begin among some bytes, or across their borders."""
+    if len(data) < len(_SIGNATURE) or _SIGNATURE in data:
+        return True
+    return data.endswith(_FIRST_PARTS) or data.startswith(_LAST_PARTS)
 
 
 def member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
@@ -131,6 +150,9 @@ def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
     _check_type(path, found.dtype)
     if found.shape is None:
         raise ValueError(f"{path} must have a shape")
+    texts = found.dtype.kind == "O"
+    if texts and has_fill(found, _reader(found)):  # it would be read with the properties
+        raise ValueError(f"{path} must have no text for what is not stored")
     properties = found.id.get_create_plist()
     if properties.get_layout() == h5py.h5d.VIRTUAL or properties.get_external_count():
         raise ValueError(f"{path} must lie in the file itself; it is read from others")
@@ -140,6 +162,8 @@ def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
             f"{path} must be compressed by gzip or lzf, or not; got filter {unknown[0]}"
         )
     _check_size(path, found, any(each in _COMPRESSING for each in filters))
+    if texts:
+        _check_length(path, found, length_of_array(found, _reader(found)))
     return found
 
 
@@ -159,7 +183,23 @@ def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
     _check_type(name, own.dtype)
     if own.shape != ():
         raise ValueError(f"{name} of {item.name} must be one value")
+    if own.dtype.kind == "O":
+        lengths = lengths_of_attribute(item, name, _reader(item))
+        if not lengths:
+            raise ValueError(f"{name} of {item.name} must lie in its header")
+        _check_length(name, item, max(lengths))
     return item.attrs[name]
+
+
+def _reader(item: h5py.Group | h5py.Dataset) -> Read:
+    if item.file.userblock_size:
+        raise ValueError("a file with texts must begin with them")  # or all addresses are others
+    return _READERS[h5py.h5o.get_info(item.id).fileno]
+
+
+def _check_length(path: str, item: h5py.Group | h5py.Dataset, length: int) -> None:
+    if length > item.file.id.get_filesize():
+        raise ValueError(f"{path} declares texts of {length} bytes, more than the file holds")
 
 
 def _check_type(path: str, dtype: Any) -> None:
