@@ -1,9 +1,12 @@
 """Whether `extract`, `fit-head` and `endtoend` give the same bytes with one CPU thread and two.
 
+python benchmarks/repeatability.py
+
 Every result is made three times by processes of their own: with one thread, with one again, and
 with two, which also decode images on as many threads. Prints the files that differ.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -75,6 +78,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         settings = SyntheticSettings(patients=12, test_patients=2, images=4)

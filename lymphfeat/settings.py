@@ -448,7 +448,10 @@ class FitSettings(Settings):
         "halves, threshold 0.5, mean of the ten best epochs (optimistic).",
     )
     seeds: int = setting(
-        10, "Number of random splits (report) or repeats of k-fold (honest).", at_least=1
+        10,
+        "Number of random splits (report) or repeats of k-fold (honest).",
+        at_least=1,
+        at_most=10_000,
     )
     # Out-of-fold thresholds leave two folds out at a time: at least one must remain.
     folds: int = setting(5, "Folds of the k-fold (honest).", at_least=3)

@@ -37,6 +37,12 @@ def write_text(path: Path, *lines: str, end: str = "\n", encoding: str = "utf-8"
     return path
 
 
+def damage_late(path: Path) -> None:
+    """Damage a JPEG where only decoding it notices: another image begins in its middle."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-200] + b"\xff\xc0" + content[-198:])
+
+
 def write_challenge(root: Path, suffix: str = ".jpg", side: int = 16) -> Path:
     """Write seven patients in the challenge's layout with all its quirks.
 

@@ -63,6 +63,16 @@ class Target:
     tokens: Sequence[bytes] = ()  # words of the format
 
 
+class Harmful:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
 # --- spoiling bytes -------------------------------------------------------------------------------
 
 _NUMBERS = (

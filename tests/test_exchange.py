@@ -18,6 +18,7 @@ from lymphfeat.features.store import FeatureSet, FeatureStore
 from lymphfeat.importing import import_bags
 from lymphfeat.settings import ExportFormat
 from tests.cohorts import write_text
+from tests.hostile import Harmful
 from tests.stores import made_up_cohort, made_up_maps, open_writer
 
 Array = NDArray[np.float32]
@@ -159,16 +160,6 @@ def test_a_bag_that_cannot_be_used_is_named(
     with pytest.raises(StoreError, match=rf"P2\.npy: .*{message}"):
         import_bags(root, tmp_path / "store.h5")
     assert not (tmp_path / "store.h5").exists()
-
-
-class Harmful:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:

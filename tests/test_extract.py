@@ -25,7 +25,7 @@ from lymphfeat.features.store import FeatureStore
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import normalize
 from lymphfeat.settings import BackboneSettings, ExtractSettings, Precision
-from tests.cohorts import write_bags, write_image, write_own
+from tests.cohorts import damage_late, write_bags, write_image, write_own
 from tests.rounding import MORE_THAN_FLOAT32, bfloat16_tolerance
 
 SIDE, CROP = 53, 48
@@ -357,8 +357,8 @@ def late(tmp_path: Path) -> Path:
     write_own(tmp_path / "late", "id,label", "P1,0", "P2,1", "P10,", bags={})
     write_bags(tmp_path / "late", BAGS, ".jpg", SIDE)
     path = tmp_path / "late" / "P10" / "000004.jpg"
-    path.with_suffix(".good").write_bytes(good := path.read_bytes())
-    path.write_bytes(good[:-200] + b"\xff\xc0" + good[-198:])  # another image begins in its middle
+    path.with_suffix(".good").write_bytes(path.read_bytes())
+    damage_late(path)
     check_image(path, CROP)
     return path
 

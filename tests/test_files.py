@@ -247,21 +247,18 @@ def test_strangers_among_the_unfinished_are_kept(tmp_path: Path) -> None:
 # --- killed at every operation on the disk --------------------------------------------------------
 
 SCRIPT = """
-import os, signal, sys
+import sys
 from pathlib import Path
 from tests.folders import rewrite
+from tests.self_kill import kill_at
 
-left, tree = int(sys.argv[2]), sys.argv[1]
+tree = sys.argv[1]
 
-def kill(event, arguments):
-    global left
+def counts(event, arguments):
     changes = event.startswith(("os.", "shutil.")) or (event == "open" and arguments[1] != "r")
-    if changes and any(str(argument).startswith(tree) for argument in arguments):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    return changes and any(str(argument).startswith(tree) for argument in arguments)
 
-sys.addaudithook(kill)
+kill_at(int(sys.argv[2]), counts)
 rewrite(Path(tree), sys.argv[3], "new")
 """
 

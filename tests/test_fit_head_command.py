@@ -298,14 +298,14 @@ def test_a_crash_while_rewriting_leaves_the_old_run(
 
 
 KILLED_BETWEEN_THE_RENAMES = """
-import os, signal, sys
+import os
 from lymphfeat_cli.main import cli
+from tests.self_kill import kill_at
 
-def kill(event, arguments):
-    if event == "os.rename" and os.path.abspath(arguments[1]) == os.environ["OUT"]:
-        os.kill(os.getpid(), signal.SIGKILL)
+def counts(event, arguments):
+    return event == "os.rename" and os.path.abspath(arguments[1]) == os.environ["OUT"]
 
-sys.addaudithook(kill)
+kill_at(1, counts)
 cli()
 """
 

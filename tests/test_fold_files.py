@@ -98,5 +98,7 @@ def test_a_folder_without_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"must hold splits_0\.csv"):
         read_splits(tmp_path)
     (tmp_path / "f.csv").write_bytes(b"id,fold\n\xff\xfe,1\n")
-    with pytest.raises(SettingsError, match=r"f\.csv: .*cannot be read"):
+    with pytest.raises(
+        SettingsError, match=r"f\.csv line 2 is not UTF-8 text; save it as `CSV UTF-8`\.$"
+    ):
         read_splits(tmp_path / "f.csv")

@@ -49,19 +49,14 @@ def kept_files(out: Path) -> list[Path]:
 # --- killed ---------------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import os
 from lymphfeat_cli.main import cli
+from tests.self_kill import kill_at
 
-left = int(os.environ["FINISHED"])
+def counts(event, arguments):
+    return event == "os.rename" and os.path.abspath(arguments[1]).endswith(".safetensors")
 
-def kill(event, arguments):
-    global left
-    if event == "os.rename" and os.path.abspath(arguments[1]).endswith(".safetensors"):
-        left -= 1
-        if left < 0:  # half written
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(kill)
+kill_at(int(os.environ["FINISHED"]) + 1, counts)  # half written
 cli()
 """
 

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lymphfeat_cli.main import cli
-from tests.cohorts import write_bags, write_image, write_own, write_text
+from tests.cohorts import damage_late, write_bags, write_image, write_own, write_text
 from tests.folders import contents
 
 ROOT = Path(__file__).parent.parent
@@ -190,10 +190,7 @@ def turned() -> None:
 
 
 def late_damage() -> None:
-    """Damage a JPEG where only decoding it notices: another image begins in its middle."""
-    path = write_image(Path("cells/P6/z.jpg"), 5, SIDE)
-    content = path.read_bytes()
-    path.write_bytes(content[:-200] + b"\xff\xc0" + content[-198:])
+    damage_late(write_image(Path("cells/P6/z.jpg"), 5, SIDE))
 
 
 def newer_weights() -> None:

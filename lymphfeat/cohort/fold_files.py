@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[list[str], Rows]:
     try:
         records, _ = read_records(path)
     except CohortError as error:
-        raise SettingsError(f"{path}: {_HINT}; it cannot be read ({error}).") from None
+        raise SettingsError(*error.args) from None
     (_, header), *lines = records or [(1, [])]
     names = [name.strip().lower() for name in header]
     rows = {number: map(_plain, cells[: len(names)]) for number, cells in lines}

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 
+class UnfitTensorError(ValueError):
+    """A tensor that would not be what its file holds."""
+
+
 def read_saved(path: Path) -> Any:
     """Read what was saved, its tensors on the CPU.
 
     A tensor can declare any shape over a few bytes, and would take that memory as soon as it is
-    copied: raises ValueError for tensors that are sparse, or larger than the file. Whatever else is
-    wrong fails in as many ways as torch, pickle and zip have.
+    copied: raises UnfitTensorError for tensors that are sparse, or larger than the file. Whatever
+    else is wrong fails in as many ways as torch, pickle and zip have.
     """
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
@@ -23,9 +27,10 @@ def read_saved(path: Path) -> Any:
     content = torch.load(path, map_location="cpu", weights_only=True)
     for tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError("its tensors must be dense")
+            raise UnfitTensorError("its tensors must be dense")
         if tensor.numel() * tensor.element_size() > min(size, tensor.untyped_storage().nbytes()):
-            raise ValueError(f"a tensor declares {tuple(tensor.shape)}, more than the file holds")
+            shape = tuple(tensor.shape)
+            raise UnfitTensorError(f"a tensor declares {shape}, more than the file holds")
     return content
 
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lymphfeat.errors import CohortError
 from lymphfeat.runtime.disks import writing
-from lymphfeat.runtime.files import check_file, lock_file
+from lymphfeat.runtime.files import claimed, lock_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
 from lymphfeat.settings import SyntheticSettings
@@ -111,7 +111,7 @@ def write_synthetic_cohort(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes from writing a cohort or a plate."""
+    """Keep other processes from writing a cohort."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(out.absolute().with_name(f"{out.absolute().name}.lock")) as alone:
@@ -430,12 +430,13 @@ def write_plate(
 
     Where no cell is atypical: one row per patient of the cohort, reactive and tumoral in turn.
 
-    Raises SettingsError when `path` exists and `force` is not given, CohortError when another
-    process is writing it, OutputError where the disk is full or closed.
+    Raises SettingsError when `path` exists and `force` is not given, or another process is writing
+    it; OutputError where the disk is full or closed.
     """
-    with _alone(path):
-        check_file(path, force=force)
-        return _save_plate(_draw_plate(settings, columns), path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed((path,), force=force):
+            return _save_plate(_draw_plate(settings, columns), path)
 
 
 def _draw_plate(settings: SyntheticSettings, columns: int) -> Image.Image:

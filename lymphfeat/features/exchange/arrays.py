@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lymphfeat.errors import StoreError
 from lymphfeat.features.hdf5 import arrays_in, dataset, member, numbers, open_hdf5, unpacked
 from lymphfeat.runtime.arrays import FLOAT16_MAX, beyond_float16
-from lymphfeat.runtime.saved_tensors import read_saved
+from lymphfeat.runtime.saved_tensors import UnfitTensorError, read_saved
 
 META_SUFFIX = ".meta.json"  # beside a grid of slide2vec
 _NAMES = ("features", "feats", "X")  # of the features among other arrays of a file
@@ -152,6 +152,8 @@ def _read_texts(file: h5py.File, place: str) -> NDArray[np.object_]:
 def _read_tensor(path: Path) -> NDArray[Any]:
     try:
         content = read_saved(path)
+    except UnfitTensorError:
+        raise
     except Exception:  # of pickle, zip and torch, with advice to trust the file
         raise StoreError(
             f"{path}: must hold a tensor and nothing that would have to be executed; save it again "
