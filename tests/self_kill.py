@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 
-def kill_at(count: int, counts: Callable[[str, tuple[Any, ...]], bool]) -> None:
-    """Kill this process before the operation that is number `count` of those that count.
+def kill_at(
+    count: int, counts: Callable[[str, tuple[Any, ...]], bool], number: int = signal.SIGKILL
+) -> None:
+    """Send this process a signal before the operation that is number `count` of those that count.
 
     `counts` is asked of every event of Python's audit, with its arguments.
     """
@@ -22,6 +24,6 @@ def kill_at(count: int, counts: Callable[[str, tuple[Any, ...]], bool]) -> None:
         if counts(event, arguments):
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(kill)

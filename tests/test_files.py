@@ -247,7 +247,7 @@ def test_strangers_among_the_unfinished_are_kept(tmp_path: Path) -> None:
 # --- killed at every operation on the disk --------------------------------------------------------
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from tests.folders import rewrite
 from tests.self_kill import kill_at
@@ -258,7 +258,7 @@ def counts(event, arguments):
     changes = event.startswith(("os.", "shutil.")) or (event == "open" and arguments[1] != "r")
     return changes and any(str(argument).startswith(tree) for argument in arguments)
 
-kill_at(int(sys.argv[2]), counts)
+kill_at(int(sys.argv[2]), counts, signal.SIGKILL)
 rewrite(Path(tree), sys.argv[3], "new")
 """
 

@@ -53,7 +53,7 @@ GROWTH = 64  # MiB, as in benchmarks/fuzz.py
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
     """End the process if a library searches for ever: no exception could."""
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -104,7 +104,7 @@ INSIDE = {
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
-        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "hdf5_texts"),
+        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "hdf5_headers"),
         *("backbones", "conversions"),
         *("offline_weights", "shipped_weights", "views", "augmentation"),
     ),

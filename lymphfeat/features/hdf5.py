@@ -16,7 +16,12 @@ from typing import Any
 
 import h5py
 
-from lymphfeat.features.hdf5_texts import Read, has_fill, length_of_array, lengths_of_attribute
+from lymphfeat.features.hdf5_headers import (
+    has_fill,
+    is_virtual,
+    length_of_array,
+    lengths_of_attribute,
+)
 
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _COMPRESSING = (_DEFLATE, _LZF)
@@ -29,7 +34,6 @@ _SIGNATURE = b"GCOL\1"  # with the only version: a patient may be called GCOL
 _FIRST_PARTS = tuple(_SIGNATURE[:size] for size in range(1, len(_SIGNATURE)))
 _LAST_PARTS = tuple(_SIGNATURE[size:] for size in range(1, len(_SIGNATURE)))
 _METADATA = 2**16  # bytes of a read that may be of a heap
-_READERS: dict[int, Read] = {}  # of the bytes of open files, by their numbers in libhdf5
 
 
 @contextmanager
@@ -39,11 +43,11 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         if file.id.get_create_plist().get_sizes() != (8, 8):
             raise OSError("its addresses must have 64 bits")
         number = h5py.h5o.get_info(file.id).fileno
-        _READERS[number] = stream.at
+        stream.base, _OPEN[number] = file.userblock_size, stream
         try:
             yield file
         finally:
-            del _READERS[number]
+            del _OPEN[number]
 
 
 class _Watched(io.FileIO):
@@ -57,6 +61,7 @@ class _Watched(io.FileIO):
         super().__init__(path)
         self._known: set[int] = set()  # addresses of heaps
         self._size = self.seek(0, io.SEEK_END)
+        self.base = 0  # of the addresses of objects
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -84,6 +89,9 @@ class _Watched(io.FileIO):
         self.seek(address)
         return self.read(max(0, min(size, self._size))) or b""
 
+    def object_at(self, address: int, size: int) -> bytes:
+        return self.at(self.base + address, size)
+
     def _walk(self, address: int) -> None:
         """Go from object to object to the end of a heap; raises OSError if that is not possible."""
         header = self.at(address, _HEAP.size).ljust(_HEAP.size, b"\0")
@@ -96,6 +104,9 @@ class _Watched(io.FileIO):
             if not _OBJECT.size <= needed <= end - place:
                 raise OSError("a heap of texts is damaged")
             place += needed
+
+
+_OPEN: dict[int, _Watched] = {}  # files by their numbers in libhdf5
 
 
 def _may_touch_heap(data: bytes) -> bool:
@@ -115,8 +126,14 @@ def member(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
             raise KeyError(f"there is no {path}")
         if not isinstance(link, h5py.HardLink):
             raise ValueError(f"{path} must lie in the file itself; it is a link")
+        if _is_virtual(found, name):
+            raise ValueError(f"{path} must lie in the file itself; it is read from others")
         found = found[name]
     return found
+
+
+def _is_virtual(group: h5py.Group, name: str) -> bool:
+    return is_virtual(group.id.links.get_info(name.encode()).u, _stream(group).object_at)
 
 
 def has(group: h5py.Group, path: str) -> bool:
@@ -139,7 +156,10 @@ def names_in(group: h5py.Group, path: str) -> list[str]:
 def arrays_in(group: h5py.Group) -> list[str]:
     """Return the names of the arrays right in a group."""
     own = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
-    return [name for name in own if group.get(name, getclass=True) is h5py.Dataset]
+    kind = h5py.Dataset
+    return [
+        each for each in own if _is_virtual(group, each) or group.get(each, getclass=True) is kind
+    ]
 
 
 def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
@@ -151,10 +171,12 @@ def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
     if found.shape is None:
         raise ValueError(f"{path} must have a shape")
     texts = found.dtype.kind == "O"
-    if texts and has_fill(found, _reader(found)):  # it would be read with the properties
+    if texts and has_fill(
+        _address(found), _stream(found).at
+    ):  # it would be read with the properties
         raise ValueError(f"{path} must have no text for what is not stored")
     properties = found.id.get_create_plist()
-    if properties.get_layout() == h5py.h5d.VIRTUAL or properties.get_external_count():
+    if properties.get_external_count():
         raise ValueError(f"{path} must lie in the file itself; it is read from others")
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
     if unknown := [str(each) for each in filters if each not in _FILTERS]:
@@ -163,7 +185,7 @@ def dataset(group: h5py.Group, path: str) -> h5py.Dataset:
         )
     _check_size(path, found, any(each in _COMPRESSING for each in filters))
     if texts:
-        _check_length(path, found, length_of_array(found, _reader(found)))
+        _check_length(path, found, length_of_array(found, _stream(found).at))
     return found
 
 
@@ -184,17 +206,21 @@ def attribute(item: h5py.Group | h5py.Dataset, name: str) -> Any:
     if own.shape != ():
         raise ValueError(f"{name} of {item.name} must be one value")
     if own.dtype.kind == "O":
-        lengths = lengths_of_attribute(item, name, _reader(item))
+        lengths = lengths_of_attribute(_address(item), name, _stream(item).at)
         if not lengths:
             raise ValueError(f"{name} of {item.name} must lie in its header")
         _check_length(name, item, max(lengths))
     return item.attrs[name]
 
 
-def _reader(item: h5py.Group | h5py.Dataset) -> Read:
-    if item.file.userblock_size:
-        raise ValueError("a file with texts must begin with them")  # or all addresses are others
-    return _READERS[h5py.h5o.get_info(item.id).fileno]
+def _stream(item: h5py.Group | h5py.Dataset) -> _Watched:
+    return _OPEN[h5py.h5o.get_info(item.id).fileno]
+
+
+def _address(item: h5py.Group | h5py.Dataset) -> int:
+    if _stream(item).base:
+        raise ValueError("texts must not come behind a user block")  # or addresses are others
+    return int(h5py.h5o.get_info(item.id).addr)
 
 
 def _check_length(path: str, item: h5py.Group | h5py.Dataset, length: int) -> None:

@@ -1,8 +1,9 @@
-"""Texts of variable length in HDF5 files: how long they say they are.
+"""What libhdf5 would believe: it is read from the file itself, to be checked before.
 
-A text is stored as its length and its place in a heap, and libhdf5 takes memory for the length
-before it looks into the heap. So lengths are read from the file itself (HDF5 file format 3.0,
-IV.A for the headers of objects), to be compared with what the file can hold.
+A text of variable length is stored as its length and its place in a heap, and libhdf5 takes memory
+for the length before it looks into the heap. An array that is made of others is stored as a list in
+a heap, for which memory is taken when the array is opened. Both can be seen in the headers of
+objects (HDF5 file format 3.0, IV.A) and in the stored parts of arrays.
 """
 
 import math
@@ -16,8 +17,10 @@ import numpy as np
 Read = Callable[[int, int], bytes]  # of an address and a size
 
 TEXT = np.dtype([("length", "<u4"), ("heap", "<u8"), ("number", "<u4")])
-_OLD_FILL, _FILL, _ATTRIBUTE, _CONTINUATION, _ATTRIBUTES = 4, 5, 12, 16, 21  # messages of a header
-_OURS = (_OLD_FILL, _FILL, _ATTRIBUTE, _ATTRIBUTES)
+_OLD_FILL, _FILL, _LAYOUT, _ATTRIBUTE = 4, 5, 8, 12  # messages of a header
+_CONTINUATION, _ATTRIBUTES = 16, 21
+_OURS = (_OLD_FILL, _FILL, _LAYOUT, _ATTRIBUTE, _ATTRIBUTES)
+_VIRTUAL = 3  # class of a layout
 _SHARED = 2  # a message's flag
 _BLOCKS = 1000  # of a header
 
@@ -69,9 +72,15 @@ def _create_bytes(file: h5py.File, name: str, size: int, filters: list[Any]) -> 
     h5py.h5d.create(file.id, name.encode(), kind, space, packing)
 
 
-def has_fill(item: h5py.Dataset, read: Read) -> bool:
+def is_virtual(address: int, read: Read) -> bool:
+    """Return whether what begins at an address is an array that is made of others."""
+    found = [body[:2] for kind, body in _messages(address, read) if kind == _LAYOUT]
+    return any(each[0] >= 4 and each[1] == _VIRTUAL for each in found)
+
+
+def has_fill(address: int, read: Read) -> bool:
     """Return whether an array has a value for what is not stored, which may be a text, too."""
-    messages = _messages(item, read)
+    messages = _messages(address, read)
     return any(_fills(kind, body) for kind, body in messages if kind in (_OLD_FILL, _FILL))
 
 
@@ -83,12 +92,12 @@ def _fills(kind: int, body: bytes) -> bool:
     return any(body[4:8])
 
 
-def lengths_of_attribute(item: h5py.Group | h5py.Dataset, name: str, read: Read) -> list[int]:
-    """Return how many bytes a text of an item says it has: once, unless the header is damaged."""
+def lengths_of_attribute(address: int, name: str, read: Read) -> list[int]:
+    """Return how many bytes an object's text says it has: once, unless the header is damaged."""
     found = []
-    for kind, body in _messages(item, read):
+    for kind, body in _messages(address, read):
         if kind == _ATTRIBUTES and body[2 + 2 * (body[1] & 1) :][:8] != b"\xff" * 8:
-            raise ValueError(f"{item.name} has too many attributes")  # they lie in a heap
+            raise ValueError("an object has too many attributes")  # they lie in a heap
         if kind == _ATTRIBUTE:
             version, _, *sizes = struct.unpack_from("<BBHHH", body)
             start, unit = 8 + (version == 3), 8 if version == 1 else 1
@@ -98,9 +107,8 @@ def lengths_of_attribute(item: h5py.Group | h5py.Dataset, name: str, read: Read)
     return found
 
 
-def _messages(item: h5py.Group | h5py.Dataset, read: Read) -> Iterator[tuple[int, bytes]]:
+def _messages(address: int, read: Read) -> Iterator[tuple[int, bytes]]:
     """Yield the kind and the content of what the header of an object holds."""
-    address = h5py.h5o.get_info(item.id).addr
     prefix = read(address, 64)
     if newer := prefix[:4] == b"OHDR":
         flags = prefix[5]
@@ -112,13 +120,13 @@ def _messages(item: h5py.Group | h5py.Dataset, read: Read) -> Iterator[tuple[int
     blocks = [(address + start, size)]
     for start, size in blocks:  # which grow
         if len(blocks) > _BLOCKS:
-            raise ValueError(f"the header of {item.name} has no end")
+            raise ValueError("the header of an object has no end")
         block, place = read(start, size), 0
         while place + head.size <= len(block):
             kind, length, flags = head.unpack_from(block, place)
             body = block[place + head.size :][:length]
             if kind in _OURS and flags & _SHARED:
-                raise ValueError(f"the header of {item.name} must lie in one place")
+                raise ValueError("the header of an object must lie in one place")
             if kind == _CONTINUATION:
                 start, size = struct.unpack_from("<QQ", body)
                 blocks.append((start + 4, size - 8) if newer else (start, size))
