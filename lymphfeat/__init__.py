@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lymphfeat.importing import import_bags
     from lymphfeat.model.loading import load_model
     from lymphfeat.recalibration import recalibrate
-    from lymphfeat.repetition import rerun
+    from lymphfeat.repetition.repetition import rerun
     from lymphfeat.settings import (
         BackboneSettings,
         EndToEndSettings,
@@ -95,7 +95,7 @@ _MODULES = {
     "import_bags": "importing",
     "load_model": "model.loading",
     "recalibrate": "recalibration",
-    "rerun": "repetition",
+    "rerun": "repetition.repetition",
     "train": "training",
 }
 

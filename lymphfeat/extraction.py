@@ -29,6 +29,7 @@ from lymphfeat.features.store import FORMAT_VERSION, FROZEN, FeatureSet, Feature
 from lymphfeat.features.store_writer import StoreWriter, clear_leavings
 from lymphfeat.features.views import parse_views
 from lymphfeat.finetuning.backbones import fine_tune
+from lymphfeat.runtime.circumstances import circumstances
 from lymphfeat.runtime.devices import (
     choose_device,
     choose_precision,
@@ -49,7 +50,7 @@ _BESIDE_TRAINING = (
 _WHERE = ("device", "deterministic", "threads")
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
-_INCIDENTAL = ("weights", "batch_size", *_WHERE, "versions")
+INCIDENTAL = ("weights", "batch_size", *_WHERE, "versions")
 
 
 def extract(
@@ -104,9 +105,15 @@ def extract(
             networks = _fine_tuned(cohort, splits, settings, out, force, progress)
             recipe[_FINETUNED] = {each.name: each.weights_sha256 for each in networks}
         encoders = _encoders(networks, settings, dtype, device)
-        open_writer = partial(_open_writer, out, recipe, cohort, encoders, force)
+        origin = _origin(cohort, settings, splits, device)
+        open_writer = partial(_open_writer, out, recipe, cohort, encoders, origin, force)
         _write_rows(cohort, settings, encoders, open_writer, progress)
     return FeatureStore.open(out)
+
+
+def backbones_of(store: Path) -> Path:
+    """Return the folder of the backbones that were fine-tuned for a store."""
+    return store.with_name(f"{store.name}.backbones")
 
 
 def _refuse_seen(cohort: Cohort, splits: Sequence[Split], weights: LoadedWeights) -> None:
@@ -134,7 +141,7 @@ def _fine_tuned(
     progress: Progress,
 ) -> dict[FeatureSet, Backbone]:
     assert settings.finetune is not None
-    folder = out.with_name(out.name + ".backbones")
+    folder = backbones_of(out)
     paths = fine_tune(
         cohort, splits, _finetune_settings(settings), folder, force=force, progress=progress
     )
@@ -232,6 +239,18 @@ def _frozen_recipe(
     }
 
 
+def _origin(
+    cohort: Cohort, settings: ExtractSettings, splits: Sequence[Split], device: torch.device
+) -> dict[str, Any]:
+    """Return what else a store must say to be repeated, and where it was computed."""
+    return {
+        "reading": dict(cohort.reading),
+        "weights_seed": settings.backbone.weights_seed,
+        **({"splits": [split.id for split in splits]} if splits else {}),  # in their order
+        "computed": circumstances(device),
+    }
+
+
 def _left_out(cohort: Cohort) -> dict[str, list[str]]:
     """Return the images that were left out, by patient, below the cohort's folder."""
     return {
@@ -261,11 +280,11 @@ def _reuse(out: Path, recipe: dict[str, Any]) -> FeatureStore:
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
     # Which weights came of fine-tuning is known only when it is done.
-    return {key: recipe[key] for key in recipe if key not in (*_INCIDENTAL, _FINETUNED)}
+    return {key: recipe[key] for key in recipe if key not in (*INCIDENTAL, _FINETUNED)}
 
 
 def _incidental(recipe: Recipe) -> dict[str, Any]:
-    return {key: recipe[key] for key in recipe if key in _INCIDENTAL}
+    return {key: recipe[key] for key in recipe if key in INCIDENTAL}
 
 
 def _encoders(
@@ -291,6 +310,7 @@ def _open_writer(
     recipe: Recipe,
     cohort: Cohort,
     encoders: Mapping[FeatureSet, MapEncoder],
+    origin: Mapping[str, Any],
     force: bool,
 ) -> StoreWriter:
     first = next(iter(encoders.values()))
@@ -302,6 +322,7 @@ def _open_writer(
         feature_sets=list(encoders),
         image_hashes=[hash for hashes in image_hashes(cohort) for hash in hashes],
         statistics=NAMES,
+        origin=origin,
         force=force,
     )
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
+from lymphfeat import __version__
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.splits import Split, kfold_splits
 from lymphfeat.evaluation.baselines import measure_baselines
@@ -29,6 +30,7 @@ from lymphfeat.model.submission import (
 )
 from lymphfeat.plots.learning_curves import draw_curves
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE
+from lymphfeat.runtime.circumstances import circumstances
 from lymphfeat.runtime.devices import (
     choose_device,
     cpu_threads,
@@ -36,16 +38,19 @@ from lymphfeat.runtime.devices import (
     whole_float32,
 )
 from lymphfeat.runtime.files import ResultKind, result_folder, unfinished_folder
-from lymphfeat.runtime.processes import is_first, join_processes
+from lymphfeat.runtime.processes import count, is_first, join_processes
 from lymphfeat.runtime.progress import Progress, part_of, silent
+from lymphfeat.runtime.strict_json import json_text
 from lymphfeat.settings import EndToEndSettings, PredictSettings, require
 
+# What is needed to train the same again, except the place of the images: no part of the model.
+TRAINING_FILE, TRAINING_FORMAT, TRAINING_VERSION = "training.json", "lymphfeat-training", 1
 _ONE = (FACTS_FILE, WEIGHTS_FILE, *CURVES)
 MODEL = ResultKind(
     name="model",
     marks=(FACTS_FILE, MEMBERS_FILE, FINAL_FILE),
     files=(
-        *(*_ONE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE),
+        *(*_ONE, PATIENTS_FILE, IMAGES_FILE, SUBMISSION_FILE, TRAINING_FILE),
         *(MEMBERS_FILE, FINAL_FILE, TENSORS_FILE, *(f"fold-*/{name}" for name in _ONE)),
     ),
 )
@@ -90,11 +95,12 @@ def train(
     predict as one, and threshold and calibration come from out-of-fold probabilities. With
     `settings.fusion` they are fused with the clinical attributes, and become a `FinalModel`.
 
-    Writes the model or members, predictions.csv, images.csv, curves.csv, curves.png and, when there
-    are unlabelled patients, submission.csv. For members, predictions.csv has their spread, and
-    `out_of_fold`: the probability by the member that has not seen a labelled patient;
-    `out_of_fold_calibrated` and `out_of_fold_predicted` are what the other folds make of it. The
-    folder is replaced as a whole, at the end. An interrupted training resumes when called again.
+    Writes the model or members, predictions.csv, images.csv, curves.csv, curves.png, training.json
+    (what `rerun` needs) and, when there are unlabelled patients, submission.csv. For members,
+    predictions.csv has their spread, and `out_of_fold`: the probability by the member that has not
+    seen a labelled patient; `out_of_fold_calibrated` and `out_of_fold_predicted` are what the other
+    folds make of it. The folder is replaced as a whole, at the end. An interrupted training resumes
+    when called again.
 
     Raises SettingsError when `out` holds a model and `force` is not set, or anything else, for the
     threshold `best-ba` and a fusion without folds, for `validation` with folds, and for attributes
@@ -131,6 +137,7 @@ def train(
             finish = _finish_model if folds is None else with_folds
             trained, predictions = finish(jobs, cohort, part_of(progress, 0, 1, "predicting"))
             _write(folder, trained, predictions, curves)
+            _record(folder, cohort, settings, folds, submission_header)
             if cohort.submission_ids:
                 ids, path = cohort.submission_ids, folder / SUBMISSION_FILE
                 write_submission(predictions.patients, ids, path, submission_header)
@@ -174,6 +181,23 @@ def _write(
     if len(curves) > 1:
         for number, rows in enumerate(curves):
             write_curves(rows, folder / member_name(number))
+
+
+def _record(
+    folder: Path, cohort: Cohort, settings: EndToEndSettings, folds: int | None, header: str
+) -> None:
+    """Write what a repeat needs, and where and with what was trained."""
+    content = {
+        "format": TRAINING_FORMAT,
+        "format_version": TRAINING_VERSION,
+        "lymphfeat": __version__,
+        "settings": asdict(settings),
+        "folds": folds,
+        "submission_header": header,
+        "reading": dict(cohort.reading),
+        "computed": {**circumstances(choose_device(settings.device)), "processes": count()},
+    }
+    (folder / TRAINING_FILE).write_text(json_text(content, indent=1), encoding="utf-8")
 
 
 # --- one model -----------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ OTHERS = {
         ("--image", "../inputs/red/P2/0.png"),
         "out/c.png",
     ),
+    "rerun": Command(("rerun", "../inputs/run"), ()),
+    "rerun, store": Command(("rerun", "../inputs/store.h5", *_COHORT), (), "out/s.h5"),
+    "rerun, model": Command(("rerun", "../inputs/model", *_COHORT), ()),
     "synth": Command(
         ("synth", "--patients", "4", "--test-patients", "1", "--images", "2"), ("--seed", "1")
     ),

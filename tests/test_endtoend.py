@@ -78,6 +78,7 @@ def test_learns_and_writes_everything(cohort: Cohort, tmp_path: Path) -> None:
         "model.safetensors",
         "predictions.csv",
         "submission.csv",
+        "training.json",
     ]
     assert model.facts.metrics["train"]["auc"] == 1
     assert model.facts.trained_on == tuple(f"P{n}" for n in range(10))

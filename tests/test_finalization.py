@@ -1,6 +1,7 @@
 """A row of a run becomes a model: it predicts as the run measured, and says what speaks for it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -345,3 +346,19 @@ def test_a_run_and_its_model_in_one_call(
     assert code == 0, said
     assert f"Model of mean+std: {tmp_path / 'model'}" in said
     assert isinstance(load_model(tmp_path / "model"), FinalModel)
+
+
+@pytest.mark.parametrize("option", [("--protocol", "both"), ("--groups", "gender")])
+def test_a_run_that_is_there_is_told_as_the_first_time(
+    option: tuple[str, str], home: Path, tmp_path: Path
+) -> None:
+    few = ["--folds", "3", "--seeds", "1", "--device", "cpu", "--precision", "float32"]
+    line = ["fit-head", "--store", str(home / "store.h5"), "--agg", "mean+std", *few, *option]
+    line += ["--out", str(tmp_path / "run"), "--model-out", str(tmp_path / "model"), "--json"]
+    first = CliRunner().invoke(cli, line)
+    assert first.exit_code == 0, first.output
+    shutil.rmtree(tmp_path / "model")
+    again = CliRunner().invoke(cli, line)
+    assert "holds this run already" in again.stderr
+    assert again.stdout == first.stdout
+    assert {"report", "optimism"} <= json.loads(first.stdout).keys() or option[0] == "--groups"

@@ -51,6 +51,7 @@ LINES = {
     "import": ["import", "bags", "--out", "imported.h5"],
     "predict": ["predict", "--cohort", "red", "--model", "model", *DEVICE, *TRUTH],
     "rerun": ["rerun", "honest"],
+    "rerun of a store": ["rerun", "store.h5", "--cohort", "red"],
     "finalize": ["finalize", "honest", "--out", "final"],
     "predict by a final model": [
         "predict",
@@ -142,7 +143,7 @@ def test_every_json_file_is_strict(printed: dict[str, str]) -> None:
         strict(path.read_text(encoding="utf-8"))
     assert {path.name for path in files} >= {
         *("audit.json", "config.json", "summary.json", "splits.json", "provenance.json"),
-        *("model.json", "members.json", "final.json", "export.json"),
+        *("model.json", "members.json", "final.json", "export.json", "training.json"),
     }
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import SIGSTOP
 
+import click
 import numpy as np
 import pytest
 
+from lymphfeat_cli.main import COMMANDS, cli
 from tests.commands import RESUMING, WRITING, write_inputs
 from tests.folders import contents
 from tests.forks import CANNOT_MOUNT, Forked, Forks, forking
@@ -72,6 +74,17 @@ def check_refused(process: Forked, *said: str) -> None:
     assert process.stderr.splitlines()[-1:] == errors, process.stderr
     for words in said:
         assert words in errors[0]
+
+
+def test_every_command_that_writes_is_among_them() -> None:
+    context = click.Context(cli)
+    commands = {name: cli.get_command(context, name) for name in COMMANDS}
+    writing = {
+        name
+        for name, command in commands.items()
+        if command and any("--force" in option.opts for option in command.params)
+    }
+    assert {command.words[0] for command in WRITING.values()} == writing
 
 
 # --- killed ---------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ INSIDE = {
         *("report", "figures", "page", "text", "explanation", "faithfulness", "curves", "scores"),
         *("findings", "maps", "wording", "subjects", "thumbnails"),
     ),
+    "repetition": ("repetition", "runs", "models", "stores", "comparison", "place"),
     "pretraining": (
         *("run", "vicreg", "distillation", "trainer", "teachers"),
         *("curve", "pairs", "probe"),

@@ -208,19 +208,13 @@ def refusal(line: list[str]) -> str:
 def test_what_is_refused(
     run: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "must be another folder than the run" in refusal(
+    assert "must be another path than the run" in refusal(
         ["rerun", str(run), "--out", str(run), "--force"]
     )
     assert "must be a run folder of `lymphfeat fit-head`" in refusal(["rerun", str(home)])
-    for name, again in (
-        ("store.h5", "a store is made again by `lymphfeat extract`"),
-        ("model/model.json", "a model is made again by `lymphfeat endtoend`"),
-        ("folds/members.json", "a model is made again by `lymphfeat endtoend`"),
-        ("final/final.json", "a final model is made again by the same `lymphfeat finalize`"),
-    ):
-        path = write_text(tmp_path / "others" / name, "{}")
-        asked = path if name.endswith(".h5") else path.parent
-        assert again in refusal(["rerun", str(asked)])
+    final = write_text(tmp_path / "others" / "final" / "final.json", "{}").parent
+    assert "is made again by the same `lymphfeat finalize`" in refusal(["rerun", str(final)])
+    assert "--weights must not go with a run" in refusal(["rerun", str(run), "--weights", "w.pth"])
     (run.parent / "run-again").mkdir()
     write_text(run.parent / "run-again" / "letter.txt", "mine")
     assert "letter.txt, which is not part of one" in refusal(["rerun", str(run), "--force"])

@@ -145,7 +145,7 @@ def command(
         if made:
             note(f"{made} holds this run already; only its model was missing.")
             _finalize(made / inside, model_out, model_row, force=False)
-            output.show(lambda: _read_result(made, made / inside), lambda: _show_files(made))
+            output.show(lambda: _result(made, made / inside), lambda: _show_files(made))
             return
     folder = folders[-1]
     with output.progress(f"fitting {len(heads)} heads") as progress:
@@ -163,7 +163,7 @@ def command(
     optimism = None if isinstance(found, Run) else found.table
     if model_out:
         _finalize(folder / inside, model_out, model_row, force=output.force)
-    output.show(lambda: _result(folder, runs, optimism), lambda: _show(folder, runs, optimism))
+    output.show(lambda: _result(folder, folder / inside), lambda: _show(folder, runs, optimism))
 
 
 def _find_made(
@@ -224,30 +224,35 @@ def _finished(head: "FinishedHead", *, named: bool) -> str:
     return f"{name}: {', '.join(parts)}"
 
 
-def _result(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> dict[str, object]:
-    last = runs[-1].outcome
+def _result(folder: Path, run: Path) -> dict[str, object]:
+    """Return what the folder of a run holds; of both protocols, `run` is that of the honest one."""
+    from lymphfeat.fitting import GROUPS_FILE, OPTIMISM_FILES
+
     result: dict[str, object] = {
         "folder": str(folder),
-        "summary": last.summary.to_dict("records"),
-        "warnings": list(last.warnings),
-        "files": [str(path) for path in files_in(folder)],
-    }
-    if runs[-1].by_group is not None:
-        result["groups"] = runs[-1].by_group.to_dict("records")
-    if optimism is not None:
-        result["report"] = runs[0].outcome.summary.to_dict("records")
-        result["optimism"] = optimism.to_dict("records")
-    return result
-
-
-def _read_result(folder: Path, run: Path) -> dict[str, object]:
-    """Return the result of a run that an earlier call wrote to (or into) a folder."""
-    return {
-        "folder": str(folder),
-        "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
+        "summary": _read_json(run / "summary.json"),
         "warnings": (run / "warnings.txt").read_text(encoding="utf-8").splitlines(),
         "files": [str(path) for path in files_in(folder)],
     }
+    if (run / GROUPS_FILE).is_file():
+        result["groups"] = _read_rows(run / GROUPS_FILE)
+    if run != folder:
+        result["report"] = _read_json(folder / "report" / "summary.json")
+        result["optimism"] = _read_rows(folder / OPTIMISM_FILES[0])
+    return result
+
+
+def _read_json(path: Path) -> object:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_rows(path: Path) -> list[dict[str, object]]:
+    """Read a table of figures; names stay texts."""
+    import pandas as pd
+
+    texts = dict.fromkeys(("head", "kind", "group"), str)
+    table = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _show(folder: Path, runs: "list[Run]", optimism: "pd.DataFrame | None") -> None:

@@ -32,7 +32,7 @@ COMMANDS = {
     "fit-head": "Feature store -> MIL heads fitted on every split, with a results table.",
     "endtoend": "Cohort -> final model trained through the backbone, predictions, submission.",
     "finalize": "A row of a fit-head run -> a model for new patients.",
-    "rerun": "Repeat a run from what its folder holds, and compare the results.",
+    "rerun": "Repeat a run, a store or a model from what it records, and compare.",
     "compare": "Compare rows of runs, paired by split, with intervals and p-values.",
     "reproduce": "Cohort -> the report's results, next to honest and published ones.",
     "predict": "Model + cohort -> predictions (no labels needed).",

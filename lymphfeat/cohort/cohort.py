@@ -44,6 +44,7 @@ class Cohort:
     submission_ids: the patients with label -1, in the order of the test CSV, or else of the table.
     left_out: of each patient's id the images that cannot be used, where they were left out.
     allow_missing: whether patients without images are left out, rather than an error.
+    reading: how it was read from its folder, wherever that was: what a result made of it records.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Cohort:
     submission_ids: tuple[str, ...] = ()
     left_out: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     allow_missing: bool = False
+    reading: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.table) != len(self.images) or not all(self.images):
@@ -82,7 +84,14 @@ class Cohort:
         paths, unread = choose_tables(root, files.tables) if table is None else ([Path(table)], [])
         clinical = read_tables(paths, reference_date)
         found = _assign(root, files.images, set(clinical.frame.index))
-        return cls._of(root, clinical, found, allow_missing, [*unread, *files.notes()])
+        cohort = cls._of(root, clinical, found, allow_missing, [*unread, *files.notes()])
+        reading = {
+            "table": None if table is None else _below(Path(table), root),
+            "reference_date": reference_date.isoformat(),
+            "allow_missing": allow_missing,
+            "on_error": "stop",
+        }
+        return replace(cohort, reading=reading)
 
     @classmethod
     def of_bags(
@@ -227,6 +236,7 @@ class Cohort:
             images=tuple(kept.values()),
             notes=(*self.notes, *faults.values(), *_left_out_notes(left_out, kept)),
             left_out={**self.left_out, **left_out},
+            reading={**self.reading, "on_error": "skip"} if faults else self.reading,
         )
 
     def labelled(self) -> "Cohort":
@@ -236,6 +246,12 @@ class Cohort:
     def unlabelled(self) -> "Cohort":
         """Keep the patients with label -1."""
         return self.select(self.table.index[self.table["label"] == UNKNOWN])
+
+
+def _below(path: Path, root: Path) -> str:
+    """Return a path below a folder; of one outside it the name alone."""
+    path, root = path.resolve(), root.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def _left_out_notes(

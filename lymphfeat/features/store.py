@@ -139,6 +139,8 @@ class FeatureStore:
     feature_sets: Mapping[str, FeatureSet]
     shape: MapShape
     submission_ids: tuple[str, ...]
+    # how the cohort was read, and where and with what the maps were computed; empty in old stores
+    origin: Mapping[str, Any]
     notes: tuple[str, ...] = ()  # how it differs from what `extract` was asked for
 
     @classmethod
@@ -166,6 +168,7 @@ class FeatureStore:
                 feature_sets=sets,
                 shape=_read_shape(file, next(iter(sets))),
                 submission_ids=_texts(attribute(member(file, "patients"), "submission_ids")),
+                origin=_read_origin(file),
             )
             _check_parts(store)
             return store
@@ -394,6 +397,12 @@ def _check_format(file: h5py.File, path: Path) -> None:
     refuse_newer(path, _version(file), FORMAT_VERSION, StoreError)
     if not attribute(file, "complete"):
         raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
+
+
+def _read_origin(file: h5py.File) -> dict[str, Any]:
+    if "origin" not in file.attrs:
+        return {}
+    return _checked(parse_json(attribute(file, "origin")), dict)
 
 
 def _version(file: h5py.File) -> int:

@@ -66,11 +66,14 @@ class StoreWriter:
         feature_sets: Sequence[FeatureSet],
         image_hashes: Sequence[str] = (),
         statistics: Sequence[str] = (),
+        origin: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> None:
         """Take the (N,) content hashes of the cohort's image files; none where they are unknown.
 
-        `statistics` are the names of the image statistics that will be written.
+        `statistics` are the names of the image statistics that will be written. `origin` says what
+        else a repeat needs to know, and where the maps were computed; a store that is continued
+        keeps that of its beginning.
         """
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
@@ -88,7 +91,7 @@ class StoreWriter:
             )
             blocks = self._blocks_to_copy(recipe, image_hashes, statistics)
             if blocks or not self._continues(recipe, force):
-                content = (recipe, cohort, shape, feature_sets, image_hashes, statistics)
+                content = (recipe, cohort, shape, feature_sets, image_hashes, statistics, origin)
                 size = _size(cohort, shape, feature_sets, statistics)
                 self._begin(recipe, blocks, size, lambda new: _create(new, *content))
             self._maps: dict[str, np.memmap[Any, Any]] = {
@@ -363,6 +366,7 @@ def _create(
     feature_sets: Sequence[FeatureSet],
     image_hashes: Sequence[str],
     statistics: Sequence[str],
+    origin: Mapping[str, Any] | None,
 ) -> None:
     n = int(cohort.offsets[-1])
     with h5py.File(path, "w", libver=("v108", "v110")) as file:
@@ -370,6 +374,8 @@ def _create(
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["recipe"] = canonical(recipe)
         file.attrs["recipe_sha256"] = recipe_sha256(recipe)
+        if origin:
+            file.attrs["origin"] = canonical(origin)
         file.attrs["complete"] = np.uint8(0)
         _write_patients(file.create_group("patients"), cohort)
         images = file.create_group("images")

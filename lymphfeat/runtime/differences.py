@@ -1,7 +1,7 @@
 """How files differ: byte for byte, then by the largest difference of two numbers in them."""
 
 import filecmp
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.strict_json import json_text, parse_json
 
 Values = Mapping[str, NDArray[Any]]
+_BYTES = "bytes, not values"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileDifference:
     """How two files of one name differ.
 
-    same: byte for byte.
+    same: byte for byte, but for fields that may differ.
     largest: the largest difference of two numbers; None where they differ in more than numbers, or
         hold none.
     where: the column, field or tensor with it, or what else differs.
@@ -34,8 +35,13 @@ class FileDifference:
     where: str = ""
 
 
-def compare_files(first: Path, second: Path, name: str) -> FileDifference:
-    """Compare two files; one that is not there differs."""
+def compare_files(
+    first: Path, second: Path, name: str, *, incidental: Collection[str] = ()
+) -> FileDifference:
+    """Compare two files; one that is not there differs.
+
+    `incidental` are fields of JSON files, such as `training.versions`, that may differ.
+    """
     for path in (first, second):
         if not path.is_file():
             return FileDifference(name=name, same=False, where=f"missing: {path}")
@@ -45,10 +51,20 @@ def compare_files(first: Path, second: Path, name: str) -> FileDifference:
     if read is None:
         return FileDifference(name=name, same=False, where="bytes")
     try:
-        largest, where = largest_difference(read(first), read(second))
+        values = [_without(incidental, read(path)) for path in (first, second)]
+        largest, where = largest_difference(*values)
     except (ValueError, SafetensorError) as error:  # no longer what its name says
         return FileDifference(name=name, same=False, where=f"cannot be read ({error})")
+    if where == _BYTES and first.suffix == ".json" and incidental:
+        return FileDifference(name=name, same=True)
     return FileDifference(name=name, same=False, largest=largest, where=where)
+
+
+def _without(fields: Collection[str], values: Values) -> Values:
+    def named(name: str) -> bool:
+        return any(name == field or name.startswith((f"{field}.", f"{field}[")) for field in fields)
+
+    return {name: each for name, each in values.items() if not named(name)}
 
 
 def largest_difference(first: Values, second: Values) -> tuple[float | None, str]:
@@ -61,7 +77,7 @@ def largest_difference(first: Values, second: Values) -> tuple[float | None, str
             return None, f"{name}, which only one has"
         if first[name].shape != second[name].shape:
             return None, f"{name}, of shape {first[name].shape} and {second[name].shape}"
-    largest, where = 0.0, "bytes, not values"
+    largest, where = 0.0, _BYTES
     for name, values in first.items():
         if not (_is_number(values) and _is_number(second[name])):
             if values.tolist() != second[name].tolist():

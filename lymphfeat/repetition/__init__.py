@@ -1,0 +1,1 @@
+"""Results made again from what they record, and compared with what they were."""
