@@ -88,7 +88,8 @@ def test_the_folder_is_a_final_model_that_predicts_what_was_written(
 ) -> None:
     assert set(contents(trained)) == {
         *("final.json", "final.safetensors", "predictions.csv", "images.csv", "submission.csv"),
-        *("curves.csv", "curves.png", *(f"fold-{fold}/curves.csv" for fold in range(FOLDS))),
+        *("curves.csv", "curves.png", "training.json"),
+        *(f"fold-{fold}/curves.csv" for fold in range(FOLDS)),
     }
     model = final(trained)
     assert model.row == "bnsigmoid + clinical (late)"
