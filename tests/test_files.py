@@ -202,15 +202,14 @@ def test_a_reader_leaves_a_swap_to_the_process_that_is_about_it(tmp_path: Path) 
             line, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         )
         _, status = os.waitpid(process.pid, os.WUNTRACED)
-        stopped = os.WIFSTOPPED(status)
-        waits = stopped and (tmp_path / "run.partial" / "swap.json").exists()
+        assert os.WIFSTOPPED(status), f"change {number} was never made, nor any swap seen"
+        waits = (tmp_path / "run.partial" / "swap.json").exists()
         if waits:
             before = contents(tmp_path)
             recover(tmp_path / "run")
             assert contents(tmp_path) == before
-        if stopped:
-            process.send_signal(signal.SIGCONT)
-            process.wait()
+        process.send_signal(signal.SIGCONT)
+        process.wait()
         if waits:
             break
     assert contents(tmp_path) == {"run/mark": b"new", "run/part-1/table": b"new"}
