@@ -13,7 +13,7 @@ from lymphfeat.cohort.images import decode_crops
 from lymphfeat.errors import LymphfeatError, SettingsError
 from lymphfeat.features.backbones import build_backbone, read_facts
 from lymphfeat.pretraining.run import pretrain
-from lymphfeat.pretraining.teachers import Teacher, draw_zooms, steady_components, teach
+from lymphfeat.pretraining.teachers import Teacher, steady_components, teach
 from tests.test_pretraining import write_cells
 from tests.tiny import PRETRAINING
 
@@ -42,7 +42,7 @@ def said(cells: int = 80, views: int = 3) -> tuple[list[torch.Tensor], torch.Ten
 def test_components_are_those_of_a_plain_computation() -> None:
     features, zooms = said()
     views, cells, _ = features[0].shape
-    targets = steady_components(features, zooms, 4, seed=0).numpy()  # (80, 4)
+    targets = steady_components(features, zooms, 4, seed=0).numpy()  # (80, 3, 4)
 
     flat = [part.reshape(views * cells, -1).double().numpy() for part in features]
     flat = [(x - x.mean(0)) / (x.std(0, ddof=1) + 1e-3) / np.sqrt(x.shape[1]) for x in flat]
@@ -64,40 +64,43 @@ def test_components_are_those_of_a_plain_computation() -> None:
         np.linalg.solve(between + within + 1e-6 * np.eye(28), between)
     )
     order = np.argsort(-shares.real)[:4]
-    expected = rest.mean(0) @ directions.real[:, order]
+    expected = (rest.mean(0) + magnified.reshape(views, cells, -1)) @ directions.real[:, order]
     for axis in range(4):  # up to sign and scale
-        seen = np.corrcoef(targets[:, axis], expected[:, axis])[0, 1]
+        seen = np.corrcoef(targets[..., axis].T.ravel(), expected[..., axis].ravel())[0, 1]
         assert abs(seen) > 0.999, axis
-    spread = targets.std(0)
+    spread = targets.std((0, 1))
     assert (np.diff(spread) <= 1e-6).all()  # the steadier, the heavier
 
 
-def test_components_keep_the_traits_of_cells_and_not_their_magnification() -> None:
+def test_components_keep_the_traits_of_cells_and_leave_what_views_differ_in() -> None:
     features, zooms = said(cells=400)
     targets = steady_components(features, zooms, 6, seed=0).numpy()
-    spread = targets.std(0)
+    spread = targets.std((0, 1))
     assert spread[2] > 4 * spread[3]  # there are three traits
-    log = np.log(zooms.numpy()).mean(1)
-    for axis in range(3):
-        assert abs(np.corrcoef(targets[:, axis], log)[0, 1]) < 0.15
+    moved = targets - targets.mean(1, keepdims=True)
+    log = np.log(zooms.numpy())
+    for axis in range(3):  # of one cell, targets differ by magnification alone
+        fit = np.polynomial.Polynomial.fit(log.ravel(), moved[..., axis].ravel(), 2)
+        left = moved[..., axis] - fit(log)
+        assert left.std() < 0.2 * targets[..., axis].std()
 
 
-def test_every_cell_is_shown_in_every_part_of_the_zoom(tmp_path: Path) -> None:
+def test_every_part_of_the_zoom_is_shown(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
     fields = torch.from_numpy(decode_crops(cells.paths, DISTILLING.field))
     teachers = [Teacher.load(text, 64) for text in DISTILLING.teachers]
     shown: list[int] = []
-    targets = teach(
+    lessons = teach(
         teachers, fields, DISTILLING, torch.float32, lambda done, total, text="": shown.append(done)
     )
-    assert targets.shape == (24, 6)
-    assert shown[-1] == 48
     low, high = DISTILLING.zoom
     middle = (low * high) ** 0.5
-    zooms = draw_zooms(24, DISTILLING, torch.Generator().manual_seed(0))
-    for view, (least, most) in enumerate(((low, middle), (middle, high))):
-        assert (least <= zooms[:, view]).all()
-        assert (zooms[:, view] <= most).all()
+    assert lessons.targets.shape == (24, 2, 6)
+    assert shown[-1] == 48
+    assert (low <= lessons.zooms[:, 0]).all()
+    assert (lessons.zooms[:, 0] <= middle).all()
+    assert (middle <= lessons.zooms[:, 1]).all()
+    assert (lessons.zooms[:, 1] <= high).all()
 
 
 def test_a_teacher_sees_what_it_was_trained_on() -> None:
@@ -109,10 +112,10 @@ def test_a_teacher_sees_what_it_was_trained_on() -> None:
 @pytest.mark.seconds
 def test_a_student_learns_what_its_teachers_say(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"))
-    settings = replace(DISTILLING, components=2, epochs=60, batch_size=24, lr=1e-2, stain=0.1)
+    settings = replace(DISTILLING, epochs=40, batch_size=12, lr=1e-2, stain=0.1)
     trained = pretrain(cells, tmp_path / "w.safetensors", settings)
     losses = [row["loss"] for row in trained.curve[1:]]
-    assert np.mean(losses[-10:]) < 0.7  # 1 is what a constant has
+    assert losses[-1] < 0.8 * losses[0]
     assert "class_loss" not in trained.curve[-1]  # labels of classes are not used
     recipe = read_facts(trained.weights)["recipe"]
     assert recipe["method"] == "distillation"

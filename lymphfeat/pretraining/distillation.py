@@ -1,4 +1,4 @@
-"""Distillation: a backbone learns to say what larger ones say, however a cell is shown."""
+"""Distillation: a backbone learns to say what larger ones say, whatever the colours of a cell."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,11 @@ from torch import Tensor, nn
 
 from lymphfeat.features.backbones import Backbone
 from lymphfeat.pretraining.pairs import PairSampler
+from lymphfeat.pretraining.teachers import Lessons
 from lymphfeat.pretraining.trainer import Trainer
 from lymphfeat.settings import PretrainSettings
+
+_ZOOM_JITTER = 1.05  # of the magnification that the teacher saw
 
 
 class Distiller(Trainer):
@@ -18,18 +21,18 @@ class Distiller(Trainer):
         backbone: Backbone,
         fields: Tensor,
         groups: Tensor,
-        targets: Tensor,
+        lessons: Lessons,
         settings: PretrainSettings,
         *,
         balanced: bool,
         dtype: torch.dtype,
     ) -> None:
-        """Take fields of pixels (N, 3, F, F) uint8, groups (N,) and targets (N, D)."""
+        """Take fields of pixels (N, 3, F, F) uint8, groups (N,) and lessons, on one device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # layers initialise from the global generator
-            answer = nn.Linear(backbone.channels, targets.shape[1])
+            answer = nn.Linear(backbone.channels, lessons.targets.shape[-1])
         super().__init__(backbone, {"answer": answer}, fields, settings, dtype)
-        self._targets = targets
+        self._lessons = lessons
         self._sampler = PairSampler(
             groups, same_group=0.0, balanced=balanced, generator=self._generator
         )
@@ -40,6 +43,16 @@ class Distiller(Trainer):
 
     def _losses(self) -> Tensor:
         rows, _ = self._sampler.draw(self.batch_size)
-        (answers,) = self._through(self._draw(rows), "answer")  # (n, D)
-        loss = F.mse_loss(answers, self._targets[rows])
+        views, zooms = self._choose(rows)
+        targets = self._lessons.targets[rows, views]  # (n, D)
+        (answers,) = self._through(self._draw(rows, zooms), "answer")  # (n, D)
+        loss = F.mse_loss(answers, targets)
         return torch.stack([loss, loss, loss.new_zeros(()), loss.new_zeros(())])
+
+    def _choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw which of the teacher's views is to be predicted, and the student's magnification."""
+        device = rows.device
+        zooms = self._lessons.zooms
+        views = torch.randint(zooms.shape[1], rows.shape, generator=self._generator, device=device)
+        jitter = 2 * torch.rand(rows.shape, generator=self._generator, device=device) - 1
+        return views, zooms[rows, views] * _ZOOM_JITTER**jitter

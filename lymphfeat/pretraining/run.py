@@ -21,7 +21,7 @@ from lymphfeat.plots.pretraining import draw_curve
 from lymphfeat.pretraining.curve import write_curve
 from lymphfeat.pretraining.distillation import Distiller
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
-from lymphfeat.pretraining.teachers import Teacher, teach
+from lymphfeat.pretraining.teachers import Lessons, Teacher, teach
 from lymphfeat.pretraining.trainer import Trainer
 from lymphfeat.pretraining.vicreg import PairTrainer
 from lymphfeat.runtime.checkpoint import CHECKPOINT_FILE, Checkpoint
@@ -38,7 +38,7 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
-_TARGETS_FILE = "targets.pt"  # beside the checkpoint
+_LESSONS_FILE = "lessons.pt"  # beside the checkpoint
 _TIMED_STEPS = 8  # to estimate how many fit in the minutes; no checkpoint before
 
 
@@ -74,7 +74,7 @@ def pretrain(
     csv, png = (out.with_suffix(suffix).name for suffix in (".csv", ".png"))
     beside = dict.fromkeys((csv, png))
     with (
-        result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE, _TARGETS_FILE)) as folder,
+        result_files(out, beside, force=force, resumes=(CHECKPOINT_FILE, _LESSONS_FILE)) as folder,
         cpu_threads(settings.threads),
         whole_float32(),
         deterministic(choose_device(settings.device), wanted=settings.deterministic),
@@ -90,13 +90,13 @@ def pretrain(
         provenance = init.provenance | cells.provenance()
         checkpoint, kept = (
             Checkpoint(unfinished_folder(out) / name, recipe, provenance.to_json())
-            for name in (CHECKPOINT_FILE, _TARGETS_FILE)
+            for name in (CHECKPOINT_FILE, _LESSONS_FILE)
         )
         for each in (checkpoint, kept):
             each.check(force=force)  # before images are decoded
         fields, groups = _decode(cells, settings, progress)
-        targets = _ask_teachers(teachers, fields, settings, kept, progress)
-        trainer = _make_trainer(cells, backbone, fields, groups, targets, settings)
+        lessons = _learn_lessons(teachers, fields, settings, kept, progress)
+        trainer = _make_trainer(cells, backbone, fields, groups, lessons, settings)
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
         facts = _facts(cells, recipe | {"steps": trainer.step}, provenance)
         sha256 = write_weights(backbone, folder / out.name, facts)
@@ -160,23 +160,22 @@ def _decode(cells: Cells, settings: PretrainSettings, progress: Progress) -> tup
     return torch.from_numpy(pixels).to(device), torch.from_numpy(cells.groups).to(device)
 
 
-def _ask_teachers(
+def _learn_lessons(
     teachers: Sequence[Teacher],
     fields: Tensor,
     settings: PretrainSettings,
     kept: Checkpoint,
     progress: Progress,
-) -> Tensor | None:
+) -> Lessons | None:
     """Show the cells to the teachers, unless an interrupted run has kept what they said."""
     if not teachers:
         return None
     state = kept.read()
     if state is None:
         dtype = choose_precision(settings.precision, fields.device)
-        state = {"targets": teach(teachers, fields, settings, dtype, progress)}
+        state = vars(teach(teachers, fields, settings, dtype, progress))
         kept.write(state, last=True)
-    targets: Tensor = state["targets"]
-    return targets.to(fields.device)
+    return Lessons(**state).to(fields.device)
 
 
 def _make_trainer(
@@ -184,13 +183,13 @@ def _make_trainer(
     backbone: Backbone,
     fields: Tensor,
     groups: Tensor,
-    targets: Tensor | None,
+    lessons: Lessons | None,
     settings: PretrainSettings,
 ) -> Trainer:
     dtype = choose_precision(settings.precision, fields.device)
     classes = cells.grouping == "classes"
-    if targets is not None:
-        return Distiller(backbone, fields, groups, targets, settings, balanced=classes, dtype=dtype)
+    if lessons is not None:
+        return Distiller(backbone, fields, groups, lessons, settings, balanced=classes, dtype=dtype)
     supervised = classes and settings.supervised > 0
     return PairTrainer(backbone, fields, groups, settings, supervised=supervised, dtype=dtype)
 

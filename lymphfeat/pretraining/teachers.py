@@ -2,7 +2,7 @@
 
 Every cell is shown in a few views of different magnification. Each teacher's pooled features are
 standardised over all views; the components that views of one cell agree on are what the student
-learns to predict, from views in other colours, at any magnification.
+learns to predict, from views in other colours.
 """
 
 import math
@@ -58,16 +58,30 @@ class Teacher:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """Of N cells in V views: the magnification of each view (N, V), and its targets (N, V, D)."""
+
+    zooms: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Lessons":
+        return Lessons(zooms=self.zooms.to(device), targets=self.targets.to(device))
+
+
 def teach(
     teachers: Sequence[Teacher],
     fields: Tensor,
     settings: PretrainSettings,
     dtype: torch.dtype,
     progress: Progress,
-) -> Tensor:
-    """Show all cells, fields of pixels (N, 3, F, F) uint8, to all teachers: targets (N, D)."""
+) -> Lessons:
+    """Show all cells, fields of pixels (N, 3, F, F) uint8, to all teachers.
+
+    The magnification of a cell's v-th view is drawn from the v-th part of the range, log-uniform.
+    """
     generator = torch.Generator(fields.device).manual_seed(settings.seed)
-    zooms = draw_zooms(len(fields), settings, generator)  # (N, V)
+    zooms = _draw_zooms(len(fields), settings, generator)  # (N, V)
     for teacher in teachers:
         teacher.backbone.to(fields.device)
     augmentation = Augmentation(
@@ -84,14 +98,11 @@ def teach(
             progress(done, zooms.numel(), "views shown to the teachers")
     shape = (settings.teacher_views, len(fields), -1)
     together = [torch.cat(said).view(shape) for said in features]  # (V, N, C) of each
-    return steady_components(together, zooms, settings.components, settings.seed)
+    targets = steady_components(together, zooms, settings.components, settings.seed)
+    return Lessons(zooms=zooms, targets=targets)
 
 
-def draw_zooms(n: int, settings: PretrainSettings, generator: torch.Generator) -> Tensor:
-    """Draw the magnifications (N, V) that teachers see, the v-th from the v-th part of the range.
-
-    They are log-uniform.
-    """
+def _draw_zooms(n: int, settings: PretrainSettings, generator: torch.Generator) -> Tensor:
     views = settings.teacher_views
     low, high = (math.log(zoom) for zoom in settings.zoom)
     part = torch.rand((n, views), generator=generator, device=generator.device)
@@ -109,30 +120,32 @@ def _pooled(teacher: Teacher, pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def steady_components(features: Sequence[Tensor], zooms: Tensor, n: int, seed: int) -> Tensor:
-    """Return what views agree on in features (V, N, C each) of all teachers: (N, n).
+    """Return what views agree on in features (V, N, C each) of all teachers: (N, V, n).
 
     Each teacher's features are standardised and, together, reduced to principal components. What
     magnification does to them is fitted (a parabola in its logarithm) and taken out. Then the
     directions are found in which cells differ most, relative to how views of one cell differ:
     eigenvectors of the covariance between cells against the total one; the eigenvalue is the share
-    of the variance that a view tells of its cell. The targets are the means over a cell's views in
-    these directions; their deviation is that share, scaled to a mean square of 1.
+    of the variance that a view tells of its cell. The targets are the means over a cell's views and
+    the effect of each view's magnification, in these directions; their deviation is that share,
+    scaled to a mean square of 1.
     """
     views, cells, _ = features[0].shape
     together = torch.cat([_standardised(part.flatten(0, 1).float()) for part in features], dim=1)
     width = min(_BASIS, *together.shape)
     pca = PCA(width, svd_solver="randomized", random_state=seed)
     scores = pca.fit_transform(together.numpy()).astype(np.float64)  # (V·N, width)
-    rest = (scores - _fit_zooms(zooms.cpu().numpy(), scores)).reshape(views, cells, -1)
+    magnified = _fit_zooms(zooms.cpu().numpy(), scores)
+    rest = (scores - magnified).reshape(views, cells, -1)
     means = rest.mean(0)  # (N, width)
     spread = (rest - means).reshape(views * cells, -1)
     within = spread.T @ spread / (cells * (views - 1))
     between = means.T @ means / cells - within / views
     shares, directions = eigh(between, between + within + _RIDGE * np.eye(width))  # ascending
     steady, shares = directions[:, ::-1][:, :n], shares[::-1][:n].clip(min=0)
-    targets = means @ steady  # (N, n)
-    targets *= shares / np.sqrt((shares**2).mean()) / targets.std(0)
-    return torch.from_numpy(targets.astype(np.float32))
+    targets = (means + magnified.reshape(views, cells, -1)) @ steady  # (V, N, n)
+    targets *= shares / np.sqrt((shares**2).mean()) / targets.std((0, 1))
+    return torch.from_numpy(targets.astype(np.float32).transpose(1, 0, 2).copy())
 
 
 def _fit_zooms(zooms: Doubles, scores: Doubles) -> Doubles:

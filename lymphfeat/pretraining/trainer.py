@@ -89,15 +89,16 @@ class Trainer(ABC):
         self.step += 1
         return losses[1:].detach()
 
-    def _draw(self, rows: Tensor) -> Tensor:
-        """Draw a view of each of these cells.
+    def _draw(self, rows: Tensor, zooms: Tensor | None = None) -> Tensor:
+        """Draw a view of each of these cells; `zooms` (n,) are the magnifications if given.
 
         The first steps see small views of the same region: cells are learnt coarsely, then finely.
         """
         scale = _SMALL if self.step < self._settings.small_views * self.total_steps else 1.0
-        low, high = (math.log(zoom) for zoom in self._settings.zoom)
-        part = torch.rand(len(rows), generator=self._generator, device=rows.device)
-        zooms = torch.exp(low + (high - low) * part)
+        if zooms is None:
+            low, high = (math.log(zoom) for zoom in self._settings.zoom)
+            part = torch.rand(len(rows), generator=self._generator, device=rows.device)
+            zooms = torch.exp(low + (high - low) * part)
         return self._views[scale].draw(self._fields[rows], self._generator, zooms * scale)
 
     def _through(self, views: Tensor, *heads: str) -> list[Tensor]:
