@@ -88,7 +88,11 @@ def finalize(
         cpu_threads(settings.threads),
         whole_float32(),
     ):
-        features = load_features(opened, torch.float32, torch.device("cpu"), views=settings.views)
+        features = load_features(
+            *(opened, torch.float32, torch.device("cpu")),
+            views=settings.views,
+            memory=settings.memory_bytes,
+        )
         if not isinstance(features, SharedFeatures) and len(opened) == 1:
             raise SettingsError(
                 f"run (={run}) must be on features of frozen weights; its backbones were "
@@ -243,6 +247,7 @@ class _Fitting:
                 images_per_patient=self.settings.images_per_patient,
                 views=own.n_views,
             ),
+            memory=self.settings.trainer_memory,
         )
         heads = [
             portable_head(fitted, position, self.channels)

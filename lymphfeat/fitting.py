@@ -227,7 +227,11 @@ class _Request:
         settings = self.settings
         with cpu_threads(settings.threads), whole_float32():
             provenance = RunProvenance.of(self.stores)
-            features = load_features(self.stores, self.dtype, self.device, views=settings.views)
+            features = load_features(
+                *(self.stores, self.dtype, self.device),
+                views=settings.views,
+                memory=settings.memory_bytes,
+            )
             groups = self.groups()
             plan = features.plan(settings, self.splits or self.group_splits(groups))
             if groups is not None:
@@ -300,7 +304,7 @@ class _Request:
 
     def _identity(self) -> dict[str, Any]:
         """Collect what the fits depend on; where they are computed may change."""
-        incidental = ("protocol", "device", "threads", "allow_shared_images")
+        incidental = ("protocol", "device", "threads", "memory", "allow_shared_images")
         fields = {k: v for k, v in asdict(self.settings).items() if k not in incidental}
         return {
             "settings": fields,
@@ -315,7 +319,8 @@ def _identity_of(store: FeatureStore) -> dict[str, str]:
     """Return the recipe and a hash of the patients and of the averages of all maps."""
     digest = hashlib.blake2b(_hash_of([store.ids, store.labels.tolist()]).encode(), digest_size=16)
     for name in sorted(store.feature_sets):
-        digest.update(np.ascontiguousarray(store.pooled(name)).data)
+        for _, pooled in store.pooled_blocks(name):
+            digest.update(pooled.data)
     return {"recipe": store.recipe_sha256, "content": digest.hexdigest()}
 
 

@@ -506,6 +506,23 @@ class FitSettings(Settings):
     precision: Precision = _precision("float32")
     device: Device = _device()
     threads: int | None = _threads()
+    memory: float | None = setting(
+        None,
+        "Memory, in GB, of which at most half is taken by features; larger ones are read from "
+        "their file at every step.",
+        above=0,
+        unset="what is free",
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Return the memory in bytes."""
+        return None if self.memory is None else int(self.memory * 1e9)
+
+    @property
+    def trainer_memory(self) -> int | None:
+        """Return the part of it, in bytes, for what learns."""
+        return None if self.memory_bytes is None else self.memory_bytes // 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
+from lymphfeat.heads.engine import instances
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit, FittedHeads
@@ -26,14 +27,16 @@ SPLITS = report_splits(IDS, LABELS, seeds=3, seed=0)
 AGGS = ("mean", "std", "logstd", "gini", "quantiles", "kernel-mean", "prototypes", "mean+std")
 
 
-def make_features(dtype: torch.dtype = torch.float32, seed: int = 0) -> Features:
+def make_features(
+    dtype: torch.dtype = torch.float32, seed: int = 0, memory: int | None = None
+) -> Features:
     rng = np.random.default_rng(seed)
     spread = np.repeat(1.5 - LABELS, SIZES)[:, None, None, None, None]
     maps = rng.normal(size=(SIZES.sum(), VIEWS, CHANNELS, 2, 2)) * spread
     maps += rng.normal(size=(SIZES.sum(), 1, CHANNELS, 1, 1))
     stored = maps.astype(np.float16)
     pooled = stored.mean((3, 4), dtype=np.float32)
-    return Features(stored, pooled, OFFSETS, IDS, LABELS, dtype=dtype)
+    return Features(stored, pooled, OFFSETS, IDS, LABELS, dtype=dtype, memory=memory)
 
 
 def head_of(agg: str, **more: object) -> HeadSettings:
@@ -65,6 +68,15 @@ def test_together_as_alone() -> None:
         alone = fit(features, [head])
         own = slice(number * len(SPLITS), (number + 1) * len(SPLITS))
         np.testing.assert_array_equal(together.curves[own], alone.curves)
+
+
+@pytest.mark.parametrize("unit", ["image", "pixel"])
+def test_streaming_is_reading_from_memory(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = [head_of(agg, unit=unit) for agg in ("mean+std", "kernel-mean", "prototypes")]
+    expected = fit(make_features(memory=1 << 30), heads, tta=True).curves
+    monkeypatch.setattr(instances, "_CHUNK_ROWS", 64)
+    found = fit(make_features(memory=0), heads, tta=True).curves
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("agg", AGGS)

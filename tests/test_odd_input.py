@@ -651,6 +651,12 @@ STORES = (
         Refused("features of P3 .row 5 of the store. must be finite numbers"),
     ),
     Case(
+        "NaN in a map that is read at every step",
+        store_file(value("features/frozen", (5, 0, 3), np.nan)),
+        f"{FIT_ONCE.replace('mean', 'bnsigmoid')} --memory 1e-9",
+        Refused("features of P3 .row 5 of the store. must be finite numbers"),
+    ),
+    Case(
         "infinity in a map and its mean",
         all_of(
             store_file(value("features/frozen", (5, 0, 3), np.inf)),

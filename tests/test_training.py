@@ -15,7 +15,7 @@ from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.heads.aggregators.ranking import effective_k
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.engine import fit_stacked
-from lymphfeat.heads.engine.instances import Features
+from lymphfeat.heads.engine.instances import Features, Resident, Streamed
 from lymphfeat.heads.engine.networks import NetworkHeadTrainer
 from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
@@ -283,7 +283,8 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
     curves = []
     for memory in (0, 1 << 30):
         features = make_features(viewed, memory=memory)
-        assert features.streams == (memory == 0)
+        for unit in ("image", "pixel"):
+            assert isinstance(features.of_unit(unit).source, Resident if memory else Streamed)
         fitted = fit_stacked(
             features, fits, epochs=2, sampling=Sampling(batch_size=BATCH, views=views), tta=True
         )

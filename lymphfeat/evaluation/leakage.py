@@ -29,8 +29,8 @@ def find_shared_images(store: FeatureStore, features: str) -> list[SharedImage]:
     bits may collide), or if their features are equal to the last bit (the same pixels in another
     file). `features` names the set of features to compare.
     """
-    pooled = np.array(store.pooled(features)[:, 0])  # (N, C)
-    groups = [*_same_files(store.crc32, pooled), *_same_features(pooled)]
+    files = _same_files(store.crc32, store.pooled(features))
+    groups = [*files, *_same_features(store, features)]
     return _between_patients(groups, store.ids, store.n_images, store.image_names)
 
 
@@ -67,22 +67,23 @@ def _between_patients(
 
 
 def _same_files(crc32: NDArray[np.uint32], pooled: NDArray[np.float32]) -> list[list[int]]:
+    """Group the rows of equal files; pooled: (N, V, C)."""
     groups: dict[int, list[int]] = {}
     for row, checksum in enumerate(crc32.tolist()):
         first = groups.setdefault(checksum, [])
-        if not first or np.allclose(pooled[first[0]], pooled[row], rtol=1e-2, atol=1e-2):
+        if not first or np.allclose(pooled[first[0], 0], pooled[row, 0], rtol=1e-2, atol=1e-2):
             first.append(row)
     return [rows for rows in groups.values() if len(rows) > 1]
 
 
-def _same_features(pooled: NDArray[np.float32]) -> list[list[int]]:
-    same = _same_bytes(pooled)
+def _same_features(store: FeatureStore, features: str) -> list[list[int]]:
+    same = _same_bytes(row for _, pooled in store.pooled_blocks(features) for row in pooled[:, 0])
     copies = sum(len(rows) - 1 for rows in same)
     # Features of a backbone that cannot tell images apart say nothing about them.
-    return same if copies <= len(pooled) / 2 else []
+    return same if copies <= len(store.image_names) / 2 else []
 
 
-def _same_bytes(rows: NDArray[Any]) -> list[list[int]]:
+def _same_bytes(rows: Iterable[NDArray[Any]]) -> list[list[int]]:
     groups: dict[bytes, list[int]] = {}
     for row, values in enumerate(rows):
         groups.setdefault(blake2b(values.tobytes(), digest_size=16).digest(), []).append(row)

@@ -342,6 +342,7 @@ def _fit_together(
         epochs=settings.epochs,
         sampling=sampling,
         tta=settings.tta,
+        memory=settings.trainer_memory,
         kept=kept,
         finished=finished,
         progress=progress,
@@ -449,13 +450,13 @@ def witness_aucs(
     carriers = np.unique(patient[witness])
     values: dict[str, list[float]] = {head_name(head): [] for head in outcome.heads}
     for split, rows in zip(outcome.splits, outcome.patients.validation, strict=True):
-        images = features.for_split(split).images.float().cpu().numpy()  # (N, C)
         shown = np.intersect1d(rows, carriers)
         chosen = np.isin(patient, shown)
+        images = features.for_split(split).images_at(chosen).float().cpu().numpy()  # (n, C)
         for i, fit in enumerate(outcome.fitted.fits):
             if fit.split.id == split.id:
                 sizes = features.n_images[shown]
-                logits = outcome.fitted.image_logits(i, images[chosen], sizes).astype(np.float64)
+                logits = outcome.fitted.image_logits(i, images, sizes).astype(np.float64)
                 values[head_name(fit.head)].append(
                     float(roc_auc(logits, witness[chosen].astype(np.int64)))
                 )

@@ -184,20 +184,26 @@ def load_features(
     device: torch.device,
     *,
     views: int | None = None,
+    memory: int | None = None,
 ) -> FeatureProvider:
     """Open the first `views` of stores (None: all): their frozen features, or each split's own.
 
-    Raises StoreError unless all stores are of the same images, and SettingsError if one has fewer
-    views.
+    Features that take more than half of `memory` bytes (None: of what is free) are read from their
+    file at every step. Raises StoreError unless all stores are of the same images, and
+    SettingsError if one has fewer views.
     """
     for other in stores[1:]:
         stores[0].check_same_images(other)
-    providers = [_load(store, dtype, device, views) for store in stores]
+    providers = [_load(store, dtype, device, views, memory) for store in stores]
     return providers[0] if len(providers) == 1 else JoinedFeatures.of(providers)
 
 
 def _load(
-    store: FeatureStore, dtype: torch.dtype, device: torch.device, views: int | None
+    store: FeatureStore,
+    dtype: torch.dtype,
+    device: torch.device,
+    views: int | None,
+    memory: int | None,
 ) -> FeatureProvider:
     if views is not None and views > store.shape.views:
         raise SettingsError(
@@ -215,6 +221,7 @@ def _load(
             store.labels,
             dtype=dtype,
             device=device,
+            memory=memory,
         )
 
     if FROZEN in store.feature_sets:

@@ -31,6 +31,7 @@ from lymphfeat.features.hdf5 import (
     numbers,
     open_hdf5,
 )
+from lymphfeat.runtime.part_reader import PartReader
 from lymphfeat.runtime.strict_json import json_text, parse_json
 from lymphfeat.runtime.versions import refuse_newer
 
@@ -39,6 +40,7 @@ FROZEN = "frozen"  # the features of given weights; those of fine-tuned ones hav
 FORMAT_VERSION = 2
 STATISTICS = "images/statistics"  # the dataset; stores of earlier versions have none
 SLASH = "\u2215"  # replaces the / in a covariate's name (CD4/CD8), which HDF5 takes for a path
+_BLOCK_BYTES = 16 << 20  # of features read at a time
 Recipe = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -202,9 +204,10 @@ class FeatureStore:
 
     def check_finite(self, name: str) -> None:
         """Raise StoreError, naming image and patient, for a pooled feature that is no number."""
-        wrong = np.flatnonzero(~np.isfinite(self.pooled(name)).all((1, 2)))
-        if len(wrong):
-            self.refuse(name, int(wrong[0]), "features must be finite numbers")
+        for start, pooled in self.pooled_blocks(name):
+            wrong = np.flatnonzero(~np.isfinite(pooled).all((1, 2)))
+            if len(wrong):
+                self.refuse(name, start + int(wrong[0]), "features must be finite numbers")
 
     def refuse(self, name: str, image: int, rule: str) -> NoReturn:
         """Raise StoreError for the features of an image, by its row, that break a rule."""
@@ -343,6 +346,13 @@ class FeatureStore:
     def pooled(self, name: str = FROZEN) -> NDArray[np.float32]:
         """Map the average-pooled features called `name`, (N, V, C), read-only."""
         return map_rows(self.path, f"pooled/{self._known(name)}", "r")
+
+    def pooled_blocks(self, name: str = FROZEN) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield the average-pooled features some images at a time: (first row, (n, V, C))."""
+        reader = PartReader(self.pooled(name))
+        step = max(1, _BLOCK_BYTES // reader.array[0].nbytes)
+        for start in range(0, len(reader.array), step):
+            yield start, reader.read(slice(start, start + step))
 
     @cached_property
     def image_statistics(self) -> pd.DataFrame | None:

@@ -41,6 +41,7 @@ from lymphfeat.runtime.arrays import FLOAT16_MAX, beyond_float16
 from lymphfeat.runtime.disks import require_room, writing
 from lymphfeat.runtime.files import flush_file, lock_file, replace_file
 from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.part_reader import PartReader
 from lymphfeat.runtime.strict_json import json_text, parse_json
 
 _OF_IMAGES = ("cohort", "left_out")  # fields of the recipe that say which images there are
@@ -94,9 +95,8 @@ class StoreWriter:
                 content = (recipe, cohort, shape, feature_sets, image_hashes, statistics, origin)
                 size = _size(cohort, shape, feature_sets, statistics)
                 self._begin(recipe, blocks, size, lambda new: _create(new, *content))
-            self._maps: dict[str, np.memmap[Any, Any]] = {
-                name: map_rows(self.partial, name, "r+") for name in _row_names(self.partial)
-            }
+            names = _row_names(self.partial)
+            self._maps = {name: PartReader(map_rows(self.partial, name, "r+")) for name in names}
             self._file = opened.enter_context(self.partial.open("r+b"))
             self._opened = opened.pop_all()
 
@@ -202,7 +202,7 @@ class StoreWriter:
             rows[f"pooled/{name}"] = rows[f"features/{name}"].mean((3, 4), dtype=np.float32)
         with writing(self.path):
             for name, values in rows.items():
-                _put_rows(self._file, self._maps[name], start, values)
+                _put_rows(self._file, self._maps[name].array, start, values)
             self._file.flush()
             os.fsync(self._file.fileno())  # rows are on disk before the journal lists them
             self._journal.add(
@@ -210,7 +210,7 @@ class StoreWriter:
             )
 
     def _checksum(self, name: str, start: int, stop: int) -> int:
-        return zlib.crc32(self._maps[name][start:stop].tobytes())
+        return zlib.crc32(self._maps[name].read(slice(start, stop)).data)
 
     def finish(self) -> None:
         """Verify every block against the journal, mark the store complete and publish it."""
@@ -227,7 +227,7 @@ class StoreWriter:
             self.journal_path.unlink()
 
     def _check_whole(self) -> None:
-        expected, n = 0, len(self._maps["images/crc32"])
+        expected, n = 0, len(self._maps["images/crc32"].array)
         for (start, stop), checksums in sorted(self._journal.blocks.items()):
             if start != expected:
                 break
@@ -252,13 +252,12 @@ def _copy_rows(source: Path, target: Path, blocks: Collection[tuple[int, int]]) 
                 _put_rows(file, copies, start, rows[start:stop])
 
 
-def _put_rows(
-    file: BinaryIO, mapped: np.memmap[Any, Any], start: int, values: NDArray[Any]
-) -> None:
+def _put_rows(file: BinaryIO, mapped: NDArray[Any], start: int, values: NDArray[Any]) -> None:
     """Write rows to their place in a file, at which they are mapped.
 
     Not through the map: where the disk is full that would kill the process (SIGBUS).
     """
+    assert isinstance(mapped, np.memmap)
     file.seek(mapped.offset + start * mapped.strides[0])
     file.write(np.ascontiguousarray(values, mapped.dtype).data)
 

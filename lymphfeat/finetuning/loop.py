@@ -16,7 +16,7 @@ from lymphfeat.finetuning.job import Job
 from lymphfeat.finetuning.pixels import DecodedCohort, PixelCache, Roster
 from lymphfeat.heads.registry import find_aggregator
 from lymphfeat.runtime.checkpoint import Checkpoint
-from lymphfeat.runtime.devices import choose_device, peak_memory
+from lymphfeat.runtime.devices import choose_device, give_back_freed_memory, peak_memory
 from lymphfeat.runtime.processes import from_first, is_first
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import EndToEndSettings
@@ -71,6 +71,7 @@ def fit(
         last = len(history) == job.settings.epochs
         if is_first():
             checkpoint.write({"trainer": tuner.state(), "history": history}, last=last)
+        give_back_freed_memory()  # whole patients make every batch another size
     tuner.finish_head()
     model.backbone.eval()
     model.head.eval()

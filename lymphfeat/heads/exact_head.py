@@ -40,10 +40,16 @@ class ExactHead:
 
     def patient_logits(self, sets: Sequence[tuple[Tensor, Bags]]) -> Tensor:
         """Score patients from each set's instances (M, C) and bags: (B,), float64."""
-        parts = [
-            block.statistic.score(*sets[block.features], block.weight) for block in self.blocks
-        ]
+        parts = [self.score_of_set(place, *own) for place, own in enumerate(sets)]
         return torch.stack(parts).sum(0) + self.intercept
+
+    def score_of_set(self, place: int, instances: Tensor, bags: Bags) -> Tensor:
+        """Return what one of the sets, (M, C) and bags, adds to the logits: (B,), float64."""
+        total = self.intercept.new_zeros(bags.n_bags)
+        for block in self.blocks:
+            if block.features == place:
+                total += block.statistic.score(instances, bags, block.weight)
+        return total
 
     def shares(self, sets: Sequence[tuple[Tensor, Bags]]) -> Tensor:
         """Return each image's share of its patient's logit: (N,), float64.

@@ -19,6 +19,7 @@ from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.head import Head
 from lymphfeat.model.scoring import CohortScorer, ModelRecipe, instances_of
 from lymphfeat.runtime.identity import differing_fields
+from lymphfeat.runtime.part_reader import PartReader
 from lymphfeat.runtime.progress import Progress
 from lymphfeat.runtime.strict_json import json_value
 from lymphfeat.settings import HeadSettings, PredictSettings
@@ -61,11 +62,11 @@ class Source(ABC):
                 f"of {', '.join(store.recipe['views'])}. Extract with --views, or predict without "
                 "--tta."
             )
-        maps = store.features()  # (N, V, C, h, w)
+        maps = PartReader(store.features())  # (N, V, C, h, w)
         with torch.inference_mode():
             chunks = [
-                _keep_views(head, maps[start : start + batch_size, : len(views)])
-                for start in range(0, len(maps), batch_size)
+                _keep_views(head, maps.read(slice(start, start + batch_size), slice(len(views))))
+                for start in range(0, len(maps.array), batch_size)
             ]
         kept = torch.cat(chunks, dim=1)
         wrong = (~kept.isfinite()).any(2).any(0).nonzero()

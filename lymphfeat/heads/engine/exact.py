@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lymphfeat.heads.aggregators.distribution import Standardised
-from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.descriptions import Description, Descriptions
 from lymphfeat.heads.engine.instances import Features, Instances, Resident
 from lymphfeat.heads.engine.logistic import PENALTIES, solve_paths
@@ -307,11 +306,10 @@ class ExactHeadTrainer(HeadTrainer):
 
     def _score(self, sets: Sequence[Instances], wanted: Sequence[int], view: int) -> Tensor:
         """Return probabilities in a view, described anew: (wanted, P)."""
-        whole = [_in_one(own, view) for own in sets]
-        logits = torch.stack([self._heads[i].patient_logits(whole) for i in wanted])
-        return logits.sigmoid().float()
-
-
-def _in_one(instances: Instances, view: int) -> tuple[Tensor, Bags]:
-    """Return all instances (M, C) in a view, and the patients."""
-    return instances.source.span(0, int(instances.images[-1]), view), instances.bags
+        heads = [self._heads[i] for i in wanted]
+        scores = heads[0].intercept.new_zeros(len(heads), self._logits.shape[1])
+        for place, own in enumerate(sets):
+            for patients, values, bags in own.chunks(1, view):
+                for score, head in zip(scores, heads, strict=True):
+                    score[patients] += head.score_of_set(place, values, bags)
+        return (scores + torch.stack([head.intercept for head in heads])[:, None]).sigmoid().float()

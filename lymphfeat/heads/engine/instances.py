@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from lymphfeat.errors import StoreError
 from lymphfeat.features.views import flip_view
 from lymphfeat.heads.bags import Bags
 from lymphfeat.runtime.devices import available_memory
+from lymphfeat.runtime.part_reader import PartReader
 
 _CHUNK_BYTES = 64 << 20  # of feature maps laid out as pixels at a time
 _CHUNK_VALUES = 4 << 20  # logits made at a time
@@ -55,17 +56,24 @@ class Resident:
 class Streamed:
     """Pixels read from the mapped file every time: for stores larger than memory."""
 
-    def __init__(self, maps: NDArray[np.float16], dtype: torch.dtype, device: torch.device) -> None:
-        """Take maps (N, V, C, h, w)."""
-        self._maps, self._dtype, self._device = maps, dtype, device
+    def __init__(
+        self,
+        maps: NDArray[np.floating[Any]],
+        dtype: torch.dtype,
+        device: torch.device,
+        refuse: Callable[[int], NoReturn],
+    ) -> None:
+        """Take maps (N, V, C, h, w); `refuse` is called with the row of one that is not finite."""
+        self._maps, self._dtype, self._device = PartReader(maps), dtype, device
+        self._refuse = refuse
 
     def span(self, start: int, stop: int, view: int) -> Tensor:
         return self.pixels(start, stop, view).contiguous().flatten(0, 1)
 
     def pixels(self, start: int, stop: int, view: int) -> Tensor:
         """Return the pixels (n, h · w, C) of images start:stop in a view, as a transposed view."""
-        maps = torch.from_numpy(np.array(self._maps[start:stop, view]))
-        return _as_pixels(maps.to(self._device, self._dtype), view)
+        maps = self._to_device(self._maps.read(slice(start, stop), view), range(start, stop))
+        return _as_pixels(maps, view)
 
     def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
         rows = images.cpu().numpy()
@@ -78,8 +86,13 @@ class Streamed:
         return torch.cat(parts)[order]
 
     def _read(self, rows: NDArray[np.int64], view: int) -> Tensor:
-        maps = torch.from_numpy(self._maps[rows, view])
-        return _as_pixels(maps.to(self._device, self._dtype), view).contiguous()
+        return _as_pixels(self._to_device(self._maps.read(rows, view), rows), view).contiguous()
+
+    def _to_device(self, maps: NDArray[Any], rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        values = torch.from_numpy(maps).to(self._device, self._dtype)
+        if not values.sum().isfinite():  # float16 is too small for the sum to overflow
+            self._refuse(int(rows[int((~values.isfinite()).flatten(1).any(1).nonzero()[0])]))
+        return values
 
 
 def _as_pixels(maps: Tensor, view: int) -> Tensor:
@@ -167,19 +180,20 @@ class Features:
     ) -> None:
         """Take maps (N, V, C, h, w), or (N, C, h, w) of one view, and their averages (N, V, C).
 
-        The pixels are laid out on first use; where they would not fit into half of `memory` bytes
-        (None: the free memory) they are read from `maps` each time instead.
+        Averages are laid out now, pixels on first use; where they would not fit into half of
+        `memory` bytes (None: the free memory) they are read from `pooled` and `maps` each time
+        instead. `maps` that hold NaN or infinity raise StoreError, naming the patient, when they
+        are read.
         """
         self._maps = maps if maps.ndim == 5 else maps[:, None]
         self.device = device or torch.device("cpu")
         self.dtype = dtype
         self._averages = pooled if pooled.ndim == 3 else pooled[:, None]
-        by_view = np.array(np.moveaxis(self._averages, 1, 0), order="C")
-        self._pooled = torch.from_numpy(by_view).to(self.device, dtype)  # (V, N, C)
         self.offsets = offsets
         self.labels = torch.from_numpy(np.array(labels)).to(self.device)
         self.row = {patient: row for row, patient in enumerate(ids)}
-        self._memory = memory
+        self._room = (available_memory(self.device) if memory is None else memory) // 2
+        self._images = self._keep(self._averages[..., None, None])
         self.others: tuple[Features, ...] = ()
         self._made: dict[Hashable, Any] = {}
 
@@ -203,11 +217,11 @@ class Features:
 
     @property
     def n_views(self) -> int:
-        return len(self._pooled)
+        return int(self._averages.shape[1])
 
     @property
     def channels(self) -> int:
-        return int(self._pooled.shape[2])
+        return int(self._averages.shape[2])
 
     @property
     def bags(self) -> Bags:
@@ -216,40 +230,39 @@ class Features:
 
     @property
     def images(self) -> Tensor:
-        """(N, C) the average-pooled maps of the identity view."""
-        return self._pooled[0]
+        """(N, C) the average-pooled maps of the identity view, in memory."""
+        return self._images.span(0, len(self._averages), 0)
+
+    def images_at(self, chosen: NDArray[np.bool_]) -> Tensor:
+        """Return the average-pooled maps (n, C) of those of the (N,) images that are chosen."""
+        return self._images.gather(torch.from_numpy(np.flatnonzero(chosen)), None)[:, 0]
 
     @cached_property
-    def streams(self) -> bool:
-        """Whether pixels are read from the file each time."""
-        memory = available_memory(self.device) if self._memory is None else self._memory
-        return self._maps.size * self.dtype.itemsize > memory // 2
+    def _pixels(self) -> Source:
+        return self._keep(self._maps)
 
-    @cached_property
-    def _pixels(self) -> Tensor:
-        """(V, N · h · w, C): one row per pixel, images and patients contiguous."""
-        n, views, channels, height, width = self._maps.shape
+    def _keep(self, maps: NDArray[np.floating[Any]]) -> Source:
+        """Return the source of maps (N, V, C, h, w): laid out in memory if they fit."""
+        source = Streamed(maps, self.dtype, self.device, self._refuse)
+        if maps.size * self.dtype.itemsize > self._room:
+            return source
+        n, views, channels, height, width = maps.shape
         shape = (views, n, height * width, channels)
         pixels = torch.empty(shape, dtype=self.dtype, device=self.device)
-        source = Streamed(self._maps, self.dtype, self.device)
-        step = max(1, _CHUNK_BYTES // (self._maps[0, 0].nbytes * 2))
+        step = max(1, _CHUNK_BYTES // (maps[0, 0].nbytes * 2))
         for view in range(views):
             for start in range(0, n, step):
                 stop = min(start + step, n)
                 pixels[view, start:stop] = source.pixels(start, stop, view)
-                self._check_finite(pixels[view, start:stop], start)
-        return pixels.flatten(1, 2)
+        return Resident(pixels.flatten(1, 2), height * width)
 
-    def _check_finite(self, pixels: Tensor, start: int) -> None:
-        """Raise StoreError, naming the patient, unless the images from `start` on are finite."""
-        wrong = (~pixels.isfinite()).flatten(1).any(1).nonzero()
-        if len(wrong):
-            image = start + int(wrong[0])
-            patient = list(self.row)[int(np.searchsorted(self.offsets, image, side="right")) - 1]
-            raise StoreError(
-                f"features of {patient} (row {image} of the store) must be finite numbers; the "
-                "store is damaged, extract it again with --force."
-            )
+    def _refuse(self, image: int) -> NoReturn:
+        """Raise StoreError, naming the patient, for an image whose map is not finite."""
+        patient = list(self.row)[int(np.searchsorted(self.offsets, image, side="right")) - 1]
+        raise StoreError(
+            f"features of {patient} (row {image} of the store) must be finite numbers; the store "
+            "is damaged, extract it again with --force."
+        )
 
     def of_unit(self, unit: str) -> Instances:
         """Return the instances of a unit: pixel, image, or patient (the mean of its images)."""
@@ -257,15 +270,10 @@ class Features:
             count, total, _ = self.patient_sums
             means = (total / count).to(self.dtype)[None]  # (1, P, C)
             return Instances(Resident(means, 1), 1, np.arange(len(self.row) + 1), self.device)
-        source: Source = Resident(self._pooled, 1)
         if unit == "pixel":
             per_image = math.prod(self._maps.shape[3:])
-            source = (
-                Streamed(self._maps, self.dtype, self.device)
-                if self.streams
-                else Resident(self._pixels, per_image)
-            )
-        return Instances(source, per_image if unit == "pixel" else 1, self.offsets, self.device)
+            return Instances(self._pixels, per_image, self.offsets, self.device)
+        return Instances(self._images, 1, self.offsets, self.device)
 
     @cached_property
     def patient_sums(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,7 +286,7 @@ class Features:
         return count, torch.cat(totals), torch.cat(squares)
 
     def in_float32(self) -> "Features":
-        """Return the same features in float32, pixels read from the file."""
+        """Return the same features in float32, read from the file."""
         own = Features(
             self._maps,
             self._averages,
