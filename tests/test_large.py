@@ -79,7 +79,7 @@ def test_freed_memory_between_kept_blocks_is_given_back() -> None:
 @pytest.mark.seconds
 def test_a_large_store_is_fitted_in_little_memory(tmp_path: Path) -> None:
     for name, patients in (("small", 8), ("large", 132)):  # 1.08 GB of maps
-        write_sparse_store(tmp_path / f"{name}.h5", [500] * patients, empty=4)
+        write_sparse_store(tmp_path / f"{name}.h5", [500] * patients, empty=16)
     line = [sys.executable, "-c", PEAKS, "small.h5", "large.h5"]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
