@@ -283,7 +283,7 @@ def test_one_model_in_place_of_members_keeps_nothing_of_them(
     after = contents(endtoend(cohort, "--seed", "1", "--force"))
     assert set(after) == {
         *("model.json", "model.safetensors", "predictions.csv", "images.csv", "submission.csv"),
-        *("curves.csv", "curves.png"),
+        *("curves.csv", "curves.png", "training.json"),
     }
     predict = ["predict", "--model", "m", "--cohort", str(cohort.root), *ONE_CPU, "--json"]
     predicted = CliRunner().invoke(cli, predict)
