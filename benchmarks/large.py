@@ -159,6 +159,8 @@ def main() -> None:
     long.add_argument("--csv", type=Path, help="table of the samples to write")
     long.set_defaults(run=run_soak)
     asked = parser.parse_args()
+    if asked.run is run_soak and (asked.rounds - asked.warm_up) // asked.every < 3:
+        long.error("--rounds must leave three samples after --warm-up")
     asked.run(asked)
 
 

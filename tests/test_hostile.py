@@ -30,6 +30,7 @@ from lymphfeat.explanation.page import render_page
 from lymphfeat.exporting import export_bags
 from lymphfeat.features.exchange.arrays import read_maps, read_patients
 from lymphfeat.features.hdf5 import attribute, numbers, open_hdf5
+from lymphfeat.features.hdf5_headers import is_virtual
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.inspection import inspect
 from lymphfeat.model.loading import load_model
@@ -53,7 +54,7 @@ GROWTH = 64  # MiB, as in benchmarks/fuzz.py
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
     """End the process if a library searches for ever: no exception could."""
-    faulthandler.dump_traceback_later(600, exit=True)
+    faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 
@@ -338,6 +339,33 @@ def test_texts_that_claim_gigabytes_take_none(kind: str, tmp_path: Path) -> None
         read_patients(path, "patient")
     assert peak() - held < GROWTH
     assert_one_line(caught.value.args[0])  # str() would escape it
+
+
+def test_a_text_that_a_shuffle_leaves_out_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((3,))  # 48 bytes, shuffled in units of 32
+    properties.set_filter(h5py.h5z.FILTER_SHUFFLE, 1, (32,))
+    properties.set_filter(h5py.h5z.FILTER_DEFLATE, 1, (4,))
+    with h5py.File(path, "w") as file:
+        kind = h5py.h5t.py_create(h5py.string_dtype(), logical=1)
+        space = h5py.h5s.create_simple((3,))
+        h5py.h5d.create(file.create_group("obs").id, b"patient", kind, space, properties)
+        file["obs/patient"][:] = np.array([TEXT] * 3, object)
+    with pytest.raises(StoreError, match="must hold whole units"):
+        read_patients(path, "patient")
+
+
+def test_a_header_that_goes_on_in_itself_ends() -> None:
+    def block(messages: int) -> bytes:
+        onward = struct.pack("<BHBQQ", 16, 16, 0, 64, 4 + 20 + 4 * messages + 4)
+        return b"OCHK" + onward + bytes(4 * messages) + bytes(4)
+
+    message = struct.pack("<BHBQQ", 16, 16, 0, 64, len(block(50_000)))
+    image = (b"OHDR" + bytes([2, 2]) + struct.pack("<I", 20) + message).ljust(64, b"\0")
+    image += block(50_000)
+    with pytest.raises(ValueError, match="must have at most 1048576 bytes"):
+        is_virtual(0, lambda place, size: image[place : place + size])
 
 
 def test_an_attribute_that_claims_gigabytes_takes_none(tmp_path: Path) -> None:

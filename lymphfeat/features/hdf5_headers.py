@@ -22,7 +22,7 @@ _CONTINUATION, _ATTRIBUTES = 16, 21
 _OURS = (_OLD_FILL, _FILL, _LAYOUT, _ATTRIBUTE, _ATTRIBUTES)
 _VIRTUAL = 3  # class of a layout
 _SHARED = 2  # a message's flag
-_BLOCKS = 1000  # of a header
+_MOST = 1 << 20  # bytes of a header
 
 
 def length_of_array(found: h5py.Dataset, read: Read) -> int:
@@ -66,6 +66,8 @@ def _create_bytes(file: h5py.File, name: str, size: int, filters: list[Any]) -> 
         packing.set_filter(code, flags, values)
         if code == h5py.h5z.FILTER_SHUFFLE and values:  # libhdf5 skips it for texts
             width = values[0]
+    if size % width:
+        raise ValueError("its parts must hold whole units of what shuffles them")
     sides = (size // width,)
     packing.set_chunk(sides)
     kind, space = h5py.h5t.py_create(np.dtype(f"V{width}")), h5py.h5s.create_simple(sides)
@@ -117,11 +119,11 @@ def _messages(address: int, read: Read) -> Iterator[tuple[int, bytes]]:
         start, head = start + width, struct.Struct("<BHB2x" if flags & 4 else "<BHB")
     else:
         start, size, head = 16, *struct.unpack_from("<I", prefix, 8), struct.Struct("<HHB3x")
-    blocks = [(address + start, size)]
+    blocks, left = [(address + start, size)], _MOST
     for start, size in blocks:  # which grow
-        if len(blocks) > _BLOCKS:
-            raise ValueError("the header of an object has no end")
         block, place = read(start, size), 0
+        if (left := left - len(block)) < 0:
+            raise ValueError(f"the header of an object must have at most {_MOST} bytes")
         while place + head.size <= len(block):
             kind, length, flags = head.unpack_from(block, place)
             body = block[place + head.size :][:length]
