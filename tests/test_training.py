@@ -292,6 +292,23 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-6)
 
 
+def test_memory_is_for_averages_and_pixels_together(viewed: NDArray[np.float16]) -> None:
+    averages, pixels = (4 * n for n in (viewed[..., 0, 0].size, viewed.size))
+    for memory, kind in ((2 * pixels, Streamed), (2 * (averages + pixels), Resident)):
+        features = make_features(viewed, memory=memory)
+        assert isinstance(features.of_unit("image").source, Resident)
+        assert isinstance(features.of_unit("pixel").source, kind)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_a_sum_that_overflows_is_no_damage(viewed: NDArray[np.float16], memory: int) -> None:
+    pooled = viewed.mean((3, 4), dtype=np.float32)
+    pooled[:] = 1e38
+    ids = [f"P{i}" for i in range(len(SIZES))]
+    made = Features(viewed, pooled, BOUNDS, ids, _labels(), memory=memory)
+    assert (made.images == 1e38).all()
+
+
 @pytest.mark.seconds
 @pytest.mark.parametrize("few", [None, 4])
 def test_fitting_together_is_fitting_alone(features: Features, few: int | None) -> None:

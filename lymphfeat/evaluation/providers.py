@@ -194,7 +194,8 @@ def load_features(
     """
     for other in stores[1:]:
         stores[0].check_same_images(other)
-    providers = [_load(store, dtype, device, views, memory) for store in stores]
+    each = None if memory is None else memory // len(stores)
+    providers = [_load(store, dtype, device, views, each) for store in stores]
     return providers[0] if len(providers) == 1 else JoinedFeatures.of(providers)
 
 

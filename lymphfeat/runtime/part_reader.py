@@ -25,8 +25,8 @@ class PartReader:
 
     def read(self, *place: Any) -> NDArray[Any]:
         """Return a copy of the part at an index of numpy's."""
-        part = np.array(self.array[place])
         rows = len(place[0]) if isinstance(place[0], np.ndarray) else 0
+        part = np.asarray(self.array[place]) if rows else np.array(self.array[place])
         self._held += max(part.nbytes, rows * _AROUND)
         if self._held > _HELD:
             _give_back(self.array)

@@ -90,8 +90,10 @@ class Streamed:
 
     def _to_device(self, maps: NDArray[Any], rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         values = torch.from_numpy(maps).to(self._device, self._dtype)
-        if not values.sum().isfinite():  # float16 is too small for the sum to overflow
-            self._refuse(int(rows[int((~values.isfinite()).flatten(1).any(1).nonzero()[0])]))
+        if not values.sum().isfinite():  # a sum of float32 may overflow, too
+            wrong = (~values.isfinite()).flatten(1).any(1).nonzero()
+            if len(wrong):
+                self._refuse(int(rows[int(wrong[0])]))
         return values
 
 
@@ -192,7 +194,7 @@ class Features:
         self.offsets = offsets
         self.labels = torch.from_numpy(np.array(labels)).to(self.device)
         self.row = {patient: row for row, patient in enumerate(ids)}
-        self._room = (available_memory(self.device) if memory is None else memory) // 2
+        self._memory, self._kept = memory, 0  # bytes
         self._images = self._keep(self._averages[..., None, None])
         self.others: tuple[Features, ...] = ()
         self._made: dict[Hashable, Any] = {}
@@ -241,11 +243,19 @@ class Features:
     def _pixels(self) -> Source:
         return self._keep(self._maps)
 
+    def _room(self) -> int:
+        """Return how many bytes may be laid out; what is free knows of all that has been."""
+        if self._memory is None:
+            return available_memory(self.device) // 2
+        return self._memory // 2 - self._kept
+
     def _keep(self, maps: NDArray[np.floating[Any]]) -> Source:
         """Return the source of maps (N, V, C, h, w): laid out in memory if they fit."""
         source = Streamed(maps, self.dtype, self.device, self._refuse)
-        if maps.size * self.dtype.itemsize > self._room:
+        size = maps.size * self.dtype.itemsize
+        if size > self._room():
             return source
+        self._kept += size
         n, views, channels, height, width = maps.shape
         shape = (views, n, height * width, channels)
         pixels = torch.empty(shape, dtype=self.dtype, device=self.device)
