@@ -173,6 +173,8 @@ def test_how_a_cohort_was_read_is_recorded(tmp_path: Path) -> None:
     (root / "tables").mkdir()
     (root / "tables" / "born.csv").write_text("\n".join([*born, "P99,1,1950-01-01"]) + "\n")
     (root / "P3" / "1.png").write_bytes(b"no image")
+    for path in (root / "P5").iterdir():  # who is left without any
+        path.write_bytes(b"no image")
     cohort = Cohort.load(
         root,
         table=root / "tables" / "born.csv",
@@ -266,6 +268,7 @@ def test_a_model_is_repeated_to_the_byte(
     make: Callable[[Path, Path], None], red: Path, tmp_path: Path
 ) -> None:
     make(red, tmp_path / "m")
+    assert str(red).encode() not in b"".join(contents(tmp_path / "m").values())
     moved = red.rename(tmp_path / "moved")
     result = CliRunner().invoke(
         cli, ["rerun", str(tmp_path / "m"), "--cohort", str(moved), "--json"]
@@ -275,7 +278,12 @@ def test_a_model_is_repeated_to_the_byte(
     validator("rerun").validate(told)
     assert told["changed"] == []
     assert contents(tmp_path / "m-again") == contents(tmp_path / "m")
-    assert str(moved).encode() not in b"".join(contents(tmp_path / "m").values())
+
+
+def test_a_recalibrated_model_is_made_again_by_its_own_command(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "recalibration.json").write_text("{}")
+    assert "made again by the same `lymphfeat recalibrate`" in refusal(str(tmp_path / "m"))
 
 
 @pytest.mark.seconds

@@ -44,7 +44,7 @@ _PLACES = {
         "--weights",
         type=PATH,
         help="Where the weights file is now that a store or a model was made with. "
-        "[default: where it was]",
+        "[default: where it was; of a store, the file of that name in the current folder]",
     ),
     "init_head": click.option(
         "--init-head",

@@ -108,8 +108,10 @@ class _Recorded:
             training = _read_training(folder) or _as_earlier(folder, facts)
             patients = pd.read_csv(folder / PATIENTS_FILE, dtype=str, keep_default_na=False)
             folds, header = training["folds"], training["submission_header"]
-            if not isinstance(folds, int | None) or header not in HEADERS:
-                raise ValueError(f"{folds!r:.40} folds, and the header {header!r:.40}")
+            if folds is not None and (type(folds) is not int or folds < 2):
+                raise ValueError(f"{folds!r:.40} folds")
+            if header not in HEADERS:
+                raise ValueError(f"the header {header!r:.40}")
             return cls(
                 # Of "auto", what it was: another processor would choose another.
                 settings=replace(

@@ -113,7 +113,9 @@ class Here:
                 f"cohort (={self.cohort}) must have the patients of {result}; it lacks "
                 f"{name_some(absent, shown=_SHOWN)}. Name the right one with --cohort."
             )
+        without = {k: own for k, own in loaded.left_out.items() if k not in loaded.table.index}
         found = loaded.select(recorded.ids)
+        found = replace(found, left_out={**found.left_out, **without})  # who had no usable image
         if not recorded.known and cohort_fingerprint(found) != dict(recorded.fingerprint):
             raise SettingsError(
                 f"cohort (={self.cohort}) must be read as for {result}, which does not say how; "

@@ -9,6 +9,7 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.finetuning.curves import CURVES
 from lymphfeat.model.ensemble import MEMBERS_FILE
 from lymphfeat.model.model import FACTS_FILE, FINAL_FILE
+from lymphfeat.recalibration import FIGURES_FILE
 from lymphfeat.repetition.comparison import Repetition
 from lymphfeat.repetition.models import repeat_model
 from lymphfeat.repetition.place import Here, OnError, PathLike
@@ -72,7 +73,7 @@ def rerun(
     path = Path(result)
     recover(path)
     here = Here(
-        stores=stores,
+        stores=tuple(stores),
         truth=truth,
         cohort=cohort,
         table=table,
@@ -100,7 +101,12 @@ def rerun(
 
 
 def _is_model(folder: Path) -> bool:
-    """Return whether `endtoend` wrote a folder; raises SettingsError for a model of `finalize`."""
+    """Return whether `endtoend` wrote a folder; raises SettingsError for other models."""
+    if (folder / FIGURES_FILE).is_file():
+        raise SettingsError(
+            f"result (={folder}) must be a run, a store or a model of `lymphfeat endtoend`; this "
+            "model is made again by the same `lymphfeat recalibrate`, with another --out."
+        )
     trained = (folder / CURVES[0]).is_file()
     if (folder / FINAL_FILE).is_file() and not trained:
         raise SettingsError(

@@ -105,7 +105,7 @@ class _Recorded:
 
 def _backbone(store: FeatureStore, here: Here) -> BackboneSettings:
     recipe = store.recipe
-    seed = store.origin.get("weights_seed", here.seed)
+    seed = store.origin.get("weights_seed") if here.seed is None else here.seed
     if seed is None and recipe["weights"] == "none":
         raise SettingsError(
             f"store (={store.path}) has random weights, and does not say of which seed; name it "
