@@ -48,7 +48,7 @@ lint: $(BIN)/lymphfeat
 check: lint test-all
 
 # Side by side with what one would take instead and with the limit, into docs/benchmarks.md: wants a
-# quiet machine for an hour and a half. Some rows: make bench ROWS="extraction store".
+# quiet machine for an hour or two. Some rows: make bench ROWS="extraction store".
 bench: $(BIN)/lymphfeat
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.bench $(if $(ROWS),--rows $(ROWS))

@@ -1,6 +1,6 @@
 """`make bench`: measure the rows of the table, and write docs/benchmarks.md.
 
-    python -m benchmarks.bench                          # all rows: about an hour and a half
+    python -m benchmarks.bench                          # all rows: an hour or two
     python -m benchmarks.bench --rows extraction store  # these; the others stay as they were
     python -m benchmarks.bench --quick                  # tiny sizes, to try the scripts
 

@@ -48,11 +48,10 @@ def plan(bench: Bench, provider: SharedFeatures) -> Plan:
 def _topk(bench: Bench) -> Line:
     provider = challenge_features(bench)
     splits, epochs = plan(bench, provider), bench.size(EPOCHS, 2)
-    outer, inner = len(splits.outer), len(splits.inner_once)
     ours = Command(bench, "topk")
 
     def limit() -> float:
-        return seconds_of(lambda: bare_ranking(provider.features.images, outer + inner, epochs))
+        return seconds_of(lambda: bare_ranking(provider.features, splits, epochs))
 
     samples = in_turn(
         bench, {OURS: ours, PLAIN: lambda: _plain_seconds(provider, splits, epochs), LIMIT: limit}

@@ -144,8 +144,9 @@ def _run_job(bench: Bench, job: str, path: Path, size: int) -> dict[str, float]:
         cwd=bench.folder,
         env=environment(bench),
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,  # what goes wrong is seen on stderr
         text=True,
+        timeout=bench.stop,
     )
     found: dict[str, float] = json.loads(done.stdout)
     return found

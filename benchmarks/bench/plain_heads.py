@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lymphfeat.cohort.splits import Split
+from lymphfeat.cohort.splits import Plan, Split
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
 from lymphfeat.settings import HeadSettings
@@ -81,8 +81,19 @@ def batches(n: int) -> list[NDArray[np.int64]]:
     return np.array_split(torch.randperm(n).numpy()[: steps * BATCH], steps)
 
 
-def bare_ranking(images: Tensor, fits: int, epochs: int) -> None:
-    """Score all images (N, C) by the scorers of all fits: before each epoch, and in the end."""
-    weights = torch.randn(fits, images.shape[1])
-    for _ in range(epochs + 1):
-        images @ weights.mT  # (N, fits)
+def bare_ranking(features: Features, plan: Plan, epochs: int) -> None:
+    """Score images (N, C) by the scorers of all fits, before each epoch.
+
+    Outer fits have curves, so they score the images of all patients, and once more in the end;
+    inner ones need those that they train on.
+    """
+    images, sizes = features.images, np.diff(features.offsets)
+    outer, inner = (
+        torch.randn(len(splits), images.shape[1]) for splits in (plan.outer, plan.inner_once)
+    )
+    trained = [int(sizes[features.rows_of(split.train)].sum()) for split in plan.inner_once]
+    some = images[: sum(trained) // len(trained)]  # as many products as each with its own images
+    for _ in range(epochs):
+        images @ outer.mT  # (N, outer)
+        some @ inner.mT  # (n, inner)
+    images @ outer.mT
