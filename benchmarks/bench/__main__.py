@@ -40,14 +40,19 @@ from lymphfeat.runtime.devices import cpu_threads
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {  # in the order of the table
     "extraction": extraction.measure,
-    "fit-head": fit_head.measure,
+    "topk": fit_head.topk,
+    "all-heads": fit_head.all_heads,
+    "networks": fit_head.networks,
     "abmil": abmil.measure,
     "bare-commands": bare_commands.measure,
     "endtoend": endtoend.measure,
     "store": store.measure,
     "startup": startup.measure,
     "page": explanation_page.measure,
-    "growth": growth.measure,
+    "growth-extracted": growth.images_extracted,
+    "growth-fitted": growth.images_fitted,
+    "growth-heads": growth.heads,
+    "growth-bags": growth.images_per_bag,
 }
 RESULTS = ROOT / "benchmarks" / "results" / "bench"
 

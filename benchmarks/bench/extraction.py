@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -135,10 +137,15 @@ def extract_plainly(bench: Bench, paths: Sequence[Path], dtype: torch.dtype, out
 
 
 def find_best_forward(bench: Bench, dtype: torch.dtype) -> tuple[str, Forward]:
-    """Try the ways to run the bare backbone that torch offers; return the fastest and its name."""
+    """Try the ways to run the bare backbone that torch offers; return the fastest and its name.
+
+    The compiler may be missing, or fail: then what torch has without it is the best.
+    """
     ways = _ways(dtype, compiled=bool(shutil.which("g++")) and not bench.quick)
-    batches = bench.size(10, 1)
-    times = {name: seconds_per_image(way, batches) for name, way in ways.items()}
+    batches, times = bench.size(10, 1), {}
+    for name, way in ways.items():
+        with suppress(TorchDynamoException):
+            times[name] = seconds_per_image(way, batches)
     best = min(times, key=lambda name: times[name])
     return best, ways[best]
 

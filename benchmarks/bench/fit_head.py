@@ -16,10 +16,6 @@ PLAIN = "a plain PyTorch loop"
 SEEDS, EPOCHS = 10, 40
 
 
-def measure(bench: Bench) -> list[Line]:
-    return [_topk(bench), _all(bench), _networks(bench)]
-
-
 class Command:
     """`fit-head` of some aggregator, from its start to its end."""
 
@@ -45,7 +41,7 @@ def plan(bench: Bench, provider: SharedFeatures) -> Plan:
     return provider.plan(FitSettings(seeds=bench.size(SEEDS, 1), threads=bench.threads))
 
 
-def _topk(bench: Bench) -> Line:
+def topk(bench: Bench) -> list[Line]:
     provider = challenge_features(bench)
     splits, epochs = plan(bench, provider), bench.size(EPOCHS, 2)
     ours = Command(bench, "topk")
@@ -56,7 +52,7 @@ def _topk(bench: Bench) -> Line:
     samples = in_turn(
         bench, {OURS: ours, PLAIN: lambda: _plain_seconds(provider, splits, epochs), LIMIT: limit}
     )
-    return Line(
+    line = Line(
         name="fit-head --agg topk, honest, 10 seeds",
         unit="s",
         samples=samples,
@@ -70,6 +66,7 @@ def _topk(bench: Bench) -> Line:
         "has no top-k head; its ABMIL has a line of its own.",
         stopped=ours.stopped,
     )
+    return [line]
 
 
 def _plain_seconds(provider: SharedFeatures, splits: Plan, epochs: int) -> float:
@@ -90,9 +87,9 @@ def _plain_seconds(provider: SharedFeatures, splits: Plan, epochs: int) -> float
     return total
 
 
-def _all(bench: Bench) -> Line:
+def all_heads(bench: Bench) -> list[Line]:
     ours = Command(bench, "all")
-    return Line(
+    line = Line(
         name="fit-head --agg all (no networks), honest, 10 seeds",
         unit="s",
         samples=in_turn(bench, {OURS: ours}, warm_up=False),
@@ -100,9 +97,10 @@ def _all(bench: Bench) -> Line:
         note=f"the whole command; {_bounded(bench)}.",
         stopped=ours.stopped,
     )
+    return [line]
 
 
-def _networks(bench: Bench) -> Line:
+def networks(bench: Bench) -> list[Line]:
     ours = Command(bench, "network")
     contestants: dict[str, Callable[[], float]] = {OURS: ours}
     provider, epochs = challenge_features(bench), bench.size(EPOCHS, 2)
@@ -117,7 +115,7 @@ def _networks(bench: Bench) -> Line:
 
     if abmil.torchmil_is_there():
         contestants[abmil.LOOP] = torchmil
-    return Line(
+    line = Line(
         name="fit-head --agg network, honest, 10 seeds",
         unit="s",
         samples=in_turn(bench, contestants, warm_up=False),
@@ -127,6 +125,7 @@ def _networks(bench: Bench) -> Line:
         f"inner fit, multiplied{abmil.missing()}; {_bounded(bench)}.",
         stopped=ours.stopped,
     )
+    return [line]
 
 
 def _counted(provider: SharedFeatures, splits: Plan, epochs: int) -> str:

@@ -108,12 +108,15 @@ def run(bench: Bench, words: Sequence[object], *, folder: Path | None = None) ->
 
 
 class _Listener(threading.Thread):
-    """Reads what a process says, so that it never waits, and when it first says what is left."""
+    """Reads what a process says, so that it never waits, and when it first says what is left.
+
+    That is, of its last stage that lasts: how long an earlier one takes is not what one asks.
+    """
 
     def __init__(self, process: "subprocess.Popen[bytes]", begin: float) -> None:
         super().__init__(daemon=True)
         self._process, self._begin = process, begin
-        self.said = ""
+        self.said, self._stage = "", b""
         self.estimated: float | None = None
         self.start()
 
@@ -121,8 +124,9 @@ class _Listener(threading.Thread):
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.said += line.decode(errors="replace")
-            if self.estimated is None and _LEFT.search(line):
-                self.estimated = time.perf_counter() - self._begin
+            title = line.split(b":")[0]  # of a stage
+            if title != self._stage and _LEFT.search(line):
+                self._stage, self.estimated = title, time.perf_counter() - self._begin
 
 
 def seconds_to_run(bench: Bench, words: Sequence[object]) -> float:

@@ -26,9 +26,10 @@ def write_page(page: Path, results: Sequence[Result]) -> None:
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     figure = page.with_suffix("") / "limit.svg"
-    lines = [line for result in results for line in result.lines if LIMIT in line.samples]
+    lines = [line for result in results for line in result.lines]
     figure.parent.mkdir(exist_ok=True)
-    draw(lines).savefig(figure, metadata={"Date": None}, bbox_inches="tight")
+    drawn = [line for line in lines if line.drawn and LIMIT in line.samples]
+    draw(drawn).savefig(figure, metadata={"Date": None}, bbox_inches="tight")
     shown = f"![Speed by the limit's, row by row]({page.stem}/{figure.name})\n\n"
     page.write_text(f"{before}{BEGIN}\n{shown}{render(results)}{END}{after}", encoding="utf-8")
 

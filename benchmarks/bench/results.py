@@ -50,6 +50,7 @@ class Line:
     goals: Sequence[Goal] = ()
     note: str = ""
     stopped: bool = False  # ours took longer than it says
+    drawn: bool = True  # whether the figure shows it; the limit of a start is no work at all
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def _command(bench: Bench, name: str, goal: Goal, *arguments: object) -> Line:
         samples=samples,
         goals=(goal,),
         note=f"{what}the limit is {BARE}; files are in the page cache.",
+        drawn=False,
     )
 
 
@@ -57,4 +58,5 @@ def _first_step(bench: Bench) -> Line:
         note="an attention head; from the start of a process, with its imports and the reading of "
         "its files, to its first progress: lymphfeat's first epoch (5 steps) on a store, "
         f"torchmil's first batch of 16 patients on .npy files of the same features{missing()}.",
+        drawn=False,
     )
