@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,19 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import cohort_fingerprint, image_hashes, patient_keys
 from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.image_statistics import NAMES
-from lymphfeat.cohort.images import Crop, find_normalization, stream_crops
+from lymphfeat.cohort.images import Crop, crop_decoder, find_normalization
 from lymphfeat.cohort.provenance import refuse_seen_by_weights
 from lymphfeat.cohort.splits import Split
 from lymphfeat.cohort.stains import stain_normaliser
 from lymphfeat.errors import CohortError, SettingsError, StoreError
-from lymphfeat.features.backbones import Backbone, LoadedWeights, build_from_settings
+from lymphfeat.features.backbones import (
+    Backbone,
+    LoadedWeights,
+    build_from_settings,
+    folds_batchnorm,
+)
 from lymphfeat.features.map_encoder import MapEncoder
+from lymphfeat.features.pipeline import encode_files
 from lymphfeat.features.store import FORMAT_VERSION, FROZEN, FeatureSet, FeatureStore, Recipe
 from lymphfeat.features.store_writer import StoreWriter, clear_leavings
 from lymphfeat.features.views import parse_views
@@ -50,7 +56,7 @@ _BESIDE_TRAINING = (
 _WHERE = ("device", "deterministic", "threads")
 _FINETUNED = "finetuned_sha256"  # in the recipe: the fine-tuned weights, by split
 # Fields of the recipe by which maps differ in rounding alone; `weights` is a name of those hashed.
-INCIDENTAL = ("weights", "batch_size", *_WHERE, "versions")
+INCIDENTAL = ("weights", "batch_size", *_WHERE, "batchnorm", "versions")
 
 
 def extract(
@@ -94,7 +100,7 @@ def extract(
     ):
         backbone, weights = build_from_settings(settings.backbone)
         dtype = choose_precision(settings.precision, device)
-        recipe = make_recipe(cohort, settings, splits, weights, dtype, device)
+        recipe = make_recipe(cohort, settings, splits, backbone, weights, dtype, device)
         if from_first(out.exists()) and not force:
             return _reuse(out, recipe)
         check_images([path for own in cohort.images for path in own], recipe["crop"])
@@ -107,7 +113,7 @@ def extract(
         encoders = _encoders(networks, settings, dtype, device)
         origin = _origin(cohort, settings, splits, device)
         open_writer = partial(_open_writer, out, recipe, cohort, encoders, origin, force)
-        _write_rows(cohort, settings, encoders, open_writer, progress)
+        _write_rows(cohort, settings, encoders, device, open_writer, progress)
     return FeatureStore.open(out)
 
 
@@ -175,6 +181,7 @@ def make_recipe(
     cohort: Cohort,
     settings: ExtractSettings,
     splits: Sequence[Split],
+    backbone: Backbone,
     weights: LoadedWeights,
     dtype: torch.dtype,
     device: torch.device,
@@ -185,9 +192,16 @@ def make_recipe(
             f"splits (={len(splits)}) and fine-tuning must be given together: use both "
             "--splits and --finetune-epochs, or neither."
         )
-    return _frozen_recipe(cohort, settings, weights, dtype, device) | (
-        {"finetune": _finetune_recipe(settings, splits)} if splits else {}
-    )
+    recipe = _frozen_recipe(cohort, settings, weights, dtype, device)
+    if folds_batchnorm(backbone):
+        recipe["batchnorm"] = "folded"
+    if splits:
+        recipe["finetune"] = _finetune_recipe(settings, splits)
+    # Convolutions on a CPU sum in another order with another number of threads: training takes
+    # all of them, encoding one for each batch.
+    if device.type == "cpu":
+        recipe["threads"] = torch.get_num_threads() if splits else 1
+    return recipe
 
 
 def _finetune_recipe(settings: ExtractSettings, splits: Sequence[Split]) -> dict[str, Any]:
@@ -227,8 +241,7 @@ def _frozen_recipe(
         "batch_size": settings.batch_size,
         "device": device.type,
         **({"deterministic": True} if settings.deterministic and device.type != "cpu" else {}),
-        # Convolutions on a CPU sum in another order with another number of threads.
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "threads": None,
         "versions": {
             "format": FORMAT_VERSION,
             "torch": torch.__version__,
@@ -331,6 +344,7 @@ def _write_rows(
     cohort: Cohort,
     settings: ExtractSettings,
     encoders: Mapping[FeatureSet, MapEncoder],
+    device: torch.device,
     open_writer: Callable[[], StoreWriter],
     progress: Progress,
 ) -> None:
@@ -342,11 +356,13 @@ def _write_rows(
         blocks = [(start, paths[start : start + size]) for start in starts]
         done = len(paths) - sum(len(block) for _, block in blocks)
         meter = RateMeter(progress, len(paths), done=done)
-        for round_ in _rounds(_decoded(blocks[rank() :: count()], cohort, settings), len(blocks)):
-            for start, maps, crc32, statistics in to_first(_encoded(round_, encoders)):
-                if writer and maps:
-                    writer.write(start, maps, crc32, statistics)
-                    meter.add(len(crc32))
+        own = _encoded(blocks[rank() :: count()], cohort, settings, encoders, device)
+        for round_ in _rounds(own, len(blocks)):
+            for block in to_first(round_):
+                if writer and block:
+                    start, rows = block
+                    writer.write(start, rows.maps, rows.crc32, rows.statistics)
+                    meter.add(len(rows.crc32))
         if writer:
             writer.finish()
     from_first(None)  # the others wait until the store is complete
@@ -358,42 +374,52 @@ def _waiting(writer: StoreWriter, rows: int, size: int) -> list[int]:
     return [start for start in starts if not writer.finished(start, min(start + size, rows))]
 
 
-Block = tuple[int, list[Crop]]
-Encoded = tuple[int, dict[str, NDArray[np.float32]], NDArray[np.uint32], NDArray[np.float32]]
+@dataclass(frozen=True)
+class _Rows:
+    """What a store holds of some images."""
+
+    maps: dict[str, NDArray[np.float32]]  # by feature set: (n, V, C, h, w)
+    crc32: NDArray[np.uint32]  # (n,)
+    statistics: NDArray[np.float32]  # (n, S)
 
 
-def _rounds(own: Iterator[Block], blocks: int) -> Iterator[Block]:
-    """Yield a process's blocks, and an empty one in the last round if it has one fewer."""
+_Block = tuple[int, _Rows]  # from which row on
+
+
+def _rounds(own: Iterator[_Block], blocks: int) -> Iterator[_Block | None]:
+    """Yield a process's blocks, and None in the last round if it has one fewer."""
     for _ in range(-(-blocks // count())):
-        yield next(own, (0, []))
+        yield next(own, None)
 
 
-def _encoded(block: Block, encoders: Mapping[FeatureSet, MapEncoder]) -> Encoded:
-    start, crops = block
-    crc32 = np.array([crop.crc32 for crop in crops], np.uint32)
-    statistics = np.array([crop.statistics for crop in crops], np.float32)  # (n, S)
-    if not crops:
-        return start, {}, crc32, statistics
-    pixels = np.stack([crop.pixels for crop in crops])
-    maps = {each.name: encoder.encode(pixels) for each, encoder in encoders.items()}
-    return start, maps, crc32, statistics
-
-
-def _decoded(
-    blocks: Sequence[tuple[int, Sequence[Path]]], cohort: Cohort, settings: ExtractSettings
-) -> Iterator[tuple[int, list[Crop]]]:
+def _encoded(
+    blocks: Sequence[tuple[int, Sequence[Path]]],
+    cohort: Cohort,
+    settings: ExtractSettings,
+    encoders: Mapping[FeatureSet, MapEncoder],
+    device: torch.device,
+) -> Iterator[_Block]:
     how, crop = settings.backbone.stain_normalization, settings.backbone.crop
-    crops = stream_crops(
-        [path for _, block in blocks for path in block],
-        crop,
+    normalise = stain_normaliser(how, cohort.images, crop)
+
+    def encode(crops: Sequence[Crop]) -> _Rows:
+        pixels = np.stack([crop.pixels for crop in crops])  # (n, 3, H, W)
+        return _Rows(
+            maps={each.name: encoder.encode(pixels) for each, encoder in encoders.items()},
+            crc32=np.array([crop.crc32 for crop in crops], np.uint32),
+            statistics=np.array([crop.statistics for crop in crops], np.float32),
+        )
+
+    encoded = encode_files(
+        [paths for _, paths in blocks],
+        crop_decoder(crop, measured=True, normalise=normalise),
+        encode,
+        device=device,
         threads=settings.threads or torch.get_num_threads(),
-        ahead=4 * settings.batch_size,
-        measured=True,
-        normalise=stain_normaliser(how, cohort.images, crop),
     )
-    for start, block in blocks:
+    for start, _ in blocks:
         try:
-            yield start, [next(crops) for _ in block]
+            yield start, next(encoded)
         except CohortError as error:
             raise CohortError(
                 f"{error} The images before it are kept: with this one restored, removed or left "

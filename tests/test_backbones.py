@@ -1,5 +1,6 @@
 """Backbones: spatial maps from every family, weights files, and what is refused."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable
@@ -11,25 +12,30 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lymphfeat.cohort.images import NORMALIZATIONS, VIEWS
 from lymphfeat.errors import SettingsError, WeightsError
 from lymphfeat.features.backbones import (
     Backbone,
     build_backbone,
+    folds_batchnorm,
     load_weights,
     read_facts,
+    ready_to_run,
     weights_sha256,
 )
 from lymphfeat.features.shipped_weights import find_shipped_weights
 from lymphfeat.features.views import flip_view, normalize, parse_views
 from lymphfeat.runtime.devices import (
+    autocast,
     choose_device,
     choose_precision,
     has_fast_bfloat16,
     precision_name,
 )
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +67,42 @@ def test_every_family_gives_maps(name: str, shape: tuple[int, int, int]) -> None
     assert not backbone.training
     assert weights.source == "none"
     assert weights.sha256 == weights_sha256(backbone.model)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "test_vit"])
+@torch.inference_mode()
+def test_weights_rounded_once_give_the_maps_of_autocast(name: str) -> None:
+    backbone, images = build_backbone(name, image_size=64)[0].eval(), torch.rand(2, 3, 64, 64)
+    assert not folds_batchnorm(backbone)
+    with autocast(CPU, torch.bfloat16):
+        expected = backbone(images.contiguous(memory_format=torch.channels_last))
+        ready = ready_to_run(copy.deepcopy(backbone), torch.bfloat16, CPU)
+        assert torch.equal(ready(images.contiguous(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18d", "seresnet18", "skresnet18"])
+@torch.inference_mode()
+def test_folded_batchnorms_change_rounding_alone(name: str) -> None:
+    backbone, generator = (
+        build_backbone(name, image_size=64)[0].eval(),
+        torch.Generator().manual_seed(0),
+    )
+    for part in backbone.modules():
+        if isinstance(part, nn.BatchNorm2d):  # as after training
+            for values in (part.running_var, part.weight, part.running_mean, part.bias):
+                assert values is not None
+                values.uniform_(0.5, 1.5, generator=generator)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    expected = backbone(images)
+    ready = ready_to_run(copy.deepcopy(backbone), torch.float32, CPU)
+    assert folds_batchnorm(backbone)
+    norms = [
+        sum(isinstance(part, nn.BatchNorm2d) for part in x.modules()) for x in (ready, backbone)
+    ]
+    assert norms[0] < norms[1]
+    assert (ready(images) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @torch.inference_mode()

@@ -177,6 +177,7 @@ def test_the_recipe_holds_what_decides(cohort: Cohort, tmp_path: Path) -> None:
         "batch_size": 4,
         "device": "cpu",
         "threads": 1,
+        "batchnorm": "folded",
     }
 
 
@@ -299,8 +300,19 @@ def test_an_unfinished_store_is_finished_by_its_own_recipe_alone(
     out = tmp_path / "s.h5"
     with pytest.raises(KeyboardInterrupt):
         extract(cohort, out, SETTINGS, progress=interrupt)
-    with pytest.raises(StoreError, match=r"an unfinished store .*: threads is 1 there, 2 now"):
-        extract(cohort, out, replace(SETTINGS, threads=2))
+    with pytest.raises(StoreError, match=r"an unfinished store .*: batch_size is 4 there, 3 now"):
+        extract(cohort, out, replace(SETTINGS, batch_size=3))
+
+
+def test_threads_do_not_change_the_maps(cohort: Cohort, tmp_path: Path) -> None:
+    one, three = (
+        extract(cohort, tmp_path / f"{n}.h5", replace(SETTINGS, batch_size=2, threads=n))
+        for n in (1, 3)
+    )
+    assert np.array_equal(one.features(), three.features())
+    assert np.array_equal(one.pooled(), three.pooled())
+    assert one.recipe == three.recipe
+    assert three.notes == ()
 
 
 def test_a_forced_store_that_fails_keeps_the_old(

@@ -105,7 +105,7 @@ INSIDE = {
     "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
-        *("exchange", "store_writer", "map_encoder", "store", "hdf5", "hdf5_headers"),
+        *("exchange", "store_writer", "map_encoder", "pipeline", "store", "hdf5", "hdf5_headers"),
         *("backbones", "conversions"),
         *("offline_weights", "shipped_weights", "views", "augmentation"),
     ),
@@ -127,7 +127,7 @@ INSIDE = {
     "runtime": (
         *("checkpoint", "differences", "circumstances", "identity", "devices", "processes"),
         *("files", "disks", "strict_json", "progress", "saved_tensors", "arrays", "versions"),
-        "part_reader",
+        *("part_reader", "threads"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

@@ -68,7 +68,7 @@ def command(
     """Write one spatial feature map per image to an HDF5 feature store.
 
     Run the same command again to resume an interrupted extraction. A finished store with the same
-    recipe is reused; a different number of threads, device or torch version changes only rounding
+    recipe is reused; another batch size, device or torch version changes only rounding
     and is reported.
 
     With --finetune-epochs, one backbone per split is trained first; the weights are kept in the

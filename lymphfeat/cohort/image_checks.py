@@ -5,7 +5,6 @@ second); `leave_out_unusable` decodes every image (four seconds).
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lymphfeat.cohort.cohort import Cohort
@@ -13,6 +12,7 @@ from lymphfeat.cohort.csv_rows import complain, name_some
 from lymphfeat.cohort.images import ImageError, check_image, decode_crop
 from lymphfeat.errors import CohortError
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.threads import map_files
 
 _THREADS = 4  # decoding releases the interpreter's lock, reading waits for the disk
 _SHOWN = 3
@@ -73,9 +73,9 @@ def _find_faults(
         return None
 
     found = {}
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="check") as pool:
-        for number, (path, error) in enumerate(zip(paths, pool.map(fault, paths), strict=True), 1):
-            progress(number, len(paths))
-            if error:
-                found[path] = error
+    errors = map_files(fault, paths, threads=_THREADS, name="check")
+    for number, (path, error) in enumerate(zip(paths, errors, strict=True), 1):
+        progress(number, len(paths))
+        if error:
+            found[path] = error
     return found

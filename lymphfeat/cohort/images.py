@@ -3,12 +3,9 @@
 import io
 import math
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from lymphfeat.cohort.image_statistics import Pixels, measure_image
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.runtime.threads import in_order
 
 # Modes whose conversion to RGB keeps 8 bits per channel; 16-bit and float files would be clipped.
 _CONVERTIBLE_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
@@ -89,7 +87,7 @@ def decode_crop(path: Path, crop: int) -> Crop:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(path, image, crop)
-            rgb = image.convert("RGB").crop(_centre_box(image.size, crop))
+            rgb = image.crop(_centre_box(image.size, crop)).convert("RGB")
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
     return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
 
@@ -135,11 +133,6 @@ def _reason(path: Path, error: Exception) -> str:
     return str(error).removesuffix(".") or type(error).__name__
 
 
-def _measure_crop(path: Path, crop: int) -> Crop:
-    decoded = decode_crop(path, crop)
-    return replace(decoded, statistics=measure_image(decoded.pixels))
-
-
 def _check_size(path: Path, image: Image.Image, crop: int) -> None:
     if image.mode not in _CONVERTIBLE_MODES:
         raise ImageError(
@@ -166,35 +159,36 @@ def _centre_box(size: tuple[int, int], crop: int) -> tuple[int, int, int, int]:
     return left, top, left + crop, top + crop
 
 
+def crop_decoder(
+    crop: int, *, measured: bool = False, normalise: Normalise | None = None
+) -> Callable[[Path], Crop]:
+    """Return what decodes a file as `decode_crop` does.
+
+    With `measured` crops have their image statistics. `normalise` changes their pixels after that.
+    """
+
+    def decode(path: Path) -> Crop:
+        decoded = decode_crop(path, crop)
+        if measured:
+            decoded = replace(decoded, statistics=measure_image(decoded.pixels))
+        if normalise is None:
+            return decoded
+        return replace(decoded, pixels=normalise(path, decoded.pixels))
+
+    return decode
+
+
 def stream_crops(
     paths: Sequence[Path],
     crop: int,
     *,
     threads: int = 2,
     ahead: int = 512,
-    measured: bool = False,
     normalise: Normalise | None = None,
 ) -> Iterator[Crop]:
-    """Yield the decoded crops in order, at most `ahead` of them waiting in memory.
-
-    With `measured` they have their image statistics. `normalise` changes their pixels after that.
-    """
-
-    def decode(path: Path, crop: int) -> Crop:
-        decoded = _measure_crop(path, crop) if measured else decode_crop(path, crop)
-        if normalise is None:
-            return decoded
-        return replace(decoded, pixels=normalise(path, decoded.pixels))
-
-    remaining = iter(paths)
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting = deque(pool.submit(decode, path, crop) for path in islice(remaining, ahead))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(decode, path, crop) for path in islice(remaining, 1))
-        finally:  # an abandoned or failed stream does not decode the rest first
-            pool.shutdown(wait=False, cancel_futures=True)
+    """Yield the decoded crops in order, at most `ahead` of them waiting in memory."""
+    decode = crop_decoder(crop, normalise=normalise)
+    return in_order(decode, paths, threads=threads, ahead=ahead, name="decode")
 
 
 def decode_crops(

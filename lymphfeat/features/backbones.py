@@ -12,9 +12,10 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import group_parameters
+from timm.models import ResNet, group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lymphfeat.cohort.provenance import NOBODY, Provenance
 from lymphfeat.errors import SettingsError, WeightsError
@@ -76,6 +77,36 @@ class Backbone(nn.Module):
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             return features.permute(0, 3, 1, 2)  # (N, C, h, w)
         return features
+
+
+def ready_to_run(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """Make a backbone ready for `autocast` on a device, and return it: it can be trained no more.
+
+    Weights that autocast would round to `dtype` at every call are rounded now, which gives the
+    same maps. Batch-norms become part of the convolutions before them if `folds_batchnorm`.
+    """
+    ready = backbone.eval().to(device).to(memory_format=torch.channels_last)
+    if folds_batchnorm(backbone):
+        _fold_batchnorm(ready)
+    for part in ready.modules():
+        if type(part) in (nn.Conv2d, nn.Linear):  # kinds of these may compute with their weights
+            part.to(dtype)
+    return ready
+
+
+def folds_batchnorm(backbone: Backbone) -> bool:
+    """Return whether `ready_to_run` folds batch-norms: of ResNets, whose order is known."""
+    return isinstance(backbone.model, ResNet)
+
+
+def _fold_batchnorm(backbone: nn.Module) -> None:
+    for parent in list(backbone.modules()):
+        before = ("", parent)
+        for name, part in list(parent.named_children()):
+            if type(part) is nn.BatchNorm2d and type(before[1]) is nn.Conv2d:
+                setattr(parent, before[0], fuse_conv_bn_eval(before[1], part))
+                setattr(parent, name, nn.Identity())
+            before = name, part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lymphfeat.cohort.images import Normalization
-from lymphfeat.features.backbones import Backbone
+from lymphfeat.features.backbones import Backbone, ready_to_run
+from lymphfeat.features.pipeline import PIECE
 from lymphfeat.features.store import MapShape
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.runtime.devices import autocast
@@ -24,8 +25,7 @@ class MapEncoder:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        backbone = backbone.eval().to(device)
-        self._backbone = backbone.to(memory_format=torch.channels_last)
+        self._backbone = ready_to_run(backbone, dtype, device)
         self._normalization = normalization
         self._views = views
         self._dtype = dtype
@@ -39,10 +39,15 @@ class MapEncoder:
     @torch.inference_mode()
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode crops (n, 3, H, W) as feature maps (n, V, C, h, w)."""
-        images = normalize(torch.from_numpy(pixels).to(self._device), self._normalization)
+        size = PIECE if self._device.type == "cpu" else len(pixels)
+        pieces = torch.split(torch.from_numpy(pixels), size)
+        return torch.cat([self._encode_views(piece) for piece in pieces]).numpy()
+
+    def _encode_views(self, pixels: Tensor) -> Tensor:
+        images = normalize(pixels.to(self._device), self._normalization)
         images = images.contiguous(memory_format=torch.channels_last)
         maps = [self._encode_view(flip_view(images, view)) for view in self._views]
-        return torch.stack(maps, dim=1).cpu().numpy()
+        return torch.stack(maps, dim=1).cpu()  # (n, V, C, h, w)
 
     def _encode_view(self, images: Tensor) -> Tensor:
         with autocast(self._device, self._dtype):

@@ -15,10 +15,11 @@ from torch import Tensor
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.image_statistics import NAMES
-from lymphfeat.cohort.images import Crop, Normalization, find_normalization, stream_crops
+from lymphfeat.cohort.images import Crop, Normalization, crop_decoder, find_normalization
 from lymphfeat.cohort.stains import stain_normaliser
 from lymphfeat.errors import ModelError
-from lymphfeat.features.backbones import Backbone, make_backbone
+from lymphfeat.features.backbones import Backbone, make_backbone, ready_to_run
+from lymphfeat.features.pipeline import PIECE, encode_files
 from lymphfeat.features.views import flip_view, normalize
 from lymphfeat.heads.head import Head
 from lymphfeat.runtime.devices import autocast, choose_device, choose_precision
@@ -124,12 +125,12 @@ class CohortScorer:
         With `measured` there are `statistics` of the images scored.
         """
         device = choose_device(settings.device)
-        self._backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
         self._head = copy.deepcopy(head).eval().to(device)
         self._recipe = recipe.at_scale(settings.um_per_px)
         self._unit = head.settings[0].unit if unit is None else unit
         self._views, self._device, self._batch_size = views, device, settings.batch_size
         self._dtype = choose_precision(settings.precision, device)
+        self._backbone = ready_to_run(copy.deepcopy(backbone), self._dtype, device)
         self._measured = measured
         self._statistics: list[NDArray[np.float32]] = []
 
@@ -157,21 +158,29 @@ class CohortScorer:
 
     def _score_batches(self, cohort: Cohort, progress: Progress) -> Iterator[Tensor]:
         paths, recipe = [path for images in cohort.images for path in images], self._recipe
+        # On a CPU, small ones: a single patient's images are for all cores.
+        size = min(self._batch_size, PIECE) if self._device.type == "cpu" else self._batch_size
         check_images(paths, recipe.crop)
         meter = RateMeter(progress, len(paths))
-        crops = stream_crops(
-            paths,
-            recipe.crop,
+        normalise = stain_normaliser(recipe.stain_normalization, cohort.images, recipe.crop)
+        scored = encode_files(
+            [paths[start : start + size] for start in range(0, len(paths), size)],
+            crop_decoder(recipe.crop, measured=self._measured, normalise=normalise),
+            self._score_crops,
+            device=self._device,
             threads=torch.get_num_threads(),
-            measured=self._measured,
-            normalise=stain_normaliser(recipe.stain_normalization, cohort.images, recipe.crop),
         )
-        for batch in _batches(crops, self._batch_size):
-            self._statistics += [own.statistics for own in batch if own.statistics is not None]
-            yield self._score_batch(np.stack([crop.pixels for crop in batch]))
-            meter.add(len(batch))
+        for scores, statistics in scored:
+            self._statistics += statistics
+            yield scores
+            meter.add(scores.shape[1])
 
     @torch.inference_mode()
+    def _score_crops(self, crops: Sequence[Crop]) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """Return what the head keeps, (V, n, U, D), and the statistics that were asked for."""
+        statistics = [crop.statistics for crop in crops if crop.statistics is not None]
+        return self._score_batch(np.stack([crop.pixels for crop in crops])), statistics
+
     def _score_batch(self, pixels: NDArray[np.uint8]) -> Tensor:
         images = normalize(torch.from_numpy(pixels).to(self._device), self._recipe.normalization)
         images = images.contiguous(memory_format=torch.channels_last)  # (n, 3, H, W)
@@ -182,17 +191,6 @@ class CohortScorer:
             maps = self._backbone(images)  # (n, C, h, w)
         instances = instances_of(maps.float(), self._unit)  # (n, U, C)
         return self._head.keep(instances).cpu()  # (n, U, D)
-
-
-def _batches(crops: Iterator[Crop], size: int) -> Iterator[list[Crop]]:
-    batch: list[Crop] = []
-    for crop in crops:
-        batch.append(crop)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _finite(kept: Tensor, paths: Sequence[Path]) -> Tensor:

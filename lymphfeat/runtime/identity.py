@@ -10,7 +10,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,10 @@ from platformdirs import user_cache_path
 
 from lymphfeat.errors import CohortError
 from lymphfeat.runtime.strict_json import json_text
+from lymphfeat.runtime.threads import map_files
 
 _HASH_BYTES = 16
+_THREADS = 4  # reading waits for the disk
 # A file changed more recently than this may change again within one tick of its file system's
 # clock, which is 2 s on FAT; its hash is not cached.
 _SETTLED_NS = 3 * 10**9
@@ -56,8 +57,8 @@ def file_hashes(paths: Sequence[Path]) -> tuple[str, ...]:
     stamps = [_stamp(path) for path in paths]
     known = _recall(stamps)
     new = [stamp for stamp in dict.fromkeys(stamps) if stamp not in known]
-    with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-        found = dict(zip(new, pool.map(_hash_file, new), strict=True))
+    hashes = map_files(_hash_file, new, threads=_THREADS, name="hash")
+    found = dict(zip(new, hashes, strict=True))
     _remember(found)
     known |= found
     return tuple(known[stamp] for stamp in stamps)
