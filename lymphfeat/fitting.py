@@ -177,6 +177,7 @@ class _Request:
     """What is to be fitted, on what."""
 
     stores: Sequence[FeatureStore]
+    contents: Mapping[str, Mapping[str, str]]  # of the stores: recipe and hash
     heads: Sequence[HeadSettings]
     settings: FitSettings
     splits: Sequence[Split] | None
@@ -203,6 +204,7 @@ class _Request:
         stores = _open_stores(store, heads)
         return cls(
             stores=stores,
+            contents={str(n): _contents(store) for n, store in enumerate(stores, 1)},
             heads=heads,
             settings=replace(settings, precision=precision_name(dtype)),
             splits=splits,
@@ -310,12 +312,12 @@ class _Request:
             "settings": fields,
             "heads": {head_name(head): "fitted" for head in self.heads},  # names say all
             "splits": None if self.splits is None else _hash_of(map(asdict, self.splits)),
-            "stores": {str(n): _identity_of(store) for n, store in enumerate(self.stores, 1)},
+            "stores": self.contents,
             "versions": {"lymphfeat": __version__, "torch": torch.__version__},
         }
 
 
-def _identity_of(store: FeatureStore) -> dict[str, str]:
+def _contents(store: FeatureStore) -> dict[str, str]:
     """Return the recipe and a hash of the patients and of the averages of all maps."""
     digest = hashlib.blake2b(_hash_of([store.ids, store.labels.tolist()]).encode(), digest_size=16)
     for name in sorted(store.feature_sets):

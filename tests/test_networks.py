@@ -1,5 +1,6 @@
 """Networks on ragged bags against one bag at a time, and their training against plain PyTorch."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -16,11 +17,12 @@ from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
-from lymphfeat.heads.engine.results import Fit, split_generator
+from lymphfeat.heads.engine.results import Fit, FittedHeads, split_generator
 from lymphfeat.heads.engine.sampling import Sampler, Sampling
 from lymphfeat.heads.grid import require_trainable, resolve
 from lymphfeat.heads.registry import AGGREGATORS, NetworkAggregator
 from lymphfeat.heads.stack import NetworkHead
+from lymphfeat.runtime.devices import cpu_threads
 from lymphfeat.settings import HeadSettings
 
 NETWORKS = [name for name, row in AGGREGATORS.items() if isinstance(row, NetworkAggregator)]
@@ -186,6 +188,50 @@ def test_fitting_together_is_fitting_alone(features: Features) -> None:
         alone = call([fit])
         np.testing.assert_allclose(together.curves[i], alone.curves[0], atol=1e-5)
         np.testing.assert_allclose(together.losses[i], alone.losses[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("agg", ["attention", "topk", "bnsigmoid"])
+def test_fitting_on_threads_is_fitting_on_one(features: Features, agg: str) -> None:
+    heads = [settings_of(agg), replace(settings_of(agg), lr=0.01)]
+    splits = report_splits(IDS, LABELS, seeds=2)
+    fits = [Fit(head=head, split=split) for head in heads for split in splits]
+    told: list[tuple[int, int]] = []
+
+    def fit(threads: int) -> FittedHeads:
+        with cpu_threads(threads):
+            found = fit_stacked(
+                features,
+                fits,
+                epochs=3,
+                sampling=Sampling(batch_size=2),
+                progress=lambda done, total, text="": told.append((done, total)),
+            )
+            assert torch.get_num_threads() == threads
+        return found
+
+    one, told_by_one = fit(1), told.copy()
+    told.clear()
+    three = fit(3)
+    assert told[-1] == told_by_one[-1]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    np.testing.assert_allclose(three.curves, one.curves, atol=1e-5)
+    np.testing.assert_allclose(three.losses, one.losses, atol=1e-5)
+
+
+def test_what_one_thread_raises_ends_the_others(features: Features) -> None:
+    fits = [Fit(head=settings_of("topk"), split=s) for s in report_splits(IDS, LABELS, seeds=2)]
+    reports: list[int] = []
+
+    def stop(done: int, total: int, text: str = "") -> None:
+        reports.append(done)
+        if done:
+            raise OSError("the disk is full")
+
+    with cpu_threads(2):
+        with pytest.raises(OSError, match="the disk is full"):
+            fit_stacked(features, fits, epochs=1000, sampling=Sampling(batch_size=2), progress=stop)
+        assert torch.get_num_threads() == 2
+    assert len(reports) == 2  # at the start, and once
 
 
 def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -> None:

@@ -5,13 +5,17 @@ stacked along one head axis H (`ranking`, `weighted`). Every fit draws its own i
 order from a generator seeded only by its split, so fitting many together gives the same as fitting
 one alone. Stacks are fitted one after another, the fastest family first, and a stack that is large
 in pieces: what is finished can be shown, and kept in case the rest is interrupted. A piece shares
-no reads with another one; each reads the features in its own order.
+no reads with another one; each reads the features in its own order. On a CPU the splits of a piece
+are shared out over the threads: the many small operations of a step keep one core busy, not all.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from lymphfeat.heads.engine.trainer import HeadTrainer
 from lymphfeat.heads.engine.weighted import WeightedHeadTrainer
 from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.registry import find_aggregator
-from lymphfeat.runtime.devices import available_memory
+from lymphfeat.runtime.devices import available_memory, cpu_threads
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import HeadSettings
 
@@ -38,6 +42,7 @@ TRAINERS: dict[str, type[HeadTrainer]] = {  # in the order of fitting
     "weighted": WeightedHeadTrainer,
     "network": NetworkHeadTrainer,
 }
+_MOST_THREADS = 8  # that fit side by side: with more, too few splits share what is read
 # (positions, results, seconds): some of the fits are finished; None seconds: they were kept.
 Finished = Callable[[Sequence[int], FittedHeads, float | None], None]
 
@@ -103,15 +108,28 @@ class _Piece:
         return len(self.positions) * self.trainer.work_of(epochs)
 
 
+class _Interrupted(Exception):
+    """Ends the threads that fit beside one that failed or was interrupted."""
+
+
 class _Count:
-    """Adds up progress."""
+    """Adds up progress of several threads."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
+        self._lock, self._ended = Lock(), False
 
     def add(self, done: int, *texts: str) -> None:
-        self._done += done
-        self._progress(self._done, self._total, ", ".join(text for text in texts if text))
+        """Report that as many more are done; raises in the threads that are to end."""
+        with self._lock:
+            if self._ended:
+                raise _Interrupted
+            self._done += done
+            self._progress(self._done, self._total, ", ".join(text for text in texts if text))
+
+    def end(self) -> None:
+        """End the threads that still fit."""
+        self._ended = True
 
 
 def _not_kept(
@@ -143,13 +161,63 @@ def _fit_piece(
     count: _Count,
 ) -> None:
     """Fit a piece of a result, and write its results into it."""
-    own = {position: result.fits[position] for position in piece.positions}
-    trainer = piece.trainer(features, own, sampling, tta=tta)
+    parts = _parts(result.fits, piece, features.device)
+    trainers = [
+        piece.trainer(features, {each: result.fits[each] for each in part}, sampling, tta=tta)
+        for part in parts
+    ]
     count.add(0, piece.name)
-    trainer.fit(result, lambda fits, text: count.add(fits, piece.name, text))
-    if features.dtype != torch.float32:
-        _compare_with_float32(features, result, piece.positions, trainer)
-    trainer.keep(result)
+
+    def fit(trainer: HeadTrainer) -> None:
+        trainer.fit(result, lambda fits, text: count.add(fits, piece.name, text))
+
+    _side_by_side(fit, trainers, count)
+    for part, trainer in zip(parts, trainers, strict=True):
+        if features.dtype != torch.float32:
+            _compare_with_float32(features, result, part, trainer)
+        trainer.keep(result)
+
+
+def _parts(fits: Sequence[Fit], piece: _Piece, device: torch.device) -> list[list[int]]:
+    """Share a piece's positions out over threads; those of a split, which share reads, together."""
+    splits = list(dict.fromkeys(fits[position].split.id for position in piece.positions))
+    n = min(torch.get_num_threads(), len(splits), _MOST_THREADS)
+    if device.type != "cpu" or piece.trainer.threaded:
+        n = 1
+    place = {split: number * n // len(splits) for number, split in enumerate(splits)}
+    parts: list[list[int]] = [[] for _ in range(n)]
+    for position in piece.positions:
+        parts[place[fits[position].split.id]].append(position)
+    return parts
+
+
+def _side_by_side(
+    fit: Callable[[HeadTrainer], None], trainers: Sequence[HeadTrainer], count: _Count
+) -> None:
+    """Fit with each trainer in a thread of its own; what one raises ends the others."""
+    if len(trainers) == 1:
+        fit(trainers[0])
+        return
+
+    def fit_or_end(trainer: HeadTrainer) -> None:
+        try:
+            fit(trainer)
+        except BaseException:
+            count.end()
+            raise
+
+    each = torch.get_num_threads() // len(trainers)
+    begin = partial(torch.set_num_threads, each)
+    with cpu_threads(each), ThreadPoolExecutor(len(trainers), "fit", begin) as pool:
+        futures = [pool.submit(fit_or_end, trainer) for trainer in trainers]
+        try:
+            wait(futures)
+        except BaseException:  # Ctrl-C
+            count.end()
+            raise
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, _Interrupted)):
+        raise error
 
 
 def _compare_with_float32(

@@ -223,6 +223,8 @@ def _solve_as(settings: HeadSettings, sets: Sequence[TrainingSet], labels: Tenso
 class ExactHeadTrainer(HeadTrainer):
     """Solves the fits of one head; there is nothing to learn after the first epoch."""
 
+    threaded = True
+
     def __init__(
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:

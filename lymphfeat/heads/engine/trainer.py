@@ -22,6 +22,7 @@ Tick = Callable[[int, str], None]  # so many fits have finished an epoch, or all
 class HeadTrainer(ABC):
     """Trains the fits of one stack; a subclass for each family says how."""
 
+    threaded: ClassVar[bool] = False  # whether it uses all threads by itself
     most: ClassVar[int] = 1024  # fits at a time: more gain little, and all are finished together
 
     def __init__(
