@@ -79,13 +79,13 @@ def test_another_recipe_needs_force(root: Path) -> None:
     assert "96×6×6" in forced.stdout
 
 
-def test_a_store_made_by_other_threads_is_reused(root: Path) -> None:
+def test_a_store_made_in_other_batches_or_by_other_threads_is_reused(root: Path) -> None:
     line = ["--cohort", str(root), "--out", "s.h5"]
-    assert run(*line, "--threads", "1").exit_code == 0
+    assert run(*line, "--batch-size", "2", "--threads", "1").exit_code == 0
     before = Path("s.h5").read_bytes()
-    reused = run(*line, "--threads", "2")
+    reused = run(*line, "--batch-size", "3", "--threads", "2")
     assert reused.exit_code == 0, reused.output
-    assert "s.h5 is reused although threads is 1 there, 2 now." in reused.stderr
+    assert "s.h5 is reused although batch_size is 2 there, 3 now." in reused.stderr
     assert Path("s.h5").read_bytes() == before
 
 
