@@ -16,7 +16,6 @@ from itertools import combinations_with_replacement
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -248,16 +247,13 @@ class ExactHeadTrainer(HeadTrainer):
 
     def fit(self, result: FittedHeads, tick: Tick) -> None:
         self._descriptions.of(self._fits[0].head)  # made once, before threads ask for them
-        # A small factorisation uses one thread; several at a time use all. Scikit-learn limits the
-        # threads of linear algebra while it clusters, but gives them back while another thread
-        # still clusters, of which OpenBLAS warns: so they are limited here.
-        with threadpool_limits(1, user_api="blas"):
-            threads = ThreadPoolExecutor(torch.get_num_threads())
-            try:
-                for places in threads.map(self._solve, self._chunks()):
-                    tick(len(places), "")
-            finally:  # after an interruption the other chunks are not waited for
-                threads.shutdown(cancel_futures=True)
+        # A small factorisation uses one thread; several at a time use all.
+        threads = ThreadPoolExecutor(torch.get_num_threads())
+        try:
+            for places in threads.map(self._solve, self._chunks()):
+                tick(len(places), "")
+        finally:  # after an interruption the other chunks are not waited for
+            threads.shutdown(cancel_futures=True)
         super().fit(result, lambda fits, text: None)
 
     def _chunks(self) -> list[list[int]]:
