@@ -1,6 +1,7 @@
 """Extraction: images into a store of feature maps, by one backbone or one per split."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ from lymphfeat.features.views import parse_views
 from lymphfeat.finetuning.backbones import fine_tune
 from lymphfeat.runtime.circumstances import circumstances
 from lymphfeat.runtime.devices import (
+    available_memory,
     choose_device,
     choose_precision,
     cpu_threads,
@@ -415,7 +417,7 @@ def _encoded(
         crop_decoder(crop, measured=True, normalise=normalise),
         encode,
         device=device,
-        threads=settings.threads or torch.get_num_threads(),
+        threads=_threads(encoders, settings, device),
     )
     for start, _ in blocks:
         try:
@@ -425,3 +427,17 @@ def _encoded(
                 f"{error} The images before it are kept: with this one restored, removed or left "
                 "out, the same command goes on from here."
             ) from None
+
+
+def _threads(
+    encoders: Mapping[FeatureSet, MapEncoder], settings: ExtractSettings, device: torch.device
+) -> int:
+    """Return how many threads to use: on a CPU each holds a block's maps of all backbones."""
+    threads = settings.threads or torch.get_num_threads()
+    if device.type != "cpu":
+        return threads
+    shape = next(iter(encoders.values())).map_shape(settings.backbone.crop)
+    values: int = len(encoders) * math.prod(shape.rows(settings.batch_size))
+    # Of float32, copied once; half of what is free is left to the activations.
+    most = available_memory(device) // (2 * 2 * 4 * values)
+    return max(1, min(threads, most))

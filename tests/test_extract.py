@@ -1,6 +1,7 @@
 """Extraction: a store holds what a slow, obvious loop computes."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from lymphfeat import extraction
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_checks import leave_out_unusable
 from lymphfeat.cohort.image_statistics import NAMES, measure_image
@@ -21,6 +23,7 @@ from lymphfeat.errors import CohortError, SettingsError, StoreError
 from lymphfeat.extraction import extract
 from lymphfeat.features.backbones import Backbone, build_backbone
 from lymphfeat.features.map_encoder import MapEncoder
+from lymphfeat.features.pipeline import encode_files
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.features.store_writer import StoreWriter
 from lymphfeat.features.views import normalize
@@ -302,6 +305,28 @@ def test_an_unfinished_store_is_finished_by_its_own_recipe_alone(
         extract(cohort, out, SETTINGS, progress=interrupt)
     with pytest.raises(StoreError, match=r"an unfinished store .*: batch_size is 4 there, 3 now"):
         extract(cohort, out, replace(SETTINGS, batch_size=3))
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(0.5, 1), (3.5, 3), (100, 4)])
+def test_no_more_threads_than_there_is_memory_for_their_maps(
+    cohort: Cohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: float,
+    expected: int,
+) -> None:
+    settings, used = replace(SETTINGS, threads=4), []
+    shape = extract(cohort, tmp_path / "a.h5", settings).shape
+    block = 4 * math.prod(shape.rows(settings.batch_size))  # bytes of float32
+
+    def watched(*arguments: Any, threads: int, **more: Any) -> Any:
+        used.append(threads)
+        return encode_files(*arguments, threads=threads, **more)
+
+    monkeypatch.setattr(extraction, "encode_files", watched)
+    monkeypatch.setattr(extraction, "available_memory", lambda device: int(4 * blocks * block))
+    extract(cohort, tmp_path / "b.h5", settings)
+    assert used == [expected]
 
 
 def test_threads_do_not_change_the_maps(cohort: Cohort, tmp_path: Path) -> None:

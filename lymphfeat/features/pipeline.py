@@ -36,7 +36,7 @@ def encode_files(
             lambda batch: encode([decode(path) for path in batch]),
             batches,
             threads=threads,
-            ahead=2 * threads,
+            ahead=threads + 1,
             name="encode",
             begin=partial(torch.set_num_threads, 1),
         )
