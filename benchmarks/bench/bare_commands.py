@@ -53,9 +53,9 @@ def _run_all(bench: Bench, folder: Path) -> list[Ran]:
 
 def _wait(ran: Ran) -> float:
     """Return how long a user does not know how long it will take; 0 of what is soon done."""
-    if ran.estimated is not None:
-        return ran.estimated
-    return 0.0 if ran.seconds <= SHORT else ran.seconds
+    if ran.seconds <= SHORT:
+        return 0.0
+    return ran.seconds if ran.estimated is None else ran.estimated
 
 
 def _describe(each: list[Ran]) -> str:
