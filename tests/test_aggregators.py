@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lymphfeat.errors import SettingsError
+from lymphfeat.heads.aggregators import closed_forms
 from lymphfeat.heads.aggregators.ranking import (
     Ranking,
     effective_k,
@@ -29,7 +30,7 @@ from lymphfeat.heads.aggregators.weighted import (
 )
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import expand, head_name, resolve
-from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator
+from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator, WeightedAggregator
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import HeadGrid, HeadSettings, Reduction
 from tests import references
@@ -163,6 +164,33 @@ def test_bnsigmoid_is_the_reference(bags: list[list[float]], gamma: float, beta:
         mean, variance = references.moments(own)
         slow = [references.bnsigmoid_logit(bag, mean, variance, gamma, beta) for bag in own]
         np.testing.assert_allclose(fast[:, head], slow, rtol=1e-3, atol=1e-4)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 1000), st.booleans())
+@pytest.mark.parametrize("name", ["mean", "max", "lse", "bnsigmoid"])
+def test_closed_forms_are_what_differentiation_finds(
+    name: str, bags: int, size: int, seed: int, ties: bool
+) -> None:
+    aggregator, rng = AGGREGATORS[name], torch.Generator().manual_seed(seed)
+    assert isinstance(aggregator, WeightedAggregator)
+    assert aggregator.closed_form is not None
+    logits = 3 * torch.randn(2, bags, size, generator=rng, dtype=torch.float64)
+    tensors = torch.rand(5, 2, generator=rng, dtype=torch.float64) + 0.3
+    names = ("gamma", "beta", "running_mean", "running_var", "temperature")
+    state = replace(state_of(), **dict(zip(names, tensors, strict=True)))
+    logits = logits.round() if ties else logits
+    fast = aggregator.aggregate(state, logits)
+    slow = closed_forms.derived(aggregator.patient_logit, state, logits)
+    weights = fast.weights
+    if weights is None:
+        assert fast.chosen is not None
+        weights = torch.nn.functional.one_hot(fast.chosen, size)
+    assert torch.allclose(fast.total, slow.total)
+    assert slow.weights is not None
+    assert torch.allclose(weights.double(), slow.weights)
+    for mine, derived in ((fast.gamma, slow.gamma), (fast.beta, slow.beta)):
+        assert derived is not None
+        assert torch.allclose(torch.zeros_like(derived) if mine is None else mine, derived)
 
 
 def test_bnsigmoid_stops_gradients_through_the_weights_but_trains_gamma_and_beta() -> None:

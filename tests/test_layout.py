@@ -99,10 +99,10 @@ INSIDE = {
         *("registry", "aggregators", "bags"),
     ),
     "heads.engine": (
-        *("engine", "kept", "weighted", "ranking", "networks", "exact", "trainer"),
+        *("engine", "kept", "weighted", "reads", "ranking", "networks", "exact", "trainer"),
         *("descriptions", "logistic", "sharing", "scorers", "results", "sampling", "instances"),
     ),
-    "heads.aggregators": ("networks", "ranking", "weighted", "distribution"),
+    "heads.aggregators": ("networks", "ranking", "closed_forms", "weighted", "distribution"),
     "features.exchange": ("layouts", "arrays", "origin", "writers"),
     "features": (
         *("exchange", "store_writer", "map_encoder", "pipeline", "store", "hdf5", "hdf5_headers"),

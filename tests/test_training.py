@@ -22,8 +22,14 @@ from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
 from lymphfeat.heads.engine.scorers import StackedAdam
 from lymphfeat.heads.engine.trainer import HeadTrainer
 from lymphfeat.heads.grid import head_name, resolve
-from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator, RankingAggregator
+from lymphfeat.heads.registry import (
+    AGGREGATORS,
+    LinearAggregator,
+    RankingAggregator,
+    WeightedAggregator,
+)
 from lymphfeat.heads.stack import NetworkHead, initial_scorer
+from lymphfeat.runtime.devices import cpu_threads
 from lymphfeat.settings import HeadSettings
 from tests import references
 from tests.rounding import bfloat16_tolerance, score_tolerance
@@ -290,6 +296,22 @@ def test_streaming_is_reading_from_memory(viewed: NDArray[np.float16], views: in
         )
         curves.append(fitted.curves)
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("few", [None, 2])
+def test_averages_of_all_instances_do_not_depend_on_threads(
+    viewed: NDArray[np.float16], few: int | None
+) -> None:
+    own = [head for head in HEADS if isinstance(AGGREGATORS[head.agg], WeightedAggregator)]
+    fits = [Fit(head=head, split=split) for head in own for split in _splits(5)]
+    sampling = Sampling(batch_size=BATCH, images_per_patient=few)
+    fitted = []
+    for threads in (1, 2, 3):
+        with cpu_threads(threads):
+            fitted.append(fit_stacked(make_features(viewed), fits, epochs=2, sampling=sampling))
+    for other in fitted[1:]:
+        np.testing.assert_array_equal(other.curves, fitted[0].curves)
+        np.testing.assert_array_equal(other.weight, fitted[0].weight)
 
 
 def test_memory_is_for_averages_and_pixels_together(viewed: NDArray[np.float16]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lymphfeat.errors import SettingsError
-from lymphfeat.heads.aggregators import ranking, weighted
+from lymphfeat.heads.aggregators import closed_forms, ranking, weighted
+from lymphfeat.heads.aggregators.closed_forms import Aggregated
 from lymphfeat.heads.aggregators.networks import LSTM, Attention, Transformer, gated_attention
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.aggregators.weighted import AggregatorState
@@ -96,8 +97,19 @@ class WeightedAggregator(LinearAggregator):
     # (state, logits (M, H), bags) -> patient logits (B, H)
     patient_logit: Callable[[AggregatorState, Tensor, Bags], Tensor]
     _: KW_ONLY
+    # the same for logits (H, B, m), with derivatives; without it they are derived, which is slower
+    closed_form: Callable[[AggregatorState, Tensor], Aggregated] | None = None
     unit: Unit = "pixel"
     uniform: bool = False  # all weights are equal, so the mean of instances serves as well as they
+
+    def aggregate(self, state: AggregatorState, logits: Tensor) -> Aggregated:
+        """Return the patient logits of bags of one size, logits (H, B, m), and their derivatives.
+
+        Logits are normalised by the running statistics, also in training.
+        """
+        if self.closed_form is None:
+            return closed_forms.derived(self.patient_logit, state, logits)
+        return self.closed_form(state, logits)
 
     def probability(
         self, settings: HeadSettings, state: AggregatorState, logits: Tensor, bags: Bags
@@ -148,16 +160,25 @@ AGGREGATORS: dict[str, Aggregator] = {
     "mean": WeightedAggregator(
         "every instance has the same weight",
         weighted.mean_logit,
+        closed_form=closed_forms.mean,
         reads=("unit", "solver"),
         uniform=True,
     ),
-    "max": WeightedAggregator("the highest logit, trained on whole patients", weighted.max_logit),
+    "max": WeightedAggregator(
+        "the highest logit, trained on whole patients",
+        weighted.max_logit,
+        closed_form=closed_forms.highest,
+    ),
     "lse": WeightedAggregator(
-        "log-mean-exp, between mean and max", weighted.lse_logit, reads=("unit", "temperature")
+        "log-mean-exp, between mean and max",
+        weighted.lse_logit,
+        closed_form=closed_forms.lse,
+        reads=("unit", "temperature"),
     ),
     "bnsigmoid": WeightedAggregator(
         "weights by batch-normalised sigmoid (report §3.4)",
         weighted.bnsigmoid_logit,
+        closed_form=closed_forms.bnsigmoid,
         reads=("unit", "momentum"),
         learns=("gamma", "beta", "running_mean", "running_var"),
     ),

@@ -8,23 +8,29 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-_TOGETHER = 64
 
 
-def map_files(
-    work: Callable[[Item], Made], items: Sequence[Item], *, threads: int, name: str
+def map_in_order(
+    work: Callable[[Item], Made],
+    items: Sequence[Item],
+    *,
+    threads: int,
+    together: int,
+    name: str,
+    begin: Callable[[], object] | None = None,
 ) -> Iterator[Made]:
-    """Yield what some brief work makes of each item, in order.
+    """Yield what some brief work makes of each item, in order; the results may all wait in memory.
 
-    Many at a time are handed to a thread: handing over one costs more than reading a small file.
+    Some at a time are handed to a thread, as handing over takes longer than brief work.
     """
-    parts = [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
+    parts = [items[start : start + together] for start in range(0, len(items), together)]
     made = in_order(
         lambda part: [work(item) for item in part],
         parts,
         threads=threads,
         ahead=len(parts),
         name=name,
+        begin=begin,
     )
     return chain.from_iterable(made)
 
@@ -41,8 +47,11 @@ def in_order(
     """Yield what `work` makes of each item, in order; at most `ahead` results wait in memory.
 
     The threads are called `name`; each calls `begin` first. An error is raised in its turn. A
-    stream that is abandoned, or fails, does not work on the rest.
+    stream that is abandoned, or fails, does not work on the rest. With 0 threads, the caller works.
     """
+    if threads == 0:
+        yield from map(work, items)
+        return
     remaining = iter(items)
     with ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin) as pool:
         waiting = deque(pool.submit(work, item) for item in islice(remaining, ahead))

@@ -29,7 +29,7 @@ class HeadTrainer(ABC):
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
     ) -> None:
         """Take the fits, which have one `stack_key`, by their positions in the result."""
-        self._positions = sorted(fits, key=lambda position: self._place_of(fits[position]))
+        self._positions = sorted(fits, key=lambda position: fits[position].split.id)
         self._fits = [fits[position] for position in self._positions]
         self._features, self._labels, self._sampling = features, features.labels, sampling
         self._unit = self.unit_of(self._fits[0].head, sampling)
@@ -61,11 +61,6 @@ class HeadTrainer(ABC):
     def unit_of(cls, head: HeadSettings, sampling: Sampling) -> str:
         """Return the unit of the instances that a head is trained and evaluated on."""
         return head.unit
-
-    @staticmethod
-    def _place_of(fit: Fit) -> tuple[str, ...]:
-        """Return what fits are sorted by; those of a split must be neighbours."""
-        return (fit.split.id,)
 
     def __len__(self) -> int:
         return len(self._fits)

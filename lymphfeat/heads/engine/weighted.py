@@ -2,40 +2,55 @@
 
 A lane's heads see the same patients in the same order. All lanes take their steps together, and a
 patient that several lanes need in a step is read once for all of them: reading the features is the
-main cost, because there are few scorers. The gradient of a linear scorer is written out (Gᵀ X), so
-that features are read twice per step and nothing of their size is allocated.
+main cost, because there are few scorers. Gradients are written out, of a linear scorer (G X) and of
+every aggregator (`closed_forms`). On a CPU the patients of a step are shared out over threads, each
+of which computes alone; what they find is added up in one order, so results do not depend on how
+many there are.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
-from typing import Protocol
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.instances import Features, Instances
+from lymphfeat.heads.engine.reads import (
+    Folded,
+    Kinds,
+    Numbers,
+    Read,
+    Slopes,
+    even_runs,
+    score_rows,
+)
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
-from lymphfeat.heads.engine.scorers import Scorers, score
-from lymphfeat.heads.engine.trainer import HeadTrainer, runs
+from lymphfeat.heads.engine.scorers import Scorers
+from lymphfeat.heads.engine.trainer import HeadTrainer, Tick, runs
 from lymphfeat.heads.registry import WeightedAggregator, aggregator_of
+from lymphfeat.runtime.devices import cpu_threads
+from lymphfeat.runtime.threads import in_order, map_in_order
 from lymphfeat.settings import HeadSettings
 
 _LANE_HEADS = 64  # at most, in one lane
 _STEP_VALUES = 24 << 20  # logits held at a time, of several lanes' batches
 _EVALUATED_HEADS = 256  # at a time
 _SMALL = 8  # instances of a patient, below which reading is cheaper than sharing what is read
+_MOST_THREADS = 8  # more wait for each other: Python hands out one operation at a time
+_TOGETHER = 4  # reads handed to a thread at a time
 
 
 class WeightedHeadTrainer(HeadTrainer):
     """Trains fits of one unit."""
+
+    threaded = True
 
     def __init__(
         self, features: Features, fits: Mapping[int, Fit], sampling: Sampling, *, tta: bool = False
@@ -43,18 +58,19 @@ class WeightedHeadTrainer(HeadTrainer):
         super().__init__(features, fits, sampling, tta=tta)
         self._sharing = sampling.whole and self._instances.mean_size >= _SMALL
         self._scorers = Scorers(features, self._fits)
-        self._heads = [fit.head for fit in self._fits]
-        self._state = AggregatorState.fresh(self._heads, features.device)
+        heads = [fit.head for fit in self._fits]
+        self._state = AggregatorState.fresh(heads, features.device)
         self._adam = self._scorers.optimizer(self._fits, self._state.gamma, self._state.beta)
+        self._kinds = Kinds(heads)
         self._lanes = [
-            self._make_lane(self._fits[columns.start], columns)
+            _Lane(self._sampler(fit.split, self._scorers.generators[columns.start]), columns)
             for own in runs([fit.split.id for fit in self._fits])
             for columns in _at_most(own, _LANE_HEADS)
+            for fit in [self._fits[columns.start]]
         ]
-
-    def _make_lane(self, fit: Fit, columns: slice) -> "_Lane":
-        sampler = self._sampler(fit.split, self._scorers.generators[columns.start])
-        return _Lane(sampler, columns, _stacks(self._heads[columns]))
+        on_cpu = features.device.type == "cpu"
+        threads = min(torch.get_num_threads(), _MOST_THREADS) if on_cpu else 1
+        self._threads = threads if threads > 1 else 0  # the caller works alone
 
     @classmethod
     def stack_key(cls, head: HeadSettings, sampling: Sampling) -> Hashable:
@@ -66,18 +82,16 @@ class WeightedHeadTrainer(HeadTrainer):
             return head.unit
         return "patient" if sampling.whole else "image"
 
-    @staticmethod
-    def _place_of(fit: Fit) -> tuple[str, ...]:
-        return fit.split.id, fit.head.agg
+    def fit(self, result: FittedHeads, tick: Tick) -> None:
+        with cpu_threads(1):
+            super().fit(result, tick)
 
     # --- training ---------------------------------------------------------------------------------
 
     def _learn(self) -> NDArray[np.float32]:
         plans = [lane.sampler.epoch() for lane in self._lanes]
         totals = torch.zeros(len(self), device=self._labels.device)
-        for steps in zip_longest(
-            *plans
-        ):  # a batch, or None where a lane has no more, of every lane
+        for steps in zip_longest(*plans):  # a batch of every lane, None of one that has no more
             pairs = zip(self._lanes, steps, strict=True)
             totals += self._step([(lane, batch) for lane, batch in pairs if batch is not None])
         for lane, plan in zip(self._lanes, plans, strict=True):
@@ -86,16 +100,31 @@ class WeightedHeadTrainer(HeadTrainer):
 
     def _step(self, batches: "_Batches") -> Tensor:
         """Take one step of some lanes; return the losses (H,), 0 of the other lanes."""
-        folded = self._scorers.folded()
-        slopes = _Slopes.zeros(folded[0])
-        for block in self._blocks(batches):
-            self._differentiate(block, folded, slopes)
-        gradient = self._scorers.scaling.unfold_gradient(slopes.weight, slopes.bias)
-        active = torch.zeros_like(slopes.bias)
-        for lane, _ in batches:
-            active[lane.columns] = 1
-        self._adam.step([gradient, slopes.bias, slopes.gamma, slopes.beta], active)
-        return slopes.loss
+        weight, _ = folded = self._scorers.folded()
+        slopes = Slopes.zeros(weight)
+        for found in self._slopes(batches, folded):
+            slopes.add(found)
+        loss, bias, gamma, beta, seen = slopes.others.unbind()
+        gradient = self._scorers.scaling.unfold_gradient(slopes.weight, bias)
+        self._adam.step([gradient, bias, gamma, beta], seen.clamp(max=1))
+        return loss
+
+    def _slopes(self, batches: "_Batches", folded: Folded) -> Iterator[Slopes]:
+        """Yield the losses of some lanes' batches and their gradients, in parts to be added up."""
+        if self._sharing:
+            for block in self._blocks(batches):
+                yield from self._differentiate(self._shared_reads(block), folded, self._threads)
+            return
+        parts = in_order(
+            lambda own: list(self._differentiate([self._own_read(*own)], folded, 0)),
+            batches,
+            threads=self._threads,
+            ahead=2 * self._threads,
+            name="fit",
+            begin=_alone,
+        )
+        for part in parts:
+            yield from part
 
     def _blocks(self, batches: "_Batches") -> Iterator["_Batches"]:
         """Cut the lanes of a step into blocks whose logits fit in memory."""
@@ -103,7 +132,7 @@ class WeightedHeadTrainer(HeadTrainer):
         held = 0
         for lane, batch in batches:
             values = int(batch.sizes.sum()) * self._instances.per_image * lane.width
-            if block and (held + values > _STEP_VALUES or not self._sharing):
+            if block and held + values > _STEP_VALUES:
                 yield block
                 block, held = [], 0
             block.append((lane, batch))
@@ -111,46 +140,125 @@ class WeightedHeadTrainer(HeadTrainer):
         yield block
 
     def _differentiate(
-        self, batches: "_Batches", folded: tuple[Tensor, Tensor], slopes: "_Slopes"
-    ) -> None:
-        """Add the losses of some lanes and their gradients by the folded scorers."""
-        reads: _Reads = (
-            _SharedReads(self._instances, batches)
-            if self._sharing
-            else _OwnReads(self._instances, *batches[0])
+        self, reads: Sequence[Read], folded: Folded, threads: int
+    ) -> Iterator[Slopes]:
+        """Yield the losses of whole batches and their gradients by the folded scorers."""
+        share = partial(map_in_order, threads=threads, together=_TOGETHER, name="fit", begin=_alone)
+        logits = list(share(lambda read: read.logits(folded), reads))  # (K, m) each
+        state = self._normalised(reads, logits)
+
+        def slopes_of(own: tuple[Read, Tensor]) -> Slopes:
+            read, values = own
+            labels = self._labels[read.patients]  # (b,)
+            counts = self._scorers.class_weights[read.columns][:, labels]  # (K, b)
+            return read.slopes(state, values, labels.float(), counts / read.batch[:, None])
+
+        yield from share(slopes_of, list(zip(reads, logits, strict=True)))
+
+    def _normalised(self, reads: Sequence[Read], logits: Sequence[Tensor]) -> AggregatorState:
+        """Return the state in which heads are normalised by the logits of their batches.
+
+        The running mean and variance move towards the batches', in place.
+        """
+        own = [
+            (read.columns[part], values[part])
+            for read, values in zip(reads, logits, strict=True)
+            for kind, part in read.parts
+            if "running_mean" in kind.learns
+        ]
+        if not own:
+            return self._state
+        moments = _Moments.of(own, len(self))
+        momentum = self._state.momentum * (moments.count > 0)
+        self._state.running_mean.lerp_(moments.mean, momentum)
+        self._state.running_var.lerp_(moments.variance, momentum)
+        return replace(self._state, running_mean=moments.mean, running_var=moments.variance)
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _shared_reads(self, batches: "_Batches") -> list[Read]:
+        """Read whole patients, each once for all lanes that need it."""
+        patients = np.concatenate(
+            [np.repeat(b.patients.numpy(), lane.width) for lane, b in batches]
         )
-        of_logits = []
-        for (lane, batch), logits in zip(batches, reads.logits(*folded), strict=True):
-            bags = Bags.of(batch.sizes * self._instances.per_image, logits.device)
-            labels = self._labels[batch.patients.to(self._labels.device)]  # (b,)
-            counts = self._scorers.class_weights[lane.columns][:, labels].T  # (b, K)
-            targets = _Targets(labels, counts)
-            of_logits.append(lane.differentiate(self._state, logits, bags, targets, slopes))
-        reads.add_gradient(of_logits, slopes.weight)
+        columns = np.concatenate([np.tile(lane.numbers, len(b.sizes)) for lane, b in batches])
+        batch = np.concatenate(
+            [np.full(lane.width * len(b.sizes), len(b.sizes)) for lane, b in batches]
+        )
+        order = np.lexsort((columns, self._kinds.ranks[columns], patients))
+        ends = np.flatnonzero(np.diff(patients[order])) + 1
+        n_images = np.diff(self._instances.images)
+        reads = []
+        for own in np.split(order, ends):
+            patient = patients[own[:1]]
+            source = partial(self._instances.of_patient, int(patient[0]))
+            reads.append(self._read(source, patient, n_images[patient], columns[own], batch[own]))
+        return reads
+
+    def _own_read(self, lane: "_Lane", batch: Batch) -> Read:
+        """Gather the images of one lane's batch."""
+        images = self._instances.images_of(batch.patients) if batch.images is None else batch.images
+        values = self._instances.source.gather(images, batch.views).flatten(0, 1)  # (m, C)
+        columns = self._kinds.sorted(lane.numbers)
+        of_lane = np.full(lane.width, len(batch.sizes))
+        return self._read(lambda: values, batch.patients.numpy(), batch.sizes, columns, of_lane)
+
+    def _read(
+        self,
+        instances: Callable[[], Tensor],
+        patients: Numbers,
+        images: Numbers,
+        columns: Numbers,
+        batch: Numbers,
+    ) -> Read:
+        device = self._labels.device
+        return Read(
+            instances=instances,
+            sizes=(images * self._instances.per_image).tolist(),
+            patients=torch.from_numpy(patients).to(device),
+            columns=torch.from_numpy(columns).to(device),
+            batch=torch.from_numpy(batch).to(device),
+            parts=self._kinds.parts(columns),
+        )
 
     # --- evaluation -------------------------------------------------------------------------------
 
     def _probabilities(
         self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
     ) -> Tensor:
-        result = self._scorers.bias.new_empty(len(wanted), len(self._labels))
-        order = sorted(range(len(wanted)), key=lambda place: self._heads[wanted[place]].agg)
+        order = self._kinds.sorted(np.arange(len(self))[list(wanted)])
+        result = self._scorers.bias.new_empty(len(self), len(self._labels))
         for some in _at_most(slice(0, len(order)), _EVALUATED_HEADS):
-            columns = [wanted[place] for place in order[some]]
-            result[order[some]] = self._score(instances, columns, view).T
-        return result
+            columns = order[some]
+            result[columns] = self._score(instances, columns, view)
+        return result[list(wanted)]
 
-    def _score(self, instances: Instances, columns: Sequence[int], view: int) -> Tensor:
-        """Return every patient's probability in a view by some heads: (P, n)."""
-        chosen = torch.tensor(columns, device=self._labels.device)
-        weight, bias = (part[chosen] for part in self._scorers.folded())
-        state = self._state.columns(chosen)
-        stacks = _stacks([self._heads[column] for column in columns])
-        parts = [
-            _patient_logits(stacks, state, score(values, weight, bias), bags)
-            for _, values, bags in instances.chunks(len(columns), view)
-        ]
-        return torch.cat(parts).sigmoid()
+    def _score(self, instances: Instances, columns: Numbers, view: int) -> Tensor:
+        """Return every patient's probability in a view by some heads, sorted: (n, P)."""
+        weight, bias = (part[columns] for part in self._scorers.folded())
+        state = self._state.columns(torch.from_numpy(columns).to(bias.device))
+        parts = [(kind, state.columns(part), part) for kind, part in self._kinds.parts(columns)]
+
+        def totals_of(chunk: tuple[slice, Tensor, Bags]) -> Tensor:
+            _, values, bags = chunk
+            logits = score_rows(values, weight, bias)  # (n, m)
+            totals = logits.new_empty(len(logits), bags.n_bags)
+            for some, rows in even_runs(bags.sizes.tolist()):
+                n = some.stop - some.start
+                for kind, its, part in parts:
+                    own = logits[part, rows]  # (k, n · u)
+                    totals[part, some] = kind.aggregate(its, own.reshape(len(own), n, -1)).total
+            return totals
+
+        chunks = in_order(
+            totals_of,
+            instances.chunks(len(columns), view),
+            threads=self._threads,
+            ahead=self._threads + 1,
+            name="score",
+            begin=_alone,
+        )
+        return torch.cat(list(chunks), dim=1).sigmoid()
 
     def keep(self, result: FittedHeads) -> None:
         self._scorers.keep(result, self._positions, range(len(self)))
@@ -159,167 +267,51 @@ class WeightedHeadTrainer(HeadTrainer):
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """Neighbouring heads of one aggregator."""
-
-    aggregator: WeightedAggregator
-    columns: slice
-
-
-def _stacks(heads: Sequence[HeadSettings]) -> list[_Stack]:
-    return [
-        _Stack(aggregator_of(heads[columns.start], WeightedAggregator), columns)
-        for columns in runs([head.agg for head in heads])
-    ]
-
-
-def _patient_logits(
-    stacks: Sequence[_Stack], state: AggregatorState, logits: Tensor, bags: Bags
-) -> Tensor:
-    """Aggregate instance logits (m, K) of heads in stacks to patient logits (b, K)."""
-    parts = [
-        stack.aggregator.patient_logit(
-            state.columns(stack.columns), logits[:, stack.columns].contiguous(), bags
-        )
-        for stack in stacks
-    ]
-    return torch.cat(parts, dim=1)
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """What the patients of a batch should be, and how much each counts in the loss."""
-
-    labels: Tensor  # (b,)
-    counts: Tensor  # (b, K)
-
-
-@dataclass(frozen=True)
-class _Slopes:
-    """The losses of a step and their gradients, of all heads of a trainer."""
-
-    loss: Tensor  # (H,)
-    weight: Tensor  # (H, C), of the folded scorers
-    bias: Tensor  # (H,)
-    gamma: Tensor  # (H,)
-    beta: Tensor  # (H,)
-
-    @classmethod
-    def zeros(cls, weight: Tensor) -> "_Slopes":
-        n = len(weight)
-        return cls(weight.new_zeros(n), torch.zeros_like(weight), *weight.new_zeros(3, n).unbind())
-
-
-@dataclass(frozen=True)
 class _Lane:
     """Heads of one split: the same patients in the same order."""
 
     sampler: Sampler
     columns: slice  # among the trainer's heads
-    stacks: list[_Stack]
+
+    @property
+    def numbers(self) -> Numbers:
+        return np.arange(self.columns.start, self.columns.stop)
 
     @property
     def width(self) -> int:
         return int(self.columns.stop - self.columns.start)
 
-    def differentiate(
-        self,
-        everything: AggregatorState,
-        logits: Tensor,
-        bags: Bags,
-        targets: _Targets,
-        slopes: _Slopes,
-    ) -> Tensor:
-        """Return the gradient (m, K) of the losses by logits (m, K); write others to `slopes`."""
-        own = replace(everything.columns(self.columns), training=True)
-        leaves = [leaf.detach().requires_grad_() for leaf in (logits, own.gamma, own.beta)]
-        state = replace(own, gamma=leaves[1], beta=leaves[2])
-        patient_logits = _patient_logits(self.stacks, state, leaves[0], bags)  # (b, K)
-        labels = targets.labels[:, None].float().expand_as(patient_logits)
-        losses = binary_cross_entropy_with_logits(
-            patient_logits, labels, targets.counts, reduction="none"
-        ).mean(0)
-        slope, gamma, beta = torch.autograd.grad(
-            losses.sum(), leaves, allow_unused=True, materialize_grads=True
-        )
-        slopes.loss[self.columns] = losses.detach()
-        slopes.bias[self.columns] = slope.sum(0)
-        slopes.gamma[self.columns], slopes.beta[self.columns] = gamma, beta
-        return slope
-
 
 _Batches = Sequence[tuple[_Lane, Batch]]  # of the lanes that take a step together
 
 
-# --- reading --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Moments:
+    """The mean and the biased variance of heads' logits over the batches they see: (H,) each."""
+
+    count: Tensor  # of logits; 0 of heads without a batch
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, logits: Sequence[tuple[Tensor, Tensor]], heads: int) -> "_Moments":
+        """Take some heads' columns (k,) and logits (k, m), several times."""
+        columns = torch.cat([own for own, _ in logits])
+        pairs = [torch.var_mean(values, 1, correction=0) for _, values in logits]
+        variance, mean = (torch.cat(part) for part in zip(*pairs, strict=True))
+        n = torch.cat([torch.full_like(own[:, 0], own.shape[1]) for _, own in logits])
+
+        def average(values: Tensor) -> Tensor:
+            return values.new_zeros(heads).index_add(0, columns, n * values) / count.clamp(min=1)
+
+        count = n.new_zeros(heads).index_add(0, columns, n)
+        means = average(mean)
+        return cls(count, means, average(variance + (mean - means[columns]) ** 2))
 
 
-class _Reads(Protocol):
-    """The instances of one step, read forward and then backward."""
-
-    def logits(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        """Return each lane's logits (m, K) by all folded scorers (H, C), (H,)."""
-
-    def add_gradient(self, slopes: Sequence[Tensor], gradient: Tensor) -> None:
-        """Add the share of each lane's slopes (m, K) to the gradient of all scorers (H, C)."""
-
-
-class _SharedReads:
-    """Whole patients, each read once for all lanes that need it."""
-
-    def __init__(self, instances: Instances, batches: _Batches) -> None:
-        self._instances, self._lanes = instances, [lane for lane, _ in batches]
-        self._lengths = [int(batch.sizes.sum()) * instances.per_image for _, batch in batches]
-        wanted: dict[int, list[tuple[int, slice]]] = defaultdict(list)
-        for lane, (_, batch) in enumerate(batches):
-            ends = np.cumsum([0, *(batch.sizes * instances.per_image)]).tolist()
-            for patient, (start, stop) in zip(batch.patients.tolist(), pairwise(ends), strict=True):
-                wanted[patient].append((lane, slice(start, stop)))
-        self._wanted = dict(wanted)  # patient -> lanes, and where in the lane's batch
-
-    def logits(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        out = [
-            weight.new_empty(length, lane.width)
-            for length, lane in zip(self._lengths, self._lanes, strict=True)
-        ]
-        for patient, uses in self._wanted.items():
-            columns = [self._lanes[lane].columns for lane, _ in uses]
-            weights = torch.cat([weight[own] for own in columns])  # (columns, C)
-            biases = torch.cat([bias[own] for own in columns])
-            values = score(self._instances.of_patient(patient), weights, biases)
-            start = 0
-            for lane, rows in uses:
-                stop = start + self._lanes[lane].width
-                out[lane][rows] = values[:, start:stop]
-                start = stop
-        return out
-
-    def add_gradient(self, slopes: Sequence[Tensor], gradient: Tensor) -> None:
-        for patient, uses in self._wanted.items():
-            instances = self._instances.of_patient(patient)
-            slope = torch.cat([slopes[lane][rows] for lane, rows in uses], dim=1)  # (m, columns)
-            share = (slope.to(instances.dtype).mT @ instances).float()
-            start = 0
-            for lane, _ in uses:
-                stop = start + self._lanes[lane].width
-                gradient[self._lanes[lane].columns] += share[start:stop]
-                start = stop
-
-
-class _OwnReads:
-    """One lane's images, gathered."""
-
-    def __init__(self, instances: Instances, lane: _Lane, batch: Batch) -> None:
-        self._lane = lane
-        images = instances.images_of(batch.patients) if batch.images is None else batch.images
-        self._instances = instances.source.gather(images, batch.views).flatten(0, 1)  # (m, C)
-
-    def logits(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [score(self._instances, weight[self._lane.columns], bias[self._lane.columns])]
-
-    def add_gradient(self, slopes: Sequence[Tensor], gradient: Tensor) -> None:
-        share = slopes[0].to(self._instances.dtype).mT @ self._instances
-        gradient[self._lane.columns] += share.float()
+def _alone() -> None:
+    """Compute with one thread: those that fit side by side use all cores."""
+    torch.set_num_threads(1)
 
 
 def _at_most(run: slice, width: int) -> Iterator[slice]:
