@@ -39,8 +39,6 @@ from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.grid import expand, head_name, resolve
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of
-from lymphfeat.plots.optimism import draw_optimism
-from lymphfeat.plots.summary import draw_summary
 from lymphfeat.runtime.circumstances import circumstances
 from lymphfeat.runtime.devices import (
     choose_device,
@@ -438,6 +436,8 @@ def _write(
     folder: Path,
     origin: Mapping[str, object],
 ) -> None:
+    from lymphfeat.plots.summary import draw_summary  # matplotlib is slow: training need not wait
+
     outcome = run.outcome
     runs = outcome.runs.drop(columns="ba_best_epochs", errors="ignore")
     tables = {"epochs": outcome.epochs, "predictions": outcome.predictions, "runs": runs}
@@ -552,14 +552,20 @@ def fit_both(
         )
         table = set_off(report, honest)
         if new:
-            csv, png = (new / name for name in OPTIMISM_FILES)
-            table.to_csv(csv, index=False, float_format="%.6g")
-            draw_optimism(table, png)
+            _write_optimism(table, new)
     return BothRuns(
         report=replace(report, folder=folder / "report"),
         honest=replace(honest, folder=folder / "honest"),
         table=table,
     )
+
+
+def _write_optimism(table: pd.DataFrame, folder: Path) -> None:
+    from lymphfeat.plots.optimism import draw_optimism  # matplotlib is slow
+
+    csv, png = (folder / name for name in OPTIMISM_FILES)
+    table.to_csv(csv, index=False, float_format="%.6g")
+    draw_optimism(table, png)
 
 
 def _subfolder(folder: Path | None, name: str) -> Path | None:

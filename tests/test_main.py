@@ -11,9 +11,10 @@ from click.testing import CliRunner, Result
 
 import lymphfeat
 from lymphfeat_cli.main import COMMANDS, cli
-from tests.stores import write_store
+from tests.stores import made_up_cohort, write_store
 
 ROOT = Path(__file__).parent.parent
+BACKBONES = {"timm", "torchvision"}
 HEAVY = {"torch", "numpy", "pandas", "h5py", "timm", "sklearn", "matplotlib", "PIL"}
 
 
@@ -31,7 +32,7 @@ def run(*arguments: str) -> Result:
 
 
 def imported_by(*lines: str) -> set[str]:
-    """Return the top-level modules that a fresh interpreter holds after running `lines`."""
+    """Return the modules that a fresh interpreter holds after running `lines`."""
     program = "\n".join(["import sys", *lines, "print('\\n' + ' '.join(sys.modules))"])
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -40,7 +41,7 @@ def imported_by(*lines: str) -> set[str]:
         text=True,
         check=True,
     )
-    return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_help_is_light() -> None:
@@ -66,14 +67,41 @@ def test_a_store_is_described_without_torch(tmp_path: Path) -> None:
     assert not modules & {"torch", "timm", "sklearn", "scipy", "matplotlib"}
 
 
-def test_heads_are_fitted_without_backbones() -> None:
+@pytest.mark.seconds
+@pytest.mark.parametrize("agg", ["topk", "attention"])
+def test_heads_are_fitted_without_what_is_slow_to_import(tmp_path: Path, agg: str) -> None:
+    write_store(tmp_path / "s.h5", made_up_cohort([1] * 12))
     modules = imported_by(
         "from click.testing import CliRunner",
         "from lymphfeat_cli.main import cli",
-        "assert 'must be an existing file' in CliRunner().invoke(cli, ['fit-head']).stderr",
+        "options = '--folds 3 --seeds 1 --epochs 1 --device cpu --threads 1 --precision float32'",
+        f"line = ['fit-head', '--store', {str(tmp_path / 's.h5')!r}, '--agg', {agg!r}]",
+        f"line += [*options.split(), '--out', {str(tmp_path / 'run')!r}]",
+        "done = CliRunner().invoke(cli, line)",
+        "assert done.exit_code == 0, done.output",
     )
     assert "torch" in modules
-    assert not modules & {"timm", "torchvision"}
+    assert not modules & {*BACKBONES, "sklearn", "scipy.stats", "scipy.optimize", "torch._dynamo"}
+
+
+@pytest.mark.seconds
+def test_training_does_not_wait_for_figures(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.h5", made_up_cohort([1] * 12))
+    modules = imported_by(
+        "import lymphfeat as lf",
+        "settings = dict(folds=3, seeds=1, device='cpu', threads=1, precision='float32')",
+        "def stop(done, total, text=''):",
+        "    if done: raise KeyboardInterrupt",
+        "try:",
+        f"    lf.fit_heads({str(tmp_path / 's.h5')!r}, settings=lf.FitSettings(**settings),",
+        f"        out={str(tmp_path / 'run')!r}, progress=stop)",
+        "except KeyboardInterrupt:",
+        "    pass",
+        "else:",
+        "    raise AssertionError('nothing was trained')",
+    )
+    assert "lymphfeat.heads.engine.ranking" in modules
+    assert "matplotlib" not in modules
 
 
 def test_help_lists_every_command() -> None:

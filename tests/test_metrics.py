@@ -52,6 +52,11 @@ def test_auc_of_one_class_is_unknown() -> None:
     assert np.isnan(roc_auc(np.array([0.1, 0.9]), np.array([1, 1])))
 
 
+def test_auc_with_an_unknown_probability_is_unknown() -> None:
+    found = roc_auc(np.array([[0.1, np.nan, 0.9], [0.1, 0.5, 0.9]]), np.array([0, 1, 1]))
+    assert found.tolist() == pytest.approx([np.nan, 1], nan_ok=True)
+
+
 @given(PROBABILITIES)
 def test_chosen_threshold_is_the_best_there_is(probabilities: np.ndarray) -> None:
     chosen = choose_threshold(probabilities, LABELS)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from lymphfeat.cohort.splits import (
     Plan,
@@ -31,6 +31,29 @@ def test_report_splits_are_the_published_halves() -> None:
     train, validation = train_test_split(IDS, test_size=0.5, random_state=8)
     assert splits[1].train == tuple(train)
     assert splits[1].validation == tuple(validation)
+
+
+@given(st.integers(4, 40), st.integers(0, 2**32 - 1))
+def test_halves_are_those_of_scikit_learn(patients: int, seed: int) -> None:
+    labels = LABELS[:patients]
+    (split,) = report_splits(IDS[:patients], labels, seeds=1, seed=seed)
+    halves = train_test_split(IDS[:patients], test_size=0.5, random_state=split.seed)
+    assert [list(split.train), list(split.validation)] == halves
+
+
+@given(
+    st.lists(st.integers(0, 1), min_size=5, max_size=40).map(np.array),
+    st.integers(2, 6),
+    st.integers(0, 2**32 - 1),
+)
+def test_folds_are_those_of_scikit_learn(labels: np.ndarray, folds: int, seed: int) -> None:
+    assume(np.bincount(labels, minlength=2).min() >= folds)
+    ids = np.array(IDS[: len(labels)])
+    (repeat,) = kfold_splits(ids.tolist(), labels, folds=folds, seeds=1, seed=seed)
+    theirs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(ids, labels)
+    assert [(split.train, split.validation) for split in repeat.outer] == [
+        (tuple(ids[inside]), tuple(ids[outside])) for inside, outside in theirs
+    ]
 
 
 @given(st.integers(3, 8), st.integers(1, 3), st.integers(0, 99))

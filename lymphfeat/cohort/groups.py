@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
 
 from lymphfeat.cohort.csv_rows import name_some
 from lymphfeat.cohort.splits import Split, check_classes
@@ -64,16 +63,22 @@ def group_splits(
     truth = labels[known]
     if how == "each":
         return _each(names, truth, groups, seed)
+    return _whole(names, truth, groups, folds, range(seed, seed + seeds))
+
+
+def _whole(
+    names: Groups, truth: NDArray[np.int64], groups: Groups, folds: int, seeds: range
+) -> list[Split]:
+    from sklearn.model_selection import StratifiedGroupKFold  # slow: only these splits wait
+
     check_classes(truth, folds)
     count = len(set(groups.tolist()))
     require(count >= folds, f"folds (={folds}) must be at most the number of groups, {count}.")
     return [
-        _split(f"groups{folds}-r{repeat}-f{fold}", names, part, seed + repeat, repeat)
-        for repeat in range(seeds)
+        _split(f"groups{folds}-r{repeat}-f{fold}", names, part, seed, repeat)
+        for repeat, seed in enumerate(seeds)
         for fold, (_, part) in enumerate(
-            StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat).split(
-                names, truth, groups
-            )
+            StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(names, truth, groups)
         )
     ]
 

@@ -86,11 +86,14 @@ def report_splits(
 def _halves(
     labels: NDArray[np.int64], first: int
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield seeds from `first` on whose halves both contain both classes, with the halves' rows."""
-    from sklearn.model_selection import train_test_split  # slow; readers of stores need no splits
+    """Yield seeds from `first` on whose halves both contain both classes, with the halves' rows.
 
+    The halves are those of scikit-learn's `train_test_split`, the second one the larger.
+    """
     for seed in count(first):
-        halves = train_test_split(np.arange(len(labels)), test_size=0.5, random_state=seed)
+        order = np.random.RandomState(seed).permutation(len(labels))
+        middle = (len(labels) + 1) // 2
+        halves = order[middle:], order[:middle]
         if all(len(np.unique(labels[half])) == 2 for half in halves):
             yield seed, *halves
 
@@ -271,25 +274,36 @@ def kfold_splits(
 def _one_repeat(
     ids: NDArray[np.str_], labels: NDArray[np.int64], folds: int, seed: int, repeat: int
 ) -> Folds:
-    from sklearn.model_selection import StratifiedKFold  # slow; readers of stores need no splits
-
-    parts = [
-        part
-        for _, part in StratifiedKFold(folds, shuffle=True, random_state=seed).split(ids, labels)
-    ]
+    fold_of = _stratified(labels, folds, seed)
 
     def split(fold: int) -> Split:
-        outside = np.sort(parts[fold])
-        inside = np.setdiff1d(np.arange(len(ids)), outside)
         return Split(
             id=f"kfold{folds}-r{repeat}-f{fold}",
             seed=seed,
             repeat=repeat,
-            train=tuple(ids[inside].tolist()),
-            validation=tuple(ids[outside].tolist()),
+            train=tuple(ids[fold_of != fold].tolist()),
+            validation=tuple(ids[fold_of == fold].tolist()),
         )
 
     return Folds.of([split(fold) for fold in range(folds)])
+
+
+def _stratified(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """Return the fold of every patient, (P,), as scikit-learn's `StratifiedKFold` draws it.
+
+    Patients are dealt out in turn, class after class, and each class's folds are then shuffled.
+    scikit-learn itself would take longer to import than all else that precedes a fit.
+    """
+    generator = np.random.RandomState(seed)
+    fold_of = np.empty(len(labels), np.int64)
+    dealt = 0
+    for label in dict.fromkeys(labels.tolist()):  # as they first appear
+        (own,) = np.nonzero(labels == label)
+        places = np.sort((dealt + np.arange(len(own))) % folds)
+        generator.shuffle(places)
+        fold_of[own] = places
+        dealt += len(own)
+    return fold_of
 
 
 def find_splits(

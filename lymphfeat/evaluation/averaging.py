@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from lymphfeat.evaluation.calibration import Calibration, fit_calibrations, logit
@@ -81,6 +80,8 @@ def learn_stack(inputs: Floats, labels: Labels) -> Mixture:
 
     Minimises the log loss + H / 2 · Σ (weight − 1 / H)², with a free intercept.
     """
+    from scipy.optimize import minimize  # slow: only stacks and fusions wait for it
+
     calibrations = tuple(fit_calibrations(expit(inputs.T), labels))
     x = calibrated_logits(calibrations, inputs)  # (n, H)
     heads = x.shape[1]

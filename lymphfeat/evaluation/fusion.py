@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from lymphfeat.cohort.attributes import Scaling
@@ -110,6 +109,8 @@ def learn_experts(inputs: Floats, labels: Labels) -> ExpertsFusion:
     Weights are shrunk towards 0, the scale of s_img towards 1. inputs: (n, 1 + D), the image logit
     first.
     """
+    from scipy.optimize import minimize  # slow: only stacks and fusions wait for it
+
     scaling = Scaling.of(inputs)
     spread = float(np.std(inputs[:, 0])) or 1.0  # a stretch of 1 in raw logits
     start = np.zeros(2 * (1 + inputs.shape[1]) + 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from lymphfeat.evaluation.metrics import METRICS, all_metrics, fold_auc
 from lymphfeat.runtime.arrays import Floats, Labels
@@ -47,7 +47,7 @@ def t_half_width(
     if n < 2:
         return math.nan
     factor = 1 / n if variance_factor is None else variance_factor
-    return float(stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(factor * values.var(ddof=1)))
+    return float(stdtrit(n - 1, (1 + level) / 2) * np.sqrt(factor * values.var(ddof=1)))
 
 
 def estimate(
@@ -104,7 +104,7 @@ def _two_sided(values: Floats, factor: float) -> float:
     error = math.sqrt(factor * values.var(ddof=1))
     if error < 1e-12:  # equal in every split
         return 1.0 if abs(values.mean()) < 1e-12 else 0.0
-    return float(2 * stats.t.sf(abs(values.mean()) / error, len(values) - 1))
+    return float(2 * stdtr(len(values) - 1, -abs(values.mean()) / error))
 
 
 def holm(p: Floats) -> Floats:

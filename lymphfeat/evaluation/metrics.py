@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from lymphfeat.runtime.arrays import Floats, Labels
 
@@ -49,10 +48,30 @@ def roc_auc(probabilities: Floats, labels: Labels) -> Floats:
     n_positive, n_negative = positive.sum(), (labels == 0).sum()
     if not n_positive or not n_negative:
         return np.full(probabilities.shape[:-1], np.nan)
-    ranks = stats.rankdata(probabilities[..., (labels == 0) | positive], axis=-1)
+    ranks = _ranks(probabilities[..., (labels == 0) | positive])
     positive = positive[(labels == 0) | positive]
     surplus = ranks[..., positive].sum(-1) - n_positive * (n_positive + 1) / 2
     return np.asarray(surplus / (n_positive * n_negative))
+
+
+def _ranks(values: Floats) -> Floats:
+    """Return ranks from 1 on along the last axis; equals share their mean, one NaN makes all NaN.
+
+    As `scipy.stats.rankdata`, without the import of scipy.stats.
+    """
+    n = values.shape[-1]
+    order = values.argsort(-1)
+    ordered = np.take_along_axis(values, order, -1)
+    differs = ordered[..., 1:] != ordered[..., :-1]  # from its left neighbour
+    end = np.ones((*values.shape[:-1], 1), bool)
+    first = np.where(np.concatenate([end, differs], -1), np.arange(n), 0)
+    last = np.where(np.concatenate([differs, end], -1), np.arange(n), n)
+    first = np.maximum.accumulate(first, -1)
+    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
+    ranks[np.isnan(values).any(-1)] = np.nan
+    return ranks
 
 
 def fold_auc(

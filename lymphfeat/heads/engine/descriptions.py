@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from lymphfeat.heads.aggregators.distribution import (
@@ -149,6 +148,8 @@ class Prototypes:
     count: int
 
     def learn(self, train: Tensor) -> list[tuple[Statistic, Tensor]]:
+        from sklearn.cluster import KMeans  # slow: only prototypes wait for it
+
         rows = torch.cat([self._rows_of(int(patient)) for patient in train.sort().values])
         if len(rows) > _CLUSTERED:
             generator = torch.Generator().manual_seed(0)

@@ -289,9 +289,10 @@ class Features:
     def patient_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each patient's number of images (P, 1), their sum (P, C) and the sum of their squares."""
         totals, squares = [], []
-        for _, images, bags in self.of_unit("image").chunks(1):
-            totals.append(bags.sum(images.double()))
-            squares.append(bags.sum(images.double() ** 2))
+        for _, images, bags in self.of_unit("image").chunks(4 * self.channels):  # fit a cache
+            exact = images.double()
+            totals.append(bags.sum(exact))
+            squares.append(bags.sum(exact**2))
         count = torch.from_numpy(np.diff(self.offsets))[:, None].to(self.device)
         return count, torch.cat(totals), torch.cat(squares)
 

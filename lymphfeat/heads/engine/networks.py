@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim.adam import adam
 
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.engine.instances import Features, Instances
@@ -23,12 +24,38 @@ from lymphfeat.settings import HeadSettings
 _CHUNK_WIDTH = 512  # number of heads a network counts as when patients are cut into chunks
 
 
+class _Adam:
+    """Adam with torch's defaults, fused. The first `torch.optim.Adam` imports torch's compiler."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        self.parameters = list(parameters)
+        self._lr, self._weight_decay = lr, weight_decay
+        self._first = [torch.zeros_like(each) for each in self.parameters]
+        self._second = [torch.zeros_like(each) for each in self.parameters]
+        self._steps = [torch.zeros((), device=each.device) for each in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Update the parameters by their gradients."""
+        adam(
+            *(self.parameters, list(gradients), self._first, self._second, [], self._steps),
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self._lr,
+            weight_decay=self._weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
 @dataclass(frozen=True)
 class _Learner:
     """A network, its optimiser and its class weights (2,)."""
 
     head: NetworkHead
-    optimizer: torch.optim.Adam
+    optimizer: _Adam
     class_weights: Tensor
 
     @classmethod
@@ -37,9 +64,7 @@ class _Learner:
         head = NetworkHead.initial(
             fit.head, scaling.mean[0], scaling.scale[0], split_generator(fit.split)
         )
-        optimizer = torch.optim.Adam(
-            head.parameters(), lr=fit.head.lr, weight_decay=fit.head.weight_decay, fused=True
-        )
+        optimizer = _Adam(list(head.parameters()), fit.head.lr, fit.head.weight_decay)
         return cls(head, optimizer, class_weights(fit.head, labels))
 
     def step(self, images: Tensor, bags: Bags, labels: Tensor) -> Tensor:
@@ -49,9 +74,7 @@ class _Learner:
             logits = self.head(images, bags)  # (b,)
         weights = self.class_weights[labels]
         loss = binary_cross_entropy_with_logits(logits, labels.float(), weights)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
         return loss.detach()
 
 
