@@ -289,9 +289,9 @@ def test_a_crash_while_rewriting_leaves_the_old_run(
     def crash(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    for name in ("draw_summary", "draw_optimism"):
+    for name in ("summary", "optimism"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lymphfeat.fitting.{name}", crash)
+            patch.setattr(f"lymphfeat.plots.{name}.draw_{name}", crash)
             crashed = run(folder, *line, "--protocol", "both", "--seed", "1")
         assert crashed.exit_code == 1
         assert contents(out) == before

@@ -289,7 +289,8 @@ class Features:
     def patient_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each patient's number of images (P, 1), their sum (P, C) and the sum of their squares."""
         totals, squares = [], []
-        for _, images, bags in self.of_unit("image").chunks(4 * self.channels):  # fit a cache
+        few = 4 * self.channels  # so that a chunk's squares fit into a cache
+        for _, images, bags in self.of_unit("image").chunks(few):
             exact = images.double()
             totals.append(bags.sum(exact))
             squares.append(bags.sum(exact**2))

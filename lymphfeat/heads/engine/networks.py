@@ -25,7 +25,7 @@ _CHUNK_WIDTH = 512  # number of heads a network counts as when patients are cut 
 
 
 class _Adam:
-    """Adam with torch's defaults, fused. The first `torch.optim.Adam` imports torch's compiler."""
+    """Fused Adam of torch's defaults; making `torch.optim.Adam` imports the compiler: a second."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float) -> None:
         self.parameters = list(parameters)
