@@ -218,6 +218,15 @@ def test_bnsigmoid_survives_logits_whose_weights_underflow() -> None:
     torch.testing.assert_close(weights[:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 
+@pytest.mark.parametrize("agg", LINEAR)
+def test_probabilities_are_those_of_the_read_out(agg: str) -> None:
+    head = HeadStack([resolve(HeadSettings(agg=agg))], torch.ones(1, 4), torch.zeros(1)).train()
+    kept = torch.randn(7, 9, 1, generator=torch.Generator().manual_seed(0))
+    images = Bags.of([3, 4])
+    expected = head.read_out(kept, images).probability
+    assert torch.equal(head.patient_probability(kept, images), expected)
+
+
 @given(BAGS)
 def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
     logits, ragged = stack(bags)

@@ -67,6 +67,12 @@ class HeadStack(Head):
         return self.patient_logit(kept.flatten(0, 1), images.times(kept.shape[1]))[:, 0]
 
     @torch.no_grad()
+    def patient_probability(self, kept: Tensor, images: Bags) -> Tensor:
+        state, settings = replace(self.state, training=False), self.settings[0]
+        logits, bags = kept.flatten(0, 1), images.times(kept.shape[1])  # (N · U, 1)
+        return self.aggregator.probability(settings, state, logits, bags)[:, 0]
+
+    @torch.no_grad()
     def read_out(self, kept: Tensor, images: Bags) -> ReadOut:
         state, settings = replace(self.state, training=False), self.settings[0]
         logits, bags = kept.flatten(0, 1), images.times(kept.shape[1])  # (N · U, 1)
