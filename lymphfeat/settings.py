@@ -793,7 +793,7 @@ class ExplainSettings(Settings):
         at_least=0,
     )
     megabytes: int = setting(
-        60,
+        15,
         "Maximum size of the report; pictures are shrunk, then left out, to stay below it.",
         at_least=1,
     )

@@ -1,13 +1,18 @@
 """Scores, contributions, deletions, overlap and the page, each against the obvious way."""
 
+import base64
+import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import SettingsError
@@ -234,11 +239,10 @@ def test_calibrated_where_the_model_is(cohort: Cohort) -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _data(page: str, id: str) -> dict[str, object]:
+def _data(page: str, id: str) -> Any:
     match = re.search(rf'<script type="application/json" id="{id}">(.*?)</script>', page)
     assert match
-    content: dict[str, object] = json.loads(match[1])
-    return content
+    return json.loads(match[1])
 
 
 def test_text_of_tables_is_escaped(tmp_path: Path) -> None:
@@ -264,8 +268,22 @@ def test_budget_leaves_the_middle_out_and_says_so(cohort: Cohort) -> None:
     assert len(small.encode()) <= 640_000
     bare = render_page(found, budget=1)
     assert f"{len(found.maps)} of {len(found.maps)} pictures are left out" in bare
-    thumbs = _data(bare, "p0")["thumbs"]
-    assert thumbs == [None] * int(cohort.n_images[0])
+    told = _data(bare, "data")["pictures"]
+    assert told["missing"]["0"] == list(range(int(cohort.n_images[0])))
+    assert _data(bare, "s0") == [""]
+
+
+def test_pictures_are_made_while_images_are_scored(cohort: Cohort) -> None:
+    images = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in cohort.images[3]]
+    found = explained(cohort, "topk")
+    assert len(found.patients) == len(cohort.ids)  # who they are is told by their files
+    shutil.rmtree(cohort.root)  # which are not read again
+    (sheet,) = _data(render_page(found), "s3")
+    with Image.open(io.BytesIO(base64.b64decode(sheet))) as opened:
+        pixels = np.asarray(opened, np.float32)  # (SIDE, n · SIDE, 3)
+    shown = pixels.reshape(SIDE, len(images), SIDE, 3).mean((0, 2))  # (n, 3)
+    np.testing.assert_allclose(shown, np.mean(images, axis=(1, 2)), atol=6)
+    assert shown[0, 0] > shown[1, 0] + 50  # the first one is reddish
 
 
 def test_nothing_is_loaded_from_elsewhere(cohort: Cohort) -> None:

@@ -4,16 +4,17 @@ Skipped where there is no chromium; `.ci/run` installs it.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.explanation.explanation import Explanation, explain
 from lymphfeat.explanation.page import render_page
+from lymphfeat.explanation.thumbnails import PER_SHEET
 from lymphfeat.extraction import extract
 from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
@@ -21,6 +22,7 @@ from lymphfeat.settings import ExplainSettings, ExtractSettings, FitSettings, Sy
 from lymphfeat.synthetic.cohort import write_synthetic_cohort
 from tests.test_explain_final import network
 from tests.test_model import make_model
+from tests.test_thumbnails import paint_cohort
 from tests.tiny import BACKBONE, write_red_cohort
 
 CHROMIUM = shutil.which("chromium")
@@ -139,11 +141,11 @@ def test_a_patient_opens_and_its_maps_toggle(cohort: Page) -> None:
     cohort.wait_for_selector("#plate .tile")
     assert cohort.inner_text("#view-patient h1") == "P3"
     assert cohort.locator("#plate .tile").count() == 4
-    cohort.wait_for_function("document.querySelector('#plate img').complete")
-    assert cohort.locator("#plate canvas").count() == 0
+    cohort.wait_for_selector("#plate canvas.cell[data-drawn]")
+    assert cohort.locator("#plate canvas.map").count() == 0
     cohort.click("#plate-mode :text-is('Raw grid')")
-    assert cohort.locator("#plate canvas").count() == 4
-    grey = cohort.locator("#plate canvas").first.evaluate(
+    assert cohort.locator("#plate canvas.map").count() == 4
+    grey = cohort.locator("#plate canvas.map").first.evaluate(
         "c => [...c.getContext('2d').getImageData(0, 0, 1, 1).data]"
     )
     assert grey[0] == grey[1] == grey[2]
@@ -151,7 +153,44 @@ def test_a_patient_opens_and_its_maps_toggle(cohort: Page) -> None:
     assert "sum" in cohort.inner_text(".contributions")
     assert "object" not in cohort.inner_text("#view-patient")
     cohort.click("#plate-mode :text-is('Cells')")
-    assert cohort.locator("#plate canvas").count() == 0
+    assert cohort.locator("#plate canvas.map").count() == 0
+
+
+def test_every_cell_has_its_own_picture(browser: Browser, tmp_path: Path) -> None:
+    """On the plate, in the dialog and in the strips; more cells than a sheet holds."""
+    colours = paint_cohort(tmp_path / "cohort", {"A": PER_SHEET + 3, "B": 2})
+    cohort = Cohort.load(tmp_path / "cohort")
+    found = explain(make_model("topk"), cohort, ExplainSettings(device="cpu", precision="float32"))
+    file = tmp_path / "report.html"
+    file.write_text(render_page(found))
+    for tab in opened(browser, file):
+        tab.wait_for_selector("#extremes [data-drawn]")
+        strips = {_painted(tile) for tile in tab.locator("#extremes .tile").all()}
+        assert strips <= {_named(each) for each in colours.values()}
+        assert len(strips) > 1
+        for patient in range(2):
+            tab.evaluate(f"location.hash = '#patient={patient}'")
+            tab.wait_for_selector(f"#view-patient h1:text-is('{'AB'[patient]}')")
+            tab.wait_for_selector("#plate .tile:last-child [data-drawn]")
+            for tile in tab.locator("#plate .tile").all():
+                name = tile.get_attribute("data-name")
+                assert _painted(tile) == _named(colours["AB"[patient], str(name)])
+        tab.click("#plate .tile >> nth=1")
+        name = tab.inner_text("#cell-title").split(" · ")[1]
+        assert _painted(tab.locator("dialog")) == _named(colours["B", name])
+
+
+def _painted(place: Locator) -> tuple[int, ...]:
+    """Return the colour in the middle of the picture there."""
+    middle = place.locator("canvas.cell").evaluate(
+        "c => [...c.getContext('2d').getImageData(c.width / 2, c.height / 2, 1, 1).data]"
+    )
+    return _named(middle[:3])
+
+
+def _named(colour: Sequence[int]) -> tuple[int, ...]:
+    """Return a colour as steps of 32, from which WebP is never far."""
+    return tuple(round(value / 32) for value in colour)
 
 
 def test_a_cell_opens_by_keyboard(cohort: Page) -> None:
@@ -170,7 +209,7 @@ def test_prints_without_controls(cohort: Page) -> None:
     cohort.click("#patients tr[data-id=P3] a")
     cohort.wait_for_selector("#plate .tile")
     cohort.emulate_media(media="print")
-    assert cohort.locator("#plate img").first.is_visible()
+    assert cohort.locator("#plate canvas.cell").first.is_visible()
     assert not cohort.locator(".pager, .controls, nav").locator("visible=true").count()
     cohort.emulate_media(media="screen")
 

@@ -120,8 +120,7 @@ def _write(
 ) -> list[Path]:
     from lymphfeat.explanation.report import write_report
 
-    with output.progress("picturing") as progress:
-        return write_report(explanation, out, settings, force=output.force, progress=progress)
+    return write_report(explanation, out, settings, force=output.force)
 
 
 def _explain_image(

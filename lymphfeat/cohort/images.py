@@ -66,6 +66,7 @@ class Crop:
     """One decoded image."""
 
     pixels: NDArray[np.uint8]  # (3, crop, crop)
+    original: NDArray[np.uint8]  # the same before its stain was normalised, if it was
     crc32: int  # of the file's bytes
     statistics: NDArray[np.float32] | None = None  # (S,) of the pixels, where they were asked for
 
@@ -89,7 +90,7 @@ def decode_crop(path: Path, crop: int) -> Crop:
             _check_size(path, image, crop)
             rgb = image.crop(_centre_box(image.size, crop)).convert("RGB")
     pixels = np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
-    return Crop(pixels=pixels, crc32=zlib.crc32(content))  # pixels (3, crop, crop)
+    return Crop(pixels=pixels, original=pixels, crc32=zlib.crc32(content))  # (3, crop, crop)
 
 
 def check_image(path: Path, crop: int) -> None:

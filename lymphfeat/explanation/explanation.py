@@ -19,6 +19,7 @@ from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images,
 from lymphfeat.explanation.findings import Findings
 from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
 from lymphfeat.explanation.subjects import Subject, subject_of
+from lymphfeat.explanation.thumbnails import SheetMaker, Thumbnails
 from lymphfeat.explanation.wording import Wording
 from lymphfeat.model.familiarity import Judgement
 from lymphfeat.model.loading import AnyModel
@@ -37,6 +38,7 @@ class Subgroups:
     rows: pd.DataFrame  # as `measure_subgroups` returns
 
 
+_FOR_PICTURES = 0.88  # of the page's bytes; `render_page` makes them smaller where that is too much
 ROLES = {"train": "trained on", "validation": "validation", "new": "new"}
 
 
@@ -53,6 +55,7 @@ class Explanation:
     maps: Float32s
     decisions: Decisions
     predicted: Floats  # (P,) probability as `predict` gives it; with TTA not the explained one
+    thumbnails: Thumbnails
     deletion: Deletion | None  # None where no patient has enough images
     findings: Findings | None = None  # of heads of the family `distribution` alone
     truth: Truth | None = None
@@ -253,7 +256,8 @@ def explain(
     settings = settings or ExplainSettings()
     scoring = settings.scoring
     subject = subject_of(model, cohort.table, lenient=scoring.allow_missing_attributes)
-    scored = score_cohort(subject, cohort, scoring, progress=progress)
+    sheets = SheetMaker(cohort, subject.crop, int(_FOR_PICTURES * settings.megabytes * 1_000_000))
+    scored = score_cohort(subject, cohort, scoring, show=sheets.add, progress=progress)
     decisions = decide(subject, scored.kept, cohort.n_images)
     predicted = decisions.probability
     if subject.tta:
@@ -267,6 +271,7 @@ def explain(
         maps=scored.maps,
         decisions=decisions,
         predicted=predicted,
+        thumbnails=sheets.made(),
         deletion=delete_images(subject, scored.kept, cohort.n_images, seed=settings.seed),
         findings=Findings.of(subject, scored.kept, cohort.n_images),
         truth=truth,

@@ -35,7 +35,7 @@ function imagesOf(index) {
     const area = model.grid * model.grid;
     block.cells = block.names.map((name, i) => ({
       name, patient: index, i, logit: block.logit[i], weight: block.weight[i], contribution: block.contribution[i],
-      distance: block.distance && block.distance[i], unlike: block.unlike[i], mark: block.mark[i], rank: block.rank[i], thumb: block.thumbs[i],
+      distance: block.distance && block.distance[i], unlike: block.unlike[i], mark: block.mark[i], rank: block.rank[i],
       map: Float32Array.from({ length: area }, (_, k) => values.getInt16(2 * (i * area + k), true) / 100),
     }));
     block.cells.sort((a, b) => a.rank - b.rank);
@@ -43,6 +43,24 @@ function imagesOf(index) {
     read.set(index, block);
   }
   return read.get(index);
+}
+
+// --- pictures: small ones side by side on sheets, some sheets per patient --------------------------
+
+const sheets = new Map();
+function sheetsOf(patient) {
+  if (!sheets.has(patient)) {
+    if (sheets.size > 12) sheets.delete(sheets.keys().next().value);
+    sheets.set(patient, JSON.parse($(`s${patient}`).textContent).map(sheet => Object.assign(new Image(), { src: sheet ? "data:image/webp;base64," + sheet : "" })));
+  }
+  return sheets.get(patient);
+}
+function hasPicture({ patient, i }) { return !(data.pictures.missing[patient] ?? []).includes(i); }
+function drawPicture(canvas, { patient, i }) {  // at once where its sheet has been decoded, so that nothing flickers
+  const { side, columns, sheet: length } = data.pictures, sheet = sheetsOf(patient)[Math.floor(i / length)], at = i % length;
+  const draw = () => { canvas.getContext("2d").drawImage(sheet, at % columns * side, Math.floor(at / columns) * side, side, side, 0, 0, side, side); canvas.dataset.drawn = "yes"; };
+  canvas.width = canvas.height = side;
+  if (sheet.naturalWidth) draw(); else sheet.addEventListener("load", draw);
 }
 
 // --- score maps -------------------------------------------------------------------------------
@@ -92,8 +110,9 @@ function legend() {
 function picture(cell, mode = mapMode) {
   const named = `cell ${cell.name} of ${patients[cell.patient].id}, score ${fixed(sigmoid(cell.logit))}`;
   const box = el("span", { class: "pic" + (cell.mark > 0 ? " up" : cell.mark < 0 ? " down" : "") },
-    cell.thumb ? el("img", { src: "data:image/jpeg;base64," + cell.thumb, alt: named, decoding: "async" }) : el("span", { class: "none" }, "no picture"));
-  if (mode !== "off" && cell.map) { const canvas = el("canvas", { "aria-hidden": "true" }); drawMap(canvas, cell.map, mode); box.append(canvas); }
+    hasPicture(cell) ? el("canvas", { class: "cell", role: "img", "aria-label": named }) : el("span", { class: "none" }, "no picture"));
+  if (box.firstChild.tagName === "CANVAS") drawPicture(box.firstChild, cell);
+  if (mode !== "off" && cell.map) { const canvas = el("canvas", { class: "map", "aria-hidden": "true" }); drawMap(canvas, cell.map, mode); box.append(canvas); }
   if (cell.mark) box.append(el("span", { class: "mark", title: cell.mark > 0 ? "among the highest" : "among the lowest" }, cell.mark > 0 ? "▲" : "▼"));
   return box;
 }
@@ -233,8 +252,8 @@ function showCharts() {
 function showExtremes() {
   for (const { label, ends } of data.extremes) for (const [end, cells] of ends) $("extremes").append(el("div", { class: "card", "data-strip": `${label}-${end}` },
     el("h3", {}, el("span", { class: `chip c${label}` }, `${CLASSES[label]} patients: ${end}-scored cells`)),
-    el("div", { class: "strip" }, cells.map(([patient, name, logit, thumb]) => el("button", { type: "button", class: "tile", onclick: () => openCell(patient, name) },
-      picture({ patient, name, logit, thumb, mark: 0 }, "off"), el("span", { class: "t" }, el("b", {}, score(sigmoid(logit))), el("span", { class: "who" }, patients[patient].id)))))));
+    el("div", { class: "strip" }, cells.map(([patient, i, name, logit]) => el("button", { type: "button", class: "tile", onclick: () => openCell(patient, name) },
+      picture({ patient, i, name, logit, mark: 0 }, "off"), el("span", { class: "t" }, el("b", {}, score(sigmoid(logit))), el("span", { class: "who" }, patients[patient].id)))))));
 }
 
 // --- one patient ------------------------------------------------------------------------------

@@ -34,51 +34,35 @@ from lymphfeat.explanation.text import (
     summary,
 )
 from lymphfeat.explanation.text import notices as told_notices
-from lymphfeat.explanation.thumbnails import Thumbnails, make_thumbnails
-from lymphfeat.runtime.progress import Progress, silent
+from lymphfeat.explanation.thumbnails import COLUMNS, PER_SHEET, Thumbnails
 
-BUDGET = 60_000_000  # bytes of the file
+BUDGET = 15_000_000  # bytes of the file
 STRIP = 10  # cells in each strip of the highest and lowest
 _SHELL = 120_000  # a generous bound on the bytes of template, style and script
-_STRIP_PICTURE = 12_000  # maximum bytes of a picture that a strip repeats
 _FIGURES = {"auc": "AUC", "sensitivity": "Sensitivity", "specificity": "Specificity"}
+_ELEMENTS = 100  # of the elements around a patient's data
 _END = "mean of the members; with their calibrations"
 _LARGEST_LOGIT = 327.67  # the largest that int16 hundredths can hold
 
 
-def render_page(
-    explanation: Explanation,
-    *,
-    budget: int = BUDGET,
-    threads: int = 2,
-    progress: Progress = silent,
-) -> str:
+def render_page(explanation: Explanation, *, budget: int = BUDGET) -> str:
     """Return the page, at most `budget` bytes as UTF-8, without the least important pictures."""
     distribution = Distribution.of(
         explanation.subject, explanation.maps, explanation.cohort.n_images
     )
     blocks = _patient_blocks(explanation, distribution)
     patients = _patients(explanation)
-    text = sum(len(_json(part)) for part in (patients, *blocks))
-    text += _SHELL + 4 * STRIP * _STRIP_PICTURE
-    thumbnails = make_thumbnails(
-        [path for paths in explanation.cohort.images for path in paths],
-        explanation.subject.crop,
-        _worth(explanation),
-        budget=max(0, budget - text),
-        threads=threads,
-        progress=progress,
-    )
-    for block, pictures in zip(blocks, _split(thumbnails.pictures, explanation), strict=True):
-        block["thumbs"] = pictures
+    written = [_json(block) for block in blocks]
+    text = _SHELL + sum(len(part) + _ELEMENTS for part in (_json(patients), *written))
+    thumbnails = explanation.thumbnails.within(max(0, budget - text), _worth(explanation))
     data = _page_data(explanation, distribution, thumbnails) | {"patients": patients}
-    return _render(explanation, data, blocks, thumbnails)
+    return _render(explanation, data, written, thumbnails)
 
 
 def _render(
     explanation: Explanation,
     data: Mapping[str, Any],
-    blocks: Sequence[Mapping[str, Any]],
+    blocks: Sequence[Markup],
     thumbnails: Thumbnails,
 ) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -95,7 +79,7 @@ def _render(
         js=Markup(js),
         js_hash=_hash(f"\n{js}\n"),
         data=_json(data),
-        blocks=[_json(block) for block in blocks],
+        blocks=zip(blocks, map(_sheets, thumbnails.sheets), strict=True),
     )
 
 
@@ -149,10 +133,24 @@ def _page_data(
             "instances": distribution.instances,
         },
         "strip": STRIP,
-        "extremes": _extremes(explanation, thumbnails),
+        "pictures": {
+            "side": thumbnails.size.side,
+            "columns": COLUMNS,
+            "sheet": PER_SHEET,
+            "missing": _missing(explanation, thumbnails),
+        },
+        "extremes": _extremes(explanation),
         "deletion": _deletion(explanation),
         "subgroups": _subgroups(explanation),
         "truth": describe_truth(explanation),
+    }
+
+
+def _missing(explanation: Explanation, thumbnails: Thumbnails) -> dict[int, list[int]]:
+    """Return which images of a patient have no picture, by patient."""
+    pieces = np.split(~thumbnails.shown, explanation.cohort.offsets[1:-1])
+    return {
+        index: np.flatnonzero(piece).tolist() for index, piece in enumerate(pieces) if piece.any()
     }
 
 
@@ -267,9 +265,9 @@ def _findings(explanation: Explanation, patient: int) -> list[tuple[str, float |
     ]
 
 
-def _split(pictures: Sequence[str | None], explanation: Explanation) -> list[list[str | None]]:
-    offsets = explanation.cohort.offsets
-    return [list(pictures[begin:end]) for begin, end in pairwise(offsets)]
+def _sheets(sheets: Sequence[bytes]) -> Markup:
+    """Write the sheets of a patient's pictures."""
+    return _json([base64.b64encode(sheet).decode("ascii") for sheet in sheets])
 
 
 def _rocs(explanation: Explanation, groups: Mapping[str, Mapping[str, Any]]) -> list[Any]:
@@ -311,8 +309,8 @@ def extreme_images(explanation: Explanation, label: int, n: int = STRIP) -> dict
     return found
 
 
-def _extremes(explanation: Explanation, thumbnails: Thumbnails) -> list[dict[str, Any]]:
-    names = explanation.images["image"]
+def _extremes(explanation: Explanation) -> list[dict[str, Any]]:
+    names, patient = explanation.images["image"], explanation.patient
     return [
         {
             "label": label,
@@ -321,10 +319,10 @@ def _extremes(explanation: Explanation, thumbnails: Thumbnails) -> list[dict[str
                     end,
                     [
                         [
-                            int(explanation.patient[row]),
+                            int(patient[row]),
+                            row - int(explanation.cohort.offsets[patient[row]]),
                             names[row],
                             _number(explanation.logit[row], 4),
-                            thumbnails.pictures[row],
                         ]
                         for row in rows
                     ],

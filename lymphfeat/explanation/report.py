@@ -39,7 +39,6 @@ from lymphfeat.runtime.files import (
     replace_file,
     result_files,
 )
-from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import ExplainSettings
 
 _FORMATS = {"png": ("png",), "pdf": ("pdf",), "both": ("png", "pdf"), "none": ()}
@@ -66,7 +65,6 @@ def write_report(
     settings: ExplainSettings | None = None,
     *,
     force: bool = False,
-    progress: Progress = silent,
 ) -> list[Path]:
     """Write the page to `out` and the figures to the folder next to it; return the files.
 
@@ -77,7 +75,7 @@ def write_report(
     figures = figures_folder(out)
     table = subgroups_file(out)
     with result_files(out, {figures.name: FIGURES, table.name: None}, force=force) as folder:
-        page = render_page(explanation, budget=budget, progress=progress)
+        page = render_page(explanation, budget=budget)
         (folder / out.name).write_text(page, encoding="utf-8")
         if explanation.subgroups is not None:
             rows = explanation.subgroups.rows.assign(patients=explanation.subgroups.of)

@@ -22,7 +22,7 @@ from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.registry import RankingAggregator, find_aggregator
 from lymphfeat.model.familiarity import Judgement
-from lymphfeat.model.scoring import CohortScorer
+from lymphfeat.model.scoring import CohortScorer, Show
 from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.progress import Progress, part_of, silent
@@ -111,11 +111,17 @@ class _Reading:
 
 @torch.no_grad()
 def score_cohort(
-    subject: Subject, cohort: Cohort, settings: PredictSettings, *, progress: Progress = silent
+    subject: Subject,
+    cohort: Cohort,
+    settings: PredictSettings,
+    *,
+    show: Show | None = None,
+    progress: Progress = silent,
 ) -> Scored:
     """Score the pixels of a cohort's images; the mean of an image's pixels is its logit.
 
-    Patient by patient, so that only one patient's pixels are in memory.
+    Patient by patient, so that only one patient's pixels are in memory. `show` is given the images
+    as the subject's `crop` cuts them, in order.
     """
     readings = [_Reading(reader=reader) for reader in subject.readers]
     known, means, statistics = subject.familiarity, [], None
@@ -126,6 +132,7 @@ def score_cohort(
                 views=VIEWS[:1],
                 unit="pixel",
                 measured=known is not None and number == 0,
+                show=show if number == 0 else None,
             )
             pooled: list[Tensor] = []  # (n, C) of each patient
             own = part_of(progress, number, len(subject.sources), "")

@@ -77,9 +77,9 @@ def notices(explanation: Explanation, thumbnails: Thumbnails) -> list[str]:
         )
     if thumbnails.left_out:
         found.append(
-            f"{thumbnails.left_out} of {len(thumbnails.pictures)} pictures are left out to keep "
+            f"{thumbnails.left_out} of {len(thumbnails.shown)} pictures are left out to keep "
             "this file small: those in the middle of their patient's ranking. Scores, weights and "
-            "maps of all images are included."
+            "maps of all images are included. For all pictures raise --megabytes."
         )
     return found
 

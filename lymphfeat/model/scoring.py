@@ -1,7 +1,7 @@
 """Scoring images with a frozen backbone and head, and reading out patients."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from lymphfeat.settings import (
     StainNormalization,
     crop_of,
 )
+
+Show = Callable[[Sequence[NDArray[np.uint8]]], object]  # images (3, crop, crop), in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +121,12 @@ class CohortScorer:
         views: Sequence[str],
         unit: str | None = None,
         measured: bool = False,
+        show: Show | None = None,
     ) -> None:
         """Take the unit to score; None uses the head's. `views` are used whatever the settings.
 
-        With `measured` there are `statistics` of the images scored.
+        With `measured` there are `statistics` of the images scored. `show` is given the pixels of
+        all images, in order, so that nobody has to decode them again.
         """
         device = choose_device(settings.device)
         self._head = copy.deepcopy(head).eval().to(device)
@@ -131,7 +135,7 @@ class CohortScorer:
         self._views, self._device, self._batch_size = views, device, settings.batch_size
         self._dtype = choose_precision(settings.precision, device)
         self._backbone = ready_to_run(copy.deepcopy(backbone), self._dtype, device)
-        self._measured = measured
+        self._measured, self._show = measured, show
         self._statistics: list[NDArray[np.float32]] = []
 
     @property
@@ -170,16 +174,17 @@ class CohortScorer:
             device=self._device,
             threads=torch.get_num_threads(),
         )
-        for scores, statistics in scored:
-            self._statistics += statistics
+        for scores, crops in scored:
+            if self._show is not None:
+                self._show([crop.original for crop in crops])
+            self._statistics += [c.statistics for c in crops if c.statistics is not None]
             yield scores
             meter.add(scores.shape[1])
 
     @torch.inference_mode()
-    def _score_crops(self, crops: Sequence[Crop]) -> tuple[Tensor, list[NDArray[np.float32]]]:
-        """Return what the head keeps, (V, n, U, D), and the statistics that were asked for."""
-        statistics = [crop.statistics for crop in crops if crop.statistics is not None]
-        return self._score_batch(np.stack([crop.pixels for crop in crops])), statistics
+    def _score_crops(self, crops: Sequence[Crop]) -> tuple[Tensor, Sequence[Crop]]:
+        """Return what the head keeps of crops, (V, n, U, D), and the crops."""
+        return self._score_batch(np.stack([crop.pixels for crop in crops])), crops
 
     def _score_batch(self, pixels: NDArray[np.uint8]) -> Tensor:
         images = normalize(torch.from_numpy(pixels).to(self._device), self._recipe.normalization)
