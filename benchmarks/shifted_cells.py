@@ -13,7 +13,8 @@ patients (bootstrap) with draws and seeds averaged.
 
 Weights are judged fairly only if none of these cells was seen in their training: leave out those
 of pbc-mil with `--unseen FOLDER`, which writes the folder of the other cells of pbc-cells, without
-two of its classes, and ends.
+two of its classes, and ends. `--moved FOLDER` writes the patients' own pictures as they look in the
+first draw, a folder each, for `pretrain`, and ends.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colour
 
@@ -38,7 +40,7 @@ from lymphfeat.features.backbones import build_from_settings
 from lymphfeat.features.map_encoder import MapEncoder
 from lymphfeat.settings import BackboneSettings, FitSettings, HeadSettings, StainNormalization
 
-FIELD, CROP = 224, 112
+FIELD, CROP, PRETRAINED = 224, 112, 144
 HEADS = ("mean", "std")
 UNSEEN_CLASSES = ("lymphocyte", "monocyte")
 PLAIN = -1  # the draw in which nothing is moved
@@ -63,11 +65,14 @@ def main() -> None:
     parser.add_argument(
         "--unseen", type=Path, help="write a folder of cells pbc-mil lacks, and end"
     )
+    parser.add_argument("--moved", type=Path, help="write the pictures of the first draw, and end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.unseen is not None:
         return link_unseen(args.data, args.unseen)
     patients = Patients(args.data)
+    if args.moved is not None:
+        return patients.write(args.moved, draw=0)
     candidates = [Candidate.parse(text) for text in args.weights]
     print(
         "| weights | head | as they are | moved (draws) | the shift costs |\n|---|---|---|---|---|"
@@ -141,12 +146,20 @@ class Patients:
             self.ids
         ]
 
-    def crops(self, draw: int) -> Iterator[Pixels]:
-        """Return each patient's crops (n, 3, 112, 112) in the look of this draw."""
+    def write(self, folder: Path, draw: int) -> None:
+        """Write each patient's pictures, larger than crops, in the look of a draw."""
+        for id, pictures in zip(self.ids, self.crops(draw, size=PRETRAINED), strict=True):
+            (folder / id).mkdir(parents=True)
+            for number, picture in enumerate(pictures):
+                image = Image.fromarray(picture.transpose(1, 2, 0))
+                image.save(folder / id / f"{number:03}.png")
+
+    def crops(self, draw: int, size: int = CROP) -> Iterator[Pixels]:
+        """Return each patient's crops (n, 3, size, size) in the look of this draw."""
         rng = np.random.default_rng(draw) if draw != PLAIN else None
         for fields in torch.split(self.fields, self.n_images.tolist()):
             look = None if rng is None else Look.draw(rng)
-            yield _centre(fields, 1.0) if look is None else look.apply(fields)
+            yield _centre(fields, 1.0, size) if look is None else look.apply(fields, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +185,9 @@ class Look:
             zoom=math.exp(rng.uniform(-0.2, 0.2)),
         )
 
-    def apply(self, fields: Tensor) -> Pixels:
-        """Change pictures (n, 3, 224, 224) uint8, and return their crops (n, 3, 112, 112)."""
-        crops = torch.from_numpy(_centre(fields, self.zoom))
+    def apply(self, fields: Tensor, size: int) -> Pixels:
+        """Change pictures (n, 3, 224, 224) uint8, and return their crops (n, 3, size, size)."""
+        crops = torch.from_numpy(_centre(fields, self.zoom, size))
         crops = colour.adjust_saturation(colour.adjust_hue(crops, self.hue), self.saturation)
         density, gain = (
             torch.tensor(factors)[:, None, None] for factors in (self.density, self.gain)
@@ -195,11 +208,11 @@ def normalised(crops: Pixels, how: StainNormalization) -> Pixels:
     return np.stack([each.normalise(crop) for each, crop in zip(stains, crops, strict=True)])
 
 
-def _centre(fields: Tensor, zoom: float) -> Pixels:
-    """Return the centre of each picture at one magnification, (n, 3, 112, 112)."""
-    scale = CROP / FIELD / zoom
+def _centre(fields: Tensor, zoom: float, size: int) -> Pixels:
+    """Return the centre of each picture at one magnification, (n, 3, size, size)."""
+    scale = size / FIELD / zoom
     matrix = torch.tensor([[scale, 0.0, 0.0], [0.0, scale, 0.0]]).expand(len(fields), 2, 3)
-    crops = sample(fields.float(), matrix, len(fields), CROP)
+    crops = sample(fields.float(), matrix, len(fields), size)
     return crops.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
