@@ -69,7 +69,7 @@ def describe(instances: Instances, name: str) -> Description:
     if name == "kernel-mean":
         return KernelMeans(instances)
     if name == "prototypes":
-        return Prototypes(instances, 3)
+        return Prototypes.of(instances, 3)
     fixed: dict[str, Statistic] = {
         "mean": Mean(),
         "std": Deviation(),

@@ -16,6 +16,7 @@ from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.exact_head import ExactHead
 from lymphfeat.heads.grid import head_name, resolve
+from lymphfeat.runtime.devices import cpu_threads
 from lymphfeat.settings import HeadSettings
 
 CHANNELS, PATIENTS, VIEWS = 5, 24, 4
@@ -68,6 +69,29 @@ def test_together_as_alone() -> None:
         alone = fit(features, [head])
         own = slice(number * len(SPLITS), (number + 1) * len(SPLITS))
         np.testing.assert_array_equal(together.curves[own], alone.curves)
+
+
+def test_heads_do_not_depend_on_threads() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2000, 4)).astype(np.float32)  # more than k-means gives a thread
+    bounds, ids = np.arange(0, 2001, 100), [f"P{i}" for i in range(20)]
+    labels = np.arange(20) % 2
+    heads = []
+    for threads in (1, 2):
+        with cpu_threads(threads):
+            maps = images[..., None, None].astype(np.float16)
+            features = Features(maps, images, bounds, ids, labels)
+            split = Split(id="s", seed=0, repeat=0, train=tuple(ids[:16]), validation=(ids[-1],))
+            settings = head_of("prototypes+std+kernel-mean")
+            fitted = fit_stacked(
+                features,
+                [Fit(head=settings, split=split)],
+                epochs=1,
+                sampling=Sampling(batch_size=4),
+            )
+            heads.append(exact_head(fitted, 0).state_dict())
+    for name, tensor in heads[0].items():
+        assert torch.equal(tensor, heads[1][name]), name
 
 
 @pytest.mark.parametrize("unit", ["image", "pixel"])

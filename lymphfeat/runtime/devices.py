@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lymphfeat.errors import SettingsError
@@ -65,6 +66,12 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def work_alone() -> None:
+    """Compute with this thread alone, while others beside it use the other cores."""
+    torch.set_num_threads(1)
+    threadpool_limits(1, user_api="openmp")  # of this thread only, so it need not be undone
 
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"

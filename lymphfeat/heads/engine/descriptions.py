@@ -5,7 +5,7 @@ What needs no training set (variances, sorted values, projections) is computed o
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from lymphfeat.heads.aggregators.distribution import (
 from lymphfeat.heads.engine.instances import Instances
 from lymphfeat.heads.registry import DistributionAggregator, aggregator_of, places_of
 from lymphfeat.settings import HeadSettings, require
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 _PAIRS = 1 << 14  # of instances, whose median distance is the kernel's bandwidth
 _CLUSTERED = 1 << 12  # instances, at most, whose clusters are the prototypes
@@ -146,10 +149,15 @@ class Prototypes:
 
     instances: Instances
     count: int
+    cluster: "type[KMeans]"
 
-    def learn(self, train: Tensor) -> list[tuple[Statistic, Tensor]]:
+    @classmethod
+    def of(cls, instances: Instances, count: int) -> "Prototypes":
         from sklearn.cluster import KMeans  # slow: only prototypes wait for it
 
+        return cls(instances, count, KMeans)
+
+    def learn(self, train: Tensor) -> list[tuple[Statistic, Tensor]]:
         rows = torch.cat([self._rows_of(int(patient)) for patient in train.sort().values])
         if len(rows) > _CLUSTERED:
             generator = torch.Generator().manual_seed(0)
@@ -162,7 +170,7 @@ class Prototypes:
         )
         # Few iterations predict as well as convergence; centres that are not their clusters' means,
         # as mini-batches give, would show bag size (docs/heads.md).
-        found = KMeans(self.count, n_init=1, max_iter=5, random_state=0).fit(values)
+        found = self.cluster(self.count, n_init=1, max_iter=5, random_state=0).fit(values)
         centres = torch.from_numpy(found.cluster_centers_).to(self.instances.device)
         learnt: list[Statistic] = [PrototypeShares(centres), PrototypeMeans(centres)]
         return [(statistic, _describe(self.instances, statistic)) for statistic in learnt]
@@ -213,5 +221,5 @@ class Descriptions:
 _LEARNT: Mapping[str, Callable[[Instances, HeadSettings], Description]] = {
     "logstd": lambda instances, settings: LogDeviations(instances),
     "kernel-mean": lambda instances, settings: KernelMeans(instances),
-    "prototypes": lambda instances, settings: Prototypes(instances, settings.prototypes),
+    "prototypes": lambda instances, settings: Prototypes.of(instances, settings.prototypes),
 }

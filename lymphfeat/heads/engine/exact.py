@@ -9,13 +9,13 @@ patients.
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -28,6 +28,8 @@ from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.engine.trainer import HeadTrainer, Tick
 from lymphfeat.heads.exact_head import Block, ExactHead
 from lymphfeat.heads.stack import class_weights
+from lymphfeat.runtime.devices import cpu_threads, work_alone
+from lymphfeat.runtime.threads import in_order
 from lymphfeat.settings import HeadSettings
 
 _TOGETHER = 25  # training sets held at a time
@@ -247,14 +249,15 @@ class ExactHeadTrainer(HeadTrainer):
 
     def fit(self, result: FittedHeads, tick: Tick) -> None:
         self._descriptions.of(self._fits[0].head)  # made once, before threads ask for them
-        # A small factorisation uses one thread; several at a time use all.
-        threads = ThreadPoolExecutor(torch.get_num_threads())
-        try:
-            for places in threads.map(self._solve, self._chunks()):
+        # Threads of small factorisations and of k-means would mostly wait for each other.
+        n = torch.get_num_threads()
+        with cpu_threads(1), threadpool_limits(1):
+            solved = in_order(
+                self._solve, self._chunks(), threads=n, ahead=2 * n, name="solve", begin=work_alone
+            )
+            for places in solved:
                 tick(len(places), "")
-        finally:  # after an interruption the other chunks are not waited for
-            threads.shutdown(cancel_futures=True)
-        super().fit(result, lambda fits, text: None)
+            super().fit(result, lambda fits, text: None)
 
     def _chunks(self) -> list[list[int]]:
         """Cut the fits into chunks with training sets of one size, the largest first."""

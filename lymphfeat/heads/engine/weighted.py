@@ -35,7 +35,7 @@ from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
 from lymphfeat.heads.engine.scorers import Scorers
 from lymphfeat.heads.engine.trainer import HeadTrainer, Tick, runs
 from lymphfeat.heads.registry import WeightedAggregator, aggregator_of
-from lymphfeat.runtime.devices import cpu_threads
+from lymphfeat.runtime.devices import cpu_threads, work_alone
 from lymphfeat.runtime.threads import in_order, map_in_order
 from lymphfeat.settings import HeadSettings
 
@@ -121,7 +121,7 @@ class WeightedHeadTrainer(HeadTrainer):
             threads=self._threads,
             ahead=2 * self._threads,
             name="fit",
-            begin=_alone,
+            begin=work_alone,
         )
         for part in parts:
             yield from part
@@ -143,7 +143,9 @@ class WeightedHeadTrainer(HeadTrainer):
         self, reads: Sequence[Read], folded: Folded, threads: int
     ) -> Iterator[Slopes]:
         """Yield the losses of whole batches and their gradients by the folded scorers."""
-        share = partial(map_in_order, threads=threads, together=_TOGETHER, name="fit", begin=_alone)
+        share = partial(
+            map_in_order, threads=threads, together=_TOGETHER, name="fit", begin=work_alone
+        )
         logits = list(share(lambda read: read.logits(folded), reads))  # (K, m) each
         state = self._normalised(reads, logits)
 
@@ -256,7 +258,7 @@ class WeightedHeadTrainer(HeadTrainer):
             threads=self._threads,
             ahead=self._threads + 1,
             name="score",
-            begin=_alone,
+            begin=work_alone,
         )
         return torch.cat(list(chunks), dim=1).sigmoid()
 
@@ -307,11 +309,6 @@ class _Moments:
         count = n.new_zeros(heads).index_add(0, columns, n)
         means = average(mean)
         return cls(count, means, average(variance + (mean - means[columns]) ** 2))
-
-
-def _alone() -> None:
-    """Compute with one thread: those that fit side by side use all cores."""
-    torch.set_num_threads(1)
 
 
 def _at_most(run: slice, width: int) -> Iterator[slice]:
