@@ -25,9 +25,17 @@ import pandas as pd
 import lymphfeat as lf
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.scores import patient_metrics
-from lymphfeat.settings import ExtractSettings, FitSettings, HeadGrid, Sign, SyntheticSettings
+from lymphfeat.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    FitSettings,
+    HeadGrid,
+    Sign,
+    SyntheticSettings,
+)
 from lymphfeat.synthetic.cohort import write_synthetic_cohort
 
+WEIGHTS = BackboneSettings(weights="bloodcells-v1")  # those of the published results
 DIFFICULTY = {"witness": 0.65, "variety": 0.26, "shift": 0.3}
 AGG = ("mean", "std", "mean+std", "topk", "bnsigmoid")
 METRICS = ("auc", "ba")
@@ -46,7 +54,7 @@ def measure(cohort: Path, truth: Path, name: str, folder: Path, threads: int) ->
     store = lf.extract(
         lf.Cohort.load(cohort),
         folder / "store.h5",
-        ExtractSettings(threads=threads, precision="float32"),
+        ExtractSettings(backbone=WEIGHTS, threads=threads, precision="float32"),
     )
     settings = FitSettings(seeds=2, fusions=("late",), threads=threads)
     lf.fit_heads(store, HeadGrid(agg=AGG), settings, folder / "run")

@@ -92,7 +92,7 @@ def find_candidates(shared: Path, work: Path, lite0: bool, own: float | None) ->
     resnet = [
         ("random", "none"),
         ("first attempt", str(shared / "weights" / "resnet18-pbc.safetensors")),
-        ("bloodcells", "bloodcells"),
+        ("bloodcells", "bloodcells-v1"),
     ]
     found = [Candidate(name=name, backbone="resnet18", weights=w) for name, w in resnet]
     if lite0:

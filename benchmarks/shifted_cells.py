@@ -14,14 +14,15 @@ patients (bootstrap) with draws and seeds averaged.
 Weights are judged fairly only if none of these cells was seen in their training: leave out those
 of pbc-mil with `--unseen FOLDER`, which writes the folder of the other cells of pbc-cells, without
 two of its classes, and ends. `--moved FOLDER` writes the patients' own pictures as they look in the
-first draw, a folder each, for `pretrain`, and ends.
+first draw, a folder each, for `pretrain`, and ends. `--moving zoom` changes magnification alone,
+`no-zoom` all but magnification.
 """
 
 import argparse
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from lymphfeat.settings import BackboneSettings, FitSettings, HeadSettings, Stai
 FIELD, CROP, PRETRAINED = 224, 112, 144
 HEADS = ("mean", "std")
 UNSEEN_CLASSES = ("lymphocyte", "monocyte")
+ALL = "all"  # of a look
 PLAIN = -1  # the draw in which nothing is moved
 BATCH = 64
 _FORM = "BACKBONE:WEIGHTS:RESIZE:NORMALIZATION:STAIN_NORMALIZATION"
@@ -65,12 +67,13 @@ def main() -> None:
     parser.add_argument(
         "--unseen", type=Path, help="write a folder of cells pbc-mil lacks, and end"
     )
+    parser.add_argument("--moving", choices=(ALL, "zoom", "no-zoom"), default=ALL)
     parser.add_argument("--moved", type=Path, help="write the pictures of the first draw, and end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.unseen is not None:
         return link_unseen(args.data, args.unseen)
-    patients = Patients(args.data)
+    patients = Patients(args.data, args.moving)
     if args.moved is not None:
         return patients.write(args.moved, draw=0)
     candidates = [Candidate.parse(text) for text in args.weights]
@@ -79,7 +82,7 @@ def main() -> None:
     )
     wins: dict[str, dict[str, list[Wins]]] = {}
     for candidate in candidates:
-        cache = Cache(args.work / candidate.name, patients, args.seeds, args.threads)
+        cache = Cache(args.work / args.moving / candidate.name, patients, args.seeds, args.threads)
         found = [cache.wins(candidate, draw) for draw in (PLAIN, *range(args.draws))]
         wins[candidate.name] = {head: [draw[head] for draw in found] for head in HEADS}
         tell(candidate.name, wins[candidate.name])
@@ -134,7 +137,8 @@ class Candidate:
 class Patients:
     """pbc-mil: pictures and labels, those of its test patients included."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, moved: str = ALL) -> None:
+        self._moved = moved
         facts = pd.read_csv(data / "pbc-mil-truth" / "instances.csv", dtype=str)
         facts = facts.sort_values(["ID", "FILE"], kind="stable")
         owners, names = facts["ID"].tolist(), facts["FILE"].tolist()
@@ -158,7 +162,7 @@ class Patients:
         """Return each patient's crops (n, 3, size, size) in the look of this draw."""
         rng = np.random.default_rng(draw) if draw != PLAIN else None
         for fields in torch.split(self.fields, self.n_images.tolist()):
-            look = None if rng is None else Look.draw(rng)
+            look = None if rng is None else Look.draw(rng).only(self._moved)
             yield _centre(fields, 1.0, size) if look is None else look.apply(fields, size)
 
 
@@ -184,6 +188,13 @@ class Look:
             blur=rng.uniform(0, 1.2),
             zoom=math.exp(rng.uniform(-0.2, 0.2)),
         )
+
+    def only(self, moved: str) -> "Look":
+        """Return a look that differs in magnification alone, or in all but it."""
+        if moved == "zoom":
+            still = Look(hue=0, density=(1, 1, 1), gain=(1, 1, 1), saturation=1, blur=0, zoom=1)
+            return replace(still, zoom=self.zoom)
+        return replace(self, zoom=1.0) if moved == "no-zoom" else self
 
     def apply(self, fields: Tensor, size: int) -> Pixels:
         """Change pictures (n, 3, 224, 224) uint8, and return their crops (n, 3, size, size)."""

@@ -65,7 +65,7 @@ class Measured:
     """Features and statistics of images that were made to look otherwise."""
 
     def __init__(self, cache: Path | None) -> None:
-        settings = BackboneSettings()
+        settings = BackboneSettings(weights="bloodcells-v1")  # those of docs/familiarity.md
         self._crop, self._cache = settings.crop, cache
         backbone, _ = build_from_settings(settings)
         self._encoder = MapEncoder(

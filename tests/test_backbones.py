@@ -320,7 +320,7 @@ def test_auto_is_bfloat16_where_the_processor_computes_it(
 
 # --- shipped weights -----------------------------------------------------------------------------
 
-VERSIONS = ("bloodcells-v1",)  # the last is the default
+VERSIONS = ("bloodcells-v1", "bloodcells-v2")  # the last is the default
 
 
 def test_shipped_weights_are_the_default_of_resnet18() -> None:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 SHIPPED = "bloodcells"  # the version that is the default
 SHIPPED_FOR = "resnet18"
-_VERSIONS = {SHIPPED: "bloodcells-v1", "bloodcells-v1": "bloodcells-v1"}
+_VERSIONS = {
+    SHIPPED: "bloodcells-v2",
+    **{version: version for version in ("bloodcells-v1", "bloodcells-v2")},
+}
 _FOLDER = Path(__file__).parent / "weights"
 
 
