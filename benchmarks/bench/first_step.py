@@ -1,11 +1,14 @@
 """A process that ends after the first step of a head: `lymphfeat STORE` or `torchmil BAGS`."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
 
 
 def fit_with_lymphfeat(store: Path) -> None:
+    for module in ("main", "fit_head"):  # as the command does
+        importlib.import_module(f"lymphfeat_cli.{module}")
     import lymphfeat as lf
 
     def progress(done: int, total: int, text: str = "") -> None:
