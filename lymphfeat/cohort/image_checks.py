@@ -15,7 +15,6 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.threads import map_in_order
 
 _THREADS = 4  # decoding releases the interpreter's lock, reading waits for the disk
-_TOGETHER = 64  # handed to a thread at a time
 _SHOWN = 3
 
 
@@ -74,7 +73,7 @@ def _find_faults(
         return None
 
     found = {}
-    errors = map_in_order(fault, paths, threads=_THREADS, together=_TOGETHER, name="check")
+    errors = map_in_order(fault, paths, threads=_THREADS, name="check")
     for number, (path, error) in enumerate(zip(paths, errors, strict=True), 1):
         progress(number, len(paths))
         if error:

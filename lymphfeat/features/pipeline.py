@@ -1,7 +1,6 @@
 """Image files through a backbone, batch after batch, with every core at work."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from lymphfeat.cohort.images import Crop
+from lymphfeat.runtime.devices import work_alone
 from lymphfeat.runtime.threads import in_order
 
 Encoded = TypeVar("Encoded")
@@ -38,7 +38,7 @@ def encode_files(
             threads=threads,
             ahead=threads + 1,
             name="encode",
-            begin=partial(torch.set_num_threads, 1),
+            begin=work_alone,
         )
         return
     ahead = _AHEAD * max(map(len, batches), default=1)

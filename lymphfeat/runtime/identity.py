@@ -22,7 +22,6 @@ from lymphfeat.runtime.threads import map_in_order
 
 _HASH_BYTES = 16
 _THREADS = 4  # reading waits for the disk
-_TOGETHER = 64  # handed to a thread at a time
 # A file changed more recently than this may change again within one tick of its file system's
 # clock, which is 2 s on FAT; its hash is not cached.
 _SETTLED_NS = 3 * 10**9
@@ -58,7 +57,7 @@ def file_hashes(paths: Sequence[Path]) -> tuple[str, ...]:
     stamps = [_stamp(path) for path in paths]
     known = _recall(stamps)
     new = [stamp for stamp in dict.fromkeys(stamps) if stamp not in known]
-    hashes = map_in_order(_hash_file, new, threads=_THREADS, together=_TOGETHER, name="hash")
+    hashes = map_in_order(_hash_file, new, threads=_THREADS, name="hash")
     found = dict(zip(new, hashes, strict=True))
     _remember(found)
     known |= found

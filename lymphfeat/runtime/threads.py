@@ -15,7 +15,7 @@ def map_in_order(
     items: Sequence[Item],
     *,
     threads: int,
-    together: int,
+    together: int = 64,
     name: str,
     begin: Callable[[], object] | None = None,
 ) -> Iterator[Made]:

@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 from lymphfeat.heads.aggregators import closed_forms
 from lymphfeat.heads.aggregators.closed_forms import Aggregated
 from lymphfeat.heads.aggregators.weighted import AggregatorState
+from lymphfeat.heads.engine.scorers import score_rows
 from lymphfeat.heads.engine.trainer import runs
 from lymphfeat.heads.registry import WeightedAggregator, aggregator_of
 from lymphfeat.settings import HeadSettings
@@ -137,11 +138,6 @@ def _of_chosen(instances: Tensor, found: Aggregated, slope: Tensor) -> Tensor:
     starts = torch.arange(n, device=slope.device) * (len(instances) // n)
     chosen = instances[starts + found.chosen].float()  # (k, n, C)
     return torch.einsum("kn,knc->kc", slope, chosen)
-
-
-def score_rows(instances: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Score instances (m, C) by folded scorers (K, C), (K,): logits (K, m) in float32."""
-    return (weight.to(instances.dtype) @ instances.mT).float() + bias[:, None]
 
 
 def even_runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice]]:

@@ -124,3 +124,11 @@ def _class_weights(features: Features, fit: Fit) -> Tensor:
 def score(instances: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Score instances (M, C) by folded scorers (H, C), (H,): logits (M, H) in float32."""
     return (instances @ weight.to(instances.dtype).mT).float() + bias
+
+
+def score_rows(instances: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Score instances (m, C) by folded scorers (K, C), (K,): logits (K, m) in float32.
+
+    As `score`, heads first: a bag of one head is contiguous.
+    """
+    return (weight.to(instances.dtype) @ instances.mT).float() + bias[:, None]

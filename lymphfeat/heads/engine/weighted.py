@@ -28,11 +28,10 @@ from lymphfeat.heads.engine.reads import (
     Read,
     Slopes,
     even_runs,
-    score_rows,
 )
 from lymphfeat.heads.engine.results import Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Batch, Sampler, Sampling
-from lymphfeat.heads.engine.scorers import Scorers
+from lymphfeat.heads.engine.scorers import Scorers, score_rows
 from lymphfeat.heads.engine.trainer import HeadTrainer, Tick, runs
 from lymphfeat.heads.registry import WeightedAggregator, aggregator_of
 from lymphfeat.runtime.devices import cpu_threads, work_alone
