@@ -7,6 +7,7 @@ else. Labels are (P,), 0 or 1.
 import math
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from lymphfeat.runtime.arrays import Floats, Labels
@@ -57,21 +58,11 @@ def roc_auc(probabilities: Floats, labels: Labels) -> Floats:
 def _ranks(values: Floats) -> Floats:
     """Return ranks from 1 on along the last axis; equals share their mean, one NaN makes all NaN.
 
-    As `scipy.stats.rankdata`, without the import of scipy.stats.
+    As `scipy.stats.rankdata`; pandas is imported anyway, and scipy.stats takes long to be.
     """
-    n = values.shape[-1]
-    order = values.argsort(-1)
-    ordered = np.take_along_axis(values, order, -1)
-    differs = ordered[..., 1:] != ordered[..., :-1]  # from its left neighbour
-    end = np.ones((*values.shape[:-1], 1), bool)
-    first = np.where(np.concatenate([end, differs], -1), np.arange(n), 0)
-    last = np.where(np.concatenate([differs, end], -1), np.arange(n), n)
-    first = np.maximum.accumulate(first, -1)
-    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
-    ranks[np.isnan(values).any(-1)] = np.nan
-    return ranks
+    rows = pd.DataFrame(values.reshape(-1, values.shape[-1]))
+    ranks = rows.rank(axis=1).to_numpy().reshape(values.shape)
+    return np.where(np.isnan(values).any(-1, keepdims=True), np.nan, ranks)
 
 
 def fold_auc(
