@@ -164,7 +164,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             batch_size=how.batch_size, images_per_patient=how.images_per_patient, views=1
         )
         with cpu_threads(self.threads), whole_float32():
-            fits = [Fit(head=settings, split=split, curve=False)]
+            fits = [Fit(head=settings, split=split, curve="nobody")]
             fitted = fit_stacked(own, fits, epochs=how.epochs, sampling=sampling)
         self.head_: Head = portable_head(fitted, 0, [own.channels]).eval()
         self.chosen_ = fitted.chosen(0)

@@ -171,7 +171,7 @@ def test_engine_trains_what_a_plain_loop_trains(
     slow = one_after_another(features, settings, split, sampling, epochs=3)
     fitted = fit_stacked(
         features,
-        [Fit(head=settings, split=split, curve=False)],
+        [Fit(head=settings, split=split, curve="nobody")],
         epochs=3,
         sampling=sampling,
     )

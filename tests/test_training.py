@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.heads.aggregators.ranking import effective_k
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.engine import weighted
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features, Resident, Streamed
 from lymphfeat.heads.engine.networks import NetworkHeadTrainer
@@ -508,12 +509,54 @@ def test_validation_patients_do_not_touch_the_fit(maps: NDArray[np.float16]) -> 
 
 def test_heads_without_curve_are_evaluated_after_the_last_epoch_only(features: Features) -> None:
     fits = [
-        Fit(head=resolve(HeadSettings(agg=agg)), split=_splits(1)[0], curve=False)
+        Fit(head=resolve(HeadSettings(agg=agg)), split=_splits(1)[0], curve="nobody")
         for agg in ("max", "mean")
     ]
     curves = fit_stacked(features, fits, epochs=2, sampling=PLAIN).curves
     assert np.isnan(curves[:, 0]).all()
     assert np.isfinite(curves[:, 1]).all()
+
+
+@pytest.mark.parametrize("large", [1, 8, 256])
+def test_curves_of_those_held_out_are_those_of_everyone(
+    viewed: NDArray[np.float16], monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    monkeypatch.setattr(weighted, "_LARGE", large)  # instances of a patient
+    networks = [resolve(HeadSettings(agg=agg, width=4)) for agg in ("attention", "lstm")]
+    features, rows = make_features(viewed), np.arange(len(SIZES))
+    fits = [Fit(head=head, split=split) for head in (*HEADS, *networks) for split in _splits(3)]
+    fit = partial(fit_stacked, features, epochs=2, sampling=Sampling(batch_size=BATCH, views=4))
+    everyone = fit(fits, tta=True).curves
+    held_out = fit([replace(each, curve="held-out") for each in fits], tta=True).curves
+    np.testing.assert_allclose(held_out[:, 1], everyone[:, 1], atol=1e-6)
+    for each, ours, theirs in zip(fits, held_out[:, 0], everyone[:, 0], strict=True):
+        own = np.isin(rows, features.rows_of(each.split.validation))
+        np.testing.assert_allclose(ours[own], theirs[own], atol=1e-6)
+        if each.head in networks or (large == 1 and each.head.agg in ("max", "bnsigmoid")):
+            assert np.isnan(ours[~own]).all()
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+@pytest.mark.parametrize("view", [0, 3])
+def test_patients_are_read_in_any_order(
+    viewed: NDArray[np.float16], memory: int, view: int
+) -> None:
+    instances = make_features(viewed, memory=memory).of_unit("pixel")
+    one_by_one = [instances.read(np.array([row]), view) for row in range(len(SIZES))]
+    for own in ([2], [3, 4, 5], [0, 11, 1, 2, 7], list(range(len(SIZES)))):
+        values, bags = instances.read(np.array(own), view)
+        np.testing.assert_array_equal(values, torch.cat([one_by_one[row][0] for row in own]))
+        assert bags.sizes.tolist() == [SIZES[row] * HEIGHT * WIDTH for row in own]
+    whole, _ = instances.read(np.arange(len(SIZES)), view)
+    np.testing.assert_array_equal(whole, torch.cat([values for values, _ in one_by_one]))
+
+
+def test_chunks_are_all_patients_in_their_order(features: Features) -> None:
+    instances = features.of_unit("image")
+    for heads in (1, 1 << 20, 4 << 20, 16 << 20):  # all together … each alone
+        some = list(instances.cut(np.array([5, 3, 4, 0]), heads))
+        assert np.concatenate(some).tolist() == [5, 3, 4, 0]
+        assert len(some) == {1: 1, 1 << 20: 3, 4 << 20: 4, 16 << 20: 4}[heads]
 
 
 def test_stacked_adam_is_torch_adam() -> None:

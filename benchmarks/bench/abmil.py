@@ -60,7 +60,7 @@ def measure(bench: Bench) -> list[Line]:
 
 def _fit(features: Features, split: Split, epochs: int) -> None:
     head = HeadSettings(agg="attention", width=WIDTH, lr=LR)
-    fit = Fit(head=head, split=split, curve=False)
+    fit = Fit(head=head, split=split, curve="nobody")
     fit_stacked(features, [fit], epochs=epochs, sampling=Sampling(batch_size=BATCH))
 
 

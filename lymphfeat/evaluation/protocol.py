@@ -37,7 +37,7 @@ from lymphfeat.evaluation.summary import find_warnings, summarise
 from lymphfeat.heads.engine.engine import Finished, fit_stacked
 from lymphfeat.heads.engine.kept import KeptFits
 from lymphfeat.heads.engine.logistic import PENALTIES
-from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.results import Curve, Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import head_name
 from lymphfeat.runtime.arrays import Floats
@@ -302,10 +302,8 @@ def _fit(
 ) -> FittedHeads:
     """Fit heads x measured splits, then heads x inner splits, one set of features at a time."""
     nested = settings.epoch == "nested"
-    outer = [Fit(head=head, split=split) for head in heads for split in plan.outer]
-    inner = [
-        Fit(head=head, split=split, curve=nested) for head in heads for split in plan.inner_once
-    ]
+    outer = _fits(heads, plan.outer, "everyone" if nested else "held-out")
+    inner = _fits(heads, plan.inner_once, "held-out" if nested else "nobody")
     fits = outer + inner
     groups: dict[str, list[int]] = {}
     for position, fit in enumerate(fits):
@@ -319,6 +317,10 @@ def _fit(
         progress(done + 1, len(groups), name)
     order = np.argsort(np.concatenate([*groups.values()]), kind="stable")
     return FittedHeads.joined(parts).take(order.tolist())
+
+
+def _fits(heads: Sequence[HeadSettings], splits: Sequence[Split], curve: Curve) -> list[Fit]:
+    return [Fit(head=head, split=split, curve=curve) for head in heads for split in splits]
 
 
 def _fit_together(

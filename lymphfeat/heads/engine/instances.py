@@ -150,18 +150,30 @@ class Instances:
         return chosen.view(*rows.shape, -1)
 
     def chunks(self, heads: int, view: int = 0) -> Iterator[tuple[slice, Tensor, Bags]]:
-        """Yield all patients, some at a time: (patients, instances (m, C), bags).
+        """Yield all patients, some at a time (`cut`): (patients, instances (m, C), bags)."""
+        for own in self.cut(np.arange(len(self.images) - 1), heads):
+            yield slice(int(own[0]), int(own[-1]) + 1), *self.read(own, view)
 
-        A chunk is as large as the limit on its logits of `heads` heads allows, at least a patient.
+    def read(self, patients: NDArray[np.int64], view: int = 0) -> tuple[Tensor, Bags]:
+        """Return the instances (m, C) of some patients (n,); neighbours' are not copied."""
+        first, last = self.images[patients], self.images[patients + 1]
+        new = np.flatnonzero(first[1:] != last[:-1]) + 1  # where no neighbour follows
+        starts, stops = first[[0, *new]].tolist(), last[[*(new - 1), -1]].tolist()
+        spans = [self.source.span(*ends, view) for ends in zip(starts, stops, strict=True)]
+        bags = Bags.of((last - first) * self.per_image, self.device)
+        return spans[0] if len(spans) == 1 else torch.cat(spans), bags
+
+    def cut(self, patients: NDArray[np.int64], heads: int) -> Iterator[NDArray[np.int64]]:
+        """Cut patients (n,) into chunks, each as large as the limit on its logits of `heads` heads
+        allows, at least a patient.
         """
+        ends = np.concatenate([[0], np.diff(self.images)[patients].cumsum()])
         limit = max(1, min(_CHUNK_ROWS, _CHUNK_VALUES // heads) // self.per_image)  # images
         start = 0
-        while start < len(self.images) - 1:
-            stop = int(np.searchsorted(self.images, self.images[start] + limit, side="right")) - 1
+        while start < len(ends) - 1:
+            stop = int(np.searchsorted(ends, ends[start] + limit, side="right")) - 1
             stop = max(stop, start + 1)
-            first, last = int(self.images[start]), int(self.images[stop])
-            bags = Bags.of(np.diff(self.images[start : stop + 1]) * self.per_image, self.device)
-            yield slice(start, stop), self.source.span(first, last, view), bags
+            yield patients[start:stop]
             start = stop
 
 
@@ -311,4 +323,4 @@ class Features:
         return own.joined_with([other.in_float32() for other in self.others])
 
     def rows_of(self, patients: Sequence[str]) -> NDArray[np.int64]:
-        return np.array([self.row[patient] for patient in patients])
+        return np.array([self.row[patient] for patient in patients], np.int64)

@@ -143,9 +143,12 @@ class NetworkHeadTrainer(HeadTrainer):
     def _probabilities(
         self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
     ) -> Tensor:
-        result = torch.empty(len(wanted), len(self._labels), device=instances.device)
+        device = instances.device
+        result = torch.full((len(wanted), len(self._labels)), torch.nan, device=device)
         for place, i in enumerate(wanted):
-            result[place] = _probability(self._heads[i], instances, view)
+            evaluated = self._evaluated(self._fits[i], last=last)
+            for some in instances.cut(evaluated, _CHUNK_WIDTH):
+                result[place, some] = _probability(self._heads[i], *instances.read(some, view))
         return result
 
     def keep(self, result: FittedHeads) -> None:
@@ -154,11 +157,9 @@ class NetworkHeadTrainer(HeadTrainer):
 
 
 @torch.no_grad()
-def _probability(head: NetworkHead, instances: Instances, view: int) -> Tensor:
-    """Return every patient's probability: (P,)."""
+def _probability(head: NetworkHead, images: Tensor, bags: Bags) -> Tensor:
+    """Return patients' probabilities: images (m, C) -> (b,)."""
     head.eval()
-    parts = []
-    for _, images, bags in instances.chunks(_CHUNK_WIDTH, view):
-        with autocast(images.device, images.dtype):
-            parts.append(head(images, bags).sigmoid().float())
-    return torch.cat(parts)
+    with autocast(images.device, images.dtype):
+        probability: Tensor = head(images, bags).sigmoid()
+    return probability.float()

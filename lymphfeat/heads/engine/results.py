@@ -4,7 +4,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from lymphfeat.settings import HeadSettings
 EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # of bnsigmoid, besides the scorer
 _LARGE = 1 << 30  # bytes of curves above which they are kept in a temporary file
 
+Curve = Literal["nobody", "held-out", "everyone"]
 
 EVERYBODY = "everybody"  # the id of a split that holds nobody out
 
@@ -29,7 +30,7 @@ class Fit:
 
     head: HeadSettings
     split: Split
-    curve: bool = True  # whether to evaluate after every epoch, or only after the last
+    curve: Curve = "everyone"  # who is evaluated after every epoch; after the last it is everyone
 
 
 class FittedModule(Protocol):

@@ -93,18 +93,25 @@ class HeadTrainer(ABC):
     def _probabilities(
         self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
     ) -> Tensor:
-        """Return every patient's probability in a view by the wanted of the n fits: (wanted, P).
+        """Return the patients' probabilities in a view by the wanted of the n fits: (wanted, P).
 
-        `last` says that no epoch follows.
+        `last` says that no epoch follows: then of everyone. Before, those of patients who are not
+        in a fit's curve may be NaN.
         """
 
     def _evaluate(self, instances: Instances, epoch: int, result: FittedHeads) -> None:
         """Write the mean over views for the fits whose curve is requested, in the end for all."""
         last = epoch == result.losses.shape[1] - 1
-        wanted = [i for i, fit in enumerate(self._fits) if fit.curve or last]
+        wanted = [i for i, fit in enumerate(self._fits) if fit.curve != "nobody" or last]
         views = [self._probabilities(instances, wanted, view, last=last) for view in self._views]
         positions = [self._positions[i] for i in wanted]
         result.curves[positions, epoch] = torch.stack(views).mean(0).cpu().numpy()
+
+    def _evaluated(self, fit: Fit, *, last: bool) -> NDArray[np.int64]:
+        """Return the rows of the patients whom a fit is to be evaluated on."""
+        if last or fit.curve == "everyone":
+            return np.arange(len(self._labels))
+        return self._features.rows_of(fit.split.validation)
 
     def _sampler(self, split: Split, generator: torch.Generator) -> Sampler:
         train = self._features.rows_of(split.train)

@@ -43,6 +43,7 @@ _STEP_VALUES = 24 << 20  # logits held at a time, of several lanes' batches
 _EVALUATED_HEADS = 256  # at a time
 _SMALL = 8  # instances of a patient, below which reading is cheaper than sharing what is read
 _MOST_THREADS = 8  # more wait for each other: Python hands out one operation at a time
+_LARGE = 256  # instances of a patient, from which evaluating the patients apart is cheaper
 _TOGETHER = 4  # reads handed to a thread at a time
 
 
@@ -227,39 +228,56 @@ class WeightedHeadTrainer(HeadTrainer):
     def _probabilities(
         self, instances: Instances, wanted: Sequence[int], view: int, *, last: bool
     ) -> Tensor:
-        order = self._kinds.sorted(np.arange(len(self))[list(wanted)])
-        result = self._scorers.bias.new_empty(len(self), len(self._labels))
-        for some in _at_most(slice(0, len(order)), _EVALUATED_HEADS):
-            columns = order[some]
-            result[columns] = self._score(instances, columns, view)
-        return result[list(wanted)]
+        weight, bias = self._scorers.folded()
+        result = bias.new_full((len(self), len(self._labels)), torch.nan)
 
-    def _score(self, instances: Instances, columns: Numbers, view: int) -> Tensor:
-        """Return every patient's probability in a view by some heads, sorted: (n, P)."""
-        weight, bias = (part[columns] for part in self._scorers.folded())
-        state = self._state.columns(torch.from_numpy(columns).to(bias.device))
-        parts = [(kind, state.columns(part), part) for kind, part in self._kinds.parts(columns)]
+        def score(work: "_Evaluation") -> Tensor:
+            columns, patients = work
+            values, bags = instances.read(patients, view)
+            logits = score_rows(values, weight[columns], bias[columns])  # (k, m)
+            return self._totals(columns, logits, bags).sigmoid()
 
-        def totals_of(chunk: tuple[slice, Tensor, Bags]) -> Tensor:
-            _, values, bags = chunk
-            logits = score_rows(values, weight, bias)  # (n, m)
-            totals = logits.new_empty(len(logits), bags.n_bags)
-            for some, rows in even_runs(bags.sizes.tolist()):
-                n = some.stop - some.start
-                for kind, its, part in parts:
-                    own = logits[part, rows]  # (k, n · u)
-                    totals[part, some] = kind.aggregate(its, own.reshape(len(own), n, -1)).total
-            return totals
-
-        chunks = in_order(
-            totals_of,
-            instances.chunks(len(columns), view),
+        work = [*self._evaluations(instances, wanted, last=last)]
+        scored = in_order(
+            score,
+            work,
             threads=self._threads,
             ahead=self._threads + 1,
             name="score",
             begin=work_alone,
         )
-        return torch.cat(list(chunks), dim=1).sigmoid()
+        for (columns, patients), probability in zip(work, scored, strict=True):
+            result[columns[:, None], patients] = probability
+        return result[list(wanted)]
+
+    def _evaluations(
+        self, instances: Instances, wanted: Sequence[int], *, last: bool
+    ) -> Iterator["_Evaluation"]:
+        """Yield heads, sorted, with patients whom they are to be evaluated on."""
+        columns = np.array(wanted, np.int64)
+        own = np.zeros((len(columns), len(self._labels)), np.bool_)
+        for row, i in zip(own, wanted, strict=True):
+            row[self._evaluated(self._fits[i], last=last)] = True
+        everyone = own.all(1) | (instances.mean_size < _LARGE)
+        order = self._kinds.sorted(columns[everyone])
+        for some in _at_most(slice(0, len(order)), _EVALUATED_HEADS):
+            for patients in instances.cut(np.arange(own.shape[1]), some.stop - some.start):
+                yield order[some], patients
+        for patient, its in enumerate(own[~everyone].T):
+            if its.any():
+                yield self._kinds.sorted(columns[~everyone][its]), np.array([patient])
+
+    def _totals(self, columns: Numbers, logits: Tensor, bags: Bags) -> Tensor:
+        """Return the patients' logits by some heads, sorted: logits (k, m) -> (k, b)."""
+        state = self._state.columns(torch.from_numpy(columns).to(logits.device))
+        totals = logits.new_empty(len(logits), bags.n_bags)
+        for kind, part in self._kinds.parts(columns):
+            its = state.columns(part)
+            for some, rows in even_runs(bags.sizes.tolist()):
+                own = logits[part, rows]  # (k', n · u)
+                own = own.reshape(len(own), some.stop - some.start, -1)
+                totals[part, some] = kind.aggregate(its, own).total
+        return totals
 
     def keep(self, result: FittedHeads) -> None:
         self._scorers.keep(result, self._positions, range(len(self)))
@@ -283,6 +301,7 @@ class _Lane:
         return int(self.columns.stop - self.columns.start)
 
 
+_Evaluation = tuple[Numbers, Numbers]  # heads, and the patients whom they are evaluated on
 _Batches = Sequence[tuple[_Lane, Batch]]  # of the lanes that take a step together
 
 
