@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench.inputs import challenge_features
 from benchmarks.bench.measure import OURS, Bench, in_turn, seconds_of
-from benchmarks.bench.plain_heads import BATCH, batches
+from benchmarks.bench.plain_heads import BATCH, WIDTH, batches
 from benchmarks.bench.results import Goal, Line
 from lymphfeat.cohort.splits import Split
 from lymphfeat.heads.engine.engine import fit_stacked
@@ -19,7 +19,7 @@ from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.settings import FitSettings, HeadSettings
 
 LOOP, TRAINER = "torchmil's ABMIL, plain loop", "torchmil's ABMIL, its Trainer"
-WIDTH, LR = 128, 0.003
+LR = 0.003
 
 
 def torchmil_is_there() -> bool:

@@ -7,12 +7,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.bench.measure import seconds_of
 from lymphfeat.cohort.splits import Plan, Split
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.registry import AGGREGATORS, RankingAggregator
 from lymphfeat.settings import HeadSettings
 
 BATCH = 16
+WIDTH = 128  # of networks
+# Every layer of the four networks: from, to, and whether what is below it learns, too. Not counted
+# is what the images of a patient give each other in the transformer, less than a tenth.
+_LAYERS = {
+    "attention": ((512, WIDTH, False), (512, 1, False)),
+    "gated attention": ((512, 2 * WIDTH, False), (512, 1, False)),
+    "transformer": (
+        (512, WIDTH, False),
+        (WIDTH, 3 * WIDTH, True),
+        (WIDTH, WIDTH, True),
+        (WIDTH, 2 * WIDTH, True),
+        (2 * WIDTH, WIDTH, True),
+    ),
+    "lstm": ((512, 8 * WIDTH, False), (WIDTH, 8 * WIDTH, True)),
+}
 
 
 class PlainLoop:
@@ -79,6 +95,46 @@ def batches(n: int) -> list[NDArray[np.int64]]:
     """Draw an order of n patients, and cut it into batches; an incomplete last one is left out."""
     steps = max(1, n // BATCH)
     return np.array_split(torch.randperm(n).numpy()[: steps * BATCH], steps)
+
+
+def bare_networks(features: Features, plan: Plan, epochs: int) -> float:
+    """Return how many seconds the products of all layers of all networks take.
+
+    Measured of an epoch of one outer and of one inner fit, and multiplied. Outer fits have curves,
+    of the patients that they hold out.
+    """
+    sizes, total = np.diff(features.offsets), 0.0
+    for own in (plan.outer, plan.inner_once):
+        learnt, shown = (
+            int(sizes[features.rows_of(part)].sum())
+            for part in (own[0].train, own[0].validation if own is plan.outer else ())
+        )
+        m = round(learnt * BATCH / len(own[0].train))  # images of a batch
+        seconds = sum(
+            _layer_seconds(layer, m, learnt / m, shown)
+            for layers in _LAYERS.values()
+            for layer in layers
+        )
+        total += len(own) * epochs * seconds
+    return total
+
+
+def _layer_seconds(layer: tuple[int, int, bool], m: int, steps: float, shown: int) -> float:
+    """Return how long an epoch's products of a layer take: steps on m images, and some shown."""
+    before, after, deeper = layer
+    images, gradient = torch.randn(m, before), torch.randn(m, after)
+    weight, others = torch.randn(before, after), torch.randn(shown, before)
+
+    def step() -> None:
+        images @ weight
+        images.mT @ gradient
+        if deeper:
+            gradient @ weight.mT
+
+    step()
+    repeats = max(1, round(steps))
+    seconds = sum(seconds_of(step) for _ in range(repeats))
+    return seconds * steps / repeats + seconds_of(lambda: others @ weight)
 
 
 def bare_ranking(features: Features, plan: Plan, epochs: int) -> None:
