@@ -134,6 +134,13 @@ class Settings:
 S = TypeVar("S", bound=Settings)
 
 
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they were before JSON made lists of their tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+
+
 def documented(settings: type[S]) -> type[S]:
     """List the settings of a class in its docstring."""
     lines = [f"{name}: {about.help}" for name, about in settings.about().items()]

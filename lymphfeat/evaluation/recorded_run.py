@@ -18,7 +18,7 @@ from lymphfeat.evaluation.run_provenance import (
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import recover
 from lymphfeat.runtime.strict_json import parse_json
-from lymphfeat.settings import FitSettings, HeadSettings
+from lymphfeat.settings import FitSettings, HeadSettings, with_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class RecordedRun:
             run = cls(
                 folder=folder,
                 config=config,
-                settings=FitSettings(**_tuples(config["settings"])),
+                settings=FitSettings(**with_tuples(config["settings"])),
                 heads=tuple(HeadSettings(**each) for each in config["heads"].values()),
                 splits=tuple(read_splits(folder / SPLITS_FILE)),
                 stores=(config["store"], *config.get("other_stores", ())),
@@ -93,10 +93,3 @@ class RecordedRun:
                     "another recipe. Fit the heads again on this store."
                 )
         return opened
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they were before JSON made lists of their tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }

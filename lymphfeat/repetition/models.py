@@ -26,7 +26,7 @@ from lymphfeat.repetition.place import Here, ReadAs
 from lymphfeat.runtime.progress import Progress
 from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.runtime.versions import refuse_newer
-from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings
+from lymphfeat.settings import BackboneSettings, EndToEndSettings, HeadSettings, with_tuples
 from lymphfeat.training import MODEL, TRAINING_FILE, TRAINING_FORMAT, TRAINING_VERSION, train
 
 # Fields of a model's JSON that say where and with what it was trained, and by which name.
@@ -178,5 +178,4 @@ def _settings(content: Mapping[str, Any]) -> EndToEndSettings:
         "backbone": BackboneSettings(**content["backbone"]),
         "head": HeadSettings(**content["head"]),
     }
-    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-    return EndToEndSettings(**{**content, **lists, **nested})
+    return EndToEndSettings(**{**with_tuples(content), **nested})

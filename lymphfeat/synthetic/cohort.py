@@ -29,7 +29,7 @@ from lymphfeat.runtime.disks import writing
 from lymphfeat.runtime.files import claimed, lock_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value, parse_json
-from lymphfeat.settings import SyntheticSettings
+from lymphfeat.settings import SyntheticSettings, with_tuples
 from lymphfeat.synthetic.patients import (
     TABLE_COLUMNS,
     TEST,
@@ -352,8 +352,7 @@ def cell_extents(root: Path, images: Sequence[Path]) -> NDArray[np.float32]:
     plain = dict(_Manifest.read(root / MANIFEST).settings)
     if plain.pop("version", None) != _VERSION:
         raise CohortError(f"{root} must be a synthetic cohort of this version; got none.")
-    pairs = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    settings = SyntheticSettings(**plain | pairs)
+    settings = SyntheticSettings(**with_tuples(plain))
     patients = {patient.folder: patient for patient in plan_patients(settings)}
     extents = [_cell_extent(settings, patients, path.relative_to(root)) for path in images]
     return np.stack(extents)
