@@ -145,7 +145,7 @@ def _check_same(first: SavedRun, other: SavedRun) -> None:
     if first.protocol != other.protocol:
         raise SettingsError(
             f"runs must use the same protocol; {first.folder} uses {first.protocol}, "
-            f"{other.folder} {other.protocol}."
+            f"{other.folder} {other.protocol}. Compare runs of one protocol."
         )
     differing = sorted({id for id, _ in first.sides.items() ^ other.sides.items()})
     if differing:
@@ -172,7 +172,7 @@ def _check_same_patients(first: SavedRun, other: SavedRun) -> None:
     if changed:
         raise SettingsError(
             f"runs must agree on the labels; {first.folder} and {other.folder} differ on "
-            f"{', '.join(changed[:5])}."
+            f"{', '.join(changed[:5])}. Fit one of them again on a store with the right labels."
         )
 
 

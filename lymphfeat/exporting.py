@@ -86,6 +86,7 @@ def _only_set(store: FeatureStore) -> str:
         return FROZEN
     if len(names) > 1:
         raise SettingsError(
-            f"features (=) must name one of the sets of {store.path}: {', '.join(names)}."
+            f"features must name one of the sets of {store.path}: {', '.join(names)}; got none. "
+            "Choose one with --features."
         )
     return names[0]

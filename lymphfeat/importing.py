@@ -185,8 +185,8 @@ def _binary(labels: Mapping[str, str], layout: str, tumoral: Collection[str]) ->
     wrong = sorted(set(tumoral) - set(names))
     if wrong or not tumoral:
         raise SettingsError(
-            f"tumoral (={', '.join(wrong)}) must name those of the labels {', '.join(names)} that "
-            "count as 1; or give labels with --table."
+            f"tumoral (={', '.join(wrong) or 'none'}) must name the labels that count as tumoral, "
+            f"out of {', '.join(names)}. Name them with --tumoral, or give labels with --table."
         )
     return {id: str(int(label in tumoral)) for id, label in labels.items()}
 

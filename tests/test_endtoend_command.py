@@ -118,3 +118,12 @@ def test_a_grid_is_refused(root: Path) -> None:
     assert result.exit_code == 2
     assert "this command trains one head; got 2: top5" in result.output
     assert not Path("models").exists()
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("given", "temperature"), [([], 1.0), (["--temperature", "3"], 3.0)])
+def test_lse_has_one_temperature(root: Path, given: list[str], temperature: float) -> None:
+    result = run("--cohort", str(root), "--agg", "lse", *given)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(Path("models/endtoend/model.json").read_text())
+    assert facts["head"]["temperature"] == temperature

@@ -74,7 +74,7 @@ def test_inner_splits_divide_no_group_either() -> None:
     [
         ([0, 1, 0, 1], ["A"] * 4, "each", "must be 2 to 30 to be held out in turn; got 1"),
         ([0, 1] * 31, [f"g{k // 2}" for k in range(62)], "each", "got 31. Use --group-folds whole"),
-        ([0, 1, 0, 0], ["A", "A", "B", "B"], "each", "B has one class alone"),
+        ([0, 1, 0, 0], ["A", "A", "B", "B"], "each", "got only one class in B"),
         ([0, 1] * 4, ["A", "B"] * 4, "whole", r"folds \(=3\) must be at most the number of groups"),
         ([0, 0, 0, 1], ["A", "B", "C", "D"], "whole", r"tumoral patients \(=1\) must be at least"),
     ],
@@ -126,7 +126,7 @@ def test_inner_splits_without_a_class_are_refused() -> None:
     plan = Plan.nested(splits, dict(zip(ids, labels, strict=True)))
     check_groups(Plan.flat(splits), ids, np.array(labels), np.array(groups))
     labels[0] = labels[2] = 1  # all but C and D are tumoral now
-    with pytest.raises(SettingsError, match=r"without those of two folds \(C\+3\) one class"):
+    with pytest.raises(SettingsError, match=r"are left out; split C\+3 has only one"):
         check_groups(plan, ids, np.array(labels), np.array(groups))
 
 

@@ -126,7 +126,7 @@ def test_a_run_whose_writer_was_killed_between_the_renames(run: Path) -> None:
 
 def test_an_unfinished_result(tmp_path: Path) -> None:
     write(tmp_path / "m.partial", "", "checkpoint.pt")
-    assert "found an unfinished one: m.partial" in refusal(tmp_path / "m")
+    assert "found an unfinished one, m.partial" in refusal(tmp_path / "m")
     told = json.loads(info(tmp_path / "m.partial", "--json").stdout)
     assert (told["kind"], told["whole"]) == ("unfinished result", False)
     assert (told["of"], told["checkpoints"]) == (str(tmp_path / "m"), ["checkpoint.pt"])

@@ -46,7 +46,10 @@ def final_only(model: "AnyModel", option: str) -> "FinalModel":
     from lymphfeat.model.final_model import FinalModel
 
     if not isinstance(model, FinalModel):
-        raise click.UsageError(f"{option} needs a model made by `lymphfeat finalize`.")
+        raise click.UsageError(
+            f"{option} needs a final model, made by `lymphfeat finalize` or "
+            "`lymphfeat endtoend --folds --fusion`."
+        )
     return model
 
 

@@ -46,8 +46,8 @@ Examples:
 @click.option(
     "--splits",
     help="Splits to fine-tune for: kfold:5, kfold:5x10 (ten repeats), kfold:5+inner (10 more "
-    "backbones, needed for out-of-fold thresholds), report:10, all, or a splits.json. "
-    "[default with --finetune-epochs: kfold:5]",
+    "backbones, needed for out-of-fold thresholds), report:10, all, a splits.json or a CSV of "
+    "folds. [default with --finetune-epochs: kfold:5]",
 )
 @settings_options(
     EndToEndSettings(),

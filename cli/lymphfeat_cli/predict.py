@@ -219,7 +219,7 @@ def _show(
     show_deciding(model, patients)
     if not one and "notes" in patients and (patients["notes"] != "").any():
         click.echo(
-            f"{(patients['notes'] != '').sum()} patients have something missing or unlike that of "
+            f"{(patients['notes'] != '').sum()} patients have something that is missing or unlike "
             "training: see the column notes."
         )
     if not one and "unlike" in patients:

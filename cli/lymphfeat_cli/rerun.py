@@ -26,7 +26,7 @@ _PLACES = {
     "truth": click.option(
         "--truth",
         type=EXISTING_FILE,
-        help="Where the truth is now that a run was fitted with. [default: where it was]",
+        help="Where the truth that a run was fitted with is now. [default: where it was]",
     ),
     "cohort": click.option(
         "--cohort",
@@ -43,13 +43,13 @@ _PLACES = {
     "weights": click.option(
         "--weights",
         type=PATH,
-        help="Where the weights file is now that a store or a model was made with. "
+        help="Where the weights file that a store or a model was made with is now. "
         "[default: where it was; of a store, the file of that name in the current folder]",
     ),
     "init_head": click.option(
         "--init-head",
         type=PATH,
-        help="Where the run is now that a model's head started from. [default: where it was]",
+        help="Where the run that a model's head started from is now. [default: where it was]",
     ),
 }
 # Facts that results of earlier versions do not hold.

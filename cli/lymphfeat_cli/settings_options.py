@@ -70,6 +70,8 @@ def _one_head(settings: HeadSettings, values: Mapping[str, Any]) -> HeadSettings
     """Return a head's settings changed to the values given; UsageError if they give several."""
     from lymphfeat.heads.grid import expand, head_name
 
+    if "lse" in values.get("agg", ()) and not values.get("temperature"):
+        values = {**values, "temperature": (settings.temperature,)}  # of five, `fit-head` chooses
     heads = expand(HeadGrid(**values), solver="adam")
     if len(heads) != 1:
         raise click.UsageError(

@@ -209,7 +209,8 @@ class Cohort:
         wanted = Counter(ids)
         wrong = [id for id, count in wanted.items() if count > 1 or id not in self.table.index]
         if wrong:
-            complain("ids (=…) must be patients of the cohort, once each; got", wrong, "Fix them.")
+            what = "ids must be patients of the cohort, each named once; got"
+            complain(what, wrong, "Name patients of the cohort, each once.")
         keep = [index for index, id in enumerate(self.ids) if id in wanted]
         return replace(
             self,

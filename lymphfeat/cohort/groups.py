@@ -95,7 +95,7 @@ def _each(names: Groups, truth: NDArray[np.int64], groups: Groups, seed: int) ->
     if alike:
         raise SettingsError(
             "every group must have reactive and tumoral patients to be held out; "
-            f"{name_some(alike)} has one class alone. {whole}"
+            f"got only one class in {name_some(alike)}. {whole}"
         )
     return [
         _split(f"group{number}-{_plain(name)}".rstrip("-"), names, part, seed, 0)

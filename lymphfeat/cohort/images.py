@@ -145,7 +145,8 @@ def _check_size(path: Path, image: Image.Image, crop: int) -> None:
         raise ImageError(
             path,
             f"size (={image.width}x{image.height}) must be at least the crop (={crop})",
-            "choose a smaller --crop or remove the image.",
+            "choose a smaller --crop (extract, endtoend), remove the image, or leave it out with "
+            "--on-error skip.",
         )
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ImageError(

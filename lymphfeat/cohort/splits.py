@@ -340,7 +340,8 @@ def _named_splits(
         repeated = kfold_splits(ids, labels, folds=count, seeds=repeats, seed=seed)
         return [split for repeat in repeated for split in repeat.outer]
     raise SettingsError(
-        f"splits (={name}) must be kfold:K or kfold:KxR (K at least 2), report:S, all or a file."
+        f"splits (={name}) must be kfold:K, kfold:KxR (K at least 2) or report:S, each also with "
+        "+inner; all; or a file of splits."
     )
 
 

@@ -40,11 +40,15 @@ def choose_fusions(names: Sequence[str], plan: Plan, attributes: Floats) -> list
     if unknown:
         raise SettingsError(f"fusion (={unknown[0]}) must be one of {', '.join(FUSIONS)}, or all.")
     if chosen and not attributes.shape[1]:
-        raise SettingsError("fusion requires clinical attributes; the cohort's table has none.")
+        raise SettingsError(
+            "fusion requires clinical attributes; the cohort's table has none. Add columns to it, "
+            "or leave out --fusion."
+        )
     if chosen and not plan.is_nested:
         raise SettingsError(
-            "fusion requires out-of-fold image logits; the report protocol has none. "
-            "Use --protocol honest."
+            "fusion requires out-of-fold image logits, which neither the report protocol nor "
+            "features fine-tuned without inner splits have. Use --protocol honest, and for "
+            "fine-tuned features extract with --splits kfold:5+inner."
         )
     return chosen
 

@@ -32,8 +32,8 @@ def check_groups(plan: Plan, ids: Sequence[str], labels: Labels, groups: Groups)
     for split in plan.inner_once:
         if {label_of[id] for id in split.train} != {0, 1}:
             raise SettingsError(
-                f"groups: without those of two folds ({split.id}) one class is left to train on. "
-                "Use --group-folds whole with fewer --folds."
+                "groups must leave both classes to train on when two folds are left out; split "
+                f"{split.id} has only one. Use --group-folds whole with fewer --folds."
             )
 
 

@@ -208,7 +208,7 @@ class _Members(Subject):
             raise SettingsError(
                 "model must have members of one kind to be explained: the contributions to a "
                 "ranking head are shares of a probability, to others of a logit. Explain one of "
-                "them, such as model.models[0]."
+                "them: --model FOLDER/fold-0 (in Python, model.models[0])."
             )
 
     def _together(self, probabilities: Sequence[Floats], patients: Rows) -> Floats:

@@ -406,7 +406,10 @@ def _check_format(file: h5py.File, path: Path) -> None:
         raise StoreError(f"{path}: is an HDF5 file but not a lymphfeat feature store.")
     refuse_newer(path, _version(file), FORMAT_VERSION, StoreError)
     if not attribute(file, "complete"):
-        raise StoreError(f"{path}: is not complete; run the same `lymphfeat extract` again.")
+        raise StoreError(
+            f"{path}: is not complete; run the same `lymphfeat extract` or `lymphfeat import` "
+            "again."
+        )
 
 
 def _read_origin(file: h5py.File) -> dict[str, Any]:

@@ -104,9 +104,9 @@ class HeldOut:
         counts = np.bincount(self.labels, minlength=2)
         if counts.min() < least:
             raise SettingsError(
-                f"alpha (={alpha:g}) must be at least 1 / (n + 1) of the rarer class: {least} "
-                f"patients of each class; the model was made with {counts[0]} reactive and "
-                f"{counts[1]} tumoral ones. Use a larger --alpha."
+                f"alpha (={alpha:g}) must be at least 1 / (n + 1), n being the size of the smaller "
+                f"class, so {least} patients of each class are needed; the model was made with "
+                f"{counts[0]} reactive and {counts[1]} tumoral ones. Use a larger --alpha."
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Here:
             given = getattr(self, name) not in (None, ())
             if given and name not in (*known, "cohort", "device", "threads"):
                 option = "store" if name == "stores" else name.replace("_", "-")
-                raise SettingsError(f"--{option} must not go with a {kind}, which needs none.")
+                raise SettingsError(
+                    f"--{option} must not go with a {kind}, which does not use it. Leave it out."
+                )
 
     def computing(self, then: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         """Return device and threads: what is asked for, or else what was, or was to be, used."""
@@ -166,7 +168,7 @@ def _recorded_table(root: Path, name: str | None) -> Path | None:
         return None
     if not (root / name).is_file():
         raise SettingsError(
-            f"cohort (={root}) must hold the table {name}, or it must be named; say where it is "
-            "now with --table."
+            f"cohort (={root}) must hold the table {name}; it is not there. Say where it is now "
+            "with --table."
         )
     return root / name

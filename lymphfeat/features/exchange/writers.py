@@ -41,7 +41,10 @@ def _bags(store: FeatureStore, features: str) -> Bags:
         store.ids, store.labels.tolist(), store.offsets[:-1], store.offsets[1:], strict=True
     ):
         if id.startswith(".") or any(char in id for char in "/\\:\0"):  # also on Windows
-            raise StoreError(f"{store.path}: patient {id} must have an id that can name a file.")
+            raise StoreError(
+                f"{store.path}: patient {id} must have an id that can name a file. Rename the "
+                "patient in the cohort, and make the store again."
+            )
         yield id, label, np.array(pooled[start:stop, 0])
 
 
