@@ -136,15 +136,29 @@ def replace_images(instances: Instances, patient: int) -> Instances:
     ).of_unit("image")
 
 
-def test_the_bandwidth_is_about_the_median_distance_of_training_patients() -> None:
-    instances = instances_of(draw())
-    ((statistic, _),) = describe(instances, "kernel-mean").learn(TRAIN)
+@pytest.mark.parametrize("train", [TRAIN, torch.tensor([3, 10])], ids=["most", "two"])
+@pytest.mark.parametrize("unit", ["image", "pixel"])
+def test_the_bandwidth_is_about_the_median_distance_of_training_patients(
+    train: torch.Tensor, unit: str
+) -> None:
+    instances = instances_of(draw(), unit)
+    ((statistic, _),) = describe(instances, "kernel-mean").learn(train)
     assert isinstance(statistic, KernelMean)
-    x = instances.source.span(0, int(SIZES[: len(TRAIN)].sum()), 0)
-    patient = np.repeat(np.arange(len(TRAIN)), SIZES[: len(TRAIN)])
+    bags = [instances.of_patient(int(patient)) for patient in train]
+    x = torch.cat(bags)
+    patient = np.repeat(np.arange(len(bags)), [len(bag) for bag in bags])
     apart = torch.from_numpy(patient[:, None] != patient[None, :])
     expected = float(torch.cdist(x, x)[apart].median())
     assert float(statistic.bandwidth) == pytest.approx(expected, rel=0.03)
+
+
+def test_instances_that_do_not_differ_have_a_bandwidth() -> None:
+    ((statistic, values),) = describe(instances_of(np.ones_like(draw())), "kernel-mean").learn(
+        TRAIN
+    )
+    assert isinstance(statistic, KernelMean)
+    assert statistic.bandwidth == 1
+    assert values.isfinite().all()
 
 
 def test_epsilon_is_a_tenth_of_the_mean_deviation() -> None:

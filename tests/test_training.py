@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.heads.aggregators.ranking import effective_k
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.engine import instances as instances_module
 from lymphfeat.heads.engine import weighted
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features, Resident, Streamed
@@ -549,6 +550,23 @@ def test_patients_are_read_in_any_order(
         assert bags.sizes.tolist() == [SIZES[row] * HEIGHT * WIDTH for row in own]
     whole, _ = instances.read(np.arange(len(SIZES)), view)
     np.testing.assert_array_equal(whole, torch.cat([values for values, _ in one_by_one]))
+
+
+@pytest.mark.parametrize("unit", ["image", "pixel"])
+@pytest.mark.parametrize("at_once", [1, 64 << 20])
+def test_single_instances_are_those_of_their_images(
+    viewed: NDArray[np.float16], monkeypatch: pytest.MonkeyPatch, unit: str, at_once: int
+) -> None:
+    monkeypatch.setattr(instances_module, "_CHUNK_BYTES", at_once)
+    kept, streamed = (make_features(viewed, memory=m).of_unit(unit) for m in (1 << 30, 0))
+    rows = torch.tensor([[3, 0], [17, 3], [40, 41]])
+    views = torch.tensor([[0, 3], [1, 2], [2, 2]])
+    for own in (None, views):
+        expected = kept.source.gather(
+            rows.flatten() // kept.per_image, None if own is None else own.flatten()
+        )[torch.arange(6), rows.flatten() % kept.per_image]
+        for instances in (kept, streamed):
+            np.testing.assert_array_equal(instances.pick(rows, own), expected.view(3, 2, -1))
 
 
 def test_chunks_are_all_patients_in_their_order(features: Features) -> None:

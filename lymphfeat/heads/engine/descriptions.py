@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sklearn.cluster import KMeans
 
 _PAIRS = 1 << 14  # of instances, whose median distance is the kernel's bandwidth
+_FEW_PAIRS = 1 << 8  # too few for a median
 _CLUSTERED = 1 << 12  # instances, at most, whose clusters are the prototypes
 _HUGE = 1e30
 _SMALL_CHANGE, _TERMS = 0.1, 8  # of a series whose error is below .1 ** 9 / 9 for each instance
@@ -132,15 +133,35 @@ class KernelMeans:
         ]
         generator = torch.Generator().manual_seed(0)
         pairs = torch.randint(instances.n_instances, (2, _PAIRS), generator=generator)
-        first, second = (instances.pick(rows, None).float() for rows in pairs)
-        self._distances = (first - second).norm(dim=1)  # (pairs,)
+        self._instances = instances
+        self._distances = self._measure(pairs)  # (pairs,)
         self._patients = instances.bags.index[pairs.to(instances.device)]  # (2, pairs)
 
     def learn(self, train: Tensor) -> list[tuple[Statistic, Tensor]]:
         known = torch.isin(self._patients, train).all(0) & (self._patients[0] != self._patients[1])
-        learnt = self._kernel.with_bandwidth(self._distances[known].median())
+        distances = self._distances[known]
+        if len(distances) < _FEW_PAIRS:  # few of the store's patients are training patients
+            distances = self._among(train)
+        median = distances.median()
+        learnt = self._kernel.with_bandwidth(torch.where(median > 0, median, 1))
         values = [bags.mean(learnt.embed(projected)) for projected, bags in self._chunks]
         return [(learnt, torch.cat(values).double())]
+
+    def _among(self, train: Tensor) -> Tensor:
+        """Return distances (pairs,) between random instances of two training patients each."""
+        generator = torch.Generator().manual_seed(0)
+        one = torch.randint(len(train), (_PAIRS,), generator=generator)
+        away = torch.randint(1, len(train), (_PAIRS,), generator=generator)
+        patients = train.cpu()[torch.stack([one, (one + away) % len(train)])]  # (2, pairs)
+        ends = torch.from_numpy(self._instances.images) * self._instances.per_image
+        place = torch.rand(patients.shape, generator=generator, dtype=torch.float64)
+        first, last = ends[patients], ends[patients + 1]
+        return self._measure(first + (place * (last - first)).long())
+
+    def _measure(self, pairs: Tensor) -> Tensor:
+        """Return the distances (n,) of instances by their rows (2, n)."""
+        first, second = (self._instances.pick(rows, None).float() for rows in pairs)
+        return (first - second).norm(dim=1)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Source(Protocol):
     def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
         """Return the instances (n, U, C) of images (n,), each in its view (n,) or the identity."""
 
+    def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        """Return single instances (n, C) by their rows (n,), each in its view or the identity."""
+
 
 class Resident:
     """Instances in memory, on the device."""
@@ -46,11 +49,18 @@ class Resident:
         return self._values[view, start * self._per_image : stop * self._per_image]
 
     def gather(self, images: Tensor, views: Tensor | None) -> Tensor:
+        return self._select(images, views, self._per_image)
+
+    def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        return self._select(rows, views, 1)[:, 0]
+
+    def _select(self, places: Tensor, views: Tensor | None, together: int) -> Tensor:
+        """Return instances (n, together, C), where so many neighbours have one place (n,)."""
         m, channels = self._values.shape[1:]
-        images = images.to(self._values.device)
+        places = places.to(self._values.device)
         if views is not None:
-            images = images + views.to(images.device) * (m // self._per_image)
-        return self._values.view(-1, self._per_image, channels).index_select(0, images)
+            places = places + views.to(places.device) * (m // together)
+        return self._values.view(-1, together, channels).index_select(0, places)
 
 
 class Streamed:
@@ -65,7 +75,7 @@ class Streamed:
     ) -> None:
         """Take maps (N, V, C, h, w); `refuse` is called with the row of one that is not finite."""
         self._maps, self._dtype, self._device = PartReader(maps), dtype, device
-        self._refuse = refuse
+        self._shape, self._refuse = maps.shape[2:], refuse
 
     def span(self, start: int, stop: int, view: int) -> Tensor:
         return self.pixels(start, stop, view).contiguous().flatten(0, 1)
@@ -84,6 +94,18 @@ class Streamed:
         parts = [self._read(rows[place], int(of_image[place[0]])) for place in places]
         order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
         return torch.cat(parts)[order]
+
+    def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        channels, height, width = self._shape
+        per_image = height * width
+        some = max(1, _CHUNK_BYTES // (channels * per_image * self._dtype.itemsize))  # images read
+        parts = []
+        for start in range(0, len(rows), some):
+            own = slice(start, start + some)
+            images = self.gather(rows[own] // per_image, None if views is None else views[own])
+            place = (rows[own] % per_image).to(images.device)
+            parts.append(images[torch.arange(len(images), device=images.device), place])
+        return torch.cat(parts)
 
     def _read(self, rows: NDArray[np.int64], view: int) -> Tensor:
         return _as_pixels(self._to_device(self._maps.read(rows, view), rows), view).contiguous()
@@ -140,13 +162,7 @@ class Instances:
 
     def pick(self, rows: Tensor, views: Tensor | None) -> Tensor:
         """Return single instances (…, C) by their rows (…), each in its view (…)."""
-        flat = rows.flatten()
-        chosen = self.source.gather(
-            flat // self.per_image, None if views is None else views.flatten()
-        )  # (n, U, C)
-        if self.per_image > 1:
-            place = (flat % self.per_image).to(chosen.device)
-            chosen = chosen[torch.arange(len(flat), device=chosen.device), place, None]
+        chosen = self.source.pick(rows.flatten(), None if views is None else views.flatten())
         return chosen.view(*rows.shape, -1)
 
     def chunks(self, heads: int, view: int = 0) -> Iterator[tuple[slice, Tensor, Bags]]:
