@@ -10,7 +10,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from lymphfeat import __version__
 from lymphfeat.cohort.attributes import AttributeRecipe, choose_attributes
@@ -21,13 +20,13 @@ from lymphfeat.evaluation.calibration import logit
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.evaluation.fusion import FUSIONS
 from lymphfeat.evaluation.protocol import Outcome, run_protocol
-from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, load_features
+from lymphfeat.evaluation.providers import FeatureProvider, load_features
 from lymphfeat.evaluation.recorded_run import RecordedRun
 from lymphfeat.evaluation.rows import Row, default_row, find_row
 from lymphfeat.evaluation.run_provenance import RunProvenance
 from lymphfeat.evaluation.scores import Scores, find_best
 from lymphfeat.features.backbones import build_backbone
-from lymphfeat.features.store import FeatureStore
+from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.results import EVERYBODY, Fit
 from lymphfeat.heads.engine.sampling import Sampling
@@ -81,6 +80,11 @@ def finalize(
     recorded = _Recorded.read(Path(run))
     chosen = recorded.find(row)
     opened = recorded.run.open_stores(stores)
+    if not all(FROZEN in store.feature_sets for store in opened):
+        raise SettingsError(
+            f"run (={run}) must be on features of frozen weights; its backbones were "
+            "fine-tuned for each split. Use `lymphfeat endtoend --folds`."
+        )
     sources = tuple(_source(store, [Path(each) for each in weights]) for store in opened)
     settings = recorded.settings
     with (
@@ -93,11 +97,6 @@ def finalize(
             views=settings.views,
             memory=settings.memory_bytes,
         )
-        if not isinstance(features, SharedFeatures) and len(opened) == 1:
-            raise SettingsError(
-                f"run (={run}) must be on features of frozen weights; its backbones were "
-                "fine-tuned for each split. Use `lymphfeat endtoend --folds`."
-            )
         fitting = _Fitting.of(chosen, features, opened[0], recorded, progress)
         model = FinalModel(
             row=chosen.name,
@@ -307,13 +306,13 @@ class _Fitting:
         these patients.
         """
         named = {scores.name: judged(scores)[rows] for scores in self.outcome.scores}
-        known, labels = self._out_of_fold_logits(named), self.labels[rows]  # (n, heads), (n,)
+        known = [named[head_name(head)] for head in self.row.heads]  # (n,) each
+        labels = self.labels[rows]
         mixture = None
         if self.row.joint == "selected":
-            best = find_best(expit(known.T), labels)
-            heads, known = [heads[best]], known[:, [best]]
+            heads = [heads[find_best(np.stack(known), labels)]]
         elif self.row.joint:
-            mixture = LEARNERS[self.row.joint](known, labels)
+            mixture = LEARNERS[self.row.joint](logit(np.column_stack(known)), labels)
         fusion = None
         if self.row.fusion:
             image = logit(named[self.row.images_only.name])  # a mixture's out of fold, too
@@ -326,9 +325,6 @@ class _Fitting:
             decision=self._decision(named[self.row.name], labels),
             image_decision=self._decision(named[self.row.images_only.name], labels),
         )
-
-    def _out_of_fold_logits(self, named: Mapping[str, Floats]) -> Floats:
-        return np.column_stack([logit(named[head_name(head)]) for head in self.row.heads])
 
     def _decision(self, probabilities: Floats, labels: Labels) -> Decision:
         return Decision.learn(

@@ -97,7 +97,7 @@ def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) ->
     fitted = fit_stacked(
         features, [Fit(head=head, split=split)], epochs=2, sampling=Sampling(batch_size=2)
     )
-    scores = fitted.image_logits(0, features.images.numpy())
+    scores = fitted.image_logits(0, [features.images[:, None]])
     medians = [
         np.sort(part)[(len(part) - 1) // 2] for part in np.split(scores, np.cumsum(sizes)[:-1])
     ]

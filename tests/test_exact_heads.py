@@ -115,24 +115,26 @@ def test_a_head_predicts_what_its_fit_says(agg: str) -> None:
         )
 
 
+@pytest.mark.parametrize("stores", [1, 2])
+@pytest.mark.parametrize("unit", ["image", "pixel"])
 @pytest.mark.parametrize("agg", ["mean", "std", "gini", "quantiles", "kernel-mean", "mean+std"])
-def test_shares_and_what_belongs_to_no_image_add_up_to_the_logit(agg: str) -> None:
-    features = make_features()
-    head = exact_head(fit(features, [head_of(agg)]), 0)
+def test_shares_and_what_belongs_to_no_image_add_up_to_the_logit(
+    agg: str, unit: str, stores: int
+) -> None:
+    first, *others = (make_features(seed=seed) for seed in range(stores))
+    features, everyone = first.joined_with(others), np.arange(len(IDS))
+    head = exact_head(fit(features, [head_of(agg, unit=unit)]), 0)
     bags = features.of_unit("image").bags
-    rest = (
-        head.patient_logits([(features.images, bags)])
-        - bags.sum(head.shares([(features.images, bags)])[:, None])[:, 0]
-    )
+    sets = [own.images_of(everyone, unit) for own in features.sets]  # (n, U, C) each
+    instances = [(own.flatten(0, 1), bags.times(own.shape[1])) for own in sets]
+    shares = bags.times(sets[0].shape[1]).sum(head.shares(instances)[:, None])[:, 0]
+    rest = head.patient_logits(instances) - shares
     whole = SIZES >= 16  # the spread of smaller bags is in part the typical patient's
     np.testing.assert_allclose(rest[whole], float(rest[whole][0]), rtol=1e-6, atol=1e-8)
     if agg in ("mean", "kernel-mean"):
         np.testing.assert_allclose(rest, float(rest[0]), rtol=1e-6, atol=1e-8)
-    scores = head.image_logits(features.images, bags)
-    np.testing.assert_allclose(
-        bags.mean(scores[:, None])[:, 0],
-        bags.sum(head.shares([(features.images, bags)])[:, None])[:, 0],
-    )
+    scores = head.image_logits(sets, bags)  # (n,)
+    np.testing.assert_allclose(bags.mean(scores[:, None])[:, 0], shares)
 
 
 def test_every_epoch_is_the_same() -> None:

@@ -19,6 +19,7 @@ from lymphfeat.errors import LeakageError, ModelError, SettingsError
 from lymphfeat.evaluation.decision import Decision
 from lymphfeat.extraction import extract
 from lymphfeat.features.store import FeatureStore
+from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
@@ -105,6 +106,20 @@ def test_validation_patients_teach_nothing(cohort: Cohort, tmp_path: Path) -> No
         for i, each in enumerate((cohort, flipped))
     )
     assert one.feature_sets[split.id].weights_sha256 == other.feature_sets[split.id].weights_sha256
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside frozen"])
+def test_heads_of_fine_tuned_features_are_no_final_model(
+    beside: bool, store: FeatureStore, cohort: Cohort, tmp_path: Path
+) -> None:
+    stores = [store.path]
+    if beside:
+        frozen = extract(cohort, tmp_path / "frozen.h5", replace(SETTINGS, finetune=None))
+        stores = [frozen.path, store.path]
+    fit_heads(stores, agg="std", settings=FIT, out=tmp_path / "run")
+    with pytest.raises(SettingsError, match="must be on features of frozen weights"):
+        finalize(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 class Stop(Exception):

@@ -239,7 +239,7 @@ def test_an_image_scores_as_a_patient_who_has_nothing_else(features: Features) -
     fits = [Fit(head=settings_of(agg), split=split) for agg in ("attention", "mean")]
     fitted = fit_stacked(features, fits, epochs=1, sampling=Sampling(batch_size=2))
     single = SIZES.index(1)
-    image = features.images[BOUNDS[single] : BOUNDS[single] + 1].numpy()
+    image = [features.images[BOUNDS[single] : BOUNDS[single] + 1, None]]
     for i in range(2):
         probability = 1 / (1 + np.exp(-fitted.image_logits(i, image)))
         np.testing.assert_allclose(probability, fitted.curves[i, -1, [single]], rtol=1e-4)

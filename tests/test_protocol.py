@@ -12,12 +12,17 @@ from lymphfeat.evaluation.decision import RULES, Decision
 from lymphfeat.evaluation.intervals import estimate, t_half_width
 from lymphfeat.evaluation.metrics import METRICS, balanced_accuracy, log_loss
 from lymphfeat.evaluation.protocol import Outcome, run_protocol, witness_aucs
-from lymphfeat.evaluation.providers import FeatureProvider, SharedFeatures, SplitFeatures
+from lymphfeat.evaluation.providers import (
+    FeatureProvider,
+    JoinedFeatures,
+    SharedFeatures,
+    SplitFeatures,
+)
 from lymphfeat.heads.engine.engine import fit_stacked
 from lymphfeat.heads.engine.instances import Features
 from lymphfeat.heads.engine.results import Fit
 from lymphfeat.heads.engine.sampling import Sampling
-from lymphfeat.heads.grid import resolve
+from lymphfeat.heads.grid import head_name, resolve
 from lymphfeat.settings import FitSettings, HeadSettings, ProtocolName, ThresholdRule
 
 PATIENTS = 30
@@ -138,6 +143,23 @@ def test_easy_cohort_is_learnt_and_witnesses_found(features: Features) -> None:
     assert set(aucs) == {_name(outcome, "mean"), _name(outcome, "top2")}
     assert max(aucs.values()) > 0.95
     assert min(aucs.values()) > 0.8
+
+
+def test_witnesses_are_found_by_heads_of_several_stores(features: Features) -> None:
+    heads = [
+        resolve(HeadSettings(agg=agg, unit=unit))
+        for agg in ("std", "mean@2+std@1")
+        for unit in ("image", "pixel")
+    ]
+    provider = JoinedFeatures.of([SharedFeatures.of(features)] * 2)
+    settings = FitSettings(protocol="honest", batch_size=4, seeds=1, folds=3)
+    outcome = run_protocol(provider, provider.plan(settings), heads, settings)
+    witness = np.zeros(features.offsets[-1], bool)
+    witness[features.offsets[:-1][features.labels.numpy() == 1]] = True
+    aucs = witness_aucs(outcome, provider, witness)
+    std, std_of_pixels, both, both_of_pixels = (aucs[head_name(head)] for head in heads)
+    assert both > 0.9
+    assert (std, both) == (std_of_pixels, both_of_pixels)  # images have one pixel here
 
 
 def test_nested_epoch_is_the_best_inside_the_training_patients(features: Features) -> None:

@@ -427,7 +427,7 @@ def test_bfloat16_says_how_far_it_is_off(viewed: NDArray[np.float16]) -> None:
     bounds.append(_moved_by_bfloat16(network, viewed[:, 0]) / 4)
     assert (rounded.rounding <= np.array(bounds) + 1e-6).all()
     # By definition: the weights of the run, applied in float32.
-    scores = rounded.image_logits(4, viewed[:, 0].mean((-2, -1), dtype=np.float32))
+    scores = rounded.image_logits(4, [torch.from_numpy(viewed[:, 0]).float().flatten(2).mT])
     again = [
         references.ranking_probability(part.tolist(), min(3, len(part)), bottom=True)
         for part in np.split(scores, BOUNDS[1:-1])

@@ -40,6 +40,7 @@ from lymphfeat.heads.engine.logistic import PENALTIES
 from lymphfeat.heads.engine.results import Curve, Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.grid import head_name
+from lymphfeat.heads.registry import DistributionAggregator, find_aggregator
 from lymphfeat.runtime.arrays import Floats
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import FitSettings, HeadSettings
@@ -451,15 +452,21 @@ def witness_aucs(
     patient = np.repeat(np.arange(len(features.ids)), features.n_images)  # (N,)
     carriers = np.unique(patient[witness])
     values: dict[str, list[float]] = {head_name(head): [] for head in outcome.heads}
+    units = {_scored_unit(head) for head in outcome.heads}
     for split, rows in zip(outcome.splits, outcome.patients.validation, strict=True):
         shown = np.intersect1d(rows, carriers)
-        chosen = np.isin(patient, shown)
-        images = features.for_split(split).images_at(chosen).float().cpu().numpy()  # (n, C)
+        truth = witness[np.isin(patient, shown)].astype(np.int64)
+        own = features.for_split(split).sets
+        read = {unit: [each.images_of(shown, unit) for each in own] for unit in units}
         for i, fit in enumerate(outcome.fitted.fits):
             if fit.split.id == split.id:
-                sizes = features.n_images[shown]
-                logits = outcome.fitted.image_logits(i, images, sizes).astype(np.float64)
-                values[head_name(fit.head)].append(
-                    float(roc_auc(logits, witness[chosen].astype(np.int64)))
-                )
+                sets, sizes = read[_scored_unit(fit.head)], features.n_images[shown]
+                logits = outcome.fitted.image_logits(i, sets, sizes).astype(np.float64)
+                values[head_name(fit.head)].append(float(roc_auc(logits, truth)))
     return {head: float(np.nanmean(aucs)) for head, aucs in values.items()}
+
+
+def _scored_unit(head: HeadSettings) -> str:
+    """Return what images are made of when a head scores them: a linear score is of the average."""
+    is_linear = not isinstance(find_aggregator(head), DistributionAggregator)
+    return "image" if is_linear else head.unit

@@ -64,9 +64,11 @@ class ExactHead:
             parts.append(block.statistic.shares(instances, bags, block.weight))
         return torch.stack(parts).sum(0)
 
-    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
-        """Score the pooled images (N, C) of patients: each one's share times their number, (N,)."""
-        return self.shares([(images, bags)]) * bags.spread(bags.sizes[:, None])[:, 0]
+    def image_logits(self, sets: Sequence[Tensor], bags: Bags) -> Tensor:
+        """Score images (N, U, C) of each set: each one's share times their number, (N,)."""
+        n, units, _ = sets[0].shape
+        shares = self.shares([(own.flatten(0, 1), bags.times(units)) for own in sets])
+        return shares.view(n, units).sum(1) * bags.spread(bags.sizes[:, None])[:, 0]
 
     @property
     def scorer(self) -> tuple[Tensor, Tensor] | None:

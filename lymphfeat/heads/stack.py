@@ -155,7 +155,7 @@ class NetworkHead(Head):
         Then the contributions need not add up to the total, for images act on each other.
         """
         total = self.patient_logits(kept, images)  # (P,)
-        score = self.image_logits(kept[:, 0], images)  # (N,)
+        score = self.image_logits([kept], images)  # (N,)
         weight = self._weights(kept[:, 0], images)
         return ReadOut(
             probability=total.sigmoid(),
@@ -171,8 +171,9 @@ class NetworkHead(Head):
         return 1 / bags.spread(bags.sizes[:, None].to(images.dtype))[:, 0]
 
     @torch.no_grad()
-    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
-        """Score images (m, C), each as a patient with a single image: (m,)."""
+    def image_logits(self, sets: Sequence[Tensor], bags: Bags) -> Tensor:
+        """Score images (m, U, C) of one set, each as a patient with a single image: (m,)."""
+        images = sets[0].mean(1)
         logits: Tensor = self(images, Bags.of([1] * len(images), images.device))
         return logits
 

@@ -161,7 +161,8 @@ class KernelMeans:
     def _measure(self, pairs: Tensor) -> Tensor:
         """Return the distances (n,) of instances by their rows (2, n)."""
         first, second = (self._instances.pick(rows, None).float() for rows in pairs)
-        return (first - second).norm(dim=1)
+        distances: Tensor = (first - second).norm(dim=1)
+        return distances
 
 
 @dataclass(frozen=True)

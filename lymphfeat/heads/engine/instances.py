@@ -263,9 +263,11 @@ class Features:
         """(N, C) the average-pooled maps of the identity view, in memory."""
         return self._images.span(0, len(self._averages), 0)
 
-    def images_at(self, chosen: NDArray[np.bool_]) -> Tensor:
-        """Return the average-pooled maps (n, C) of those of the (N,) images that are chosen."""
-        return self._images.gather(torch.from_numpy(np.flatnonzero(chosen)), None)[:, 0]
+    def images_of(self, patients: NDArray[np.int64], unit: str) -> Tensor:
+        """Return the instances (n, U, C) of patients' images, in float32 on the CPU."""
+        instances = self.of_unit(unit)
+        values, _ = instances.read(patients)
+        return values.float().cpu().view(-1, instances.per_image, self.channels)
 
     @cached_property
     def _pixels(self) -> Source:

@@ -40,8 +40,8 @@ class FittedModule(Protocol):
     def chosen(self) -> str:
         """What the head chose on its training patients; empty if nothing."""
 
-    def image_logits(self, images: Tensor, bags: Bags) -> Tensor:
-        """Score the pooled images (n, C) of whole patients: (n,)."""
+    def image_logits(self, sets: Sequence[Tensor], bags: Bags) -> Tensor:
+        """Score the images of whole patients, from their instances (n, U, C) in each set: (n,)."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return everything that the head has learnt, by name."""
@@ -109,19 +109,19 @@ class FittedHeads:
     def image_logits(
         self,
         position: int,
-        images: NDArray[np.float32],
+        sets: Sequence[Tensor],
         sizes: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        """Score pooled images (n, C) by one of the heads: (n,).
+        """Score images by one of the heads, from their instances (n, U, C) in each set: (n,).
 
         `sizes` are the patients' numbers of images; None means that each is a patient of its own,
         which matters to heads that compare the images of a patient.
         """
         if position in self.modules:
-            bags = Bags.of(np.ones(len(images), np.int64) if sizes is None else sizes)
-            scores = self.modules[position].image_logits(torch.from_numpy(images), bags)
-            return np.asarray(scores.numpy())
-        return np.asarray(images @ self.weight[position] + self.bias[position])
+            bags = Bags.of(np.ones(len(sets[0]), np.int64) if sizes is None else sizes)
+            return np.asarray(self.modules[position].image_logits(sets, bags).numpy())
+        pooled = sets[0].mean(1).numpy()  # (n, C)
+        return np.asarray(pooled @ self.weight[position] + self.bias[position])
 
     def chosen(self, position: int) -> str:
         """Say what one of the heads chose on its training patients; empty if nothing."""
