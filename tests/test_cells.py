@@ -34,6 +34,46 @@ def test_folders_beside_a_table_are_patients_and_the_table_is_not_read(tmp_path:
     assert [path.parent.name for path in cells.paths] == ["P10", "P2", "P2"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "patients"),
+    [
+        (("P1/cells", "P2/cells"), ("P1", "P2")),
+        (
+            ("images/P1/a/x", "images/P1/b", "images/P2/a/x", "images/P2/b"),
+            ("P1", "P1", "P2", "P2"),
+        ),
+        (("train/P1/cells", "train/P1", "test/P2/cells"), ("P1", "P1", "P2")),
+        (("one laboratory/P1", "another/P2"), ("P1", "P2")),
+        (("train/P1", "test/P1"), ("train/P1", "test/P1")),  # no cohort, but nobody is merged
+    ],
+)
+def test_images_in_folders_below_a_patients_are_the_patients(
+    tmp_path: Path, folders: tuple[str, ...], patients: tuple[str, ...]
+) -> None:
+    for seed, folder in enumerate(folders):
+        put_images(tmp_path / folder, 1, seed=seed)
+    (tmp_path / "table.csv").touch()
+    cells = Cells.find(tmp_path)
+    found = {
+        path.parent.relative_to(tmp_path).as_posix(): cells.names[group]
+        for path, group in zip(cells.paths, cells.groups, strict=True)
+    }
+    assert found == dict(zip(folders, patients, strict=True))
+    assert sorted(key.id for key in cells.provenance().images) == sorted(set(patients))
+
+
+def test_without_a_table_folders_of_one_name_are_patients_of_their_own(tmp_path: Path) -> None:
+    for place in ("one/1", "one/2", "another/1", "another/3"):
+        put_images(tmp_path / place, 1)
+    assert Cells.find(tmp_path, "patients").names == ("2", "3", "another/1", "one/1")
+
+
+def test_classes_of_one_name_are_one(tmp_path: Path) -> None:
+    put_images(tmp_path / "train" / "monocyte", 1)
+    put_images(tmp_path / "test" / "monocyte", 1)
+    assert Cells.find(tmp_path, "classes").names == ("monocyte",)
+
+
 def test_folders_without_a_table_are_classes(tmp_path: Path) -> None:
     put_images(tmp_path / "monocyte", 1)
     put_images(tmp_path / "basophil", 2)
