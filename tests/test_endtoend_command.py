@@ -101,7 +101,7 @@ def test_says_when_there_is_nobody_to_submit(tmp_path: Path) -> None:
         (["--threshold", "best-ba"], "threshold (=best-ba) must be chosen on out-of-fold"),
         (["--threshold", "0.4"], "Invalid value for '--threshold'"),
         (["--validation", "1"], "Invalid value for '--validation'"),
-        (["--truth", "nothing.csv"], "columns must hold ID, FILE, IS_WITNESS; got ID"),
+        (["--truth", "nothing.csv"], "columns must hold ID, FILE, IS_WITNESS or ID, LABEL; got ID"),
         (["--cohort", "nowhere"], "cohort folder nowhere does not exist"),
     ],
 )

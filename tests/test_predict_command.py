@@ -108,7 +108,7 @@ def test_nothing_is_overwritten(root: Path) -> None:
         (["--out", "no/where.csv"], "folder no does not exist"),
         (["--truth", "other.csv"], "truth must name images of this cohort; got none of them"),
         (["--truth", "wrong.csv"], "wrong.csv row 2, column IS_WITNESS: must be 0 or 1; got 'x'"),
-        (["--truth", "twice.csv"], "twice.csv row 3: image 0.png of P1 must occur once"),
+        (["--truth", "twice.csv"], "twice.csv row 3 has 0.png of P1. Keep"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, root: Path) -> None:

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.errors import CohortError, OutputError, SettingsError
-from lymphfeat.evaluation.hidden_truth import read_labels, read_truth
+from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.settings import Sign
 from lymphfeat.synthetic import cohort as synthetic
 from lymphfeat.synthetic import rendering
@@ -226,8 +226,11 @@ def test_truth_names_every_image_and_agrees_with_the_labels(cohort: Path) -> Non
     for row in truth:
         assert row["CELL_CLASS"] in CELL_CLASSES
         assert (row["CELL_CLASS"] == "atypical_lymphocyte") == (row["IS_WITNESS"] == "1")
-    assert len(read_truth(cohort / "truth.csv")) == len(truth)
-    assert set(read_labels(cohort / "truth.csv").index) == {f"P{k}" for k in range(8)}
+    read = Truth.read([cohort / "truth.csv"])
+    assert read.images is not None
+    assert read.labels is not None
+    assert len(read.images) == len(truth)
+    assert set(read.labels.index) == {f"P{k}" for k in range(8)}
 
 
 def witness_counts(settings: SyntheticSettings) -> Iterator[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ for training.
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,17 +33,19 @@ class Truth:
     def read(cls, paths: Sequence[Path]) -> "Truth":
         """Read witness images, labels or both from each file.
 
-        Raises CohortError for a file that has neither, is unreadable, or contradicts itself.
+        Rows may be images or patients; the label -1 is none. Raises CohortError for a file that has
+        neither or is unreadable, for an image that occurs twice, and unless all rows of a patient
+        agree on its label, in one file or in several.
         """
         tables = {path: _read_csv(path) for path in paths}
-        images = [read_truth(path) for path, table in tables.items() if _has_instances(table)]
-        labels = [read_labels(path) for path, table in tables.items() if _has_labels(table)]
         for path, table in tables.items():
-            if not _has_instances(table) and not _has_labels(table):
-                raise _missing_columns(path, table, _INSTANCE_COLUMNS)
+            if not _has(table, _INSTANCE_COLUMNS) and not _has(table, _LABEL_COLUMNS):
+                raise _missing_columns(path, table)
+        images = _rows_with(_INSTANCE_COLUMNS, tables.values())
+        labels = _rows_with(_LABEL_COLUMNS, tables.values())
         return cls(
-            images=pd.concat(images, ignore_index=True) if images else None,
-            labels=pd.concat(labels).groupby(level=0).first() if labels else None,
+            images=None if images is None else _witnesses(images),
+            labels=None if labels is None else _labels(labels),
         )
 
     def score(
@@ -64,44 +66,34 @@ class Truth:
         return scores
 
 
-def read_truth(path: Path) -> pd.DataFrame:
-    """Read which images are witnesses: one row per image, columns patient, image, witness (bool).
-
-    Raises CohortError for a file without them, and for an image that occurs twice.
-    """
-    table = _read_csv(path)
-    if not _has_instances(table):
-        raise _missing_columns(path, table, _INSTANCE_COLUMNS)
-    _check_binary(path, table["IS_WITNESS"])
-    frame = pd.DataFrame(
-        {"patient": table["ID"], "image": table["FILE"], "witness": table["IS_WITNESS"] == "1"}
-    )
-    twice = frame.duplicated(["patient", "image"])
-    if twice.any():
-        first = int(np.flatnonzero(twice)[0])
-        patient, image = frame["patient"].iloc[first], frame["image"].iloc[first]
-        raise CohortError(
-            f"{path} row {frame.index[first]}: image {image} of {patient} must occur once; remove "
-            "the repeated row."
+def _witnesses(table: pd.DataFrame) -> pd.DataFrame:
+    """Return which images are witnesses: a row for each, columns patient, image, witness (bool)."""
+    _check_binary(table["IS_WITNESS"])
+    twice = table[table.duplicated(["ID", "FILE"], keep=False)].sort_values(["ID", "FILE"])
+    if len(twice):
+        complain(
+            "an image must occur once",
+            [f"{row} has {file} of {id}" for row, id, file, _ in twice.itertuples()],
+            "Keep one row of each.",
         )
-    return frame
+    return pd.DataFrame(
+        {"patient": table["ID"], "image": table["FILE"], "witness": table["IS_WITNESS"] == "1"}
+    ).reset_index(drop=True)
 
 
-def read_labels(path: Path) -> pd.Series:
-    """Read patients' labels, id -> 0 or 1, from any CSV with columns ID and LABEL; -1 is no label.
-
-    Rows may be patients or images. Raises CohortError unless all rows of a patient agree.
-    """
-    table = _read_csv(path)
-    if not _has_labels(table):
-        raise _missing_columns(path, table, _LABEL_COLUMNS)
+def _labels(table: pd.DataFrame) -> pd.Series:
+    """Return the patients' labels, id -> 0 or 1, without those of -1."""
     table = table[table["LABEL"] != "-1"]
-    _check_binary(path, table["LABEL"])
-    labels = table.drop_duplicates(["ID", "LABEL"]).set_index("ID")["LABEL"].astype(np.int64)
-    if labels.index.has_duplicates:
-        twice = ", ".join(labels.index[labels.index.duplicated()].unique()[:5])
-        raise CohortError(f"{path}: LABEL must be the same in all rows of {twice}.")
-    return labels
+    _check_binary(table["LABEL"])
+    values = table.drop_duplicates(["ID", "LABEL"])
+    twice = values[values.duplicated("ID", keep=False)].sort_values("ID", kind="stable")
+    if len(twice):
+        complain(
+            "LABEL must be the same in all rows of a patient",
+            [f"{row} says {label} of {id}" for row, id, label in twice.itertuples()],
+            "Correct the wrong ones.",
+        )
+    return values.set_index("ID")["LABEL"].astype(np.int64)
 
 
 def witness_auc(images: pd.DataFrame, truth: pd.DataFrame) -> float:
@@ -148,7 +140,7 @@ def _hidden_metrics(
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """Read a CSV file as a cohort's table is: cells are text, the index is the row's number."""
+    """Read a CSV file as a cohort's table is: cells are text, the index says where a row is."""
     records, _ = read_records(path)
     header = [name.strip().upper() for name in (records[0][1] if records else ())]
     if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
@@ -160,32 +152,34 @@ def _read_csv(path: Path) -> pd.DataFrame:
                 "values that contain a comma, and write every cell."
             )
     rows = [[_plain(cell) for cell in cells] for _, cells in records[1:]]
-    numbers = [number for number, _ in records[1:]]
-    return pd.DataFrame(rows, columns=header, index=numbers, dtype=str)
+    places = [f"{path} row {number}" for number, _ in records[1:]]
+    return pd.DataFrame(rows, columns=header, index=places, dtype=str)
 
 
 def _plain(cell: str) -> str:
     return unicodedata.normalize("NFC", cell.strip())  # as ids of cohorts are
 
 
-def _has_instances(table: pd.DataFrame) -> bool:
-    return set(_INSTANCE_COLUMNS) <= set(table.columns)
+def _has(table: pd.DataFrame, columns: Sequence[str]) -> bool:
+    return set(columns) <= set(table.columns)
 
 
-def _has_labels(table: pd.DataFrame) -> bool:
-    return set(_LABEL_COLUMNS) <= set(table.columns)
+def _rows_with(columns: Sequence[str], tables: Iterable[pd.DataFrame]) -> pd.DataFrame | None:
+    """Join some columns of those tables that have them all; None where no table has."""
+    found = [table[list(columns)] for table in tables if _has(table, columns)]
+    return pd.concat(found) if found else None
 
 
-def _missing_columns(path: Path, table: pd.DataFrame, wanted: Sequence[str]) -> CohortError:
+def _missing_columns(path: Path, table: pd.DataFrame) -> CohortError:
     return CohortError(
-        f"{path}: columns must hold {', '.join(wanted)}; got {', '.join(table.columns) or 'none'}."
+        f"{path}: columns must hold {', '.join(_INSTANCE_COLUMNS)} or {', '.join(_LABEL_COLUMNS)}; "
+        f"got {', '.join(table.columns) or 'none'}."
     )
 
 
-def _check_binary(path: Path, column: pd.Series) -> None:
-    wrong = np.flatnonzero(~column.isin(["0", "1"]))
+def _check_binary(column: pd.Series) -> None:
+    wrong = column[~column.isin(["0", "1"])]
     if len(wrong):
-        row = column.index[wrong[0]]
         raise CohortError(
-            f"{path} row {row}, column {column.name}: must be 0 or 1; got {column[row]!r}."
+            f"{wrong.index[0]}, column {column.name}: must be 0 or 1; got {wrong.iloc[0]!r}."
         )
