@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,9 @@ from lymphfeat.errors import SettingsError
 from lymphfeat.evaluation.comparison import Comparison
 from lymphfeat.evaluation.intervals import estimate, estimate_metric, holm
 from lymphfeat.evaluation.metrics import METRICS, metric_bounds
-from lymphfeat.evaluation.run_provenance import (
-    CONFIG_FILE,
-    SPLITS_FILE,
-    RunProvenance,
-    check_version,
-)
+from lymphfeat.evaluation.run_provenance import SPLITS_FILE, RunProvenance, no_run, read_config
 from lymphfeat.runtime.files import recover
-from lymphfeat.runtime.strict_json import parse_json
+from lymphfeat.settings import ProtocolName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class SavedRun:
     """The content of a run folder."""
 
     folder: Path
-    config: dict[str, Any]
+    protocol: ProtocolName
     splits: tuple[Split, ...]
     runs: pd.DataFrame  # head, kind, split, metrics
     labels: dict[str, int]  # by the patient's id
@@ -43,30 +38,26 @@ class SavedRun:
         """Read a run folder; raises SettingsError for anything else."""
         recover(folder)
         try:
-            config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            check_version(folder, config)
+            protocol = read_config(folder)["settings"]["protocol"]
+            if protocol not in get_args(ProtocolName):
+                raise ValueError(f"the protocol {protocol!r}")
             predictions = pd.read_csv(
                 folder / "predictions.csv", dtype={"patient": str}, keep_default_na=False
             )
+            runs = pd.read_csv(folder / "runs.csv")
+            _ = runs["head"], runs["split"]
             return cls(
                 folder=folder,
-                config=config,
+                protocol=protocol,
                 splits=tuple(read_splits(folder / SPLITS_FILE)),
-                runs=pd.read_csv(folder / "runs.csv"),
+                runs=runs,
                 labels=dict(zip(predictions["patient"], predictions["label"], strict=True)),
                 provenance=RunProvenance.read(folder),
             )
         except SettingsError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingsError(
-                f"run (={folder}) must be a run folder of `lymphfeat fit-head`; got "
-                f"{str(error).splitlines()[0]}. Fit it, or fit it again with --force."
-            ) from None
-
-    @property
-    def protocol(self) -> str:
-        return str(self.config["settings"]["protocol"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise no_run(folder, error) from None
 
     @property
     def sides(self) -> dict[str, tuple[frozenset[str], frozenset[str]]]:

@@ -3,6 +3,12 @@
 _LONGEST = 8000  # characters of a message: a damaged file may be quoted in it
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)
+
+
 class LymphfeatError(Exception):
     """A mistake that the user can fix: one line that says what, where and what to do next.
 

@@ -48,7 +48,8 @@ def write_run(
     runs["kind"] = np.where(runs["head"] == "bag size", "baseline", "head")
     runs.to_csv(folder / "runs.csv", index=False)
     write_splits(splits, folder / "splits.json")
-    (folder / "config.json").write_text(json.dumps({"settings": {"protocol": protocol}}))
+    config = {"format": "lymphfeat-run", "settings": {"protocol": protocol}}
+    (folder / "config.json").write_text(json.dumps(config))
     pd.DataFrame({"patient": IDS, "label": LABELS}).to_csv(folder / "predictions.csv")
     return runs
 
@@ -142,6 +143,35 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert message in result.output
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", "; got Expecting value: line 1 column 1 (char 0). Fit it, or fit it again"),
+        ("[]", "is a damaged run (config.json holds no settings)"),
+        ('{"settings": {"protocol": "honest"}}', "its config.json is of something else"),
+        ('{"format": "lymphfeat-run"}', "; got no 'settings'. Fit it"),
+        ('{"format": "lymphfeat-run", "settings": []}', "; got list indices must be integers"),
+        ('{"format": "lymphfeat-run", "settings": {"protocol": ["x"]}}', "got the protocol ['x']"),
+    ],
+)
+def test_a_damaged_config_is_one_line(tmp_path: Path, config: str, message: str) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1})
+    (tmp_path / "a" / "config.json").write_text(config)
+    result = compare(tmp_path, tmp_path / "a")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_table_without_heads_or_splits_is_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"mean": 0.0, "max": 0.1}).drop(columns="split").to_csv(
+        tmp_path / "a" / "runs.csv"
+    )
+    result = compare(tmp_path, tmp_path / "a")
+    assert result.exit_code == 2
+    assert "must be a run folder of `lymphfeat fit-head`; got no 'split'" in result.stderr
 
 
 def test_a_figure_is_not_overwritten_without_force(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from lymphfeat.cohort.splits import Split, read_splits
 from lymphfeat.errors import ModelError, SettingsError
 from lymphfeat.evaluation.run_provenance import (
     CONFIG_FILE,
-    RUN_FORMAT,
     SPLITS_FILE,
     SUMMARY_FILE,
-    check_version,
+    no_run,
+    read_config,
 )
 from lymphfeat.features.store import FeatureStore
 from lymphfeat.runtime.files import recover
@@ -37,19 +37,11 @@ class RecordedRun:
     def read(cls, folder: Path) -> "RecordedRun":
         """Read a run folder; raises SettingsError for anything else, and for a damaged one."""
         recover(folder)
+        config = read_config(folder)
         try:
-            config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             summary = parse_json((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"run (={folder}) must be a run folder of `lymphfeat fit-head` ({error})."
-            ) from None
-        check_version(folder, config)
-        if config.get("format") != RUN_FORMAT:
-            raise SettingsError(
-                f"run (={folder}) must be a run folder of `lymphfeat fit-head`; its config.json is "
-                "of something else."
-            )
+            raise no_run(folder, error) from None
         try:
             run = cls(
                 folder=folder,

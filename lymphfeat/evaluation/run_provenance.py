@@ -7,7 +7,7 @@ from typing import Any
 
 from lymphfeat.cohort.provenance import NOBODY, PatientKey, Provenance, keys_from_json, keys_to_json
 from lymphfeat.cohort.splits import Split
-from lymphfeat.errors import SettingsError
+from lymphfeat.errors import SettingsError, first_line
 from lymphfeat.features.store import FROZEN, FeatureStore
 from lymphfeat.runtime.strict_json import parse_json
 from lymphfeat.runtime.versions import refuse_newer
@@ -27,6 +27,33 @@ RUN_FILES = (
     PROVENANCE_FILE,
     CONFIG_FILE,
 )
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Read the config.json of a run folder.
+
+    Raises SettingsError for anything else, for a damaged run and for one of a newer version.
+    """
+    try:
+        config = parse_json((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise no_run(run, error) from None
+    check_version(run, config)
+    if config.get("format") != RUN_FORMAT:
+        raise SettingsError(
+            f"run (={run}) must be a run folder of `lymphfeat fit-head`; its config.json is of "
+            "something else."
+        )
+    return dict(config)
+
+
+def no_run(folder: Path, error: Exception) -> SettingsError:
+    """Return what to raise for a folder that is none of a run, or of a damaged one."""
+    found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+    return SettingsError(
+        f"run (={folder}) must be a run folder of `lymphfeat fit-head`; got {found}. "
+        "Fit it, or fit it again with --force."
+    )
 
 
 def check_version(run: Path, config: Mapping[str, Any]) -> None:

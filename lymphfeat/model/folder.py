@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lymphfeat.errors import ModelError
+from lymphfeat.errors import ModelError, first_line
 from lymphfeat.features.backbones import weights_sha256
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.strict_json import json_text, parse_json
@@ -70,13 +70,9 @@ def build_blank(
             return build(content)
     except Exception as error:  # damaged facts fail in as many ways as there are of them
         raise ModelError(
-            f"{facts}: is damaged ({type(error).__name__}: {_reason(error)}); copy the model "
+            f"{facts}: is damaged ({type(error).__name__}: {first_line(error)}); copy the model "
             "folder again or make the model again."
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Limited(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -106,7 +102,7 @@ def load_tensors(network: nn.Module, path: Path, sha256: str, *, facts: str) -> 
         network.load_state_dict(load_file(path))
     except Exception as error:  # damaged tensors fail in as many ways as there are libraries
         raise ModelError(
-            f"{path}: cannot be read as this model's tensors ({_reason(error)}); "
+            f"{path}: cannot be read as this model's tensors ({first_line(error)}); "
             "copy the model folder again or retrain the model."
         ) from None
     if weights_sha256(network) != sha256:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lymphfeat.errors import ModelError
+from lymphfeat.errors import ModelError, first_line
 from lymphfeat.runtime.files import replace_file, write_buffered
 from lymphfeat.runtime.identity import differing_fields
 from lymphfeat.runtime.saved_tensors import read_saved
@@ -67,9 +67,9 @@ class Checkpoint:
                 raise ValueError(f"format {content['format']}")
             return {"identity": dict(parse_json(content["identity"])), "state": content["state"]}
         except Exception as error:  # a damaged file fails in many ways; the user sees one message
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{self.path}: cannot be read as a checkpoint ({reason}); start over with --force."
+                f"{self.path}: cannot be read as a checkpoint ({first_line(error)}); start over "
+                "with --force."
             ) from None
 
     def write(self, state: Mapping[str, Any], *, last: bool = False) -> None:

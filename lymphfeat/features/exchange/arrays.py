@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from lymphfeat.errors import StoreError
+from lymphfeat.errors import StoreError, first_line
 from lymphfeat.features.hdf5 import arrays_in, dataset, member, numbers, open_hdf5, unpacked
 from lymphfeat.runtime.arrays import FLOAT16_MAX, beyond_float16
 from lymphfeat.runtime.saved_tensors import UnfitTensorError, read_saved
@@ -38,8 +38,7 @@ def read_maps(path: Path, rows: NDArray[np.int64] | None = None) -> NDArray[np.f
     except StoreError:
         raise
     except Exception as error:  # damaged files fail in as many ways as there are libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{path}: cannot be read ({reason}); write it again.") from None
+        raise StoreError(f"{path}: cannot be read ({first_line(error)}); write it again.") from None
     with np.errstate(over="ignore"):  # what becomes infinite is refused
         maps = _as_maps(path, values).astype(np.float32)
     _check_values(path, maps)

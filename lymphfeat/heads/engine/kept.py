@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lymphfeat.errors import SettingsError
+from lymphfeat.errors import SettingsError, first_line
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.engine.instances import Features
@@ -78,7 +78,7 @@ class KeptFits:
             arrays = _read_checked(path)
             result.put(positions, _unpacked(part.fits, arrays, features))
         except (SafetensorError, ValueError, KeyError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             _log.warning("%s is damaged (%s); its heads are fitted again.", path, reason)
             return False
         return True
