@@ -10,7 +10,6 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +17,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from lymphfeat.cohort.cell_values import UNKNOWN
 from lymphfeat.cohort.cohort import Cohort
-from lymphfeat.cohort.images import FORMATS, decode_crop
+from lymphfeat.cohort.images import FORMATS, decode_crop, why_unreadable
 from lymphfeat.errors import CohortError, SettingsError
 from lymphfeat.evaluation.shortcuts import Predictor, find_predictors
 from lymphfeat.runtime.files import replace_file
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.strict_json import json_text, json_value
+from lymphfeat.runtime.threads import map_in_order
 
 LABEL_NAMES = {1: "tumoral", 0: "reactive", UNKNOWN: "unknown"}
 
@@ -172,9 +172,14 @@ class _Picture:
 def _inspect_all(cohort: Cohort, progress: Progress) -> list[_Picture]:
     owners = np.repeat(np.arange(len(cohort.ids)), cohort.n_images).tolist()
     paths = [path for paths in cohort.images for path in paths]
-    pictures = []
-    with _strict_decoding(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for picture in pool.map(_inspect, owners, paths):
+    pictures: list[_Picture] = []
+    with _strict_decoding():
+        for picture in map_in_order(
+            lambda owned: _inspect(*owned),
+            list(zip(owners, paths, strict=True)),
+            threads=os.cpu_count() or 1,
+            name="inspect",
+        ):
             pictures.append(picture)
             progress(len(pictures), len(paths))
     return pictures
@@ -218,15 +223,9 @@ def _inspect(patient: int, path: Path) -> _Picture:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty"
     if isinstance(error, CohortError):
         return str(error).removeprefix(f"{path}: ")
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of any known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+    return why_unreadable(path, error)
 
 
 def _fault(cohort: Cohort, picture: _Picture, reason: str) -> Fault:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from lymphfeat.cohort.image_statistics import Pixels, measure_image
-from lymphfeat.errors import CohortError, SettingsError
+from lymphfeat.errors import CohortError, SettingsError, first_line
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.runtime.threads import in_order
 
@@ -118,20 +118,21 @@ def _one_error(path: Path) -> Iterator[None]:
     except Exception as error:
         raise ImageError(
             path,
-            f"cannot be read as an image ({_reason(path, error)})",
+            f"cannot be read as an image ({why_unreadable(path, error)})",
             "restore or remove it (`lymphfeat audit` lists every such file), or leave it out with "
             "--on-error skip (extract, endtoend, predict).",
         ) from None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Say in a few words why an image cannot be read, by what its decoder raised."""
     if path.is_file() and not path.stat().st_size:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return "not an image of any known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).removesuffix(".") or type(error).__name__
+    return first_line(error).removesuffix(".")
 
 
 def _check_size(path: Path, image: Image.Image, crop: int) -> None:
