@@ -182,11 +182,11 @@ class _Single(Subject):
     def judge(self, read: Sequence[ReadOut], images: Bags, patients: Rows) -> Judgement:
         (own,) = read
         return Judgement(
-            probability=_numbers(own, "probability"),
-            total=_numbers(own, "total"),
-            score=_numbers(own, "score"),
-            weight=_numbers(own, "weight"),
-            contribution=_numbers(own, "contribution"),
+            probability=own.numbers("probability"),
+            total=own.numbers("total"),
+            score=own.numbers("score"),
+            weight=own.numbers("weight"),
+            contribution=own.numbers("contribution"),
             shares=np.zeros((len(patients), 0)),
         )
 
@@ -216,9 +216,9 @@ class _Members(Subject):
 
     def judge(self, read: Sequence[ReadOut], images: Bags, patients: Rows) -> Judgement:
         def mean(name: str) -> Floats:
-            return np.asarray(np.mean([_numbers(each, name) for each in read], axis=0))
+            return np.asarray(np.mean([each.numbers(name) for each in read], axis=0))
 
-        each = np.stack([_numbers(own, "probability") for own in read])  # (M, P)
+        each = np.stack([own.numbers("probability") for own in read])  # (M, P)
         probability, calibrated = self._ensemble.together(each)
         return Judgement(
             probability=probability,
@@ -320,7 +320,3 @@ class _Final(Subject):
 def _mean_probability(logits: Sequence[Floats], last: Calibration) -> Floats:
     """Return the probabilities (P,) of the calibrated mean of members' logits (M, P)."""
     return np.asarray(expit(last.of_logits(np.mean(logits, axis=0))))
-
-
-def _numbers(read: ReadOut, name: str) -> Floats:
-    return np.asarray(getattr(read, name).double().numpy())

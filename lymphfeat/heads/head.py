@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
 
 from lymphfeat.heads.bags import Bags
+from lymphfeat.runtime.arrays import Floats
 from lymphfeat.settings import HeadSettings
 
 
@@ -17,6 +19,10 @@ class ReadOut:
     score: Tensor  # (N,) an image's logit: what it speaks for, whatever it counts
     weight: Tensor  # (N,) how much an image counts, at least 0, adding up to 1 per patient
     contribution: Tensor  # (N,) an image's share of its patient's total, with its sign
+
+    def numbers(self, name: str) -> Floats:
+        """Return a field by its name, as an array."""
+        return np.asarray(getattr(self, name).double().numpy())
 
 
 class Head(nn.Module):

@@ -35,7 +35,7 @@ class Member:
 
     def image_logits(self, read: Sequence[ReadOut]) -> Floats:
         """Return the patients' logits by what each head read out: (P,)."""
-        return self.joined([_numbers(each, "probability") for each in read])
+        return self.joined([each.numbers("probability") for each in read])
 
     def joined(self, probabilities: Sequence[Floats]) -> Floats:
         """Return the patients' logits by each head's probabilities (P,): (P,)."""
@@ -169,14 +169,10 @@ class Member:
 def _mean(views: Sequence[Sequence[ReadOut]], name: str, counts: Floats) -> Floats:
     """Average what the heads say of images over views, each head counting so much: (N,)."""
     values = [
-        np.sum([c * _numbers(read, name) for c, read in zip(counts, view, strict=True)], axis=0)
+        np.sum([c * read.numbers(name) for c, read in zip(counts, view, strict=True)], axis=0)
         for view in views
     ]
     return np.asarray(np.mean(values, axis=0))
-
-
-def _numbers(read: ReadOut, name: str) -> Floats:
-    return np.asarray(getattr(read, name).double().numpy())
 
 
 def _slope(decision: Decision) -> float:
