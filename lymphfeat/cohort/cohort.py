@@ -5,7 +5,6 @@ No image is opened here: reading a cohort takes one pass over its folders and ta
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lymphfeat.cohort.cell_values import UNKNOWN
-from lymphfeat.cohort.csv_rows import complain, name_some
+from lymphfeat.cohort.csv_rows import complain, name_some, normal_id
 from lymphfeat.cohort.tables import ClinicalTable, choose_tables, read_patient, read_tables
 from lymphfeat.errors import CohortError
 
@@ -164,7 +163,7 @@ class Cohort:
         if not paths:
             raise CohortError(f"folder (={root}) must hold the images of a patient; got none.")
         given = {name.strip().lower(): text.strip() for name, text in (attributes or {}).items()}
-        clinical = read_patient(_normal(root.resolve().name), given, reference_date)
+        clinical = read_patient(normal_id(root.resolve().name), given, reference_date)
         frame = clinical.frame.assign(split="test")
         return cls(
             root=root,
@@ -378,7 +377,7 @@ def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found
         if place is None:
             loose[folder.relative_to(root)] = names
             continue
-        id = _normal(place.name)
+        id = normal_id(place.name)
         if found.places.setdefault(id, place) != place:
             twice.append(f"{id}: {found.places[id]} and {place}")
         found.images.setdefault(id, []).extend(folder / name for name in names)
@@ -391,14 +390,10 @@ def _assign(root: Path, folders: dict[Path, list[str]], ids: set[str]) -> _Found
     return found
 
 
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # some file systems decompose accents
-
-
 def _patient_folder(folder: Path, ids: set[str]) -> Path | None:
     """Return the folder's path up to the patient's id; two patients along it are an error."""
-    chain = [place for place in (folder, *folder.parents) if _normal(place.name) in ids]
-    names = {_normal(place.name) for place in chain}
+    chain = [place for place in (folder, *folder.parents) if normal_id(place.name) in ids]
+    names = {normal_id(place.name) for place in chain}
     if len(names) > 1:
         complain(
             f"image folder {folder} is inside the folders of several patients",
@@ -450,7 +445,7 @@ def _like(name: str) -> str:
 
     Hyphens and underscores count as spaces; between digits they divide numbers.
     """
-    plain = re.sub(r"(?<=\d)[\s_-]+(?=\d)", "|", _normal(name).casefold())
+    plain = re.sub(r"(?<=\d)[\s_-]+(?=\d)", "|", normal_id(name).casefold())
     plain = re.sub(r"[\s_-]+", "", plain)
     return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
 

@@ -170,10 +170,23 @@ def _check_nameless(
 
 def _cells(header: Sequence[str], cells: Sequence[str], delimiter: str) -> dict[str, str]:
     named = {n: c.strip() for n, c in zip(header, cells, strict=False) if n}
-    named["id"] = unicodedata.normalize("NFC", named["id"])
+    named["id"] = normal_id(named["id"])
     if delimiter == ";":
         return {n: _decimal_point(c) if n != "id" else c for n, c in named.items()}
     return named
+
+
+def normal_id(name: str) -> str:
+    """Return an id, or a name that may be one, as ids are compared: with composed accents.
+
+    Some file systems decompose them.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def plain_cell(cell: str) -> str:
+    """Return a cell, which may hold an id, without surrounding spaces."""
+    return normal_id(cell.strip())
 
 
 def _decimal_point(text: str) -> str:

@@ -1,13 +1,12 @@
 """Splits that other tools have published: CSV files of folds, of training and test patients."""
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from lymphfeat.cohort.csv_rows import name_some, read_records
+from lymphfeat.cohort.csv_rows import name_some, plain_cell, read_records
 from lymphfeat.errors import CohortError, SettingsError
 
 _IDS = ("id", "bag_name", "slide_id", "patient", "case_id")  # columns that name a patient
@@ -72,7 +71,7 @@ def _read(path: Path) -> tuple[list[str], Rows]:
         raise SettingsError(*error.args) from None
     (_, header), *lines = records or [(1, [])]
     names = [name.strip().lower() for name in header]
-    rows = {number: map(_plain, cells[: len(names)]) for number, cells in lines}
+    rows = {number: map(plain_cell, cells[: len(names)]) for number, cells in lines}
     return names, {n: dict(zip_longest(names, row, fillvalue="")) for n, row in rows.items()}
 
 
@@ -95,10 +94,6 @@ def _check_rows(path: Path, rows: Rows, ids: str, column: str) -> None:
                 f"{path} row {number} ({id}), column split: must be train, val, test or empty; got "
                 f"{side!r}."
             )
-
-
-def _plain(cell: str) -> str:
-    return unicodedata.normalize("NFC", cell.strip())  # as ids of cohorts are
 
 
 def _of_folds(pairs: Sequence[tuple[str, str]]) -> list[Fold]:

@@ -5,7 +5,6 @@ from any CSV with at least ID, FILE, IS_WITNESS, or from any CSV with ID, LABEL.
 for training.
 """
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lymphfeat.cohort.csv_rows import complain, read_records
+from lymphfeat.cohort.csv_rows import complain, plain_cell, read_records
 from lymphfeat.errors import CohortError
 from lymphfeat.evaluation.metrics import all_metrics, roc_auc
 
@@ -151,13 +150,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
                 f"{path} row {number} has {len(cells)} cells, the header {len(header)}; quote "
                 "values that contain a comma, and write every cell."
             )
-    rows = [[_plain(cell) for cell in cells] for _, cells in records[1:]]
+    rows = [[plain_cell(cell) for cell in cells] for _, cells in records[1:]]
     places = [f"{path} row {number}" for number, _ in records[1:]]
     return pd.DataFrame(rows, columns=header, index=places, dtype=str)
-
-
-def _plain(cell: str) -> str:
-    return unicodedata.normalize("NFC", cell.strip())  # as ids of cohorts are
 
 
 def _has(table: pd.DataFrame, columns: Sequence[str]) -> bool:

@@ -1,6 +1,5 @@
 """A folder of bags of features -> which files are whose, by the layouts of other tools."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lymphfeat.cohort.csv_rows import name_some
+from lymphfeat.cohort.csv_rows import name_some, normal_id
 from lymphfeat.errors import StoreError
 from lymphfeat.features.exchange.arrays import META_SUFFIX, READERS, read_patients
 
@@ -71,13 +70,9 @@ def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _id_of(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # as the ids of a table
-
-
 def _of_torchmil(root: Path) -> dict[str, BagFiles]:
     return {
-        _id_of(path.stem): BagFiles(files=(path,), label=_label(root / "labels" / path.name))
+        normal_id(path.stem): BagFiles(files=(path,), label=_label(root / "labels" / path.name))
         for path in sorted(_features_folder(root / "features").glob("*.npy"))
         if path.is_file()
     }
@@ -113,7 +108,7 @@ def _scemila_place(path: Path, root: Path) -> tuple[str, str] | None:
     """Return label and id where a file lies at data/<label>/<id>/*.npy."""
     parts = path.relative_to(root).parts
     if len(parts) == 4 and parts[0] == "data" and path.suffix.lower() == ".npy":
-        return parts[1], _id_of(parts[2])
+        return parts[1], normal_id(parts[2])
     return None
 
 
@@ -135,7 +130,7 @@ def _of_scemila(root: Path, files: Sequence[Path]) -> dict[str, BagFiles]:
 
 def _of_anndata(path: Path) -> dict[str, BagFiles]:
     found = read_patients(path, "patient")
-    return {_id_of(id): BagFiles(files=(path,), rows=rows) for id, rows in found.items()}
+    return {normal_id(id): BagFiles(files=(path,), rows=rows) for id, rows in found.items()}
 
 
 def _of_files(root: Path, files: Sequence[Path]) -> tuple[str, dict[str, BagFiles], list[str]]:
@@ -145,7 +140,7 @@ def _of_files(root: Path, files: Sequence[Path]) -> tuple[str, dict[str, BagFile
     passed: list[str] = []
     ours = [path for path in files if path.suffix.lower() in order]
     for path in sorted(ours, key=lambda path: (order.index(path.suffix.lower()), path)):
-        first = chosen.setdefault(_id_of(path.stem), path)
+        first = chosen.setdefault(normal_id(path.stem), path)
         if first is path:
             continue
         if first.suffix.lower() == path.suffix.lower():
