@@ -43,7 +43,7 @@ INSIDE = {
     "repetition": ("repetition", "runs", "models", "stores", "comparison", "place"),
     "pretraining": (
         *("run", "vicreg", "distillation", "trainer", "teachers"),
-        *("curve", "pairs", "probe"),
+        *("pairs", "probe"),
     ),
     "plots": (
         *("summary", "optimism", "comparison", "reproduction", "pretraining", "learning_curves"),

@@ -1,4 +1,4 @@
-"""Learning curves of an end-to-end training: one row per epoch, as CSV."""
+"""Learning curves of a training through the backbone: one row per epoch, as CSV."""
 
 import csv
 import math
@@ -33,7 +33,7 @@ def unmeasured(prefix: str) -> dict[str, float]:
 def write_curves(rows: Sequence[EpochRow], folder: Path) -> None:
     """Write curves.csv to a folder, creating the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / CURVES[0], partial(_write, rows))
+    replace_file(folder / CURVES[0], partial(write_csv, rows, list(rows[0])))
 
 
 def mean_curves(curves: Sequence[Sequence[EpochRow]]) -> list[EpochRow]:
@@ -51,9 +51,10 @@ def mean_curves(curves: Sequence[Sequence[EpochRow]]) -> list[EpochRow]:
     ]
 
 
-def _write(rows: Sequence[EpochRow], path: Path) -> None:
+def write_csv(rows: Sequence[EpochRow], columns: Sequence[str], path: Path) -> None:
+    """Write some columns as CSV, empty where a row has none or NaN."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
 

@@ -16,9 +16,8 @@ from lymphfeat.cohort.images import decode_crops, find_normalization
 from lymphfeat.cohort.provenance import Provenance
 from lymphfeat.errors import SettingsError
 from lymphfeat.features.backbones import Backbone, LoadedWeights, build_backbone, write_weights
-from lymphfeat.finetuning.curves import EpochRow
+from lymphfeat.finetuning.curves import EpochRow, write_csv
 from lymphfeat.plots.pretraining import draw_curve
-from lymphfeat.pretraining.curve import write_curve
 from lymphfeat.pretraining.distillation import Distiller
 from lymphfeat.pretraining.probe import nearest_neighbour_share, pooled_features, probe_rows
 from lymphfeat.pretraining.teachers import Lessons, Teacher, teach
@@ -38,6 +37,7 @@ from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import PretrainSettings
 
 _LEAST_IMAGES = 8
+_COLUMNS = ("epoch", "loss", "class_loss", "class_accuracy", "probe")  # epoch 0 has no losses
 _LESSONS_FILE = "lessons.pt"  # beside the checkpoint
 _TIMED_STEPS = 8  # to estimate how many fit in the minutes; no checkpoint before
 
@@ -100,7 +100,7 @@ def pretrain(
         curve = _train(trainer, _Probe(fields, groups, settings), checkpoint, progress)
         facts = _facts(cells, recipe | {"steps": trainer.step}, provenance)
         sha256 = write_weights(backbone, folder / out.name, facts)
-        write_curve(curve, folder / csv)
+        write_csv(curve, _COLUMNS, folder / csv)
         draw_curve(curve, folder / png, cells.grouping)
     files = tuple(out.with_name(name) for name in (out.name, csv, png))
     return Pretrained(weights=out, sha256=sha256, curve=tuple(curve), files=files)
