@@ -114,7 +114,7 @@ def test_labels_come_from_the_layout_where_there_is_no_table(tmp_path: Path) -> 
         "P2": 1,
         "P10": 0,
     }
-    with pytest.raises(SettingsError, match="those of the labels AML, healthy that count as 1"):
+    with pytest.raises(SettingsError, match="count as tumoral, out of AML, healthy"):
         import_bags(scemila, tmp_path / "b.h5")
     store = import_bags(scemila, tmp_path / "b.h5", tumoral=["AML"])
     assert store.table["label"].to_dict() == {"P1": 0, "P2": 1, "P10": 0}
