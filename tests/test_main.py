@@ -126,16 +126,6 @@ def test_every_command_is_documented(name: str) -> None:
     assert run(name, "--help").exit_code == 0
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_examples_use_options_that_are_there(name: str) -> None:
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    flags = {flag for parameter in command.params for flag in parameter.opts}
-    for line in (command.epilog or "").splitlines():
-        if f"lymphfeat {name}" in line:
-            assert {word for word in line.split() if word.startswith("-")} <= flags, line
-
-
 def test_version() -> None:
     assert run("--version").stdout == f"lymphfeat, version {lymphfeat.__version__}\n"
 

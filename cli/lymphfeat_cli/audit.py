@@ -27,8 +27,10 @@ LISTED = 12  # entries shown of each kind; --json and --out list all
 
 @click.command(
     "audit",
-    epilog="Example: lymphfeat audit --cohort data/lymphocytosis --out audit.json. "
-    "Exit status: 0 with or without findings, 2 if the cohort cannot be read.",
+    epilog="""\b
+Example:
+  lymphfeat audit --cohort data/lymphocytosis --out audit.json
+Exit status: 0 with or without findings, 2 if the cohort cannot be read.""",
 )
 @cohort_options
 @click.option(

@@ -66,7 +66,7 @@ Examples:
   lymphfeat fit-head --agg mean+std --groups laboratory
   lymphfeat fit-head --store a.h5 --store b.h5 --agg mean+std --agg quantiles@1+mean@2
   lymphfeat fit-head --agg topk --agg bnsigmoid --k-agg 1,5,10,20 --lr 1e-3,1e-2
-  lymphfeat fit-head --agg topk --k-train 1,5 --k-percent 5,10,20 --unit image,pixel
+  lymphfeat fit-head --agg topk --k-agg 5,10 --k-percent 5,10 --unit image,pixel
   torchrun --nproc-per-node 2 -m lymphfeat_cli fit-head --agg all
 Options with several values form a grid: each combination is one head; all are fitted together.
 Run the same command again to resume an interrupted one: finished heads are kept.""",
