@@ -1,18 +1,21 @@
 """Heads of the family `distribution` in the engine: together as alone, views, precision, shares."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
 from lymphfeat.heads.engine import instances
 from lymphfeat.heads.engine.engine import fit_stacked
-from lymphfeat.heads.engine.instances import Features
-from lymphfeat.heads.engine.results import Fit, FittedHeads
+from lymphfeat.heads.engine.exact import ExactHeadTrainer
+from lymphfeat.heads.engine.instances import Features, Instances
+from lymphfeat.heads.engine.results import Curve, Fit, FittedHeads
 from lymphfeat.heads.engine.sampling import Sampling
 from lymphfeat.heads.exact_head import ExactHead
 from lymphfeat.heads.grid import head_name, resolve
@@ -137,10 +140,36 @@ def test_shares_and_what_belongs_to_no_image_add_up_to_the_logit(
     np.testing.assert_allclose(bags.mean(scores[:, None])[:, 0], shares)
 
 
-def test_every_epoch_is_the_same() -> None:
-    fitted = fit(make_features(), [head_of("std")], epochs=3)
-    np.testing.assert_array_equal(fitted.curves[:, 0], fitted.curves[:, 2])
-    np.testing.assert_array_equal(fitted.losses[:, 0], fitted.losses[:, 2])
+@pytest.mark.parametrize("curve", get_args(Curve))
+def test_every_epoch_is_the_same(curve: Curve) -> None:
+    features = make_features()
+    head, sampling = head_of("std"), Sampling(batch_size=4, views=VIEWS)
+    fits = [Fit(head=head, split=split, curve=curve) for split in SPLITS]
+    once = fit_stacked(features, fits, epochs=1, sampling=sampling, tta=True)
+    often = fit_stacked(features, fits, epochs=3, sampling=sampling, tta=True)
+    np.testing.assert_array_equal(often.losses, once.losses.repeat(3, 1))
+    np.testing.assert_array_equal(often.curves[:, -1], once.curves[:, -1])
+    before = np.full((len(SPLITS), 1, PATIENTS), np.nan, np.float32)
+    for number, split in enumerate(SPLITS):
+        shown = {"nobody": (), "held-out": split.validation, "everyone": IDS}[curve]
+        rows = features.rows_of(shown)
+        before[number, 0, rows] = once.curves[number, -1, rows]
+    np.testing.assert_array_equal(often.curves[:, :-1], before.repeat(2, 1))
+
+
+def test_views_are_scored_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+    score = ExactHeadTrainer._score
+
+    def counting(
+        self: ExactHeadTrainer, sets: Sequence[Instances], wanted: Sequence[int], view: int
+    ) -> Tensor:
+        scored.append(view)
+        return score(self, sets, wanted, view)
+
+    monkeypatch.setattr(ExactHeadTrainer, "_score", counting)
+    fit(make_features(), [head_of("std")], epochs=5, tta=True)
+    assert scored == list(range(1, VIEWS))  # the identity is known from the solution
 
 
 def test_tta_is_the_mean_over_the_views() -> None:
