@@ -239,7 +239,7 @@ class _Fitting:
         own = self.features.for_split(split)
         fitted = fit_stacked(
             own,
-            [Fit(head=head, split=split) for head in self.row.heads],
+            [Fit(head=head, split=split, curve="nobody") for head in self.row.heads],
             epochs=self.settings.epochs,
             sampling=Sampling(
                 batch_size=self.settings.batch_size,

@@ -518,6 +518,22 @@ def test_heads_without_curve_are_evaluated_after_the_last_epoch_only(features: F
     assert np.isfinite(curves[:, 1]).all()
 
 
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(batch_size=BATCH, images_per_patient=2)])
+def test_heads_without_curve_learn_the_same(features: Features, sampling: Sampling) -> None:
+    networks = [resolve(HeadSettings(agg=agg, width=4)) for agg in ("attention", "lstm")]
+    fits = [Fit(head=head, split=split) for head in (*HEADS, *networks) for split in _splits(2)]
+    everyone, nobody = (
+        fit_stacked(
+            features, [replace(fit, curve=curve) for fit in fits], epochs=3, sampling=sampling
+        )
+        for curve in ("everyone", "nobody")
+    )
+    np.testing.assert_array_equal(nobody.curves[:, -1], everyone.curves[:, -1])
+    for position in range(len(fits)):
+        for name, values in everyone.tensors(position).items():
+            np.testing.assert_array_equal(nobody.tensors(position)[name], values)
+
+
 @pytest.mark.parametrize("large", [1, 8, 256])
 def test_curves_of_those_held_out_are_those_of_everyone(
     viewed: NDArray[np.float16], monkeypatch: pytest.MonkeyPatch, large: int
