@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy.special import expit
 
 from tests.goldens import BACKBONE, DATA, MACHINE, VERSIONS, run, write_goldens
 
@@ -42,6 +43,8 @@ def test_models_predict_the_same(version: str, name: str, tmp_path: Path) -> Non
     run("predict", "--model", str(model), "--cohort", str(cohort), *files, *MACHINE)
     for golden, written in out.items():
         expected, found = pd.read_csv(model / golden), pd.read_csv(written)
+        if "logit" in expected:  # v0.1.0 wrote the mean of the members' probabilities
+            expected["probability"] = expit(expected["logit"])
         # All but what only a training knows: which patients it measures, and out of fold.
         other = ("split", "out_of_fold")
         columns = [name for name in map(str, expected) if not name.startswith(other)]

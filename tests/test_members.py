@@ -148,6 +148,23 @@ def test_members_are_explained_together(trained: Path, cohort: Cohort) -> None:
     expected = model.predict(cohort, ON_CPU).patients["probability"]
     found = explain(model, cohort, ExplainSettings(device="cpu"))
     np.testing.assert_allclose(found.patients["probability"], expected, atol=1e-5)
+    images = model.predict(cohort, replace(ON_CPU, tta=False)).images
+    for name in ("logit", "probability", "weight", "contribution"):
+        np.testing.assert_allclose(images[name], found.images[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_images_probability_is_the_logistic_of_the_members_mean(
+    trained: Path, cohort: Cohort
+) -> None:
+    ensemble = Ensemble.load(trained)
+    each = ensemble.predict_each(cohort, ON_CPU)
+    for place, member in enumerate(each):  # as members do that have learnt more than these
+        apart = member.images["logit"] * 30 + 3 * place
+        images = member.images.assign(logit=apart, probability=expit(apart))
+        each[place] = replace(member, images=images)
+    found = ensemble.average(each).images
+    np.testing.assert_allclose(found["logit"], np.mean([m.images["logit"] for m in each], axis=0))
+    np.testing.assert_allclose(found["probability"], expit(found["logit"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.provenance import PatientKey
@@ -131,8 +132,9 @@ class Ensemble:
             seen=_most_seen([member.patients["seen"] for member in members]),
         )
         images = members[0].images.copy()
-        for name in ("logit", "probability", "weight", "contribution"):
+        for name in ("logit", "weight", "contribution"):
             images[name] = np.mean([member.images[name] for member in members], axis=0)
+        images["probability"] = expit(images["logit"])
         return Predictions(patients=patients, images=images)
 
     def together(self, probabilities: Floats) -> tuple[Floats, Floats]:
