@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import NORMALIZATIONS, decode_crop
-from lymphfeat.errors import CohortError, ModelError, SettingsError
+from lymphfeat.errors import CohortError, ModelError, OutputError, SettingsError
 from lymphfeat.features.backbones import build_backbone, stages
 from lymphfeat.features.views import normalize
 from lymphfeat.finetuning import pixels as pixels_module
@@ -599,5 +599,5 @@ def test_crops_that_memory_has_no_room_for_are_mapped(
 
 def test_no_room_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels_module, "available_memory", lambda device: 0)
-    with pytest.raises(SettingsError, match="fit neither in memory nor in the temporary folder"):
+    with pytest.raises(OutputError, match="fit neither in memory nor in the temporary folder"):
         pixels_module._make_room((2**40, 3, 112, 112))

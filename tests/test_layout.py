@@ -127,7 +127,7 @@ INSIDE = {
     "runtime": (
         *("checkpoint", "differences", "circumstances", "identity", "devices", "processes"),
         *("files", "disks", "strict_json", "progress", "saved_tensors", "arrays", "versions"),
-        *("part_reader", "threads"),
+        *("part_reader", "threads", "mapped_arrays"),
     ),
 }
 # Readers of stores and cohorts need no torch; nor may what they import.

@@ -50,7 +50,7 @@ for name in names:
 
 from lymphfeat.runtime import devices
 from lymphfeat.finetuning import pixels
-from lymphfeat.errors import SettingsError
+from lymphfeat.errors import OutputError
 
 device = torch.device("cpu")
 assert devices.available_memory(device) > 0
@@ -64,7 +64,7 @@ assert isinstance(mapped, numpy.memmap) and mapped.shape == (4, 3, 8, 8)
 mapped[:] = 7
 try:
     pixels._make_room((2**40, 3, 112, 112))
-except SettingsError as error:
+except OutputError as error:
     assert "fit neither in memory nor in the temporary folder" in str(error)
 else:
     raise AssertionError("an exabyte")

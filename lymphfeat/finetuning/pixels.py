@@ -3,11 +3,7 @@
 Crops that do not fit in memory are mapped from an unnamed file in the temporary folder ($TMPDIR).
 """
 
-import errno
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,10 +16,10 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.image_checks import check_images
 from lymphfeat.cohort.images import Normalization, decode_crops, find_normalization
 from lymphfeat.cohort.stains import stain_normaliser
-from lymphfeat.errors import SettingsError
 from lymphfeat.features.views import normalize
 from lymphfeat.finetuning.augmentation import Views, unaltered
 from lymphfeat.runtime.devices import available_memory, to_device
+from lymphfeat.runtime.mapped_arrays import map_array
 from lymphfeat.runtime.processes import share
 from lymphfeat.runtime.progress import Progress, silent
 from lymphfeat.settings import BackboneSettings
@@ -182,24 +178,9 @@ def as_they_are(rows: Tensor) -> ImageBatch:
 
 
 def _make_room(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return an array in memory, or mapped from an unnamed file if it does not fit."""
-    size = math.prod(shape)
-    if size <= _HOST_SHARE * available_memory(torch.device("cpu")):
+    """Return an array in memory, or mapped from a file if it does not fit."""
+    if math.prod(shape) <= _HOST_SHARE * available_memory(torch.device("cpu")):
         return np.empty(shape, np.uint8)
-    try:
-        with tempfile.TemporaryFile() as file:  # the map keeps it open
-            _reserve(file.fileno(), size)
-            return np.memmap(file, np.uint8, "w+", shape=shape)
-    except OSError as error:
-        raise SettingsError(
-            f"the crops of {shape[0]} images fit neither in memory nor in the temporary folder "
-            f"({error}); set TMPDIR to a folder with more room, or choose a smaller --crop."
-        ) from None
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Fail now if a temporary file does not fit on the disk: a write to the map would crash."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    elif shutil.disk_usage(tempfile.gettempdir()).free < size:  # macOS, Windows
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return map_array(
+        shape, np.uint8, f"the crops of {shape[0]:,} images", "choose a smaller --crop"
+    )

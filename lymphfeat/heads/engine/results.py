@@ -1,6 +1,5 @@
 """Fits and their results."""
 
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 from lymphfeat.cohort.splits import Split
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.registry import LinearAggregator, aggregator_of
+from lymphfeat.runtime.mapped_arrays import map_array
 from lymphfeat.settings import HeadSettings
 
 EXTRAS = ("gamma", "beta", "running_mean", "running_var")  # of bnsigmoid, besides the scorer
@@ -91,16 +91,17 @@ class FittedHeads:
         return whole
 
     def take(self, positions: Sequence[int]) -> "FittedHeads":
-        """Return some of the fits."""
+        """Return some of the fits; neighbours share their arrays with these."""
         index = list(positions)
+        where = _where(index)
         return FittedHeads(
             fits=tuple(self.fits[i] for i in index),
-            curves=self.curves[index],
-            losses=self.losses[index],
-            weight=self.weight[index],
-            bias=self.bias[index],
-            extras={name: values[index] for name, values in self.extras.items()},
-            rounding=self.rounding[index],
+            curves=self.curves[where],
+            losses=self.losses[where],
+            weight=self.weight[where],
+            bias=self.bias[where],
+            extras={name: values[where] for name, values in self.extras.items()},
+            rounding=self.rounding[where],
             modules={
                 new: self.modules[old] for new, old in enumerate(index) if old in self.modules
             },
@@ -150,12 +151,19 @@ class FittedHeads:
         self.modules.update({index[i]: module for i, module in part.modules.items()})
 
 
+def _where(index: list[int]) -> slice | list[int]:
+    """Return what takes rows: of neighbours a slice, by which large curves stay in their file."""
+    if index and index == list(range(index[0], index[0] + len(index))):
+        return slice(index[0], index[0] + len(index))
+    return index
+
+
 def _nan(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return an array of NaN; a large one is mapped from a file, so it need not fit in memory."""
     if np.prod(shape, dtype=np.int64) * 4 < _LARGE:
         return np.full(shape, np.nan, np.float32)
-    with tempfile.TemporaryFile() as file:  # lives as long as it is mapped
-        array: NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=shape)
+    what = f"the learning curves of {shape[0]:,} fits"
+    array = map_array(shape, np.float32, what, "fit fewer heads, seeds or epochs at a time")
     array[:] = np.nan
     return array
 
