@@ -103,7 +103,7 @@ def finalize(
             sources=sources,
             members=fitting.fold_members() if members else (fitting.everybody(),),
             attributes=fitting.recipe,
-            facts=_facts(fitting, opened, sources),
+            facts=_facts(fitting, opened),
             figures=recorded.figures(chosen),
             held_out=fitting.held_out(by_member=members),
             familiarity=_familiarity(opened),
@@ -367,9 +367,7 @@ def _familiarity(stores: Sequence[FeatureStore]) -> Familiarity:
     )
 
 
-def _facts(
-    fitting: _Fitting, stores: Sequence[FeatureStore], sources: Sequence[Source]
-) -> TrainingFacts:
+def _facts(fitting: _Fitting, stores: Sequence[FeatureStore]) -> TrainingFacts:
     labelled = np.flatnonzero(fitting.labels >= 0)
     provenance = RunProvenance.of(stores)
     ids = fitting.outcome.patients.ids[labelled].tolist()

@@ -20,6 +20,7 @@ from lymphfeat.explanation.explanation import ROLES, Explanation
 from lymphfeat.explanation.scores import ranks
 from lymphfeat.explanation.text import (
     DIFFERING,
+    DISCLAIMER,
     FOUND,
     FOUND_BY_HEAD,
     about,
@@ -71,6 +72,7 @@ def _render(
     return template.render(
         title=data["title"],
         summary=summary(explanation),
+        disclaimer=DISCLAIMER,
         notices=told_notices(explanation, thumbnails),
         about=about(explanation),
         extremes=explanation.wording.extremes,

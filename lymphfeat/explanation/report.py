@@ -26,6 +26,7 @@ from lymphfeat.explanation.figures import (
 from lymphfeat.explanation.page import render_page
 from lymphfeat.explanation.scores import score_image
 from lymphfeat.explanation.subjects import subject_of
+from lymphfeat.explanation.text import NOT_A_DEVICE
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import AnyModel
@@ -172,7 +173,6 @@ def write_cell(
     logit = float(grid.mean())
     probability = float(expit(logit))
     pixels = decode_crop(image, subject.crop).pixels.transpose(1, 2, 0)
-    title = f"{image.name}: score {probability:.3f}. Research software, not a medical device."
-    figure = draw_cell(pixels, grid, title)
+    figure = draw_cell(pixels, grid, f"{image.name}: score {probability:.3f}. {NOT_A_DEVICE}")
     replace_file(out, lambda path: figure.savefig(path, format=out.suffix[1:], dpi=130))
     return Cell(logit=logit, probability=probability, grid=grid)

@@ -32,7 +32,8 @@ DIFFERING = (
     "features, each weighed by how strongly the head reads the spread of that feature."
 )
 _HARDLY = 0.005  # parts of a logit that would be shown as 0
-DISCLAIMER = "Research software, not a medical device. Do not use it to diagnose."
+NOT_A_DEVICE = "Research software, not a medical device."
+DISCLAIMER = f"{NOT_A_DEVICE} Do not use it to diagnose."
 
 
 def summary(explanation: Explanation) -> str:

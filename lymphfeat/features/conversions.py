@@ -23,7 +23,6 @@ State = dict[str, Tensor]
 class Conversion:
     """How one maker's keys become timm's, or nearer to them."""
 
-    maker: str
     knows: Callable[[State], bool]
     convert: Callable[[State, nn.Module], State]
 
@@ -127,7 +126,7 @@ def _as_timm_does(state: State, model: nn.Module) -> State:
 
 
 CONVERSIONS = (
-    Conversion("DinoBloom, DINO and iBOT teachers, DataParallel", _is_wrapped, _unwrap),
-    Conversion("DINOv2 trained with blocks in chunks", _is_chunked, _join_chunks),
-    Conversion("EfficientNet-Lite of TensorFlow", _is_efficientnet_port, _from_efficientnet_port),
+    Conversion(_is_wrapped, _unwrap),
+    Conversion(_is_chunked, _join_chunks),
+    Conversion(_is_efficientnet_port, _from_efficientnet_port),
 )

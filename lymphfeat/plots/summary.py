@@ -63,9 +63,7 @@ def _colors(summary: pd.DataFrame) -> dict[str, Color]:
 def _draw_intervals(axes: Axes, summary: pd.DataFrame, colors: dict[str, Color]) -> None:
     rows = summary.iloc[::-1].to_dict("records")
     for y, row in enumerate(rows):
-        marker = {"baseline": "s", "fusion": "D", "selected": "^", "average": "v"}.get(
-            row["kind"], "o"
-        )
+        marker = _MARKERS[row["kind"]]
         color = (
             "black" if row["kind"] in ("baseline", "selected", "average") else colors[row["head"]]
         )

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 Float = NDArray[np.float32]
-Densities = NDArray[np.float32]  # (3,): optical density of red, green, blue
 
 FRAME = 224  # px, the challenge's images
 _CELL_PATCH = 112  # px, the frame's middle, which holds the whole lymphocyte

@@ -254,11 +254,6 @@ class Features:
         return int(self._averages.shape[2])
 
     @property
-    def bags(self) -> Bags:
-        """The patients, as bags of images."""
-        return self.of_unit("image").bags
-
-    @property
     def images(self) -> Tensor:
         """(N, C) the average-pooled maps of the identity view, in memory."""
         return self._images.span(0, len(self._averages), 0)
