@@ -30,6 +30,7 @@ from lymphfeat.heads.aggregators.weighted import (
 )
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.grid import expand, head_name, resolve
+from lymphfeat.heads.head import ReadOut
 from lymphfeat.heads.registry import AGGREGATORS, LinearAggregator, WeightedAggregator
 from lymphfeat.heads.stack import HeadStack
 from lymphfeat.settings import HeadGrid, HeadSettings, Reduction
@@ -55,6 +56,11 @@ def state_of(heads: int = 2, temperature: float = 1.0, **more: Any) -> Aggregato
     """Return a fresh state, with other tensors or in training."""
     settings = [HeadSettings(temperature=temperature)] * heads
     return replace(AggregatorState.fresh(settings, torch.device("cpu")), **more)
+
+
+def read_out(head: HeadStack, logits: Tensor, bags: Bags) -> ReadOut:
+    """Read out instances (M, 1), each an image of its own."""
+    return head.read_out(logits[:, None], bags)
 
 
 def column(bags: list[list[float]], head: int) -> list[list[float]]:
@@ -214,8 +220,8 @@ def test_bnsigmoid_stops_gradients_through_the_weights_but_trains_gamma_and_beta
 def test_bnsigmoid_survives_logits_whose_weights_underflow() -> None:
     logits, ragged = stack([[-1e4, -1e4, -1e4 + 50.0], [5.0]], heads=1)
     head = HeadStack([resolve(HeadSettings(agg="bnsigmoid"))], torch.zeros(1, 1), torch.zeros(1))
-    weights = head.eval().instance_weights(logits, ragged)
-    torch.testing.assert_close(weights[:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    weights = read_out(head, logits, ragged).weight
+    torch.testing.assert_close(weights, torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 
 @pytest.mark.parametrize("agg", LINEAR)
@@ -229,12 +235,12 @@ def test_probabilities_are_those_of_the_read_out(agg: str) -> None:
 
 @given(BAGS)
 def test_weights_of_every_bag_add_up_to_one(bags: list[list[float]]) -> None:
-    logits, ragged = stack(bags)
+    logits, ragged = stack(bags, heads=1)
     for name in LINEAR:
-        head = _make_stack(name)
-        total = ragged.sum(head.instance_weights(logits[:, :1], ragged))
+        weights = read_out(_make_stack(name), logits, ragged).weight
+        total = ragged.sum(weights[:, None])
         torch.testing.assert_close(total, torch.ones_like(total), msg=name)
-        assert (head.instance_weights(logits[:, :1], ragged) >= 0).all()
+        assert (weights >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -245,12 +251,11 @@ def test_weighted_probabilities_are_the_patient_s(agg: str, reduce: Reduction) -
     logits, ragged = stack([[0.5, 2.0, 2.0, -1.0], [3.0], [-2.0, -4.0]], heads=1)
     settings = resolve(HeadSettings(agg=agg, k_agg=3, reduce=reduce))
     head = HeadStack([settings], torch.zeros(1, 4), torch.zeros(1))
-    weights = head.instance_weights(logits, ragged)  # (M, 1)
-    torch.testing.assert_close(
-        ragged.sum(weights * logits.sigmoid()), head.probability(logits, ragged)
-    )
+    read = read_out(head, logits, ragged)
+    total = ragged.sum(read.weight[:, None] * logits.sigmoid())[:, 0]
+    torch.testing.assert_close(total, read.probability)
     if reduce == "max":
-        assert weights[:, 0].tolist() == [0, 1, 0, 0, 1, 1, 0]
+        assert read.weight.tolist() == [0, 1, 0, 0, 1, 1, 0]
 
 
 @given(BAGS, st.integers(0, 1000))
@@ -263,8 +268,8 @@ def test_order_of_instances_and_of_patients_says_nothing(
     shuffled = [rng.permutation(bags[b]).tolist() for b in order]
     for name in LINEAR:
         head = _make_stack(name)
-        one = head.probability(*stack(bags, heads=1))
-        other = head.probability(*stack(shuffled, heads=1))
+        one = read_out(head, *stack(bags, heads=1)).probability
+        other = read_out(head, *stack(shuffled, heads=1)).probability
         torch.testing.assert_close(one[order], other, msg=name)
 
 
@@ -273,9 +278,9 @@ def test_order_of_instances_and_of_patients_says_nothing(
 def test_a_patient_scores_the_same_alone(bags: list[list[float]]) -> None:
     for name in LINEAR:
         head = _make_stack(name)
-        together = head.probability(*stack(bags, heads=1))
-        alone = torch.cat([head.probability(*stack([bag], heads=1)) for bag in bags])
-        torch.testing.assert_close(together, alone, msg=name)
+        together = read_out(head, *stack(bags, heads=1)).probability
+        alone = [read_out(head, *stack([bag], heads=1)).probability for bag in bags]
+        torch.testing.assert_close(together, torch.cat(alone), msg=name)
 
 
 def test_lse_runs_from_mean_to_max() -> None:
@@ -291,7 +296,8 @@ def test_lse_weights_are_the_softmax() -> None:
     ragged = Bags.of([3, 2])
     settings = resolve(HeadSettings(agg="lse", temperature=0.7))
     head = HeadStack([settings], torch.zeros(1, 1), torch.zeros(1))
-    torch.testing.assert_close(head.instance_weights(logits, ragged), ragged.softmax(0.7 * logits))
+    weights = read_out(head, logits, ragged).weight
+    torch.testing.assert_close(weights, ragged.softmax(0.7 * logits)[:, 0])
 
 
 def test_mean_over_pixels_is_mean_over_images() -> None:
@@ -301,8 +307,8 @@ def test_mean_over_pixels_is_mean_over_images() -> None:
         [resolve(HeadSettings(agg="mean"))], torch.randn(1, 5, generator=generator), torch.ones(1)
     )
     images = Bags.of([2, 4, 1])
-    by_pixel = head.probability(head.logits(maps.flatten(2).mT.reshape(-1, 5)), images.times(6))
-    by_image = head.probability(head.logits(maps.mean((2, 3))), images)
+    by_pixel = head.patient_probability(head.keep(maps.flatten(2).mT), images)
+    by_image = head.patient_probability(head.keep(maps.mean((2, 3))[:, None]), images)
     torch.testing.assert_close(by_pixel, by_image)
 
 

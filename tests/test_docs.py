@@ -110,5 +110,5 @@ def test_an_aggregator_can_be_added_as_shown(monkeypatch: pytest.MonkeyPatch) ->
         fitted.curves[0, -1], 1 / (1 + np.exp(-np.array(medians))), rtol=1e-4
     )
     stack = HeadStack([head], torch.zeros(1, 4), torch.zeros(1))
-    weights = stack.instance_weights(torch.tensor([[3.0], [1.0], [2.0], [5.0]]), Bags.of([3, 1]))
-    assert weights[:, 0].tolist() == [0, 0, 1, 1]
+    kept = torch.tensor([3.0, 1.0, 2.0, 5.0])[:, None, None]  # (N, U, 1)
+    assert stack.read_out(kept, Bags.of([3, 1])).weight.tolist() == [0, 0, 1, 1]

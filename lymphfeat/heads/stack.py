@@ -89,14 +89,6 @@ class HeadStack(Head):
             contribution=(weight * values).view(kept.shape).sum((1, 2)),
         )
 
-    def instance_weights(self, logits: Tensor, bags: Bags) -> Tensor:
-        """Return the weight of each instance for its patient: (M, H), adding up to 1 per bag."""
-        return self.aggregator.weights(self.settings[0], self.state, logits, bags)
-
-    def probability(self, logits: Tensor, bags: Bags) -> Tensor:
-        """Return patient probabilities (B, H) from instance logits (M, H)."""
-        return self.aggregator.probability(self.settings[0], self.state, logits, bags)
-
 
 class NetworkHead(Head):
     """A network on raw pooled images, which it standardises as in training."""
