@@ -26,6 +26,7 @@ from lymphfeat.heads.aggregators.ranking import Ranking, effective_k
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
 from lymphfeat.heads.engine.exact import Mixture, solve_head
+from lymphfeat.heads.engine.sampling import draw_images
 from lymphfeat.heads.head import Head
 from lymphfeat.heads.stack import NetworkHead
 from lymphfeat.runtime import processes
@@ -97,15 +98,13 @@ class FineTuner:
 
     def draw(self, patients: Tensor) -> Bag:
         """Return the images of patients (b,), or a new draw of `images_per_patient` of each."""
-        rows = [self._draw_one(patient) for patient in patients.tolist()]
-        return Bag(rows=torch.cat(rows), sizes=torch.tensor([len(part) for part in rows]))
-
-    def _draw_one(self, patient: int) -> Tensor:
-        start, size = int(self.roster.starts[patient]), int(self.roster.sizes[patient])
         most = self.settings.images_per_patient
-        if most is None or size <= most:
-            return torch.arange(start, start + size)
-        return start + torch.randperm(size, generator=self.generator)[:most].sort().values
+        starts, sizes = self.roster.starts[patients].tolist(), self.roster.sizes[patients].tolist()
+        rows = [
+            draw_images(start, size, most, self.generator)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        return Bag(rows=torch.cat(rows), sizes=torch.tensor([len(part) for part in rows]))
 
     def views(self, n: int) -> Views:
         """Draw the views of n images."""

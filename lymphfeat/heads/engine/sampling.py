@@ -74,9 +74,7 @@ class Sampler:
         """Draw `images_per_patient` of a patient's images; their rows (n,), in order."""
         first, last = int(self._first[patient]), int(self._last[patient])
         most = self._sampling.images_per_patient
-        if most is None or last - first <= most:
-            return torch.arange(first, last)
-        return first + self.shuffled(last - first)[:most].sort().values
+        return draw_images(first, last - first, most, self._generator)
 
     def views(self, shape: Sequence[int]) -> Tensor | None:
         """Draw a view for each image; None where there is only one view."""
@@ -87,6 +85,13 @@ class Sampler:
     def shuffled(self, n: int) -> Tensor:
         """Draw an order of n things."""
         return torch.randperm(n, generator=self._generator)
+
+
+def draw_images(first: int, size: int, most: int | None, generator: torch.Generator) -> Tensor:
+    """Draw at most that many (None: all) of a patient's images; their rows (n,), in order."""
+    if most is None or size <= most:
+        return torch.arange(first, first + size)
+    return first + torch.randperm(size, generator=generator)[:most].sort().values
 
 
 def batched(rows: Tensor, batch_size: int, padding: int) -> Tensor:
