@@ -169,13 +169,13 @@ class _Finishing:
 
     def note(self, positions: Sequence[int], fitted: FittedHeads, seconds: float | None) -> None:
         """Note that some of the fits are finished; those of other sets of features are not here."""
-        here = Counter(fit.head for fit in fitted.fits)
         for head, n in Counter(fitted.fits[position].head for position in positions).items():
             self._left[head] -= n
             if seconds is not None:
                 own = seconds * n / len(positions)
                 self._seconds[head] = self._seconds.get(head, 0.0) + own
-            if not self._left[head] and here[head] == self._of_each:
+            here = len(fitted.positions[head_name(head)])
+            if not self._left[head] and here == self._of_each:
                 self._finish(head, fitted)
 
     def all_of(self, fitted: FittedHeads) -> tuple[list[Scores], list[Measured]]:
@@ -359,7 +359,7 @@ def _head_scores(
 
     Best is the lowest log loss of out-of-fold probabilities.
     """
-    position = _positions(fitted, head_name(head))
+    position = fitted.positions[head_name(head)]
     outer, inner, seen = patients.empty(), patients.empty(), patients.empty()
     chosen = []
     n_epochs = fitted.curves.shape[1]
@@ -407,16 +407,11 @@ def _curves(
     """Return what `Outcome.curves` returns; `fitted` are the fits on measured splits."""
     if scores.kind != "head":
         return [scores.outer[place, rows][None] for place, rows in enumerate(patients.validation)]
-    position = _positions(fitted, scores.name)
+    position = fitted.positions[scores.name]
     return [
         fitted.curves[position[split.id], every - 1 :: every][:, rows].astype(np.float64)
         for split, rows in zip(patients.plan.outer, patients.validation, strict=True)
     ]
-
-
-def _positions(fitted: FittedHeads, name: str) -> dict[str, int]:
-    """Return the positions of a head's fits by their split's id."""
-    return {fit.split.id: i for i, fit in enumerate(fitted.fits) if head_name(fit.head) == name}
 
 
 def _epochs(patients: PlannedPatients, fitted: FittedHeads) -> pd.DataFrame:

@@ -1,8 +1,10 @@
 """Fits and their results."""
 
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from lymphfeat.cohort.splits import Split
 from lymphfeat.heads.bags import Bags
+from lymphfeat.heads.grid import head_name
 from lymphfeat.heads.registry import LinearAggregator, aggregator_of
 from lymphfeat.runtime.mapped_arrays import map_array
 from lymphfeat.settings import HeadSettings
@@ -60,6 +63,14 @@ class FittedHeads:
     # (fits,) how far any patient's last probability is from the same weights' in float32
     rounding: NDArray[np.float32]
     modules: dict[int, FittedModule] = field(default_factory=dict)  # by position
+
+    @cached_property
+    def positions(self) -> Mapping[str, Mapping[str, int]]:
+        """The fits of every head, by its name, and by their splits' ids."""
+        found: dict[str, dict[str, int]] = defaultdict(dict)
+        for i, fit in enumerate(self.fits):
+            found[head_name(fit.head)][fit.split.id] = i
+        return dict(found)
 
     @classmethod
     def empty(
