@@ -17,6 +17,7 @@ from lymphfeat.features.backbones import build_backbone, read_facts, write_weigh
 from lymphfeat.pretraining.pairs import PairSampler
 from lymphfeat.pretraining.probe import nearest_neighbour_share
 from lymphfeat.pretraining.run import Pretrained, pretrain
+from lymphfeat.pretraining.vicreg import PairTrainer
 from lymphfeat.settings import PretrainSettings
 from tests.folders import contents
 from tests.tiny import PRETRAINING
@@ -149,6 +150,24 @@ def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
     longer = pretrain(cells, tmp_path / "b.safetensors", replace(PRETRAINING, minutes=0.03))
     assert longer.curve[-1]["epoch"] > 1
     assert time.perf_counter() - begin > 0.5  # a bound that no slow machine can break
+
+
+@pytest.mark.parametrize("small_views", [0.0, 0.6, 1.0])
+def test_the_minutes_hold_small_views_and_whole_ones(small_views: float) -> None:
+    settings = replace(PRETRAINING, minutes=100, small_views=small_views, batch_size=4)
+    fields = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    backbone, _ = build_backbone(settings.backbone, weights="none", image_size=32)
+    trainer = PairTrainer(
+        *(backbone, fields, torch.zeros(40, dtype=torch.int64), settings),
+        supervised=False,
+        dtype=torch.float32,
+    )
+    trainer.fill_minutes(first := 2.0)  # seconds of a first step
+    small = round(small_views * trainer.total_steps)
+    whole = trainer.total_steps - small
+    seconds = first * (small + whole * (2 if small_views else 1))
+    assert seconds == pytest.approx(100 * 60, rel=0.01)
+    assert trainer.total_steps % 10 == 0  # whole epochs
 
 
 def run_interrupted(cells: Cells, out: Path, settings: PretrainSettings, at: int) -> None:
