@@ -65,9 +65,13 @@ def _of_machine(results: Sequence[Result]) -> str:
 def _describe(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     return (
-        f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, "
-        f"{machine['threads']} threads, {machine['system']}; {versions}."
+        f"{machine['processor']} ({machine['instructions']}), "
+        f"{_count(machine['cores'], 'core')}, {_count(machine['threads'], 'thread')}, {machine['system']}; {versions}."
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _repeats(line: Line) -> str:
