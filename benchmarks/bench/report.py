@@ -65,8 +65,8 @@ def _of_machine(results: Sequence[Result]) -> str:
 def _describe(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     return (
-        f"{machine['processor']} ({machine['instructions']}), "
-        f"{_count(machine['cores'], 'core')}, {_count(machine['threads'], 'thread')}, {machine['system']}; {versions}."
+        f"{machine['processor']} ({machine['instructions']}), {_count(machine['cores'], 'core')}, "
+        f"{_count(machine['threads'], 'thread')}, {machine['system']}; {versions}."
     )
 
 
