@@ -648,7 +648,12 @@ class PretrainSettings(Settings):
         "Initial weights: bloodcells, none (random), imagenet or a .safetensors/.pth file; auto is "
         "bloodcells for resnet18, otherwise none.",
     )
-    epochs: int = _epochs(10)  # an epoch draws as many pairs as there are images
+    epochs: int | None = setting(  # an epoch draws as many pairs as there are images
+        None,
+        "Training epochs.",
+        at_least=1,
+        unset="10, or as many more as 6400 steps take",
+    )
     minutes: float | None = setting(
         None, "Train for about this many minutes instead of --epochs.", above=0
     )

@@ -141,6 +141,16 @@ def test_the_similarity_loss_alone_falls(tmp_path: Path) -> None:
     assert "class_loss" not in trained.curve[-1]
 
 
+def make_trainer(settings: PretrainSettings, cells: int) -> PairTrainer:
+    fields = torch.zeros(cells, 3, 32, 32, dtype=torch.uint8)
+    backbone, _ = build_backbone(settings.backbone, weights="none", image_size=32)
+    return PairTrainer(
+        *(backbone, fields, torch.zeros(cells, dtype=torch.int64), settings),
+        supervised=False,
+        dtype=torch.float32,
+    )
+
+
 @pytest.mark.seconds
 def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
     cells = Cells.find(write_cells(tmp_path / "cells"), "none")
@@ -152,16 +162,16 @@ def test_minutes_become_whole_epochs(tmp_path: Path) -> None:
     assert time.perf_counter() - begin > 0.5  # a bound that no slow machine can break
 
 
+@pytest.mark.parametrize(("cells", "epochs"), [(40, 640), (6400, 10)])  # 10 and 1,600 steps each
+def test_few_cells_are_seen_in_more_epochs(cells: int, epochs: int) -> None:
+    settings = replace(PRETRAINING, epochs=None, batch_size=4)
+    assert make_trainer(settings, cells).total_steps == epochs * (cells // 4)
+
+
 @pytest.mark.parametrize("small_views", [0.0, 0.6, 1.0])
 def test_the_minutes_hold_small_views_and_whole_ones(small_views: float) -> None:
     settings = replace(PRETRAINING, minutes=100, small_views=small_views, batch_size=4)
-    fields = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
-    backbone, _ = build_backbone(settings.backbone, weights="none", image_size=32)
-    trainer = PairTrainer(
-        *(backbone, fields, torch.zeros(40, dtype=torch.int64), settings),
-        supervised=False,
-        dtype=torch.float32,
-    )
+    trainer = make_trainer(settings, 40)
     trainer.fill_minutes(first := 2.0)  # seconds of a first step
     small = round(small_views * trainer.total_steps)
     whole = trainer.total_steps - small

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   lymphfeat pretrain my-cohort --out mine.safetensors
-  lymphfeat pretrain my-cohort --minutes 20 --out mine.safetensors
+  lymphfeat pretrain my-cohort --minutes 120 --out mine.safetensors
   lymphfeat pretrain my-cohort --patient-pairs 0.5 --epochs 40 --out mine.safetensors
   lymphfeat pretrain folder-of-class-folders --init none --out cells.safetensors
   lymphfeat pretrain my-cohort --teachers tf_efficientnet_lite0 --out distilled.safetensors

@@ -15,6 +15,7 @@ from lymphfeat.runtime.devices import autocast
 from lymphfeat.settings import PretrainSettings
 
 _WARMUP_STEPS = 50
+_ENOUGH_STEPS = 6400  # a few hundred gain little (docs/backbones.md)
 _MAX_GRADIENT = 5.0
 _SMALL = 2 / 3  # of the side
 _SMALL_COST = 0.5  # of what a step on whole views takes (measured: .53 in bfloat16, .49 in float32)
@@ -51,7 +52,9 @@ class Trainer(ABC):
         self.batch_size = min(settings.batch_size, len(fields))
         self.steps_per_epoch = max(len(fields) // self.batch_size, 1)
         # With minutes, an unreachable number until `fill_minutes`.
-        epochs = settings.epochs if settings.minutes is None else 10**6
+        epochs = settings.epochs or max(10, math.ceil(_ENOUGH_STEPS / self.steps_per_epoch))
+        if settings.minutes is not None:
+            epochs = 10**6
         self.total_steps = epochs * self.steps_per_epoch
         self.step = 0
 
