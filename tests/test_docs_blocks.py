@@ -36,7 +36,7 @@ RESULTS = {
     "docs/store.md": ["cache/features.h5"],
 }
 SHORTER = {
-    "--minutes 20": "--epochs 1",
+    "--minutes 120": "--epochs 1",
     "--finetune-epochs 20": "--finetune-epochs 1",
     "--seeds 10": "--seeds 2",
 }
