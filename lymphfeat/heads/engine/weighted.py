@@ -269,10 +269,9 @@ class WeightedHeadTrainer(HeadTrainer):
 
     def _totals(self, columns: Numbers, logits: Tensor, bags: Bags) -> Tensor:
         """Return the patients' logits by some heads, sorted: logits (k, m) -> (k, b)."""
-        state = self._state.columns(torch.from_numpy(columns).to(logits.device))
         totals = logits.new_empty(len(logits), bags.n_bags)
         for kind, part in self._kinds.parts(columns):
-            its = state.columns(part)
+            its = self._state.columns(torch.from_numpy(columns[part]).to(logits.device))
             for some, rows in even_runs(bags.sizes.tolist()):
                 own = logits[part, rows]  # (k', n · u)
                 own = own.reshape(len(own), some.stop - some.start, -1)
