@@ -56,7 +56,16 @@ INSIDE = {
     ),
     "model": (
         *("descriptions", "loading", "ensemble", "final_model", "members", "model", "facts"),
-        *("folder", "held_out", "sources", "scoring", "submission", "predictions", "familiarity"),
+        *(
+            "folder",
+            "held_out",
+            "sources",
+            "stored_maps",
+            "scoring",
+            "submission",
+            "predictions",
+            "familiarity",
+        ),
         *("deviations", "feature_distance"),
     ),
     "evaluation": (

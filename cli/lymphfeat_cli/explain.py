@@ -1,12 +1,13 @@
 """`lymphfeat explain`: model + cohort -> HTML report of what the model looked at, with figures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lymphfeat.settings import ExplainSettings
-from lymphfeat_cli.deciding import without_attributes_option
+from lymphfeat_cli.deciding import final_only, without_attributes_option
 from lymphfeat_cli.options import (
     EXISTING_FILE,
     FILE,
@@ -35,7 +36,7 @@ PAGE, CELL = Path("report.html"), Path("cell.png")
 Examples:
   lymphfeat explain --cohort DIR
   lymphfeat explain --model models/endtoend --cohort DIR --out report.html --figures pdf
-  lymphfeat explain --model models/final --cohort DIR
+  lymphfeat explain --model models/final --cohort DIR --store cache/features.h5
   lymphfeat explain --image DIR/P7/000003.jpg --out cell.png
 The report is one self-contained file: open it in a browser; no network is needed.""",
 )
@@ -53,6 +54,14 @@ The report is one self-contained file: open it in a browser; no network is neede
     type=EXISTING_FILE,
     help="Explain this one image instead of a cohort.",
 )
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=PATH,
+    help="Feature store that was extracted from the cohort: a final model is explained from its "
+    "maps, and the images are only shown. Repeatable: one per backbone of the model, in its order.",
+)
 @without_attributes_option
 @click.option(
     "--out",
@@ -67,6 +76,7 @@ def command(
     folder: Path,
     cohort: CohortChoice,
     image: Path | None,
+    stores: tuple[Path, ...],
     without_attributes: bool,
     out: Path | None,
     truth: "Truth | None",
@@ -78,6 +88,8 @@ def command(
     Writes an HTML report and figures, and prints how faithful they are: whether deleting the
     highest-scored cells changes probabilities more than deleting random cells.
     """
+    if image and stores:
+        raise click.UsageError("--image and --store: give only one of them.")
     out = out or (CELL if image else PAGE)
     output.claim(out)
     from lymphfeat.explanation.report import check_report
@@ -87,7 +99,7 @@ def command(
         return
     check_report(out, force=output.force)
     model = _load(folder, images_only=without_attributes)
-    explanation = _explain(model, cohort.load(output), truth, settings, output)
+    explanation = _explain(model, cohort.load(output), stores, truth, settings, output)
     files = _write(explanation, out, settings, output)
     output.show(lambda: _result(explanation, files), lambda: _show(explanation, files))
 
@@ -105,14 +117,19 @@ def _load(folder: Path, *, images_only: bool = False) -> "AnyModel":
 def _explain(
     model: "AnyModel",
     cohort: "Cohort",
+    stores: Sequence[Path],
     truth: "Truth | None",
     settings: ExplainSettings,
     output: Output,
 ) -> "Explanation":
     from lymphfeat.explanation.explanation import explain
+    from lymphfeat.features.store import FeatureStore
 
+    if stores:
+        final_only(model, "--store")
+    opened = [FeatureStore.open(path) for path in stores]
     with output.progress("scoring") as progress:
-        return explain(model, cohort, settings, truth=truth, progress=progress)
+        return explain(model, cohort, settings, stores=opened, truth=truth, progress=progress)
 
 
 def _write(

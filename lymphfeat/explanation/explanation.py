@@ -1,7 +1,7 @@
 """Everything a report shows about a model on a cohort, as arrays and tables."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from scipy.special import expit
 from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.fingerprints import patient_keys
 from lymphfeat.cohort.provenance import PatientKey
+from lymphfeat.errors import ModelError
 from lymphfeat.evaluation.hidden_truth import Truth
 from lymphfeat.evaluation.subgroups import FEWEST, measure_subgroups
 from lymphfeat.explanation.faithfulness import Deletion, Overlap, delete_images, measure_overlap
@@ -21,13 +22,16 @@ from lymphfeat.explanation.scores import Decisions, decide, ranks, score_cohort
 from lymphfeat.explanation.subjects import Subject, subject_of
 from lymphfeat.explanation.thumbnails import SheetMaker, Thumbnails
 from lymphfeat.explanation.wording import Wording
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.model.familiarity import Judgement
+from lymphfeat.model.final_model import FinalModel
 from lymphfeat.model.loading import AnyModel
 from lymphfeat.model.members import IMAGES
 from lymphfeat.model.predictions import ROLE_OF
+from lymphfeat.model.sources import check_stores
 from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.progress import Progress, silent
-from lymphfeat.settings import ExplainSettings
+from lymphfeat.settings import ExplainSettings, PredictSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,28 +245,37 @@ def explain(
     cohort: Cohort,
     settings: ExplainSettings | None = None,
     *,
+    stores: Sequence[FeatureStore] = (),
     truth: Truth | None = None,
     progress: Progress = silent,
 ) -> Explanation:
     """Explain a model's decisions on a cohort.
 
     Of several members the means are explained. The unflipped images are explained; where the model
-    predicts the mean over four flips, `predicted` holds that mean. `truth` is used only for
-    scoring. Raises CohortError for a table without the attributes that the model reads, and
-    SettingsError for members whose contributions are of different kinds.
+    predicts the mean over four flips, `predicted` holds that mean. With the `stores` that were
+    extracted from the cohort, one for each backbone of a final model, in its order, their maps are
+    explained; the images are only shown. `truth` is used only for scoring. Raises CohortError for a
+    table without the attributes that the model reads, SettingsError for members whose contributions
+    are of different kinds, StoreError for stores of other images or backbones, ModelError for
+    stores with a model that is not final.
 
     >>> lf.explain(lf.load_model("models/endtoend"), lf.Cohort.load("cohort")).images
     """
     settings = settings or ExplainSettings()
     scoring = settings.scoring
+    if stores and not isinstance(model, FinalModel):
+        raise ModelError("model must be a final one to be explained from stores.")
     subject = subject_of(model, cohort.table, lenient=scoring.allow_missing_attributes)
     sheets = SheetMaker(cohort, subject.crop, int(_FOR_PICTURES * settings.megabytes * 1_000_000))
-    scored = score_cohort(subject, cohort, scoring, show=sheets.add, progress=progress)
+    if stores:
+        check_stores(subject.sources, stores)
+    scored = score_cohort(
+        subject, cohort, scoring, stores=stores, show=sheets.add, progress=progress
+    )
     decisions = decide(subject, scored.kept, cohort.n_images)
     predicted = decisions.probability
     if subject.tta:
-        flipped = model.predict(cohort, scoring, progress=progress)
-        predicted = flipped.patients["probability"].to_numpy(np.float64)
+        predicted = _predict(model, cohort, stores, scoring, progress)
     mapped = Wording.of_subject(subject).mapped
     overlap = measure_overlap(cohort, scored.maps, subject.crop, truth) if mapped else None
     return Explanation(
@@ -278,3 +291,19 @@ def explain(
         overlap=overlap,
         unlike=scored.unlike,
     )
+
+
+def _predict(
+    model: AnyModel,
+    cohort: Cohort,
+    stores: Sequence[FeatureStore],
+    scoring: PredictSettings,
+    progress: Progress,
+) -> Floats:
+    """Return the patients' probabilities (P,) as `predict` gives them."""
+    if isinstance(model, FinalModel) and stores:
+        own = [replace(store, table=cohort.table) for store in stores]
+        found = model.predict_stores(*own, settings=scoring)
+    else:
+        found = model.predict(cohort, scoring, progress=progress)
+    return found.patients["probability"].to_numpy(np.float64)

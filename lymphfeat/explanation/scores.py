@@ -16,6 +16,7 @@ from lymphfeat.cohort.cohort import Cohort
 from lymphfeat.cohort.images import VIEWS
 from lymphfeat.explanation.maps import map_patient
 from lymphfeat.explanation.subjects import Reader, Subject
+from lymphfeat.features.store import FeatureStore
 from lymphfeat.heads.aggregators.ranking import Ranking, effective_k, selected_mask
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.distribution_head import DistributionHead
@@ -23,6 +24,7 @@ from lymphfeat.heads.head import Head
 from lymphfeat.heads.registry import RankingAggregator, find_aggregator
 from lymphfeat.model.familiarity import Judgement
 from lymphfeat.model.scoring import CohortScorer, Show
+from lymphfeat.model.stored_maps import StoredMaps
 from lymphfeat.runtime.arrays import Float32s, Floats
 from lymphfeat.runtime.devices import cpu_threads, whole_float32
 from lymphfeat.runtime.progress import Progress, part_of, silent
@@ -115,25 +117,21 @@ def score_cohort(
     cohort: Cohort,
     settings: PredictSettings,
     *,
+    stores: Sequence[FeatureStore] = (),
     show: Show | None = None,
     progress: Progress = silent,
 ) -> Scored:
     """Score the pixels of a cohort's images; the mean of an image's pixels is its logit.
 
-    Patient by patient, so that only one patient's pixels are in memory. `show` is given the images
+    Patient by patient, so that only one patient's pixels are in memory. With `stores` the pixels
+    are those of their maps, one store for each of the subject's sources. `show` is given the images
     as the subject's `crop` cuts them, in order.
     """
     readings = [_Reading(reader=reader) for reader in subject.readers]
     known, means, statistics = subject.familiarity, [], None
     with cpu_threads(settings.threads), whole_float32():
         for number, source in enumerate(subject.sources):
-            scorer = CohortScorer(
-                *(source.backbone, _Everything(), source.recipe, settings),
-                views=VIEWS[:1],
-                unit="pixel",
-                measured=known is not None and number == 0,
-                show=show if number == 0 else None,
-            )
+            scorer = _scorer(subject, number, settings, stores, show)
             pooled: list[Tensor] = []  # (n, C) of each patient
             own = part_of(progress, number, len(subject.sources), "")
             for (pixels,) in scorer.score_patients(cohort, own):  # (n, h · w, C)
@@ -154,6 +152,26 @@ def score_cohort(
         maps=mean_map(grids, [own.score for own in read], shares).numpy(),
         kept=kept,
         unlike=None if known is None else known.judge(means, statistics, cohort.n_images.tolist()),
+    )
+
+
+def _scorer(
+    subject: Subject,
+    number: int,
+    settings: PredictSettings,
+    stores: Sequence[FeatureStore],
+    show: Show | None,
+) -> CohortScorer | StoredMaps:
+    """Return what gives the pixels of images by one of a subject's sources, the first with show."""
+    source, shown = subject.sources[number], show if number == 0 else None
+    if stores:
+        return StoredMaps(stores[number], source.recipe.crop, show=shown)
+    return CohortScorer(
+        *(source.backbone, _Everything(), source.recipe, settings),
+        views=VIEWS[:1],
+        unit="pixel",
+        measured=subject.familiarity is not None and number == 0,
+        show=shown,
     )
 
 
