@@ -28,7 +28,7 @@ COHORTS = ("cohort", "DIR", "NEW_DIR", "my-cohort")
 OTHER = "OTHER_DIR"  # patients of another laboratory
 RESULTS = {
     "docs/exchange.md": ["cache/features.h5"],
-    "docs/explain.md": ["models/endtoend", "models/final"],
+    "docs/explain.md": ["models/endtoend", "models/final", "cache/features.h5"],
     "docs/final.md": ["cache/features.h5"],
     "docs/heads.md": ["cache/features.h5"],
     "docs/protocols.md": ["cache/features.h5"],
