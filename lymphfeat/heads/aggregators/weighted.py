@@ -5,7 +5,7 @@ counts is the gradient by its logit; these weights are at least 0 and add up to 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ class AggregatorState:
             momentum=torch.tensor([s.momentum for s in settings], device=device),
         )
 
-    def columns(self, columns: "slice | Tensor") -> "AggregatorState":
-        """Select some heads; a slice shares memory, so that running statistics keep updating."""
+    def columns(self, columns: Tensor) -> "AggregatorState":
+        """Select some heads."""
         tensors = {
-            field.name: getattr(self, field.name)[columns]
-            for field in fields(self)
-            if field.name != "training"
+            name: values.index_select(0, columns)
+            for name, values in vars(self).items()
+            if name != "training"
         }
         return replace(self, **tensors)
 

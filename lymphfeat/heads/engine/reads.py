@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lymphfeat.heads.aggregators import closed_forms
-from lymphfeat.heads.aggregators.closed_forms import Aggregated
 from lymphfeat.heads.aggregators.weighted import AggregatorState
 from lymphfeat.heads.engine.scorers import score_rows
 from lymphfeat.heads.engine.trainer import runs
@@ -87,7 +86,8 @@ class Read:
     def logits(self, folded: Folded) -> Tensor:
         """Score the instances: (K, m)."""
         weight, bias = folded
-        return score_rows(self.instances(), weight[self.columns], bias[self.columns])
+        own = weight.index_select(0, self.columns)
+        return score_rows(self.instances(), own, bias.index_select(0, self.columns))
 
     def slopes(
         self, state: AggregatorState, logits: Tensor, labels: Tensor, counts: Tensor
@@ -96,48 +96,43 @@ class Read:
 
         Patients have labels (b,), and count as much as `counts` (K, b) says in a head's loss.
         """
+        (total, gamma, beta), weights, chosen = self._aggregated(state, logits)
+        loss = (softplus(total) - labels * total) * counts  # (K, b)
+        slope = (total.sigmoid() - labels) * counts
+        dense = next((part.start for kind, part in self.parts if _is_max(kind)), len(logits))
+        for bags, rows in self.runs:
+            own = torch.unflatten(weights[:dense, rows], 1, (bags.stop - bags.start, -1))
+            own *= slope[:dense, bags, None]
         instances = self.instances()
-        weight = torch.zeros(len(logits), instances.shape[1], device=logits.device)  # (K, C)
-        others = logits.new_zeros(5, len(logits))
-        by_logit = torch.empty_like(logits)  # (K, m)
+        weight = (weights[:dense].to(instances.dtype) @ instances).float()  # (K, C)
+        if dense < len(logits):
+            single = instances[chosen[dense:]].float()  # (k, b, C)
+            weight = torch.cat([weight, torch.einsum("kb,kbc->kc", slope[dense:], single)])
+        others = torch.stack([loss, slope, slope * gamma, slope * beta, torch.ones_like(loss)])
+        return Slopes(columns=self.columns, weight=weight, others=others.sum(2))
+
+    def _aggregated(self, state: AggregatorState, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the patients' logits and their derivatives by gamma and beta: (3, K, b); those by
+        the instances' logits (K, m); and, of heads to which one instance counts, its row (K, b).
+        """
+        by_patient = logits.new_zeros(3, len(logits), len(self.sizes))
+        weights, chosen = torch.empty_like(logits), self.columns.new_empty(by_patient.shape[1:])
         for kind, part in self.parts:
             own = state.columns(self.columns[part])
             for bags, rows in self.runs:
                 n = bags.stop - bags.start
-                values = logits[part, rows]  # (k, n · u)
-                found = kind.aggregate(own, values.reshape(len(values), n, -1))
-                slope, of_bags = _losses(found, labels[bags], counts[part, bags])
-                others[:, part] += of_bags
+                values = torch.unflatten(logits[part, rows], 1, (n, -1))  # (k, n, u)
+                found = kind.aggregate(own, values)
+                its = found.total, found.gamma, found.beta
+                for everyone, some in zip(by_patient, its, strict=True):
+                    if some is not None:
+                        everyone[part, bags] = some
                 if found.weights is not None:
-                    by_logit[part, rows] = (found.weights * slope[..., None]).flatten(1)
-                else:
-                    weight[part] += _of_chosen(instances[rows], found, slope)
-        dense = slice(0, next((part.start for kind, part in self.parts if _is_max(kind)), None))
-        weight[dense] = (by_logit[dense].to(instances.dtype) @ instances).float()
-        return Slopes(columns=self.columns, weight=weight, others=others)
-
-
-def _losses(found: Aggregated, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return d loss / d patient logit (k, n), and sums over patients: (5, k), as in `Slopes`.
-
-    The loss is the cross-entropy of labels (n,), times counts (k, n).
-    """
-    total = found.total
-    losses = (softplus(total) - labels * total) * counts
-    slope = (total.sigmoid() - labels) * counts
-    sums = [losses.sum(1), slope.sum(1)]
-    for by in (found.gamma, found.beta):
-        sums.append(torch.zeros_like(sums[0]) if by is None else (slope * by).sum(1))
-    return slope, torch.stack([*sums, torch.full_like(sums[0], total.shape[1])])
-
-
-def _of_chosen(instances: Tensor, found: Aggregated, slope: Tensor) -> Tensor:
-    """Return the gradient (k, C) where a single instance (n · u, C) of each patient counts."""
-    assert found.chosen is not None
-    n = slope.shape[1]
-    starts = torch.arange(n, device=slope.device) * (len(instances) // n)
-    chosen = instances[starts + found.chosen].float()  # (k, n, C)
-    return torch.einsum("kn,knc->kc", slope, chosen)
+                    weights[part, rows] = found.weights.flatten(1)
+                if found.chosen is not None:
+                    starts = torch.arange(n, device=chosen.device) * values.shape[2]
+                    chosen[part, bags] = found.chosen + rows.start + starts
+        return by_patient, weights, chosen
 
 
 def even_runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice]]:
