@@ -20,6 +20,7 @@ from lymphfeat.settings import HeadSettings
 
 Folded = tuple[Tensor, Tensor]  # scorers of raw features: weight (H, C), bias (H,)
 Numbers = NDArray[np.int64]
+Moments = Sequence[tuple[Tensor, Tensor]]  # heads (k,); their logits' number, mean, variance (3, k)
 Parts = Sequence[tuple[WeightedAggregator, slice]]  # an aggregator, and its heads among K
 
 
@@ -88,6 +89,18 @@ class Read:
         weight, bias = folded
         own = weight.index_select(0, self.columns)
         return score_rows(self.instances(), own, bias.index_select(0, self.columns))
+
+    def moments(self, logits: Tensor) -> Moments:
+        """Return what heads that normalise logits (K, m) need of them."""
+        found = []
+        for kind, part in self.parts:
+            if "running_mean" in kind.learns:
+                own = logits[part]
+                mean = own.mean(1)
+                variance = (own - mean[:, None]).square().mean(1)  # faster than `torch.var_mean`
+                n = torch.full_like(mean, own.shape[1])
+                found.append((self.columns[part], torch.stack([n, mean, variance])))
+        return found
 
     def slopes(
         self, state: AggregatorState, logits: Tensor, labels: Tensor, counts: Tensor

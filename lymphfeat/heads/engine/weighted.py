@@ -8,10 +8,10 @@ of which computes alone; what they find is added up in one order, so results do 
 many there are.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from lymphfeat.heads.engine.instances import Features, Instances
 from lymphfeat.heads.engine.reads import (
     Folded,
     Kinds,
+    Moments,
     Numbers,
     Read,
     Slopes,
@@ -146,8 +147,13 @@ class WeightedHeadTrainer(HeadTrainer):
         share = partial(
             map_in_order, threads=threads, together=_TOGETHER, name="fit", begin=work_alone
         )
-        logits = list(share(lambda read: read.logits(folded), reads))  # (K, m) each
-        state = self._normalised(reads, logits)
+
+        def score(read: Read) -> tuple[Tensor, Moments]:
+            values = read.logits(folded)  # (K, m)
+            return values, read.moments(values)
+
+        logits, moments = zip(*share(score, reads), strict=True)
+        state = self._normalised([*chain(*moments)])
 
         def slopes_of(own: tuple[Read, Tensor]) -> Slopes:
             read, values = own
@@ -157,17 +163,11 @@ class WeightedHeadTrainer(HeadTrainer):
 
         yield from share(slopes_of, list(zip(reads, logits, strict=True)))
 
-    def _normalised(self, reads: Sequence[Read], logits: Sequence[Tensor]) -> AggregatorState:
+    def _normalised(self, own: Moments) -> AggregatorState:
         """Return the state in which heads are normalised by the logits of their batches.
 
         The running mean and variance move towards the batches', in place.
         """
-        own = [
-            (read.columns[part], values[part])
-            for read, values in zip(reads, logits, strict=True)
-            for kind, part in read.parts
-            if "running_mean" in kind.learns
-        ]
         if not own:
             return self._state
         moments = _Moments.of(own, len(self))
@@ -188,40 +188,38 @@ class WeightedHeadTrainer(HeadTrainer):
             [np.full(lane.width * len(b.sizes), len(b.sizes)) for lane, b in batches]
         )
         order = np.lexsort((columns, self._kinds.ranks[columns], patients))
-        ends = np.flatnonzero(np.diff(patients[order])) + 1
-        n_images = np.diff(self._instances.images)
-        reads = []
-        for own in np.split(order, ends):
-            patient = patients[own[:1]]
-            source = partial(self._instances.of_patient, int(patient[0]))
-            reads.append(self._read(source, patient, n_images[patient], columns[own], batch[own]))
-        return reads
+        patients, columns = patients[order], columns[order]
+        rows, heads, of_heads = map(self._tensor, (patients, columns, batch[order]))
+        sizes = np.diff(self._instances.images)[patients] * self._instances.per_image
+        return [
+            Read(
+                instances=partial(self._instances.of_patient, int(patients[own.start])),
+                sizes=[int(sizes[own.start])],
+                patients=rows[own][:1],
+                columns=heads[own],
+                parts=self._kinds.parts(columns[own]),
+                batch=of_heads[own],
+            )
+            for own in runs(patients.tolist())
+        ]
 
     def _own_read(self, lane: "_Lane", batch: Batch) -> Read:
         """Gather the images of one lane's batch."""
         images = self._instances.images_of(batch.patients) if batch.images is None else batch.images
         values = self._instances.source.gather(images, batch.views).flatten(0, 1)  # (m, C)
         columns = self._kinds.sorted(lane.numbers)
-        of_lane = np.full(lane.width, len(batch.sizes))
-        return self._read(lambda: values, batch.patients.numpy(), batch.sizes, columns, of_lane)
-
-    def _read(
-        self,
-        instances: Callable[[], Tensor],
-        patients: Numbers,
-        images: Numbers,
-        columns: Numbers,
-        batch: Numbers,
-    ) -> Read:
-        device = self._labels.device
         return Read(
-            instances=instances,
-            sizes=(images * self._instances.per_image).tolist(),
-            patients=torch.from_numpy(patients).to(device),
-            columns=torch.from_numpy(columns).to(device),
-            batch=torch.from_numpy(batch).to(device),
+            instances=lambda: values,
+            sizes=(batch.sizes * self._instances.per_image).tolist(),
+            patients=batch.patients.to(values.device),
+            columns=self._tensor(columns),
             parts=self._kinds.parts(columns),
+            batch=self._tensor(np.full(lane.width, len(batch.sizes))),
         )
+
+    def _tensor(self, values: Numbers) -> Tensor:
+        """Bring numbers to the device."""
+        return torch.from_numpy(values).to(self._labels.device)
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -271,7 +269,7 @@ class WeightedHeadTrainer(HeadTrainer):
         """Return the patients' logits by some heads, sorted: logits (k, m) -> (k, b)."""
         totals = logits.new_empty(len(logits), bags.n_bags)
         for kind, part in self._kinds.parts(columns):
-            its = self._state.columns(torch.from_numpy(columns[part]).to(logits.device))
+            its = self._state.columns(self._tensor(columns[part]))
             for some, rows in even_runs(bags.sizes.tolist()):
                 own = logits[part, rows]  # (k', n · u)
                 own = own.reshape(len(own), some.stop - some.start, -1)
@@ -313,12 +311,10 @@ class _Moments:
     variance: Tensor
 
     @classmethod
-    def of(cls, logits: Sequence[tuple[Tensor, Tensor]], heads: int) -> "_Moments":
-        """Take some heads' columns (k,) and logits (k, m), several times."""
-        columns = torch.cat([own for own, _ in logits])
-        pairs = [torch.var_mean(values, 1, correction=0) for _, values in logits]
-        variance, mean = (torch.cat(part) for part in zip(*pairs, strict=True))
-        n = torch.cat([torch.full_like(own[:, 0], own.shape[1]) for _, own in logits])
+    def of(cls, parts: Moments, heads: int) -> "_Moments":
+        """Take what `Read.moments` yields of all reads."""
+        columns = torch.cat([own for own, _ in parts])
+        n, mean, variance = torch.cat([values for _, values in parts], 1).unbind()
 
         def average(values: Tensor) -> Tensor:
             return values.new_zeros(heads).index_add(0, columns, n * values) / count.clamp(min=1)
