@@ -7,12 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lymphfeat.cohort.splits import Split, report_splits
 from lymphfeat.errors import SettingsError
-from lymphfeat.heads.aggregators.networks import Attention
+from lymphfeat.heads.aggregators.networks import LSTM, Attention
 from lymphfeat.heads.bags import Bags
 from lymphfeat.heads.blank import empty_head
 from lymphfeat.heads.engine.engine import fit_stacked
@@ -63,6 +65,20 @@ def test_order_of_images_says_nothing(agg: str) -> None:
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     bags = Bags.of([8])
     torch.testing.assert_close(head(images, bags), head(images[order], bags))
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), layers=st.integers(1, 3))
+def test_an_lstm_reads_padded_bags_as_packed_ones(sizes: list[int], layers: int) -> None:
+    network = head_of(replace(settings_of("lstm"), layers=layers)).network
+    assert isinstance(network, LSTM)
+    images, bags = images_of(sum(sizes)).requires_grad_(), Bags.of(sizes)
+    learnt = [images, *network.recurrent.parameters()]
+    by_size, packed = network._read(images, bags), network._read_packed(images, bags)
+    torch.testing.assert_close(by_size, packed)
+    gradients = [torch.autograd.grad(states.square().sum(), learnt) for states in (by_size, packed)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(network._read(images, bags), packed)
 
 
 @pytest.mark.parametrize("agg", ["attention", "gated-attention"])

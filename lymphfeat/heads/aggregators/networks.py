@@ -1,5 +1,7 @@
 """Aggregators that are networks: attention (Ilse et al. 2018), a transformer, an LSTM."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
@@ -81,15 +83,48 @@ class LSTM(nn.Module):
     def __init__(self, channels: int, settings: HeadSettings) -> None:
         """Take the width of each direction and the number of layers."""
         super().__init__()
-        self.recurrent = nn.LSTM(
-            channels, settings.width, settings.layers, bidirectional=True, batch_first=True
-        )
+        self.recurrent = nn.LSTM(channels, settings.width, settings.layers, bidirectional=True)
         self.classifier = nn.Linear(2 * settings.width, 1)
 
     def forward(self, images: Tensor, bags: Bags) -> Tensor:
         """Return the patients' logits: images (m, C) -> (B,)."""
-        sequences = list(torch.split(images, bags.sizes.tolist()))
-        _, (last, _) = self.recurrent(pack_sequence(sequences, enforce_sorted=False))
-        states = last[-2:].movedim(0, 1).flatten(1)  # (B, 2 D), forward and backward
+        # torch has fast kernels for packed bags on GPUs alone, and for padded ones on CPUs.
+        states = self._read_packed(images, bags) if images.is_cuda else self._read(images, bags)
         logits: Tensor = self.classifier(states)[:, 0]
         return logits.float()
+
+    def _read_packed(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the last states of both directions: images (m, C) -> (B, 2 D)."""
+        sequences = list(torch.split(images, bags.sizes.tolist()))
+        last: Tensor
+        _, (last, _) = self.recurrent(pack_sequence(sequences, enforce_sorted=False))
+        return last[-2:].movedim(0, 1).flatten(1)
+
+    def _read(self, images: Tensor, bags: Bags) -> Tensor:
+        """Return the same, of bags of similar size at a time."""
+        padded = torch.cat([images, images.new_zeros(1, images.shape[1])])
+        read = [self._last_states(padded[rows.T], bags.sizes[own]) for own, rows in bags.buckets]
+        order = torch.cat([patients for patients, _ in bags.buckets]).argsort()
+        return torch.cat(read)[order]
+
+    def _last_states(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Return the last states (b, 2 D) of bags of `sizes` (b,): images (n, b, C), padded."""
+        bag, place = torch.arange(len(sizes)), torch.arange(len(images))[:, None]
+        # Where to find the images in reverse, padding at the end as before; done twice, in order.
+        reverse = (sizes - 1 - place) % len(images)  # (n, b)
+        weights, states = self.recurrent.all_weights, images
+        for ahead, back in zip(weights[::2], weights[1::2], strict=True):  # of each layer
+            reversed_states = _run_lstm(states[reverse, bag], back)
+            states = torch.cat([_run_lstm(states, ahead), reversed_states[reverse, bag]], dim=2)
+        width = self.recurrent.hidden_size
+        return torch.cat([states[sizes - 1, bag, :width], states[0, :, width:]], dim=1)
+
+
+def _run_lstm(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return the states (n, b, D) of an LSTM of one layer and direction: images (n, b, C)."""
+    start = images.new_zeros(1, images.shape[1], weights[1].shape[1])
+    training = torch.is_grad_enabled()
+    # With biases; a layer; no dropout; a direction; places before bags.
+    fixed = (True, 1, 0.0, training, False, False)
+    states, _, _ = torch.lstm(images, (start, start), tuple(weights), *fixed)
+    return states
