@@ -54,9 +54,10 @@ def measure_image(pixels: Pixels) -> NDArray[np.float32]:
     """
     nucleus = _dark(pixels[0])  # (H, W)
     brightness = _brightness(pixels)  # (H, W)
+    outside, inside = _counts(pixels, nucleus)
     numbers = [
-        *_colour(pixels, nucleus),
-        *_colour(pixels, ~nucleus)[1:],
+        *_colour(inside),
+        *_colour(outside)[1:],
         _quantile(brightness, _BRIGHT) / 255,
         _focus(brightness),
         float(np.log2(1 + np.count_nonzero(nucleus))),
@@ -82,13 +83,19 @@ def _dark(channel: Pixels) -> Mask:
     return np.asarray(channel <= threshold)
 
 
-def _colour(pixels: Pixels, where: Mask) -> tuple[float, float, float]:
-    """Return mean density and the two coordinates of the hue of some pixels; 0 of none."""
-    densities = []
-    for channel in pixels:
-        counts = np.bincount(channel[where], minlength=256)
-        densities.append(float(counts @ _DENSITIES) / max(int(counts.sum()), 1))
-    red, green, blue = densities
+def _counts(pixels: Pixels, nucleus: Mask) -> NDArray[np.int64]:
+    """Count the pixels of every level in each channel, outside and inside the nucleus: (2, 3, 256).
+
+    At once, as picking out the pixels of a mask takes longer than counting them.
+    """
+    levels = pixels + np.uint16(256) * nucleus  # (3, H, W)
+    counts = [np.bincount(channel.ravel(), minlength=512) for channel in levels]
+    return np.stack(counts).reshape(len(counts), 2, 256).swapaxes(0, 1)
+
+
+def _colour(counts: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Return mean density and both coordinates of the hue of counted pixels (3, 256); 0 of none."""
+    red, green, blue = (float(own @ _DENSITIES) / max(int(own.sum()), 1) for own in counts)
     mean = (red + green + blue) / 3
     scale = max(mean, _LEAST)
     return mean, (red - mean) / scale, float((green - blue) / (np.sqrt(3) * scale))
