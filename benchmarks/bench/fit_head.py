@@ -114,7 +114,7 @@ def networks(bench: Bench) -> list[Line]:
         LIMIT: lambda: bare_networks(provider.features, splits, epochs),
     }
     if abmil.torchmil_is_there():
-        contestants[abmil.LOOP] = torchmil
+        contestants["one of the four: " + abmil.LOOP] = torchmil
     line = Line(
         name="fit-head --agg network, honest, 10 seeds",
         unit="s",
