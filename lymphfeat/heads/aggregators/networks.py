@@ -1,6 +1,6 @@
 """Aggregators that are networks: attention (Ilse et al. 2018), a transformer, an LSTM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,17 @@ class Transformer(nn.Module):
 
     def forward(self, images: Tensor, bags: Bags) -> Tensor:
         """Return the patients' logits: images (m, C) -> (B,)."""
-        embedded = self.embed(images)  # (m, D)
-        padded = torch.cat([embedded, embedded.new_zeros(1, embedded.shape[1])])
-        means = []
-        for _, rows in bags.buckets:  # (b, n), padding is row m
-            padding = rows == len(images)
-            encoded = self.encoder(padded[rows], src_key_padding_mask=padding)  # (b, n, D)
-            real = (~padding)[:, :, None]
-            means.append((encoded * real).sum(1) / real.sum(1))
-        order = torch.cat([patients for patients, _ in bags.buckets]).argsort()
-        logits: Tensor = self.classifier(torch.cat(means)[order])[:, 0]
+        means = _by_size(self.embed(images), bags, self._mean)  # (B, D)
+        logits: Tensor = self.classifier(means)[:, 0]
         return logits.float()
+
+    def _mean(self, embedded: Tensor, sizes: Tensor) -> Tensor:
+        """Return the mean encoded image of bags of `sizes` (b,): (b, n, D), padded, -> (b, D)."""
+        padding = torch.arange(embedded.shape[1], device=sizes.device) >= sizes[:, None]  # (b, n)
+        encoded = self.encoder(embedded, src_key_padding_mask=padding)  # (b, n, D)
+        real = (~padding)[:, :, None]
+        mean: Tensor = (encoded * real).sum(1) / real.sum(1)
+        return mean
 
 
 class LSTM(nn.Module):
@@ -102,22 +102,30 @@ class LSTM(nn.Module):
 
     def _read(self, images: Tensor, bags: Bags) -> Tensor:
         """Return the same, of bags of similar size at a time."""
-        padded = torch.cat([images, images.new_zeros(1, images.shape[1])])
-        read = [self._last_states(padded[rows.T], bags.sizes[own]) for own, rows in bags.buckets]
-        order = torch.cat([patients for patients, _ in bags.buckets]).argsort()
-        return torch.cat(read)[order]
+        return _by_size(images, bags, self._last_states)
 
     def _last_states(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Return the last states (b, 2 D) of bags of `sizes` (b,): images (n, b, C), padded."""
-        bag, place = torch.arange(len(sizes)), torch.arange(len(images))[:, None]
+        """Return the last states (b, 2 D) of bags of `sizes` (b,): images (b, n, C), padded."""
+        weights, states = self.recurrent.all_weights, images.transpose(0, 1)  # (n, b, C)
+        bag, place = torch.arange(len(sizes)), torch.arange(len(states))[:, None]
         # Where to find the images in reverse, padding at the end as before; done twice, in order.
-        reverse = (sizes - 1 - place) % len(images)  # (n, b)
-        weights, states = self.recurrent.all_weights, images
+        reverse = (sizes - 1 - place) % len(states)  # (n, b)
         for ahead, back in zip(weights[::2], weights[1::2], strict=True):  # of each layer
             reversed_states = _run_lstm(states[reverse, bag], back)
             states = torch.cat([_run_lstm(states, ahead), reversed_states[reverse, bag]], dim=2)
         width = self.recurrent.hidden_size
         return torch.cat([states[sizes - 1, bag, :width], states[0, :, width:]], dim=1)
+
+
+def _by_size(images: Tensor, bags: Bags, summarise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Summarise bags of similar size at a time: images (m, D) -> (B, E).
+
+    `summarise` takes images (b, n, D), padded with zeros, and how many are real (b,).
+    """
+    padded = torch.cat([images, images.new_zeros(1, images.shape[1])])
+    parts = [summarise(padded[rows], bags.sizes[own]) for own, rows in bags.buckets]
+    order = torch.cat([own for own, _ in bags.buckets]).argsort()
+    return torch.cat(parts)[order]
 
 
 def _run_lstm(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
