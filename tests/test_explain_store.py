@@ -19,6 +19,7 @@ from lymphfeat.features.store import FROZEN, FeatureStore, map_rows
 from lymphfeat.finalization import finalize
 from lymphfeat.fitting import fit_heads
 from lymphfeat.model.final_model import FinalModel
+from lymphfeat.model.loading import AnyModel
 from lymphfeat.settings import (
     ExplainSettings,
     ExtractSettings,
@@ -94,7 +95,7 @@ def test_the_same_from_maps_and_from_images(
 
 
 def test_attributes_are_those_of_the_cohort(home: Path, cohort: Cohort, model: FinalModel) -> None:
-    older = replace(cohort, table=cohort.table.assign(age=cohort.table["age"] + 10))
+    older = replace(cohort, table=cohort.table.assign(age=cohort.table["age"] + 40))
     stores = [FeatureStore.open(home / "store.h5")]
     for tta in (False, True):
         own = replace(model, tta=tta)
@@ -102,6 +103,8 @@ def test_attributes_are_those_of_the_cohort(home: Path, cohort: Cohort, model: F
         np.testing.assert_allclose(
             found.patients["probability"], expected.patients["probability"], atol=1e-2
         )
+        young = explain(own, cohort, ON_CPU, stores=stores).patients["probability"]
+        assert np.abs(found.patients["probability"] - young).max() > 2e-2
 
 
 def _another_picture(cohort: Path) -> None:
@@ -150,14 +153,14 @@ def test_stores_and_models_that_do_not_fit_are_refused(
     home: Path, cohort: Cohort, model: FinalModel
 ) -> None:
     store, other = (FeatureStore.open(home / name) for name in ("store.h5", "other.h5"))
-    refused: list[tuple[object, list[FeatureStore], type[LymphfeatError], str]] = [
+    refused: list[tuple[AnyModel, list[FeatureStore], type[LymphfeatError], str]] = [
         (model, [other], StoreError, r"other\.h5: must hold the maps that this model reads: crop"),
         (model, [store, store], StoreError, "must name a store for each of the model's 1 backb"),
         (make_model(), [store], ModelError, "model must be a final one to be explained from st"),
     ]
     for each, stores, error, told in refused:
         with pytest.raises(error, match=told):
-            explain(each, cohort, ON_CPU, stores=stores)  # type: ignore[arg-type]
+            explain(each, cohort, ON_CPU, stores=stores)
 
 
 def test_maps_that_are_not_finite_are_refused(

@@ -264,7 +264,10 @@ def explain(
     settings = settings or ExplainSettings()
     scoring = settings.scoring
     if stores and not isinstance(model, FinalModel):
-        raise ModelError("model must be a final one to be explained from stores.")
+        raise ModelError(
+            "model must be a final one to be explained from stores; make one with `lymphfeat "
+            "finalize`, or leave out the stores."
+        )
     subject = subject_of(model, cohort.table, lenient=scoring.allow_missing_attributes)
     sheets = SheetMaker(cohort, subject.crop, int(_FOR_PICTURES * settings.megabytes * 1_000_000))
     if stores:

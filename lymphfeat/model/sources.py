@@ -213,7 +213,7 @@ def check_stores(sources: Sequence[Source], stores: Sequence[FeatureStore]) -> N
         if differs := source.describe_mismatch(store):
             raise StoreError(
                 f"{store.path}: must hold the maps that this model reads: {differs}. Extract with "
-                "the same settings and weights, or leave out --store: then images are read."
+                "the same settings and weights, or read the images: --cohort without --store."
             )
         stores[0].check_same_images(store)
 
